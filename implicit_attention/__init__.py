@@ -1,0 +1,29 @@
+"""Implicit-query attention: attention whose queries are made from its own output, solved to equilibrium."""
+
+from implicit_attention.adjoints import Implicit, Phantom, Unrolled
+from implicit_attention.errors import ConvergenceError, ConvergenceWarning
+from implicit_attention.fixed_point import fixed_point
+from implicit_attention.layer import ImplicitQueryAttention, ImplicitQueryAttentionLinearV
+from implicit_attention.positions import ALiBi, RelativeBias, Rotary
+from implicit_attention.solvers import Anderson, Broyden, NewtonKrylov, Picard, Solution
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALiBi",
+    "Anderson",
+    "Broyden",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "Implicit",
+    "ImplicitQueryAttention",
+    "ImplicitQueryAttentionLinearV",
+    "NewtonKrylov",
+    "Phantom",
+    "Picard",
+    "RelativeBias",
+    "Rotary",
+    "Solution",
+    "Unrolled",
+    "fixed_point",
+]

@@ -1,0 +1,292 @@
+"""How gradients pass through an equilibrium: by implicit differentiation, unrolled, or by phantom steps."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from implicit_attention import maps
+from implicit_attention.errors import NonFiniteError, bad_value, check_positive
+from implicit_attention.solvers import Solution, Solver, solve
+
+Report = Callable[[Solution, str], None]  # told of every solve and of what was solved
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A fixed-point equation and everything that is needed to solve it and to differentiate it.
+
+    Attributes:
+        function: The map, `(y, *args) -> tensor like y`; pure, since torch.func transforms run it again.
+        solver: What solves it.
+        system_ndim: Leading dimensions of y that count independent systems.
+        row_ndim: Leading dimensions whose entries are judged one by one.
+        report: Told of every solution, with the name of what was solved.
+        name: That name.
+        linear: Whether the map is affine in y.
+    """
+
+    function: maps.MapFunction
+    solver: Solver
+    system_ndim: int
+    row_ndim: int
+    report: Report
+    name: str = "equilibrium"
+    linear: bool = False
+
+    def solve(self, function: Callable[[Tensor], Tensor], y0: Tensor, *, history: bool = False) -> Solution:
+        """Solve for the map with its arguments filled in, and report the outcome."""
+        solution = solve(
+            self.solver,
+            function,
+            y0,
+            system_ndim=self.system_ndim,
+            row_ndim=self.row_ndim,
+            linear=self.linear,
+            history=history,
+        )
+        self.report(solution, self.name)
+        return solution
+
+
+class Adjoint(ABC):
+    """Base of the gradient methods."""
+
+    @abstractmethod
+    def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
+        """Solve the problem; return a solution through whose value gradients flow to `args`.
+
+        Args:
+            problem: The equation.
+            y0: Start.
+            args: Arguments of the map that may need gradients.
+            history: Whether to keep every iterate.
+        """
+
+
+@dataclass(frozen=True)
+class Unrolled(Adjoint):
+    """Backpropagate through the steps that the solver took, as the seed does.
+
+    Memory grows with the number of steps. Gradients also flow to the start. Works with solvers whose steps
+    are differentiable (all but Newton-Krylov).
+
+    Attributes:
+        checkpoint: Keep only the iterates and recompute the inside of the map in the backward pass.
+    """
+
+    checkpoint: bool = False
+
+    def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
+        """Solve with autograd recording the steps."""
+        if not problem.solver.unrollable:
+            raise bad_value(
+                "adjoint",
+                f"Implicit() or Phantom() with solver={type(problem.solver).__name__}",
+                "Unrolled()",
+                "Its steps solve linear systems that are not differentiated; or choose Picard, Anderson or Broyden.",
+            )
+        return problem.solve(lambda y: self._call(problem.function, y, args), y0, history=history)
+
+    def _call(self, function: maps.MapFunction, y: Tensor, args: tuple[Tensor, ...]) -> Tensor:
+        if self.checkpoint and torch.is_grad_enabled():
+            out: Tensor = checkpoint(function, y, *args, use_reentrant=False)
+            return out
+        return function(y, *args)
+
+
+@dataclass(frozen=True)
+class Phantom(Adjoint):
+    """Solve without recording, then take a few damped steps of the map with autograd.
+
+    The gradient is a truncated, damped Neumann series of the exact one: cheap and biased; a single undamped
+    step is the "one-step gradient" (Jacobian-free backpropagation). The value is that after the steps.
+
+    Attributes:
+        steps: Number of recorded steps.
+        damping: Their length, in (0, 1].
+
+    Reference:
+        Geng, Zhang, Bai, Wang and Lin, "On Training Implicit Models", NeurIPS 2021; Fung et al., "JFB",
+        AAAI 2022.
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        check_positive("steps", self.steps, integer=True)
+        check_positive("damping", self.damping)
+        if self.damping > 1:
+            raise bad_value("damping", "in (0, 1]", self.damping)
+
+    def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
+        """Solve, then step."""
+        with torch.no_grad():
+            solution = problem.solve(lambda y: problem.function(y, *args), y0, history=history)
+        y = solution.value
+        if torch.is_grad_enabled():
+            for _ in range(self.steps):
+                y = y + self.damping * (problem.function(y, *args) - y)
+        return replace(solution, value=y)
+
+
+@dataclass(frozen=True)
+class Implicit(Adjoint):
+    r"""Differentiate the equilibrium itself: `dy*/dt = (I - J)^{-1} dF/dt` (implicit function theorem).
+
+    The backward pass solves `lam = g + J^T lam` and returns `lam^T dF/dt`. Memory is that of one application
+    of the map, whatever the number of iterations. Differentiable again, and under torch.func transforms.
+
+    Attributes:
+        solver: What solves the adjoint equation; None for the solver of the equilibrium, whose relative
+            tolerance it then shares. The absolute tolerance defaults to 0: cotangents have no scale.
+
+    Reference:
+        Bai, Kolter and Koltun, "Deep Equilibrium Models", arXiv 1909.01377, theorem 1.
+    """
+
+    solver: Solver | None = None
+
+    def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
+        """Solve, and attach the implicit gradient to the value."""
+        needs = tuple(a.requires_grad for a in args)
+        run = _Run(problem, self._adjoint_solver(problem), needs, torch.is_grad_enabled(), history)
+        value, *rest = _ImplicitFunction.apply(run, y0, *args)  # type: ignore[no-untyped-call]
+        return Solution(value, *rest, evaluations=run.evaluations, history=run.iterates)
+
+    def _adjoint_solver(self, problem: Problem) -> Solver:
+        if self.solver is not None:
+            return self.solver
+        return replace(problem.solver, atol=None)
+
+
+@dataclass
+class _Run:
+    """One solve on its way through autograd: settings, and what the forward pass leaves for the backward."""
+
+    problem: Problem
+    adjoint_solver: Solver
+    needs: tuple[bool, ...]
+    record: bool = True
+    history: bool = False
+    linearization: maps.Linearization | None = None
+    evaluations: int = 0
+    iterates: list[Tensor] | None = field(default=None, repr=False)
+
+    def forward(self, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
+        """Solve; keep the last evaluation's graph, which is all that a first-order backward pass needs."""
+
+        def evaluate(y: Tensor) -> Tensor:
+            if maps.transforms_active():  # inside a Jacobian product of the solver's own
+                return self.problem.function(y, *args)
+            self.linearization = None  # free the previous graph before the next one is built
+            self.linearization = maps.Linearization(self.problem.function, y, args, self.needs)
+            return self.linearization.value
+
+        call = evaluate if self.record else lambda y: self.problem.function(y, *args)
+        solution = self.problem.solve(call, y0, history=self.history)
+        if self.linearization is not None:
+            self._refuse_closures(self.linearization)
+        self.evaluations, self.iterates = solution.evaluations, solution.history
+        return solution
+
+    def _refuse_closures(self, linearization: maps.Linearization) -> None:
+        captured = linearization.captured()
+        if captured is not None:
+            raise bad_value(
+                "function",
+                "a pure function of (y, *args)",
+                f"one that closes over a tensor of shape {tuple(captured.shape)} that requires grad",
+                "Its gradient would be lost: pass it in `args`, or pass the nn.Module itself as the function.",
+            )
+
+    def backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
+        """Return the gradients of `args`: first order from the kept graph, higher orders by recursion."""
+        if torch.is_grad_enabled() or maps.transforms_active():
+            return self._composable_backward(y, args, grad)
+        kept = self.linearization
+        if kept is None or not torch.equal(kept.y, y):
+            kept = maps.Linearization(self.problem.function, y, args, self.needs)
+        linearization, last = kept, None
+
+        def adjoint_map(lam: Tensor) -> Tensor:
+            nonlocal last
+            pulled = linearization.vjp(lam)
+            last = (lam, pulled[1])
+            return grad + pulled[0]
+
+        try:
+            solution = self._adjoint_problem(self.problem.function).solve(adjoint_map, grad)
+        except NonFiniteError as error:
+            raise NonFiniteError("the gradient that reached the equilibrium holds NaN or Inf") from error
+        if last is not None and torch.equal(last[0], solution.value):
+            return last[1]  # the last product was taken at the solution: the arguments' gradients came with it
+        return linearization.vjp(solution.value)[1]
+
+    def _composable_backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
+        """The same, in operations that autograd and torch.func can see: the adjoint is a fixed point too."""
+        function = self.problem.function
+        real = [i for i, a in enumerate(args) if a.is_floating_point()]
+
+        def filled(values: tuple[Tensor, ...]) -> list[Tensor]:
+            full = list(args)
+            for i, value in zip(real, values, strict=True):
+                full[i] = value
+            return full
+
+        def adjoint_map(lam: Tensor, g: Tensor, at: Tensor, *values: Tensor) -> Tensor:
+            _, pull = torch.func.vjp(lambda t: function(t, *filled(values)), at)
+            return g + pull(lam)[0]  # type: ignore[no-any-return]
+
+        inputs = (grad, y, *(args[i] for i in real))
+        run = _Run(self._adjoint_problem(adjoint_map), self.adjoint_solver, tuple(t.requires_grad for t in inputs))
+        lam = _ImplicitFunction.apply(run, grad, *inputs)[0]  # type: ignore[no-untyped-call]
+        _, pull = torch.func.vjp(lambda *values: function(y, *filled(values)), *inputs[2:])
+        by_real = dict(zip(real, pull(lam), strict=True))
+        return [by_real.get(i) for i in range(len(args))]
+
+    def _adjoint_problem(self, function: maps.MapFunction) -> Problem:
+        return replace(
+            self.problem, function=function, solver=self.adjoint_solver, name="adjoint equation", linear=True
+        )
+
+
+class _ImplicitFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(run: _Run, y0: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+        s = run.forward(y0, args)
+        return s.value.clone(), s.residual, s.steps, s.converged, s.abs_trace, s.rel_trace
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.run, _, *args = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[0], *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        y, *args = ctx.saved_tensors
+        return (None, None, *ctx.run.backward(y, tuple(args), grad))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], run: _Run, y0: Tensor, *args: Tensor) -> Any:
+        """Solve the mapped equations as one more dimension of independent systems."""
+        dims = [None if d is None else 0 for d in in_dims[2:]]
+        moved = [a if d is None else a.movedim(d, 0) for a, d in zip(args, in_dims[2:], strict=True)]
+        start = y0.expand(info.batch_size, *y0.shape) if in_dims[1] is None else y0.movedim(in_dims[1], 0)
+        problem = replace(
+            run.problem,
+            function=torch.func.vmap(run.problem.function, in_dims=(0, *dims)),
+            system_ndim=run.problem.system_ndim + 1,
+            row_ndim=run.problem.row_ndim + 1,
+        )
+        inner = replace(run, problem=problem)
+        outputs = _ImplicitFunction.apply(inner, start, *moved)  # type: ignore[no-untyped-call]
+        run.evaluations, run.iterates = inner.evaluations, inner.iterates
+        return outputs, (0, 0, 0, 0, 1, 1)

@@ -1,0 +1,71 @@
+"""Every error and warning the package raises, and the sentence they share.
+
+A message names the argument, what was expected, what came, and what to do about it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ConvergenceWarning(UserWarning):
+    """An equilibrium or its adjoint was not solved to the requested tolerance."""
+
+
+class ConvergenceError(RuntimeError):
+    """As `ConvergenceWarning`, raised where the caller asked for `on_failure="raise"`."""
+
+
+class NonFiniteError(ValueError):
+    """The map to be solved gave NaN or Inf at the very first iterate: its inputs are to blame."""
+
+
+def describe(value: object) -> str:
+    """Return a short description of a value for an error message: type, shape, dtype, device."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def bad_value(argument: str, expected: str, got: object, remedy: str = "") -> ValueError:
+    """Return the `ValueError` for an argument whose value is out of place."""
+    return ValueError(_sentence(argument, expected, got, remedy))
+
+
+def bad_type(argument: str, expected: str, got: object, remedy: str = "") -> TypeError:
+    """Return the `TypeError` for an argument of a type that cannot work."""
+    return TypeError(_sentence(argument, expected, got, remedy))
+
+
+def _sentence(argument: str, expected: str, got: object, remedy: str) -> str:
+    came = got if isinstance(got, str) else describe(got)
+    text = f"`{argument}` must be {expected}, but got {came}."
+    return f"{text} {remedy}" if remedy else text
+
+
+def check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise a `ValueError` unless `value` is one of `choices`."""
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        raise bad_value(argument, f"one of {', '.join(map(repr, choices))}", value)
+
+
+def check_positive(argument: str, value: Any, *, integer: bool = False, zero: bool = False) -> None:
+    """Raise unless `value` is a finite number above zero (or zero itself, where `zero` allows it)."""
+    kind = "an integer" if integer else "a number"
+    types = (int,) if integer else (int, float)
+    bound = ">= 0" if zero else "> 0"
+    if isinstance(value, bool) or not isinstance(value, types):
+        raise bad_type(argument, f"{kind} {bound}", value)
+    if not (value >= 0 if zero else value > 0) or value == float("inf"):
+        raise bad_value(argument, f"{kind} {bound} and finite", value)
+
+
+def first_non_finite(named: dict[str, Tensor | None]) -> str | None:
+    """Return a sentence about the first tensor that holds NaN or Inf, or None if all are finite."""
+    for name, tensor in named.items():
+        if tensor is not None and tensor.is_floating_point():
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                return f"`{name}` holds {bad} NaN or Inf of {tensor.numel()} entries"
+    return None

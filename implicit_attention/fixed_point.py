@@ -1,0 +1,128 @@
+"""Where iteration meets gradients: `fixed_point` for any map, and what is said when a solve fails."""
+
+import warnings
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from implicit_attention import maps
+from implicit_attention.adjoints import Adjoint, Implicit, Problem
+from implicit_attention.errors import (
+    ConvergenceError,
+    ConvergenceWarning,
+    bad_type,
+    bad_value,
+    check_choice,
+    check_positive,
+)
+from implicit_attention.solvers import Anderson, Solution, Solver
+
+_ADVICE = {
+    "equilibrium": "Raise max_steps or the tolerances, damp (Picard(damping=0.5)), or use NewtonKrylov().",
+    "adjoint equation": "The gradient is not to be trusted: raise max_steps or the adjoint's tolerance, or use "
+    "Implicit(NewtonKrylov()).",
+}
+
+
+@dataclass
+class FailureReport:
+    """Says once, in the way that was asked for, that a solve missed its tolerance.
+
+    Attributes:
+        on_failure: "warn" (once for each of equilibrium and adjoint), "raise" or "ignore".
+    """
+
+    on_failure: str = "warn"
+    _said: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown mode."""
+        check_choice("on_failure", self.on_failure, ("warn", "raise", "ignore"))
+
+    def __call__(self, solution: Solution, name: str) -> None:
+        """Report a solution if it failed.
+
+        Args:
+            solution: The outcome.
+            name: What was solved, "equilibrium" or "adjoint equation".
+
+        Raises:
+            ConvergenceError: If it failed and `on_failure` is "raise".
+        """
+        if self.on_failure == "ignore" or (self.on_failure == "warn" and name in self._said):
+            return
+        if bool(solution.converged.all()):
+            return
+        failed = int((~solution.converged).sum())
+        message = (
+            f"The {name} was not solved: {failed} of {solution.converged.numel()} systems are above tolerance "
+            f"after {int(solution.steps.max())} steps (largest residual {float(solution.residual.max()):.2e}). "
+            f"{_ADVICE[name]}"
+        )
+        if self.on_failure == "raise":
+            raise ConvergenceError(message)
+        self._said.add(name)
+        warnings.warn(f"{message} Said once.", ConvergenceWarning, stacklevel=2)
+
+
+def fixed_point(
+    function: maps.MapFunction | nn.Module,
+    y0: Tensor,
+    args: tuple[Tensor, ...] = (),
+    *,
+    solver: Solver | None = None,
+    adjoint: Adjoint | None = None,
+    system_ndim: int = 1,
+    on_failure: str = "warn",
+    history: bool = False,
+) -> Solution:
+    """Solve `y = function(y, *args)` and let gradients flow to `args`.
+
+    Args:
+        function: A pure function `(y, *args) -> tensor like y`, or an `nn.Module` with that signature, whose
+            parameters then receive gradients too. It must treat each independent system on its own.
+        y0: Start, `[*systems, ...]`, float.
+        args: Tensors that the map depends on.
+        solver: A solver; `Anderson()` if None.
+        adjoint: `Implicit()` if None, `Unrolled()` or `Phantom()`.
+        system_ndim: How many leading dimensions of y0 count independent systems, each of which stops for itself.
+        on_failure: "warn", "raise" or "ignore" when the tolerance is not met.
+        history: Keep every iterate in `Solution.history`.
+
+    Returns:
+        The solution; its `value` carries the gradient.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If y0 has too few dimensions, the map's result is not like y0, or the map gives NaN or Inf.
+        ConvergenceError: If a solve fails and `on_failure` is "raise".
+
+    Example:
+        >>> import torch
+        >>> a = torch.tensor([0.5], requires_grad=True)
+        >>> y = fixed_point(lambda y, a: torch.cos(a * y), torch.zeros(1, 1), (a,)).value
+        >>> y.sum().backward()
+    """
+    solver, adjoint = Anderson() if solver is None else solver, Implicit() if adjoint is None else adjoint
+    if not isinstance(solver, Solver):
+        raise bad_type("solver", "a solver object such as Anderson()", solver)
+    if not isinstance(adjoint, Adjoint):
+        raise bad_type("adjoint", "Implicit(), Unrolled() or Phantom()", adjoint)
+    if not isinstance(y0, Tensor) or not y0.is_floating_point():
+        raise bad_type("y0", "a floating-point tensor", y0)
+    check_positive("system_ndim", system_ndim, integer=True)
+    if y0.dim() < system_ndim:
+        raise bad_value("y0", f"a tensor with at least system_ndim={system_ndim} dimensions", y0)
+    call, lifted = maps.lift(function, args)
+    problem = Problem(_checked(call), solver, system_ndim, system_ndim, FailureReport(on_failure))
+    return adjoint.apply(problem, y0, lifted, history=history)
+
+
+def _checked(function: maps.MapFunction) -> maps.MapFunction:
+    def call(y: Tensor, *args: Tensor) -> Tensor:
+        out = function(y, *args)
+        if not isinstance(out, Tensor) or out.shape != y.shape:
+            raise bad_value("function", f"a map that returns a tensor of shape {tuple(y.shape)}, like y", out)
+        return out
+
+    return call

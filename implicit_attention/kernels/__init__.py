@@ -1,0 +1,11 @@
+"""Attention with its log-sum-exp: one operation, several implementations.
+
+`attention` is the operation: differentiable twice, forward-mode differentiable, vmappable. The
+implementations never import each other: `reference` is the readable oracle, `chunked` serves every
+option on every device, `flash` calls the stock kernel that PyTorch ships for the CPU.
+"""
+
+from implicit_attention.kernels.attention import attention
+from implicit_attention.kernels.spec import AttentionSpec
+
+__all__ = ["AttentionSpec", "attention"]

@@ -1,0 +1,142 @@
+"""The attention operation: which implementation serves a call, and all its derivatives."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_attention.kernels import chunked, flash
+from implicit_attention.kernels.spec import AttentionSpec
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: AttentionSpec,
+    *,
+    self_score: Tensor | None = None,
+    seeds: Tensor | None = None,
+    terms: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    r"""Return `softmax(scale q k^T + bias) v` and its log-sum-exp, without an N x M matrix.
+
+    Differentiable twice in every float tensor but `seeds`, in forward mode once, and under
+    `torch.func` transforms. The stock flash kernel serves what it can; dropout, learned biases' gradients
+    and devices other than the CPU take the chunked implementation.
+
+    Args:
+        query: `[B, H, N, d]`; row i of the output belongs to it.
+        key: `[B, H, M, d]`, same dtype.
+        value: `[B, H, M, d_v]`, same dtype.
+        spec: Scale, causality, bias terms and dropout.
+        self_score: `[B, H, N]`, replaces `scale q_i . k_i` on the diagonal.
+        seeds: `[B]` int64, one per sample: what the dropout masks are hashed from.
+        terms: The tensors of `spec.terms`, each with leading dimension 1 or B.
+
+    Returns:
+        Output `[B, H, N, d_v]`, zero in rows that see nothing, and log-sum-exp `[B, H, N]` in float32 or
+        wider, not differentiable.
+    """
+    out, lse = _Attention.apply(spec, seeds, query, key, value, self_score, *terms)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(spec: AttentionSpec, seeds: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
+        query, key, value, self_score, *terms = inputs
+        if flash.serves(query, value, spec, self_score):
+            return flash.forward(spec, query, key, value, self_score, tuple(terms))
+        return chunked.forward(spec, seeds, inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.spec, *tensors = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        seeds, *inputs, out, lse = ctx.saved_tensors
+        bias_grad = any(ctx.needs_input_grad[6:])
+        grads = _AttentionGradient.apply(ctx.spec, bias_grad, seeds, out, lse, grad, *inputs)  # type: ignore[no-untyped-call]
+        return (None, None, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
+        seeds, *inputs = ctx.saved_tensors
+        return chunked.jvp(ctx.spec, seeds, tuple(inputs), tangents[2:]), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: AttentionSpec, *tensors: Any) -> Any:
+        batch = _batch_size(tensors[1], in_dims[2])
+        folded = _fold(info.batch_size, batch, tensors, in_dims[1:])
+        out, lse = _Attention.apply(spec, *folded)  # type: ignore[no-untyped-call]
+        return tuple(t.unflatten(0, (info.batch_size, batch)) for t in (out, lse)), (0, 0)
+
+
+class _AttentionGradient(torch.autograd.Function):
+    """The backward pass of `_Attention`, as an operation of its own so that it has a backward pass too."""
+
+    @staticmethod
+    def forward(
+        spec: AttentionSpec,
+        bias_grad: bool,
+        seeds: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        grad: Tensor,
+        *inputs: Any,
+    ) -> tuple[Tensor | None, ...]:
+        query, key, value, self_score, *terms = inputs
+        if bias_grad or not flash.serves(query, value, spec, self_score):
+            return chunked.backward(spec, seeds, grad, inputs)
+        grads = flash.backward(spec, grad, query, key, value, self_score, out, lse, tuple(terms))
+        return (*grads, *(None for _ in terms))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.spec, _, seeds, _, _, *tensors = inputs
+        ctx.save_for_backward(seeds, *tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        seeds, grad, *inputs = ctx.saved_tensors
+        grads = chunked.double_backward(ctx.spec, seeds, grad, tuple(inputs), cotangents)
+        return (None, None, None, None, None, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: AttentionSpec, bias_grad: bool, *tensors: Any) -> Any:
+        batch = _batch_size(tensors[3], in_dims[5])
+        folded = _fold(info.batch_size, batch, tensors, in_dims[2:], per_sample=True)
+        grads = _AttentionGradient.apply(spec, bias_grad, *folded)  # type: ignore[no-untyped-call]
+        unfolded = []
+        for grad, tensor, dim in zip(grads, tensors[4:], in_dims[6:], strict=True):
+            if grad is not None:
+                grad = grad.unflatten(0, (info.batch_size, batch))
+                if _batch_size(tensor, dim) < batch:
+                    grad = grad.sum(1, keepdim=True)
+            unfolded.append(grad)
+        return tuple(unfolded), tuple(None if g is None else 0 for g in unfolded)
+
+
+def _batch_size(tensor: Tensor, dim: int | None) -> int:
+    """The leading dimension of a tensor beneath the dimension that is mapped over."""
+    return tensor.shape[1 if dim == 0 else 0]
+
+
+def _fold(
+    mapped: int, batch: int, tensors: tuple[Any, ...], dims: tuple[Any, ...], *, per_sample: bool = False
+) -> list[Tensor | None]:
+    """Fold a mapped dimension into the batch; `per_sample` expands even what is shared by the batch."""
+    folded: list[Tensor | None] = []
+    for tensor, dim in zip(tensors, dims, strict=True):
+        if tensor is None or (dim is None and tensor.shape[0] == 1 and not per_sample):
+            folded.append(tensor)
+            continue
+        moved = tensor[None] if dim is None else tensor.movedim(dim, 0)
+        folded.append(moved.expand(mapped, batch, *moved.shape[2:]).flatten(0, 1))
+    return folded

@@ -1,0 +1,162 @@
+"""Attention in chunks of rows, each of them the reference: every option, any device, every derivative.
+
+Memory is a few blocks of scores, `[B, H, r, M]` with r rows at a time; the whole matrix never exists.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from implicit_attention.kernels import reference
+from implicit_attention.kernels.spec import AttentionSpec
+
+Inputs = tuple[Tensor | None, ...]  # query, key, value, self_score or None, then one tensor per bias term
+
+
+def forward(spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return output `[B, H, N, d_v]` and log-sum-exp `[B, H, N]`; arguments as in `attention`."""
+    outs, lses = zip(*(_attend(spec, seeds, inputs, *chunk) for chunk in _chunks(spec, inputs)), strict=True)
+    return torch.cat(outs, -2), torch.cat(lses, -1)
+
+
+def backward(
+    spec: AttentionSpec, seeds: Tensor | None, grad: Tensor, inputs: Inputs
+) -> tuple[Tensor | None, ...]:
+    """Return the gradient of each input for the cotangent `grad` of the output."""
+    total: list[Tensor | None] = [None] * len(inputs)
+    for chunk in _chunks(spec, inputs):
+        with torch.enable_grad():
+            leaves = _leaves(inputs)
+            out, _ = _attend(spec, seeds, leaves, *chunk)
+            grads = _gradients([out], leaves, [grad[..., chunk[0], :]])
+        total = [_add(a, b) for a, b in zip(total, grads, strict=True)]
+    return tuple(total)
+
+
+def double_backward(
+    spec: AttentionSpec,
+    seeds: Tensor | None,
+    grad: Tensor,
+    inputs: Inputs,
+    cotangents: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Differentiate `backward`: the gradients of `grad` and of each input.
+
+    Args:
+        spec: The call.
+        seeds: `[B]` or None.
+        grad: `[B, H, N, d_v]`, what `backward` was given.
+        inputs: What `backward` was given.
+        cotangents: One for each output of `backward`, None where nothing depends on it.
+    """
+    total: list[Tensor | None] = [None] * (1 + len(inputs))
+    for chunk in _chunks(spec, inputs):
+        with torch.enable_grad():
+            lam, *leaves = _leaves((grad, *inputs))
+            out, _ = _attend(spec, seeds, tuple(leaves), *chunk)
+            assert lam is not None
+            first = _gradients([out], leaves, [lam[..., chunk[0], :]], create_graph=True)
+            used = [(a, b) for a, b in zip(first, cotangents, strict=True) if a is not None and b is not None]
+            second = _gradients([a for a, _ in used], [lam, *leaves], [b for _, b in used])
+        total = [_add(a, b) for a, b in zip(total, second, strict=True)]
+    return tuple(total)
+
+
+def jvp(
+    spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, tangents: Sequence[Tensor | None]
+) -> Tensor:
+    """Return the derivative of the output along `tangents`, `[B, H, N, d_v]`; a None tangent is zero."""
+    query, key, value, self_score, *tensors = inputs
+    dq, dk, dv, d_self, *d_tensors = tangents
+    assert query is not None and key is not None and value is not None
+    outs = []
+    for rows, cols in _chunks(spec, inputs):
+        q, k, v = query[..., rows, :], key[..., cols, :], value[..., cols, :]
+        p, _ = reference.weights(
+            q,
+            k,
+            scale=spec.scale,
+            bias=_bias(spec, tensors, rows, cols, query),
+            self_score=None if self_score is None else self_score[..., rows],
+            first_row=rows.start,
+        )
+        slope = torch.zeros_like(p)
+        if dq is not None:
+            slope = slope + spec.scale * (dq[..., rows, :] @ k.mT)
+        if dk is not None:
+            slope = slope + spec.scale * (q @ dk[..., cols, :].mT)
+        if self_score is not None:
+            own = torch.zeros_like(slope[..., 0]) if d_self is None else d_self[..., rows].to(slope.dtype)
+            slope = torch.diagonal_scatter(slope, own, rows.start, dim1=-2, dim2=-1)
+        for term, tangent in zip(spec.terms, d_tensors, strict=True):
+            if tangent is not None:
+                slope = slope + term.block(tangent, rows, cols).to(slope.dtype)
+        keep = spec.keep(seeds, query.shape[1], rows, cols, p)
+        dp = p * (slope - (p * slope).sum(-1, keepdim=True))
+        out = (dp if keep is None else dp * keep).to(v.dtype) @ v
+        if dv is not None:
+            out = out + (p if keep is None else p * keep).to(v.dtype) @ dv[..., cols, :]
+        outs.append(out)
+    return torch.cat(outs, -2)
+
+
+def weights(spec: AttentionSpec, inputs: Inputs) -> Tensor:
+    """Return the whole attention matrix `[B, H, N, M]` before dropout, for those who ask to see it."""
+    query, key, _, self_score, *tensors = inputs
+    assert query is not None and key is not None
+    rows, cols = slice(0, query.shape[-2]), slice(0, key.shape[-2])
+    bias = _bias(spec, tensors, rows, cols, query)
+    return reference.weights(query, key, scale=spec.scale, bias=bias, self_score=self_score)[0]
+
+
+def _attend(
+    spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, rows: slice, cols: slice
+) -> tuple[Tensor, Tensor]:
+    query, key, value, self_score, *tensors = inputs
+    assert query is not None and key is not None and value is not None
+    return reference.attend(
+        query[..., rows, :],
+        key[..., cols, :],
+        value[..., cols, :],
+        scale=spec.scale,
+        bias=_bias(spec, tensors, rows, cols, query),
+        self_score=None if self_score is None else self_score[..., rows],
+        keep=spec.keep(seeds, query.shape[1], rows, cols, query),
+        first_row=rows.start,
+    )
+
+
+def _bias(
+    spec: AttentionSpec, tensors: Sequence[Tensor | None], rows: slice, cols: slice, query: Tensor
+) -> Tensor | None:
+    return spec.bias(tuple(t for t in tensors if t is not None), rows, cols, query)
+
+
+def _chunks(spec: AttentionSpec, inputs: Inputs) -> Iterator[tuple[slice, slice]]:
+    query, key = inputs[:2]
+    assert query is not None and key is not None
+    return iter(spec.chunks(query, key))
+
+
+def _leaves(inputs: Inputs) -> Inputs:
+    return tuple(
+        t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs
+    )
+
+
+def _gradients(
+    outputs: list[Tensor], leaves: Sequence[Tensor | None], grads: list[Tensor], *, create_graph: bool = False
+) -> list[Tensor | None]:
+    """Return one gradient per leaf, None for what is not differentiable or does not matter."""
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    if not outputs:
+        return [None] * len(leaves)
+    found = iter(
+        torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True)
+    )
+    return [next(found) if t is not None and t.requires_grad else None for t in leaves]
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

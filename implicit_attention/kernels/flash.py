@@ -1,0 +1,148 @@
+"""The stock flash kernel for the CPU: tiled attention that returns its log-sum-exp.
+
+Dao, Fu, Ermon, Rudra and Re, "FlashAttention", arXiv 2205.14135 (2022). Its backward pass needs only the
+final output and log-sum-exp, so parts of a softmax can be computed, merged and differentiated apart.
+"""
+
+import torch
+from torch import Tensor
+
+from implicit_attention.kernels.spec import AttentionSpec
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def serves(query: Tensor, value: Tensor, spec: AttentionSpec, self_score: Tensor | None) -> bool:
+    """Return whether the stock kernel can compute this call (its backward knows no bias gradient)."""
+    return (
+        query.device.type == "cpu"
+        and query.shape[-1] == value.shape[-1]
+        and query.numel() > 0
+        and value.numel() > 0
+        and spec.dropout == 0.0
+        and (self_score is None or not spec.terms)
+    )
+
+
+def forward(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    self_score: Tensor | None,
+    tensors: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """Return output `[B, H, N, d]` and log-sum-exp `[B, H, N]`; arguments as in `attention`."""
+    query, key, value = _rows_contiguous(query, key, value)
+    if self_score is not None:
+        return _forward_merging_diagonal(spec, query, key, value, self_score)
+    if not spec.terms:
+        out, lse = _forward(query, key, value, 0.0, spec.is_causal, scale=spec.scale)
+        return out, lse
+    outs, lses = [], []
+    for rows, cols in spec.chunks(query, key):
+        bias = _bias(spec, tensors, rows, cols, query)
+        k, v = key[..., cols, :], value[..., cols, :]
+        out, lse = _forward(query[..., rows, :], k, v, attn_mask=bias, scale=spec.scale)
+        unseen = torch.isneginf(bias).all(-1)  # the stock kernel gives those rows zeros, and lse = 0
+        outs.append(out)
+        lses.append(lse.masked_fill(unseen, -torch.inf))
+    return torch.cat(outs, -2), torch.cat(lses, -1)
+
+
+def backward(
+    spec: AttentionSpec,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    self_score: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    tensors: tuple[Tensor, ...],
+) -> Gradients:
+    """Return the gradients of query, key, value and (where there is one) self score."""
+    grad, query, key, value = _rows_contiguous(grad, query, key, value)
+    if self_score is not None:
+        return _backward_splitting_diagonal(spec, grad, query, key, value, self_score, out, lse)
+    if not spec.terms:
+        dq, dk, dv = _backward(grad, query, key, value, out, lse, 0.0, spec.is_causal, scale=spec.scale)
+        return dq, dk, dv, None
+    lse = lse.masked_fill(torch.isneginf(lse), 0.0)
+    d_query, d_key, d_value = [], torch.zeros_like(key), torch.zeros_like(value)
+    for rows, cols in spec.chunks(query, key):
+        bias = _bias(spec, tensors, rows, cols, query)
+        dq, dk, dv = _backward(
+            *(t[..., rows, :] for t in (grad, query)),
+            *(t[..., cols, :] for t in (key, value)),
+            *(out[..., rows, :], lse[..., rows].contiguous(), 0.0, False),
+            attn_mask=bias,
+            scale=spec.scale,
+        )
+        d_query.append(dq)
+        d_key[..., cols, :] += dk
+        d_value[..., cols, :] += dv
+    return torch.cat(d_query, -2), d_key, d_value, None
+
+
+def _forward_merging_diagonal(
+    spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, self_score: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attend strictly below the diagonal, then let each row see itself with the score given for it."""
+    out, lse = value.clone(), self_score.to(_wide(query.dtype), copy=True)
+    n = query.shape[-2]
+    if n > 1:
+        below, below_lse = _forward(
+            query[..., 1:, :], key[..., :-1, :], value[..., :-1, :], 0.0, True, scale=spec.scale
+        )
+        weight = torch.sigmoid(lse[..., 1:] - below_lse)[..., None].to(value.dtype)
+        out[..., 1:, :] = torch.lerp(below, value[..., 1:, :], weight)
+        lse[..., 1:] = torch.logaddexp(lse[..., 1:], below_lse)
+    return out, lse
+
+
+def _backward_splitting_diagonal(
+    spec: AttentionSpec,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    self_score: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> Gradients:
+    """Differentiate both parts of `_forward_merging_diagonal` under the merged output and log-sum-exp."""
+    weight = torch.exp(self_score.to(lse.dtype) - lse)[..., None].to(value.dtype)  # [B, H, N, 1]
+    d_score = (weight * grad * (value - out)).sum(-1).to(self_score.dtype)
+    d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), weight * grad
+    if query.shape[-2] > 1:
+        dq, dk, dv = _backward(
+            *(grad[..., 1:, :], query[..., 1:, :], key[..., :-1, :], value[..., :-1, :]),
+            *(out[..., 1:, :], lse[..., 1:].contiguous(), 0.0, True),
+            scale=spec.scale,
+        )
+        d_query[..., 1:, :] = dq
+        d_key[..., :-1, :] = dk
+        d_value[..., :-1, :] += dv
+    return d_query, d_key, d_value, d_score
+
+
+def _bias(
+    spec: AttentionSpec, tensors: tuple[Tensor, ...], rows: slice, cols: slice, query: Tensor
+) -> Tensor:
+    bias = spec.bias(tensors, rows, cols, query)
+    if bias is None:  # cannot be: there are terms
+        raise RuntimeError("the attention call has bias terms that made no bias")
+    return bias.expand(*bias.shape[:2], rows.stop - rows.start, cols.stop)
+
+
+def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """The stock kernel reads any strides but those of the last dimension."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

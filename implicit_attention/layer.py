@@ -1,0 +1,467 @@
+"""The two modules: the seed, exactly, and the equilibrium with all its options."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from implicit_attention import maps, masks
+from implicit_attention.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
+from implicit_attention.attention_map import AttentionMap, QueryMap, rms_norm, split_heads
+from implicit_attention.errors import (
+    NonFiniteError,
+    bad_type,
+    bad_value,
+    check_choice,
+    check_positive,
+    first_non_finite,
+)
+from implicit_attention.fixed_point import FailureReport
+from implicit_attention.kernels import AttentionSpec
+from implicit_attention.kernels.spec import BiasTerm
+from implicit_attention.positions import Positions, make_positions, rotate
+from implicit_attention.solvers import Anderson, Solution, Solver
+
+_ADJOINTS = {"implicit": Implicit, "unrolled": Unrolled, "phantom": Phantom}
+
+
+class Equation(NamedTuple):
+    """The fixed-point equation that a layer solves for given inputs: `y = function(y, *args)`.
+
+    Attributes:
+        function: The map.
+        args: Its tensors, differentiable in the layer's parameters and inputs.
+        start: Where solvers start, the values `[B, N, D]`.
+    """
+
+    function: AttentionMap
+    args: tuple[Tensor, ...]
+    start: Tensor
+
+
+class ImplicitQueryAttentionLinearV(nn.Module):
+    r"""Implicit-query attention as first written: a fixed number of Picard steps, unrolled.
+
+    `y <- softmax(K (Omega_Q y)^T / sqrt(D)) V`, `n_iters` times from `y = V`, with `K = W_K x` and
+    `V = Omega_V x`. Autograd goes through every step. Scores are never stored: each step is one flash call.
+
+    For an equilibrium with a tolerance, heads, masks and implicit gradients use `ImplicitQueryAttention`.
+    """
+
+    def __init__(self, embed_dim: int, n_iters: int = 10) -> None:
+        """Make the layer.
+
+        Args:
+            embed_dim: Size D of a token.
+            n_iters: Number of steps, at least 0.
+
+        Raises:
+            TypeError: If an argument is no integer.
+            ValueError: If it is out of range.
+        """
+        super().__init__()
+        check_positive("embed_dim", embed_dim, integer=True)
+        check_positive("n_iters", n_iters, integer=True, zero=True)
+        self.embed_dim = embed_dim
+        self.n_iters = n_iters
+        self.Omega_Q = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.W_K = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.Omega_V = nn.Linear(embed_dim, embed_dim, bias=False)
+
+    def forward(self, x: Tensor, track: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Return the output, and with `track` also every iterate.
+
+        Args:
+            x: Input `[..., N, D]`, of the parameters' dtype and device.
+            track: Whether to return the history.
+
+        Returns:
+            `y` `[..., N, D]`, or `(y, y_history)` with `n_iters + 1` iterates, the first of them V.
+
+        Raises:
+            TypeError: If x is no float tensor of the parameters' dtype.
+            ValueError: If its shape or device does not fit, or x or a weight holds NaN or Inf.
+        """
+        _check_input("x", x, self.W_K.weight, self.embed_dim, any_lead=True)
+        key, value = self.W_K(x), self.Omega_V(x)
+        spec = AttentionSpec(self.embed_dim**-0.5)
+        function = AttentionMap(spec, QueryMap(1), True, ("key", "value", "weight"))
+        lead = x.shape[:-2]
+        flat = value.reshape(-1, *x.shape[-2:])
+        args = (key.reshape(-1, 1, *x.shape[-2:]), flat[:, None], self.Omega_Q.weight.to(key.dtype))
+        y = flat
+        history = [value.clone()] if track else None
+        for _ in range(self.n_iters):
+            y = function(y, *args)
+            if history is not None:
+                history.append(y.reshape(*lead, *x.shape[-2:]).clone())
+        y = y.reshape(*lead, *x.shape[-2:])
+        if not maps.transforms_active() and not bool(torch.isfinite(y).all()):
+            raise _non_finite({"x": x, **dict(self.named_parameters())})
+        return y if history is None else (y, history)
+
+    def extra_repr(self) -> str:
+        """Return the settings, for `print`."""
+        return f"embed_dim={self.embed_dim}, n_iters={self.n_iters}"
+
+
+class ImplicitQueryAttention(nn.Module):
+    r"""Attention whose queries are made from its own output, solved to its equilibrium.
+
+    `y = softmax(K (Omega_Q y)^T * scale) V` with `K = W_K x`, `V = Omega_V x`: row i belongs to key i, the
+    softmax runs over the queries of all tokens j. The defaults are the seed's map; every option widens it.
+    Gradients flow whenever autograd is on, in eval mode too.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int = 1,
+        *,
+        is_causal: bool = False,
+        self_query: str = "output",
+        normalize_over: str = "queries",
+        query_input: bool = False,
+        qk_norm: bool = False,
+        positions: str | Positions | None = None,
+        values: str = "linear",
+        out_proj: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        solver: str | Solver = "auto",
+        adjoint: str | Adjoint = "implicit",
+        on_failure: str = "warn",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the layer.
+
+        Args:
+            embed_dim: Size D of a token, a multiple of `num_heads`.
+            num_heads: H; heads see slices of keys, queries and values, and mix through `Omega_Q`.
+            is_causal: Row i sees columns j <= i.
+            self_query: Under a causal mask, what the query of column j = i is made from in row i: "output",
+                the unknown y_i, or "input", the start v_i (then the equilibrium is unique, whatever the weights).
+            normalize_over: "queries" (the seed), or "keys": rows are queries against keys of the input, the
+                conventional orientation, where tokens decouple; cross-attention exists only there.
+            query_input: Queries are `Omega_Q y + W_Q x`.
+            qk_norm: RMS norm of keys and queries over the head dimension, with one learned temperature per head.
+            positions: None, "rope", "alibi", "relative" or a `Positions` object.
+            values: "linear", `V = Omega_V x`, or "identity", `V = x`.
+            out_proj: A linear map after the equilibrium.
+            bias: Biases on all linear maps (with `query_input`, queries get theirs from `W_Q`).
+            dropout: Probability of dropping an attention weight in training; one mask for a whole solve.
+            scale: Factor on the scores; `(D / H) ** -0.5` if None.
+            solver: "auto" (`Anderson()`), or a solver object.
+            adjoint: "implicit", "unrolled", "phantom", or `Implicit(...)`, `Unrolled(...)`, `Phantom(...)`.
+            on_failure: "warn" (once), "raise" or "ignore" when a solve misses its tolerance.
+            device: Device of the parameters.
+            dtype: Their dtype.
+
+        Raises:
+            TypeError: If an argument is of the wrong type.
+            ValueError: If a value is unknown, out of range, or without effect next to the others.
+
+        Reference:
+            Iterated retrieval with queries as state: Ramsauer et al., "Hopfield Networks is All You Need",
+            arXiv 2008.02217. Equilibria as layers: Bai, Kolter and Koltun, arXiv 1909.01377. Attention to a
+            layer's own outputs: the Recurrent Transformer, arXiv 2604.21215.
+        """
+        super().__init__()
+        check_positive("embed_dim", embed_dim, integer=True)
+        check_positive("num_heads", num_heads, integer=True)
+        if embed_dim % num_heads:
+            raise bad_value("num_heads", f"a divisor of embed_dim={embed_dim}", num_heads)
+        check_choice("self_query", self_query, ("output", "input"))
+        check_choice("normalize_over", normalize_over, ("queries", "keys"))
+        check_choice("values", values, ("linear", "identity"))
+        if self_query == "input" and not (is_causal and normalize_over == "queries"):
+            raise bad_value(
+                "self_query", '"output" unless is_causal=True and normalize_over="queries"', self_query,
+                "Elsewhere no column j = i is set apart, and the option would have no effect.",
+            )  # fmt: skip
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise bad_value("dropout", "a number in [0, 1)", dropout)
+        if scale is not None:
+            check_positive("scale", scale)
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.is_causal, self.self_query, self.normalize_over = bool(is_causal), self_query, normalize_over
+        self.query_input, self.qk_norm, self.values = bool(query_input), bool(qk_norm), values
+        self.dropout, self.scale = float(dropout), self.head_dim**-0.5 if scale is None else float(scale)
+        self.solver, self.adjoint = _make_solver(solver), _make_adjoint(adjoint)
+        self._report = FailureReport(on_failure)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.Omega_Q = nn.Linear(embed_dim, embed_dim, bias=bias and not query_input, **where)
+        self.W_K = nn.Linear(embed_dim, embed_dim, bias=bias, **where)
+        self.Omega_V = nn.Linear(embed_dim, embed_dim, bias=bias, **where) if values == "linear" else None
+        self.W_Q = nn.Linear(embed_dim, embed_dim, bias=bias, **where) if query_input else None
+        self.temperature = nn.Parameter(torch.ones(num_heads, **where)) if qk_norm else None
+        self.positions = make_positions(positions, num_heads, self.head_dim)
+        if self.positions is not None:
+            self.positions.to(**where)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **where) if out_proj else None
+
+    @property
+    def on_failure(self) -> str:
+        """What happens when a solve misses its tolerance: "warn", "raise" or "ignore"."""
+        return self._report.on_failure
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        average_attn_weights: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the equilibrium, projected if the layer has an `out_proj`.
+
+        Args:
+            x: Input, `[B, N, D]` or `[N, D]`, of the parameters' dtype and device.
+            context: Where keys and values come from, `[B, M, D]` or `[M, D]`; x if None. Needs
+                `normalize_over="keys"`.
+            attn_mask: `[N, M]`, `[B * H, N, M]` or `[B, H, N, M]`: bool, **True = hidden**, or float, added to
+                the scores. Rows are output tokens, columns the tokens they see.
+            key_padding_mask: `[B, M]` (or `[M]`): columns hidden from every row; bool or float alike.
+            need_weights: Also return the attention matrix at the equilibrium (the only thing that makes one).
+            average_attn_weights: Average it over the heads.
+
+        Returns:
+            `[B, N, D]` or `[N, D]`, zeros (before `out_proj`) in rows that see nothing; with `need_weights` also
+            `[B, N, M]`, or `[B, H, N, M]` if not averaged (before dropout).
+
+        Raises:
+            TypeError: If a tensor is of the wrong type.
+            ValueError: If a shape, dtype or device does not fit, or an input or weight holds NaN or Inf.
+            ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
+        """
+        equation, batched = self._equation(x, context, attn_mask, key_padding_mask)
+        y = self._solve(equation, {"x": x, "context": context, "attn_mask": attn_mask}).value
+        out = y if self.out_proj is None else self.out_proj(y)
+        if not need_weights:
+            return out if batched else out[0]
+        weights = equation.function.weights(y, *equation.args)
+        weights = weights.mean(1) if average_attn_weights else weights
+        return (out, weights) if batched else (out[0], weights[0])
+
+    def solve(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        history: bool = False,
+    ) -> Solution:
+        """Return the equilibrium before `out_proj`, with residual, steps and convergence.
+
+        Args:
+            x: As in `forward`.
+            context: As in `forward`.
+            attn_mask: As in `forward`.
+            key_padding_mask: As in `forward`.
+            history: Keep every iterate.
+
+        Returns:
+            The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` one per sample `[B]`, or per
+            row `[B, N]` with a causal mask and with `normalize_over="keys"`; no batch for unbatched input.
+
+        Raises:
+            TypeError: As `forward`.
+            ValueError: As `forward`.
+            ConvergenceError: As `forward`.
+        """
+        equation, batched = self._equation(x, context, attn_mask, key_padding_mask)
+        named = {"x": x, "context": context, "attn_mask": attn_mask}
+        solution = self._solve(equation, named, history=history)
+        return solution if batched else _unbatched(solution)
+
+    def equation(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Equation:
+        """Return the equation that `solve` solves, for `fixed_point`, diagnostics or solvers of your own.
+
+        Args:
+            x: As in `forward`; an unbatched input becomes a batch of one.
+            context: As in `forward`.
+            attn_mask: As in `forward`.
+            key_padding_mask: As in `forward`.
+
+        Raises:
+            TypeError: As `forward`.
+            ValueError: As `forward`.
+        """
+        return self._equation(x, context, attn_mask, key_padding_mask)[0]
+
+    def _solve(self, equation: Equation, named: dict[str, Tensor | None], *, history: bool = False) -> Solution:
+        function = equation.function
+        problem = Problem(function, self.solver, function.system_ndim, function.row_ndim, self._report)
+        try:
+            return self.adjoint.apply(problem, equation.start, equation.args, history=history)
+        except NonFiniteError as error:
+            raise _non_finite({**named, **dict(self.named_parameters())}) from error
+
+    def _equation(
+        self, x: Tensor, context: Tensor | None, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+    ) -> tuple[Equation, bool]:
+        """Check the inputs and prepare everything that does not depend on y."""
+        x, context, key_padding_mask, batched = self._check(x, context, key_padding_mask)
+        source = x if context is None else context
+        key = split_heads(self.W_K(source), self.num_heads)
+        dtype = key.dtype
+        value = self._values(source, dtype)
+        start = value if context is None else self._values(x, dtype)
+        if self.temperature is not None:
+            key = rms_norm(key) * self.temperature[:, None, None].to(dtype)
+        tensors = self._query_tensors(x, dtype)
+        if "rotation" in tensors:
+            rotation = tensors["rotation"] if context is None else self._rotation(source, dtype)
+            key = rotate(key, rotation)
+        if set(tensors) == {"weight"} and self.num_heads == 1 and not self.qk_norm:
+            key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
+        tensors |= {"key": key, "value": split_heads(value, self.num_heads)}
+        query_map = QueryMap(self.num_heads, self.qk_norm)
+        if self.self_query == "input":
+            queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
+            tensors["self_score"] = (key * queries).sum(-1) * self.scale
+        terms = self._terms(key, x.shape[-2], attn_mask, key_padding_mask)
+        tensors |= {f"term{i}": tensor for i, (_, tensor) in enumerate(terms)}
+        dropout = self.dropout if self.training else 0.0
+        if dropout:
+            tensors["seeds"] = torch.randint(2**62, x.shape[:1], device=x.device)
+        spec = AttentionSpec(self.scale, self.is_causal, tuple(term for term, _ in terms), dropout)
+        function = AttentionMap(spec, query_map, self.normalize_over == "queries", tuple(tensors))
+        return Equation(function, tuple(tensors.values()), start), batched
+
+    def _values(self, source: Tensor, dtype: torch.dtype) -> Tensor:
+        return source.to(dtype) if self.Omega_V is None else self.Omega_V(source).to(dtype)
+
+    def _query_tensors(self, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of phi, by name."""
+        tensors = {"weight": self.Omega_Q.weight.to(dtype)}
+        if self.Omega_Q.bias is not None:
+            tensors["bias"] = self.Omega_Q.bias.to(dtype)
+        if self.W_Q is not None:
+            tensors["added"] = self.W_Q(x).to(dtype)
+        rotation = self._rotation(x, dtype)
+        return tensors if rotation is None else tensors | {"rotation": rotation}
+
+    def _rotation(self, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
+        if self.positions is None:
+            return None
+        return self.positions.rotation(tokens.shape[-2], tokens.to(dtype))
+
+    def _terms(
+        self, key: Tensor, rows: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+    ) -> list[tuple[BiasTerm, Tensor]]:
+        batch, heads, cols, _ = key.shape
+        terms = masks.mask_terms(
+            attn_mask, key_padding_mask, batch=batch, heads=heads, rows=rows, cols=cols, dtype=key.dtype
+        )
+        bias = None if self.positions is None else self.positions.bias()
+        return terms if bias is None else [*terms, bias]
+
+    def _check(
+        self, x: Tensor, context: Tensor | None, key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
+        """Refuse inputs that do not fit; return them with a batch dimension, and whether they had one."""
+        _check_input("x", x, self.W_K.weight, self.embed_dim)
+        if context is not None:
+            _check_input("context", context, self.W_K.weight, self.embed_dim)
+            if self.normalize_over != "keys":
+                raise bad_value("context", 'None unless normalize_over="keys"', context,
+                                "Rows that belong to keys have no query side of their own to attend from.")  # fmt: skip
+            if context.dim() != x.dim() or context.shape[:-2] != x.shape[:-2]:
+                raise bad_value("context", f"batched like x, {tuple(x.shape)}", context)
+            if self.is_causal and context.shape[-2] != x.shape[-2]:
+                raise bad_value("context", f"as long as x ({x.shape[-2]}) in a causal layer", context,
+                                "Rows and columns are aligned at the first token.")  # fmt: skip
+        if x.dim() == 3:
+            return x, context, key_padding_mask, True
+        if isinstance(key_padding_mask, Tensor) and key_padding_mask.dim() == 1:
+            key_padding_mask = key_padding_mask[None]
+        return x[None], None if context is None else context[None], key_padding_mask, False
+
+    def extra_repr(self) -> str:
+        """Return the settings that are not the default, for `print`."""
+        shown = {
+            "is_causal": (self.is_causal, False),
+            "self_query": (self.self_query, "output"),
+            "normalize_over": (self.normalize_over, "queries"),
+            "qk_norm": (self.qk_norm, False),
+            "values": (self.values, "linear"),
+            "dropout": (self.dropout, 0.0),
+            "scale": (self.scale, self.head_dim**-0.5),
+            "on_failure": (self.on_failure, "warn"),
+        }
+        parts = [f"{self.embed_dim}, num_heads={self.num_heads}"]
+        parts += [f"{name}={value!r}" for name, (value, default) in shown.items() if value != default]
+        return ", ".join([*parts, f"solver={self.solver}", f"adjoint={self.adjoint}"])
+
+
+def _make_solver(solver: str | Solver) -> Solver:
+    if isinstance(solver, Solver):
+        return solver
+    if solver == "auto":
+        return Anderson()
+    raise bad_value("solver", '"auto" or a solver object such as Picard()', solver)
+
+
+def _make_adjoint(adjoint: str | Adjoint) -> Adjoint:
+    if isinstance(adjoint, Adjoint):
+        return adjoint
+    if isinstance(adjoint, str) and adjoint in _ADJOINTS:
+        made: Adjoint = _ADJOINTS[adjoint]()
+        return made
+    raise bad_value("adjoint", '"implicit", "unrolled", "phantom" or an object such as Implicit()', adjoint)
+
+
+def _check_input(name: str, x: object, weight: Tensor, embed_dim: int, *, any_lead: bool = False) -> None:
+    """Refuse what cannot be an input `[B, N, D]` or `[N, D]` (any leading dimensions with `any_lead`)."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise bad_type(name, f"a float tensor [B, N, {embed_dim}]", x)
+    shape_fits = x.dim() >= 2 if any_lead else x.dim() in (2, 3)
+    if not shape_fits or x.shape[-1] != embed_dim:
+        lead = "..." if any_lead else "B"
+        raise bad_value(name, f"of shape [{lead}, N, {embed_dim}] or [N, {embed_dim}]", x,
+                        f"The last dimension must be embed_dim={embed_dim}.")  # fmt: skip
+    if x.shape[-2] == 0:
+        raise bad_value(name, "of at least one token (N >= 1)", x, "An empty sequence has no equilibrium.")
+    if x.device != weight.device:
+        raise bad_value(name, f"on the parameters' device, {weight.device}", x, f"Move it: {name}.to(layer device).")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise bad_type(name, f"of the parameters' dtype, {weight.dtype}", x,
+                       f"Convert it ({name}.to({weight.dtype})) or the layer (layer.to({x.dtype})).")  # fmt: skip
+
+
+def _non_finite(named: dict[str, Tensor | None]) -> ValueError:
+    found = first_non_finite(named)
+    if found is None:
+        return ValueError(
+            "The attention scores overflow though the inputs and weights are finite: scale them down, use "
+            "qk_norm=True, or a wider dtype."
+        )
+    return ValueError(f"{found}: an equilibrium cannot be solved from it. Check what made it.")
+
+
+def _unbatched(solution: Solution) -> Solution:
+    """Drop the batch of one from every part of a solution."""
+    return replace(
+        solution,
+        value=solution.value[0],
+        residual=solution.residual[0],
+        steps=solution.steps[0],
+        converged=solution.converged[0],
+        abs_trace=solution.abs_trace[:, 0],
+        rel_trace=solution.rel_trace[:, 0],
+        history=None if solution.history is None else [y[0] for y in solution.history],
+    )

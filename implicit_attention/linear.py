@@ -1,0 +1,111 @@
+"""Linear algebra on matrices known only by their products: GMRES and the power iteration, batched."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MatVec = Callable[[Tensor], Tensor]  # [S, n] -> [S, n], one matrix per row
+
+
+def gmres(matvec: MatVec, b: Tensor, *, rtol: Tensor | float, restart: int, cycles: int) -> tuple[Tensor, Tensor]:
+    """Solve `A x = b` for every row of `b` by restarted GMRES, from x = 0.
+
+    Args:
+        matvec: Product with A, `[S, n] -> [S, n]`, each row with a matrix of its own.
+        b: Right-hand sides `[S, n]`.
+        rtol: Stop a system when its residual's norm is below `rtol` times the norm of its b; a number or `[S]`.
+        restart: Directions kept in memory, each of the size of b.
+        cycles: How often to restart at most.
+
+    Returns:
+        Solutions `[S, n]` and the norms of their residuals `[S]`.
+
+    Reference:
+        Saad and Schultz, "GMRES", SIAM J. Sci. Stat. Comput. 7 (1986).
+    """
+    x = torch.zeros_like(b)
+    residual = b
+    norm = torch.linalg.vector_norm(b, dim=-1)
+    target = rtol * norm
+    for cycle in range(cycles):
+        if cycle:
+            residual = b - matvec(x)
+            norm = torch.linalg.vector_norm(residual, dim=-1)
+        if bool((norm <= target).all()):
+            break
+        update, norm = _gmres_cycle(matvec, residual, norm, target, restart)
+        x = x + update
+    return x, norm
+
+
+def _gmres_cycle(
+    matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor, restart: int
+) -> tuple[Tensor, Tensor]:
+    """One Arnoldi sweep: the correction and the residual's norm after it, as the rotations tell it."""
+    count, n = residual.shape
+    basis = residual.new_zeros(restart + 1, count, n)
+    basis[0] = residual / norm.clamp_min(_tiny(norm))[:, None]
+    r = residual.new_zeros(count, restart, restart)
+    rotations: list[tuple[Tensor, Tensor]] = []
+    g = residual.new_zeros(count, restart + 1)
+    g[:, 0] = norm
+    used = 0
+    for k in range(restart):
+        w = matvec(basis[k])
+        size = torch.linalg.vector_norm(w, dim=-1)
+        h = residual.new_zeros(count, k + 1)
+        for _ in range(2):  # Gram-Schmidt twice is as good as Householder (Giraud et al. 2005)
+            c = torch.einsum("ksn,sn->sk", basis[: k + 1], w)
+            w = w - torch.einsum("ksn,sk->sn", basis[: k + 1], c)
+            h = h + c
+        below = torch.linalg.vector_norm(w, dim=-1)
+        below = torch.where(below > 10 * torch.finfo(w.dtype).eps * size, below, 0.0)  # the space is exhausted
+        basis[k + 1] = torch.where(below > 0, 1.0 / below.clamp_min(_tiny(below)), 0.0)[:, None] * w
+        for i, (cos, sin) in enumerate(rotations):
+            upper, lower = h[:, i].clone(), h[:, i + 1].clone()
+            h[:, i], h[:, i + 1] = cos * upper + sin * lower, cos * lower - sin * upper
+        radius = torch.hypot(h[:, k], below)
+        safe = radius.clamp_min(_tiny(radius))
+        cos, sin = torch.where(radius > 0, h[:, k] / safe, 1.0), torch.where(radius > 0, below / safe, 0.0)
+        rotations.append((cos, sin))
+        r[:, : k + 1, k] = h
+        r[:, k, k] = radius
+        g[:, k + 1] = -sin * g[:, k]
+        g[:, k] = cos * g[:, k]
+        used = k + 1
+        if bool((g[:, used].abs() <= target).all()):
+            break
+    r, g_top = r[:, :used, :used], g[:, :used]
+    empty = r.diagonal(dim1=-2, dim2=-1) == 0  # a column that added nothing gets no weight
+    r = r + torch.diag_embed(empty.to(r.dtype))
+    weights = torch.linalg.solve_triangular(r, (g_top * ~empty)[..., None], upper=True)[..., 0]
+    return torch.einsum("ksn,sk->sn", basis[:used], weights), g[:, used].abs()
+
+
+def spectral_radius(matvec: MatVec, start: Tensor, *, iterations: int = 50) -> Tensor:
+    """Estimate the largest eigenvalue modulus of every row's matrix by the power iteration.
+
+    The growth is averaged geometrically over the second half of the iterations, so that complex pairs,
+    whose norms oscillate, are estimated too.
+
+    Args:
+        matvec: Product with the matrices, `[S, n] -> [S, n]`.
+        start: Start vectors `[S, n]`, non-zero.
+        iterations: Number of products.
+
+    Returns:
+        `[S]`, a lower estimate that becomes exact as `iterations` grows.
+    """
+    v = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True).clamp_min(_tiny(start))
+    logs = []
+    for _ in range(iterations):
+        v = matvec(v)
+        norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+        v = v / norm.clamp_min(_tiny(norm))
+        logs.append(norm[:, 0].log())
+    return torch.stack(logs[iterations // 2 :]).mean(0).exp()
+
+
+def _tiny(like: Tensor) -> float:
+    return torch.finfo(like.dtype).tiny

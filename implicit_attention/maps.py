@@ -1,0 +1,101 @@
+"""A map `y -> F(y, *args)` and its derivatives, made from any function by automatic differentiation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from implicit_attention.errors import bad_type
+
+MapFunction = Callable[..., Tensor]  # (y, *args) -> tensor like y
+
+
+class Linearization:
+    """One evaluation of a map, kept with its graph: the value, and products with its Jacobian's transpose.
+
+    The graph holds what a single application of the map saves, so keeping it costs no second evaluation.
+
+    Attributes:
+        y: Where the map was linearised.
+        value: `F(y, *args)`, detached.
+    """
+
+    def __init__(self, function: MapFunction, y: Tensor, args: Sequence[Tensor], needs: Sequence[bool]) -> None:
+        """Evaluate the map.
+
+        Args:
+            function: The map.
+            y: Point, any shape.
+            args: The other arguments of the map.
+            needs: For each of `args`, whether its gradient will be asked for.
+        """
+        with torch.enable_grad():
+            self.y = y.detach().requires_grad_()
+            self._args = [a.detach().requires_grad_(n) for a, n in zip(args, needs, strict=True)]
+            self._output = function(self.y, *self._args)
+        self.value = self._output.detach()
+
+    def vjp(self, lam: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return `lam^T dF/dy` and the list of `lam^T dF/darg` (None where not needed or without effect)."""
+        wanted = [self.y, *(a for a in self._args if a.requires_grad)]
+        if not self._output.requires_grad:
+            return torch.zeros_like(self.y), [None] * len(self._args)
+        dy, *rest = torch.autograd.grad(self._output, wanted, lam, retain_graph=True, allow_unused=True)
+        found = iter(rest)
+        by_arg = [next(found) if a.requires_grad else None for a in self._args]
+        return (torch.zeros_like(self.y) if dy is None else dy), by_arg
+
+    def captured(self) -> Tensor | None:
+        """Return a leaf that the map reaches through a closure rather than through its arguments."""
+        known = {id(self.y), *(id(a) for a in self._args)}
+        seen, stack = set(), [self._output.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                return leaf  # type: ignore[no-any-return]
+            stack.extend(n for n, _ in node.next_functions)
+        return None
+
+
+def jvp(function: MapFunction, y: Tensor, tangent: Tensor) -> Tensor:
+    """Return the product of the Jacobian of `function` at `y` with `tangent`, by forward-mode autodiff."""
+    _, out = torch.func.jvp(function, (y,), (tangent,))
+    return out  # type: ignore[no-any-return]
+
+
+def lift(function: MapFunction | nn.Module, args: tuple[Tensor, ...]) -> tuple[MapFunction, tuple[Tensor, ...]]:
+    """Return the map as a pure function, with a module's parameters and buffers among the arguments.
+
+    Args:
+        function: A pure function of `(y, *args)`, or a module whose forward has that signature.
+        args: Its arguments after y.
+
+    Raises:
+        TypeError: If `function` cannot be called, or an argument is no tensor.
+    """
+    if not callable(function):
+        raise bad_type("function", "a callable (y, *args) -> tensor like y", function)
+    for i, arg in enumerate(args):
+        if not isinstance(arg, Tensor):
+            raise bad_type(f"args[{i}]", "a tensor", arg, "Close over anything that is not one.")
+    if not isinstance(function, nn.Module):
+        return function, args
+    module, count = function, len(args)
+    state = dict(module.named_parameters()) | dict(module.named_buffers())
+
+    def call(y: Tensor, *rest: Tensor) -> Tensor:
+        named = dict(zip(state, rest[count:], strict=True))
+        return torch.func.functional_call(module, named, (y, *rest[:count]))  # type: ignore[no-any-return]
+
+    return call, (*args, *state.values())
+
+
+def transforms_active() -> bool:
+    """Return whether a `torch.func` transform (grad, vmap, jvp ...) is being applied around the caller."""
+    active: Any = torch._C._are_functorch_transforms_active()
+    return bool(active)

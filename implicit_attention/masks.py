@@ -1,0 +1,80 @@
+"""Who may see whom: the masks of a layer as bias terms of the attention operation.
+
+In the layer a boolean mask says **True = hidden**, as in `nn.MultiheadAttention`; PyTorch's
+`scaled_dot_product_attention` says the opposite.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from implicit_attention.errors import bad_type, bad_value
+from implicit_attention.kernels.spec import BiasTerm
+
+
+@dataclass(frozen=True)
+class AdditiveMask:
+    """A bias term made from a tensor `[b, h, N or 1, M]`: added if it is float, hiding where True if bool."""
+
+    def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
+        """Return the mask of a block as an additive bias `[b, h, r or 1, c]`."""
+        part = tensor[..., rows, cols] if tensor.shape[-2] > 1 else tensor[..., cols]
+        if part.dtype != torch.bool:
+            return part
+        return torch.zeros(part.shape, device=part.device).masked_fill(part, -torch.inf)
+
+
+def mask_terms(
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    *,
+    batch: int,
+    heads: int,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+) -> list[tuple[BiasTerm, Tensor]]:
+    """Check the masks of a call and return them as bias terms with their tensors.
+
+    Args:
+        attn_mask: `[N, M]`, `[B * H, N, M]` or `[B, H, N, M]`; bool (True = hidden) or float (added).
+        key_padding_mask: `[B, M]`: which columns are hidden from every row; bool or float.
+        batch: B.
+        heads: H.
+        rows: N.
+        cols: M.
+        dtype: That of the inputs; a float mask may also be float32.
+
+    Returns:
+        Terms and their tensors, `[1 or B, 1 or H, 1 or N, M]`.
+
+    Raises:
+        TypeError: If a mask is neither bool nor float.
+        ValueError: If its shape does not fit or it holds NaN or +Inf.
+    """
+    found: list[tuple[BiasTerm, Tensor]] = []
+    if attn_mask is not None:
+        _check_mask("attn_mask", attn_mask)
+        shapes = {(rows, cols): (1, 1), (batch * heads, rows, cols): (batch, heads)}
+        shapes[batch, heads, rows, cols] = (batch, heads)
+        lead = shapes.get(tuple(attn_mask.shape))
+        if lead is None:
+            raise bad_value(
+                "attn_mask",
+                f"of shape ({rows}, {cols}), ({batch * heads}, {rows}, {cols}) or ({batch}, {heads}, {rows}, {cols})",
+                attn_mask,
+                "Its rows are output tokens, its columns the tokens they may see.",
+            )
+        found.append((AdditiveMask(), attn_mask.reshape(*lead, rows, cols)))
+    if key_padding_mask is not None:
+        _check_mask("key_padding_mask", key_padding_mask)
+        if tuple(key_padding_mask.shape) != (batch, cols):
+            raise bad_value("key_padding_mask", f"of shape ({batch}, {cols})", key_padding_mask)
+        found.append((AdditiveMask(), key_padding_mask[:, None, None, :]))
+    return [(t, m if m.dtype == torch.bool else m.to(dtype)) for t, m in found]
+
+
+def _check_mask(name: str, mask: object) -> None:
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise bad_type(name, "a bool tensor (True = hidden) or a float tensor (added to the scores)", mask)

@@ -1,0 +1,184 @@
+"""Where a token stands: rotary positions on queries and keys, or a bias on the scores."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from implicit_attention.errors import bad_type, bad_value, check_positive
+from implicit_attention.kernels.spec import BiasTerm
+
+
+class Positions(nn.Module, ABC):
+    """Base of the position encodings. Rows and columns are counted from the same origin."""
+
+    @abstractmethod
+    def rotation(self, length: int, like: Tensor) -> Tensor | None:
+        """Return what `rotate` applies to queries and keys, None if they stay as they are.
+
+        Args:
+            length: Number of tokens.
+            like: Tensor whose dtype and device the result takes.
+
+        Returns:
+            `[2, length, d / 2]` (cosines and sines) or None.
+        """
+
+    @abstractmethod
+    def bias(self) -> tuple[BiasTerm, Tensor] | None:
+        """Return a bias term and its tensor `[1, ...]`, None if the scores get none."""
+
+
+class Rotary(Positions):
+    """Rotary positions: pair (i, i + d/2) of a query or key turns by `position * base^(-2 i / d)`.
+
+    Reference:
+        Su et al., "RoFormer", arXiv 2104.09864 (2021).
+    """
+
+    def __init__(self, head_dim: int, base: float = 10000.0) -> None:
+        """Make the encoding.
+
+        Args:
+            head_dim: Size d of a head, even.
+            base: The slowest turn has a period of about `2 pi base`.
+        """
+        super().__init__()
+        check_positive("head_dim", head_dim, integer=True)
+        check_positive("base", base)
+        if head_dim % 2:
+            raise bad_value("head_dim", "even for rotary positions", head_dim, "Change embed_dim or num_heads.")
+        self.head_dim, self.base = head_dim, base
+
+    def rotation(self, length: int, like: Tensor) -> Tensor:
+        """Return cosines and sines, `[2, length, d / 2]`."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        i = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=like.device)
+        turns = torch.arange(length, dtype=torch.float64, device=like.device)[:, None]
+        angles = turns * self.base ** (-i / self.head_dim)
+        return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
+    def bias(self) -> None:
+        """Return None: scores get no bias."""
+
+    def extra_repr(self) -> str:
+        """Return the settings, for `print`."""
+        return f"head_dim={self.head_dim}, base={self.base}"
+
+
+def rotate(t: Tensor, rotation: Tensor) -> Tensor:
+    """Turn `[..., N, d]` by `rotation` `[2, N, d / 2]`."""
+    cos, sin = rotation.unbind(0)
+    a, b = t.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class _DistanceSlope:
+    def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
+        """`-slope_h |i - j|` for slopes `[1, H]`."""
+        return -tensor[..., None, None] * _offsets(rows, cols, tensor.device).abs()
+
+
+@dataclass(frozen=True)
+class _OffsetTable:
+    max_distance: int
+
+    def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
+        """Look up `i - j`, clipped to the table, in `[1, H, 2 max_distance + 1]`."""
+        offsets = _offsets(rows, cols, tensor.device).clamp(-self.max_distance, self.max_distance)
+        return tensor[..., offsets + self.max_distance]
+
+
+def _offsets(rows: slice, cols: slice, device: torch.device) -> Tensor:
+    i = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    return i - torch.arange(cols.start, cols.stop, device=device)
+
+
+class ALiBi(Positions):
+    """A fixed penalty on distance, `-m_h |i - j|`, with the geometric slopes of the paper.
+
+    Reference:
+        Press, Smith and Lewis, "Train Short, Test Long", arXiv 2108.12409 (2021).
+    """
+
+    slopes: Tensor
+
+    def __init__(self, num_heads: int) -> None:
+        """Make the encoding.
+
+        Args:
+            num_heads: Number of heads; each has a slope.
+        """
+        super().__init__()
+        check_positive("num_heads", num_heads, integer=True)
+        power = 2 ** math.floor(math.log2(num_heads))
+        slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+        slopes += [2 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
+        self.register_buffer("slopes", torch.tensor(slopes), persistent=False)
+
+    def rotation(self, length: int, like: Tensor) -> None:
+        """Return None: queries and keys stay as they are."""
+
+    def bias(self) -> tuple[BiasTerm, Tensor]:
+        """Return the distance penalty and the slopes `[1, H]`."""
+        return _DistanceSlope(), self.slopes[None]
+
+
+class RelativeBias(Positions):
+    """A learned bias per head for each offset i - j, clipped to a maximum distance; zero at first.
+
+    Reference:
+        Raffel et al., "T5", arXiv 1910.10683 (2020), with one entry per offset in place of buckets.
+    """
+
+    def __init__(self, num_heads: int, max_distance: int = 128) -> None:
+        """Make the encoding.
+
+        Args:
+            num_heads: Number of heads; each has a table.
+            max_distance: Offsets beyond it share the table's last entries.
+        """
+        super().__init__()
+        check_positive("num_heads", num_heads, integer=True)
+        check_positive("max_distance", max_distance, integer=True)
+        self.max_distance = max_distance
+        self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1))
+
+    def rotation(self, length: int, like: Tensor) -> None:
+        """Return None: queries and keys stay as they are."""
+
+    def bias(self) -> tuple[BiasTerm, Tensor]:
+        """Return the look-up and the table `[1, H, 2 max_distance + 1]`."""
+        return _OffsetTable(self.max_distance), self.table[None]
+
+    def extra_repr(self) -> str:
+        """Return the settings, for `print`."""
+        return f"num_heads={self.table.shape[0]}, max_distance={self.max_distance}"
+
+
+def make_positions(positions: "str | Positions | None", num_heads: int, head_dim: int) -> Positions | None:
+    """Return the encoding that a layer's `positions` argument names.
+
+    Args:
+        positions: None, "rope", "alibi", "relative", or an encoding.
+        num_heads: Heads of the layer.
+        head_dim: Size of a head.
+
+    Raises:
+        TypeError: If it is neither a name nor an encoding.
+        ValueError: If the name is unknown, or head_dim is odd for rotary positions.
+    """
+    if positions is None or isinstance(positions, Positions):
+        return positions
+    if not isinstance(positions, str):
+        raise bad_type("positions", 'None, "rope", "alibi", "relative" or a Positions object', positions)
+    if positions == "rope":
+        return Rotary(head_dim)
+    if positions == "alibi":
+        return ALiBi(num_heads)
+    if positions == "relative":
+        return RelativeBias(num_heads)
+    raise bad_value("positions", 'None, "rope", "alibi" or "relative", or a Positions object', positions)

@@ -1,0 +1,86 @@
+"""Anderson acceleration: the combination of recent steps whose residual is smallest, if it helps."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_attention.errors import bad_value, check_positive
+from implicit_attention.solvers.base import Solver, System
+from implicit_attention.solvers.safeguard import Safeguard
+
+
+class _State(NamedTuple):
+    y: Tensor | None  # previous iterate [S, n]
+    residual: Tensor | None  # and its residual
+    dy: Tensor  # differences of iterates [m, S, n]
+    dr: Tensor  # differences of residuals [m, S, n]
+    count: int
+    guard: Safeguard
+
+
+@dataclass(frozen=True)
+class Anderson(Solver):
+    r"""`y <- y + b r - (dY + b dR) g`, where `r = F(y) - y` and `g` minimises `|r - dR g|`.
+
+    The differences are scaled to unit length and the least-squares problem is regularised, so it is never
+    singular; when a residual grows beyond twice the best one, the system returns to its best iterate and
+    restarts from there with a shorter, plain step.
+
+    Attributes:
+        memory: Differences remembered, m; memory of the solve is `(2 m + 5)` iterates.
+        mixing: b above, in (0, 1].
+        regularization: Added to the unit diagonal of the normal equations; None for ten roundings.
+
+    Reference:
+        Anderson, J. ACM 12 (1965); Walker and Ni, SIAM J. Numer. Anal. 49 (2011), type II; as a DEQ solver:
+        Bai, Koltun and Kolter (2020), torchdeq (Geng and Kolter, arXiv 2310.18605).
+    """
+
+    memory: int = 5
+    mixing: float = 1.0
+    regularization: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        super().__post_init__()
+        check_positive("memory", self.memory, integer=True)
+        check_positive("mixing", self.mixing)
+        if self.mixing > 1:
+            raise bad_value("mixing", "in (0, 1]", self.mixing)
+        if self.regularization is not None:
+            check_positive("regularization", self.regularization)
+
+    def init(self, y: Tensor) -> _State:
+        """Return the state before the first step."""
+        empty = y.new_zeros(0, *y.shape)
+        return _State(None, None, empty, empty, 0, Safeguard.init(y))
+
+    def step(self, system: System, y: Tensor, f: Tensor, state: _State, active: Tensor) -> tuple[Tensor, _State]:
+        """Return the accelerated iterate."""
+        residual = f - y
+        guard, restart, back = state.guard.check(y, residual)
+        dy, dr = state.dy, state.dr
+        if state.y is not None and state.residual is not None:
+            dy = torch.cat([dy[-self.memory + 1 :] if self.memory > 1 else dy[:0], (y - state.y)[None]])
+            dr = torch.cat([dr[-self.memory + 1 :] if self.memory > 1 else dr[:0], (residual - state.residual)[None]])
+            keep = ~restart[None, :, None]
+            dy, dr = dy * keep, dr * keep
+        proposal = y + self.mixing * residual
+        if len(dr):
+            gamma = self._weights(dr, residual)
+            proposal = proposal - torch.einsum("msn,sm->sn", dy + self.mixing * dr, gamma)
+        proposal = torch.where(restart[:, None], back, proposal)
+        return proposal, _State(y, residual, dy, dr, state.count + 1, guard)
+
+    def _weights(self, dr: Tensor, residual: Tensor) -> Tensor:
+        """Solve the regularised least-squares problem; returns `[S, m]`."""
+        norms = torch.linalg.vector_norm(dr, dim=-1)  # [m, S]
+        inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0).mT
+        gram = torch.einsum("isn,jsn->sij", dr, dr) * inverse[:, :, None] * inverse[:, None, :]
+        right = torch.einsum("msn,sn->sm", dr, residual) * inverse
+        eps = 10 * torch.finfo(dr.dtype).eps if self.regularization is None else self.regularization
+        eye = torch.eye(len(dr), dtype=torch.float64, device=dr.device)
+        solved = torch.linalg.solve(gram.double() + eps * eye, right.double()[..., None])[..., 0]
+        return solved.to(dr.dtype) * inverse

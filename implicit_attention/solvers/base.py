@@ -1,0 +1,265 @@
+"""What every solver shares: the only loop, its stopping rule, its bookkeeping and its result."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from implicit_attention import maps
+from implicit_attention.errors import NonFiniteError, check_positive
+
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve returns, always the same.
+
+    The residual is the largest componentwise difference `|F(value) - value|`: it is measured at the value
+    returned, and means the same whatever the sequence length. An independent system is a sample `[B]`, or a
+    token `[B, N]` where tokens decouple; causal maps report row by row, `[B, N]`.
+
+    Attributes:
+        value: The equilibrium, of the shape and dtype of the start.
+        residual: Absolute residual per system, at `value`.
+        steps: Steps taken per system (for rows of one system: until that row last was above tolerance).
+        converged: Whether the residual is within tolerance, per system.
+        abs_trace: Absolute residual at each iterate, `[steps + 1, *systems]`.
+        rel_trace: The same, relative to the largest component of `F(y)`.
+        evaluations: How often the map or its Jacobian was applied, to the whole batch at once.
+        history: Every iterate, the start first, if it was asked for.
+    """
+
+    value: Tensor
+    residual: Tensor
+    steps: Tensor
+    converged: Tensor
+    abs_trace: Tensor
+    rel_trace: Tensor
+    evaluations: int = 0
+    history: list[Tensor] | None = None
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The solve's statistics as plain tensors, under the names torchdeq gives them."""
+        return {
+            "abs_trace": self.abs_trace,
+            "rel_trace": self.rel_trace,
+            "nstep": self.steps,
+            "evaluations": self.evaluations,
+        }
+
+
+class System:
+    """The equation `y = F(y)` as solvers see it: S independent systems of n unknowns, iterates `[S, n]`.
+
+    Iterates are float32 or wider whatever the map computes in, so that solver algebra does not lose digits.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], y0: Tensor, system_ndim: int, *, linear: bool = False
+    ) -> None:
+        """Wrap a map.
+
+        Args:
+            function: Map from tensors like y0 to tensors like y0.
+            y0: Start; its leading `system_ndim` dimensions count the systems.
+            system_ndim: Number of those dimensions.
+            linear: Whether the map is affine; then Jacobian products are differences of the map itself.
+        """
+        self.evaluations = 0
+        self._function = function
+        self._like = y0
+        self._count = y0.shape[:system_ndim].numel()
+        self._linear = linear
+        self._origin: Tensor | None = None
+
+    def flatten(self, y: Tensor) -> Tensor:
+        """Return `y` as `[S, n]` in the dtype that solvers work in."""
+        flat = y.reshape(self._count, -1) if y.numel() else y.new_zeros(self._count, 0)
+        return flat.to(torch.promote_types(y.dtype, torch.float32))
+
+    def unflatten(self, y: Tensor) -> Tensor:
+        """Return a flat iterate in the shape and dtype of the start."""
+        return y.to(self._like.dtype).reshape(self._like.shape)
+
+    def __call__(self, y: Tensor) -> Tensor:
+        """Return `F(y)`, flat."""
+        self.evaluations += 1
+        return self.flatten(self._function(self.unflatten(y)))
+
+    def jvp(self, y: Tensor, tangent: Tensor) -> Tensor:
+        """Return the product of the Jacobian of F at `y` with `tangent`, both flat."""
+        if self._linear:
+            if self._origin is None:
+                self._origin = self(torch.zeros_like(y))
+            return self(tangent) - self._origin
+        self.evaluations += 1
+        out = maps.jvp(self._function, self.unflatten(y), self.unflatten(tangent))
+        return self.flatten(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """Base of the solvers: a record of settings with `init` and `step`; the loop is `solve`.
+
+    Attributes:
+        rtol: Relative tolerance; None for the default of the dtype (float64 1e-10, float32 1e-5, float16
+            4e-3, bfloat16 3e-2).
+        atol: Absolute tolerance; None for the same default (0 when solving an adjoint, which has no scale).
+        max_steps: Steps after which a system that is not within `atol + rtol max|F(y)|` is reported.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    max_steps: int = 50
+
+    unrollable: ClassVar[bool] = True  # whether backpropagation through the steps themselves makes sense
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        for name in ("rtol", "atol"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        check_positive("max_steps", self.max_steps, integer=True)
+
+    @abstractmethod
+    def init(self, y: Tensor) -> Any:
+        """Return the state before the first step, for a start `[S, n]`."""
+
+    @abstractmethod
+    def step(self, system: System, y: Tensor, f: Tensor, state: Any, active: Tensor) -> tuple[Tensor, Any]:
+        """Return the next iterate and state.
+
+        Args:
+            system: The equation.
+            y: Iterate `[S, n]`.
+            f: `F(y)`, `[S, n]`.
+            state: What `init` or the previous step returned.
+            active: `[S]`, which systems still move; what is returned for the others is discarded.
+        """
+
+
+def solve(
+    solver: Solver,
+    function: Callable[[Tensor], Tensor],
+    y0: Tensor,
+    *,
+    system_ndim: int = 1,
+    row_ndim: int | None = None,
+    linear: bool = False,
+    history: bool = False,
+) -> Solution:
+    """Iterate `solver` until every system is within tolerance, has failed, or `max_steps` are taken.
+
+    A system that has converged is frozen. One that does not returns the iterate with its smallest residual;
+    but when autograd records the steps (unrolling), the last iterate, which is what the graph leads to.
+
+    Args:
+        solver: The method, with its tolerances.
+        function: Map from tensors like y0 to tensors like y0.
+        y0: Start.
+        system_ndim: How many leading dimensions of y0 count independent systems.
+        row_ndim: How many count the rows that are judged one by one, at least `system_ndim` (the default).
+        linear: Whether the map is affine, as an adjoint equation is.
+        history: Whether to keep every iterate.
+
+    Returns:
+        The solution; that it converged is for the caller to check.
+
+    Raises:
+        NonFiniteError: If the map gives NaN or Inf at the start.
+    """
+    system = System(function, y0, system_ndim, linear=linear)
+    rule = _Bookkeeping(solver, y0, system_ndim, row_ndim or system_ndim, linear)
+    y = system.flatten(y0)
+    iterates = [y0] if history else None
+    state = solver.init(y)
+    for step in range(solver.max_steps + 1):
+        f = system(y)
+        active = rule.observe(y, f)
+        if step == solver.max_steps or not bool(active.any()):
+            break
+        proposal, state = solver.step(system, y, f, state, active)
+        y = torch.where(active[:, None], proposal, y)
+        if iterates is not None:
+            iterates.append(system.unflatten(y))
+    return rule.solution(system, y, iterates)
+
+
+class _Bookkeeping:
+    """Residuals, steps and best iterates; nothing here is differentiated."""
+
+    def __init__(self, solver: Solver, y0: Tensor, system_ndim: int, row_ndim: int, linear: bool) -> None:
+        default = _TOLERANCES.get(y0.dtype, 1e-5)
+        self.rtol = default if solver.rtol is None else solver.rtol
+        self.atol = (0.0 if linear else default) if solver.atol is None else solver.atol
+        self.shape = y0.shape[:row_ndim]
+        count = y0.shape[:system_ndim].numel()
+        self.rows = (count, y0.shape[system_ndim:row_ndim].numel())
+        self.active = torch.ones(count, dtype=torch.bool, device=y0.device)
+        self.steps = torch.zeros(self.rows, dtype=torch.long, device=y0.device)
+        self.traces: list[tuple[Tensor, Tensor]] = []
+        self.best: tuple[Tensor, Tensor, Tensor] | None = None  # iterate [S, n], residual [S, R], its maximum [S]
+        self.converged = torch.zeros(self.rows, dtype=torch.bool, device=y0.device)
+
+    @torch.no_grad()
+    def observe(self, y: Tensor, f: Tensor) -> Tensor:
+        """Measure an iterate `[S, n]`; return which systems must go on, `[S]`."""
+        residual = _largest(f - y, self.rows)
+        size = _largest(f, self.rows)
+        if self.traces:
+            before, before_size = self.traces[-1]
+            frozen = ~self.active[:, None]
+            residual, size = torch.where(frozen, before, residual), torch.where(frozen, before_size, size)
+        finite = torch.isfinite(residual).all(-1)
+        if not self.traces and not bool(finite.all()):
+            raise NonFiniteError("the map gave NaN or Inf at the first iterate")
+        self.traces.append((residual, size))
+        worst = residual.amax(-1)
+        if self.best is None:
+            self.best = (y, residual, worst)
+        else:
+            better = finite & (worst < self.best[2])
+            self.best = (
+                torch.where(better[:, None], y, self.best[0]),
+                torch.where(better[:, None], residual, self.best[1]),
+                torch.where(better, worst, self.best[2]),
+            )
+        self.converged = residual <= self.atol + self.rtol * size
+        self.steps = torch.where(~self.converged & self.active[:, None], len(self.traces), self.steps)
+        self.active = self.active & finite & ~self.converged.all(-1)
+        return self.active
+
+    def solution(self, system: System, y: Tensor, history: list[Tensor] | None) -> Solution:
+        """Return the result: the last iterate, or where a system failed its best one."""
+        assert self.best is not None
+        failed = ~self.converged.all(-1)
+        residual, size = self.traces[-1]
+        if bool(failed.any()) and not y.requires_grad:
+            y = torch.where(failed[:, None], self.best[0], y)
+            residual = torch.where(failed[:, None], self.best[1], residual)
+        taken = len(self.traces) - 1
+        absolute = torch.stack([r for r, _ in self.traces]).reshape(-1, *self.shape)
+        sizes = torch.stack([s for _, s in self.traces]).reshape(-1, *self.shape)
+        return Solution(
+            value=system.unflatten(y),
+            residual=residual.reshape(self.shape),
+            steps=self.steps.clamp_max(taken).reshape(self.shape),
+            converged=(residual <= self.atol + self.rtol * size).reshape(self.shape),
+            abs_trace=absolute,
+            rel_trace=absolute / sizes.clamp_min(torch.finfo(sizes.dtype).tiny),
+            evaluations=system.evaluations,
+            history=history,
+        )
+
+
+def _largest(t: Tensor, rows: tuple[int, int]) -> Tensor:
+    """The largest modulus in each row, `[S, R]`; NaN stays NaN."""
+    blocks = t.detach().reshape(*rows, -1)
+    if not blocks.shape[-1]:
+        return blocks.new_zeros(rows)
+    return blocks.abs().amax(-1)

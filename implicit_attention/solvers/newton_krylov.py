@@ -1,0 +1,69 @@
+"""Newton's method whose linear systems are solved by GMRES on Jacobian products."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from implicit_attention.errors import check_positive
+from implicit_attention.linear import gmres
+from implicit_attention.solvers.base import Solver, System
+
+_HALVINGS = 8
+
+
+@dataclass(frozen=True)
+class NewtonKrylov(Solver):
+    """Inexact Newton: `(I - J) d = F(y) - y` by GMRES, then the first `y + 2^-k d` that lowers the residual.
+
+    Does not need the map to contract: it converges to equilibria that repel Picard's iteration.
+
+    Attributes:
+        restart: Krylov directions kept, each of the size of an iterate.
+        cycles: Restarts of GMRES at most, per Newton step.
+        forcing: Relative accuracy of the linear solves, at least; they tighten as the residual falls.
+
+    Reference:
+        Knoll and Keyes, J. Comput. Phys. 193 (2004); forcing terms: Eisenstat and Walker, SIAM J. Sci.
+        Comput. 17 (1996), choice 2.
+    """
+
+    restart: int = 30
+    cycles: int = 4
+    forcing: float = 0.1
+
+    unrollable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        super().__post_init__()
+        for name in ("restart", "cycles"):
+            check_positive(name, getattr(self, name), integer=True)
+        check_positive("forcing", self.forcing)
+
+    def init(self, y: Tensor) -> Tensor:
+        """Return the residual norms before any is known."""
+        return torch.full(y.shape[:1], torch.inf, dtype=y.dtype, device=y.device)
+
+    def step(self, system: System, y: Tensor, f: Tensor, state: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the iterate after one Newton step and its line search."""
+        residual = torch.where(active[:, None], f - y, 0.0)
+        norm = torch.linalg.vector_norm(residual, dim=-1)
+        ratio = torch.where(torch.isfinite(state), norm / state.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
+        accuracy = (0.9 * ratio**2).clamp(max=self.forcing, min=10 * torch.finfo(norm.dtype).eps)
+        direction, _ = gmres(
+            lambda t: t - system.jvp(y, t), residual, rtol=accuracy, restart=self.restart, cycles=self.cycles
+        )
+        return self._line_search(system, y, direction, norm, active), norm
+
+    def _line_search(self, system: System, y: Tensor, direction: Tensor, norm: Tensor, active: Tensor) -> Tensor:
+        length = torch.ones_like(norm)
+        for _ in range(_HALVINGS):
+            trial = y + length[:, None] * direction
+            size = torch.linalg.vector_norm(system(trial) - trial, dim=-1)
+            short = ~(size <= (1.0 - 1e-4 * length) * norm) & active  # NaN is too long a step too
+            if not bool(short.any()):
+                break
+            length = torch.where(short, length / 2, length)
+        return y + length[:, None] * direction

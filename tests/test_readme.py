@@ -1,0 +1,111 @@
+"""The README is true: its Python runs as it stands, its commands and their options exist."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+class Block(NamedTuple):
+    language: str
+    line: int
+    text: str
+
+
+def fenced_blocks() -> list[Block]:
+    text = README.read_text(encoding="utf-8")
+    fences = re.finditer(r"^```(\w+)[^\n]*\n(.*?)^```\s*$", text, flags=re.M | re.S)
+    return [Block(fence[1], text.count("\n", 0, fence.start()) + 2, fence[2]) for fence in fences]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """Split a shell block into commands; in a console block only the lines after a `$` are typed."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    if block.language == "console":
+        lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    found = []
+    for line in lines:
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        command: list[str] = []
+        for word in [*lexer, ";"]:
+            if not set(word) <= set(";&|"):
+                command.append(word)
+            elif command:
+                found.append(command)
+                command = []
+    return found
+
+
+PYTHON = [block for block in fenced_blocks() if block.language in ("python", "py")]
+SHELL = [
+    (block.line, command)
+    for block in fenced_blocks()
+    if block.language in ("bash", "sh", "shell", "console")
+    for command in commands(block)
+]
+
+
+def shell_commands(*program: str) -> list:
+    """Return what follows `program` (such as `python -m benchmarks`) in the README's commands that run it."""
+    found = []
+    for line, command in SHELL:
+        words = [Path(command[0]).name, *command[1:]]
+        if tuple(words[: len(program)]) == program:
+            found.append(pytest.param(words[len(program) :], id=f"line{line}-{' '.join(words)}"))
+    return found
+
+
+@cache
+def help_text(*arguments: str) -> str:
+    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    command = [sys.executable, *arguments, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def options(words: list[str]) -> list[str]:
+    return [word.partition("=")[0] for word in words if word.startswith("-")]
+
+
+def test_readme_shows_python():
+    assert PYTHON, "README.md has no ```python block"
+
+
+@pytest.mark.parametrize("block", [pytest.param(block, id=f"line{block.line}") for block in PYTHON])
+def test_python_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    torch.manual_seed(0)
+    padding = "\n" * (block.line - 1)  # so that a traceback names the README's own line
+    exec(compile(padding + block.text, str(README), "exec"), {"__name__": "__readme__"})
+
+
+@pytest.mark.parametrize("words", shell_commands("make"))
+def test_make_target_exists(words):
+    done = subprocess.run(["make", "-n", *words], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", shell_commands("implicit-attention"))
+def test_command_line_exists(words):
+    subcommand = [words[0]] if words and not words[0].startswith("-") else []
+    shown = help_text("-c", "from implicit_attention.cli import main; main()", *subcommand)
+    assert [option for option in options(words) if option not in shown] == []
+
+
+@pytest.mark.parametrize("words", shell_commands("python", "-m", "benchmarks"))
+def test_benchmark_exists(words):
+    shown = help_text("-m", "benchmarks", *[word for word in words[:1] if not word.startswith("-")])
+    assert [option for option in options(words) if option not in shown] == []

@@ -3,8 +3,9 @@
 from implicit_attention.adjoints import Implicit, Phantom, Unrolled
 from implicit_attention.errors import ConvergenceError, ConvergenceWarning
 from implicit_attention.fixed_point import fixed_point
-from implicit_attention.layer import ImplicitQueryAttention, ImplicitQueryAttentionLinearV
+from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.positions import ALiBi, RelativeBias, Rotary
+from implicit_attention.seed import ImplicitQueryAttentionLinearV
 from implicit_attention.solvers import Anderson, Broyden, NewtonKrylov, Picard, Solution
 
 __version__ = "0.1.0"

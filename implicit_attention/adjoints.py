@@ -157,8 +157,8 @@ class Implicit(Adjoint):
         """Solve, and attach the implicit gradient to the value."""
         needs = tuple(a.requires_grad for a in args)
         run = _Run(problem, self._adjoint_solver(problem), needs, torch.is_grad_enabled(), history)
-        value, *rest = _ImplicitFunction.apply(run, y0, *args)  # type: ignore[no-untyped-call]
-        return Solution(value, *rest, evaluations=run.evaluations, history=run.iterates)
+        solved = Solution(*_ImplicitFunction.apply(run, y0, *args))  # type: ignore[no-untyped-call]
+        return replace(solved, evaluations=run.evaluations, history=run.iterates)
 
     def _adjoint_solver(self, problem: Problem) -> Solver:
         if self.solver is not None:
@@ -241,13 +241,13 @@ class _Run:
             return full
 
         def adjoint_map(lam: Tensor, g: Tensor, at: Tensor, *values: Tensor) -> Tensor:
-            _, pull = torch.func.vjp(lambda t: function(t, *filled(values)), at)
+            pull = torch.func.vjp(lambda t: function(t, *filled(values)), at)[1]
             return g + pull(lam)[0]  # type: ignore[no-any-return]
 
         inputs = (grad, y, *(args[i] for i in real))
         run = _Run(self._adjoint_problem(adjoint_map), self.adjoint_solver, tuple(t.requires_grad for t in inputs))
         lam = _ImplicitFunction.apply(run, grad, *inputs)[0]  # type: ignore[no-untyped-call]
-        _, pull = torch.func.vjp(lambda *values: function(y, *filled(values)), *inputs[2:])
+        pull = torch.func.vjp(lambda *values: function(y, *filled(values)), *inputs[2:])[1]
         by_real = dict(zip(real, pull(lam), strict=True))
         return [by_real.get(i) for i in range(len(args))]
 

@@ -20,7 +20,7 @@ NORM_EPS = 1e-6
 
 def split_heads(t: Tensor, num_heads: int) -> Tensor:
     """`[B, N, D] -> [B, H, N, d]`."""
-    return t.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
+    return t.reshape(*t.shape[:-1], num_heads, -1).transpose(-3, -2)
 
 
 def merge_heads(t: Tensor) -> Tensor:
@@ -107,7 +107,13 @@ class AttentionMap:
         t = dict(zip(self.names, tensors, strict=True))
         query, key = self._sides(y, t)
         out, _ = attention(
-            query, key, t["value"], self.spec, self_score=t.get("self_score"), seeds=t.get("seeds"), terms=self._terms(t)
+            query,
+            key,
+            t["value"],
+            self.spec,
+            self_score=t.get("self_score"),
+            seeds=t.get("seeds"),
+            terms=self._terms(t),
         )
         return merge_heads(out).to(y.dtype)
 

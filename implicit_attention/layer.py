@@ -1,12 +1,11 @@
-"""The two modules: the seed, exactly, and the equilibrium with all its options."""
+"""The layer: implicit-query attention solved to its equilibrium, with all its options."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from implicit_attention import maps, masks
+from implicit_attention import masks
 from implicit_attention.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
 from implicit_attention.attention_map import AttentionMap, QueryMap, rms_norm, split_heads
 from implicit_attention.errors import (
@@ -15,9 +14,10 @@ from implicit_attention.errors import (
     bad_value,
     check_choice,
     check_positive,
-    first_non_finite,
+    firstnon_finite,
 )
 from implicit_attention.fixed_point import FailureReport
+from implicit_attention.inputs import check_input, non_finite
 from implicit_attention.kernels import AttentionSpec
 from implicit_attention.kernels.spec import BiasTerm
 from implicit_attention.positions import Positions, make_positions, rotate
@@ -38,72 +38,6 @@ class Equation(NamedTuple):
     function: AttentionMap
     args: tuple[Tensor, ...]
     start: Tensor
-
-
-class ImplicitQueryAttentionLinearV(nn.Module):
-    r"""Implicit-query attention as first written: a fixed number of Picard steps, unrolled.
-
-    `y <- softmax(K (Omega_Q y)^T / sqrt(D)) V`, `n_iters` times from `y = V`, with `K = W_K x` and
-    `V = Omega_V x`. Autograd goes through every step. Scores are never stored: each step is one flash call.
-
-    For an equilibrium with a tolerance, heads, masks and implicit gradients use `ImplicitQueryAttention`.
-    """
-
-    def __init__(self, embed_dim: int, n_iters: int = 10) -> None:
-        """Make the layer.
-
-        Args:
-            embed_dim: Size D of a token.
-            n_iters: Number of steps, at least 0.
-
-        Raises:
-            TypeError: If an argument is no integer.
-            ValueError: If it is out of range.
-        """
-        super().__init__()
-        check_positive("embed_dim", embed_dim, integer=True)
-        check_positive("n_iters", n_iters, integer=True, zero=True)
-        self.embed_dim = embed_dim
-        self.n_iters = n_iters
-        self.Omega_Q = nn.Linear(embed_dim, embed_dim, bias=False)
-        self.W_K = nn.Linear(embed_dim, embed_dim, bias=False)
-        self.Omega_V = nn.Linear(embed_dim, embed_dim, bias=False)
-
-    def forward(self, x: Tensor, track: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Return the output, and with `track` also every iterate.
-
-        Args:
-            x: Input `[..., N, D]`, of the parameters' dtype and device.
-            track: Whether to return the history.
-
-        Returns:
-            `y` `[..., N, D]`, or `(y, y_history)` with `n_iters + 1` iterates, the first of them V.
-
-        Raises:
-            TypeError: If x is no float tensor of the parameters' dtype.
-            ValueError: If its shape or device does not fit, or x or a weight holds NaN or Inf.
-        """
-        _check_input("x", x, self.W_K.weight, self.embed_dim, any_lead=True)
-        key, value = self.W_K(x), self.Omega_V(x)
-        spec = AttentionSpec(self.embed_dim**-0.5)
-        function = AttentionMap(spec, QueryMap(1), True, ("key", "value", "weight"))
-        lead = x.shape[:-2]
-        flat = value.reshape(-1, *x.shape[-2:])
-        args = (key.reshape(-1, 1, *x.shape[-2:]), flat[:, None], self.Omega_Q.weight.to(key.dtype))
-        y = flat
-        history = [value.clone()] if track else None
-        for _ in range(self.n_iters):
-            y = function(y, *args)
-            if history is not None:
-                history.append(y.reshape(*lead, *x.shape[-2:]).clone())
-        y = y.reshape(*lead, *x.shape[-2:])
-        if not maps.transforms_active() and not bool(torch.isfinite(y).all()):
-            raise _non_finite({"x": x, **dict(self.named_parameters())})
-        return y if history is None else (y, history)
-
-    def extra_repr(self) -> str:
-        """Return the settings, for `print`."""
-        return f"embed_dim={self.embed_dim}, n_iters={self.n_iters}"
 
 
 class ImplicitQueryAttention(nn.Module):
@@ -278,7 +212,7 @@ class ImplicitQueryAttention(nn.Module):
         equation, batched = self._equation(x, context, attn_mask, key_padding_mask)
         named = {"x": x, "context": context, "attn_mask": attn_mask}
         solution = self._solve(equation, named, history=history)
-        return solution if batched else _unbatched(solution)
+        return solution if batched else solution.unbatched()
 
     def equation(
         self,
@@ -308,7 +242,7 @@ class ImplicitQueryAttention(nn.Module):
         try:
             return self.adjoint.apply(problem, equation.start, equation.args, history=history)
         except NonFiniteError as error:
-            raise _non_finite({**named, **dict(self.named_parameters())}) from error
+            raise non_finite({**named, **dict(self.named_parameters())}) from error
 
     def _equation(
         self, x: Tensor, context: Tensor | None, attn_mask: Tensor | None, key_padding_mask: Tensor | None
@@ -323,8 +257,8 @@ class ImplicitQueryAttention(nn.Module):
         if self.temperature is not None:
             key = rms_norm(key) * self.temperature[:, None, None].to(dtype)
         tensors = self._query_tensors(x, dtype)
-        if "rotation" in tensors:
-            rotation = tensors["rotation"] if context is None else self._rotation(source, dtype)
+        rotation = self._rotation(source, dtype)
+        if rotation is not None:
             key = rotate(key, rotation)
         if set(tensors) == {"weight"} and self.num_heads == 1 and not self.qk_norm:
             key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
@@ -374,9 +308,9 @@ class ImplicitQueryAttention(nn.Module):
         self, x: Tensor, context: Tensor | None, key_padding_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
         """Refuse inputs that do not fit; return them with a batch dimension, and whether they had one."""
-        _check_input("x", x, self.W_K.weight, self.embed_dim)
+        check_input("x", x, self.W_K.weight, self.embed_dim)
         if context is not None:
-            _check_input("context", context, self.W_K.weight, self.embed_dim)
+            check_input("context", context, self.W_K.weight, self.embed_dim)
             if self.normalize_over != "keys":
                 raise bad_value("context", 'None unless normalize_over="keys"', context,
                                 "Rows that belong to keys have no query side of their own to attend from.")  # fmt: skip
@@ -423,45 +357,3 @@ def _make_adjoint(adjoint: str | Adjoint) -> Adjoint:
         made: Adjoint = _ADJOINTS[adjoint]()
         return made
     raise bad_value("adjoint", '"implicit", "unrolled", "phantom" or an object such as Implicit()', adjoint)
-
-
-def _check_input(name: str, x: object, weight: Tensor, embed_dim: int, *, any_lead: bool = False) -> None:
-    """Refuse what cannot be an input `[B, N, D]` or `[N, D]` (any leading dimensions with `any_lead`)."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise bad_type(name, f"a float tensor [B, N, {embed_dim}]", x)
-    shape_fits = x.dim() >= 2 if any_lead else x.dim() in (2, 3)
-    if not shape_fits or x.shape[-1] != embed_dim:
-        lead = "..." if any_lead else "B"
-        raise bad_value(name, f"of shape [{lead}, N, {embed_dim}] or [N, {embed_dim}]", x,
-                        f"The last dimension must be embed_dim={embed_dim}.")  # fmt: skip
-    if x.shape[-2] == 0:
-        raise bad_value(name, "of at least one token (N >= 1)", x, "An empty sequence has no equilibrium.")
-    if x.device != weight.device:
-        raise bad_value(name, f"on the parameters' device, {weight.device}", x, f"Move it: {name}.to(layer device).")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise bad_type(name, f"of the parameters' dtype, {weight.dtype}", x,
-                       f"Convert it ({name}.to({weight.dtype})) or the layer (layer.to({x.dtype})).")  # fmt: skip
-
-
-def _non_finite(named: dict[str, Tensor | None]) -> ValueError:
-    found = first_non_finite(named)
-    if found is None:
-        return ValueError(
-            "The attention scores overflow though the inputs and weights are finite: scale them down, use "
-            "qk_norm=True, or a wider dtype."
-        )
-    return ValueError(f"{found}: an equilibrium cannot be solved from it. Check what made it.")
-
-
-def _unbatched(solution: Solution) -> Solution:
-    """Drop the batch of one from every part of a solution."""
-    return replace(
-        solution,
-        value=solution.value[0],
-        residual=solution.residual[0],
-        steps=solution.steps[0],
-        converged=solution.converged[0],
-        abs_trace=solution.abs_trace[:, 0],
-        rel_trace=solution.rel_trace[:, 0],
-        history=None if solution.history is None else [y[0] for y in solution.history],
-    )

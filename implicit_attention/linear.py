@@ -39,9 +39,7 @@ def gmres(matvec: MatVec, b: Tensor, *, rtol: Tensor | float, restart: int, cycl
     return x, norm
 
 
-def _gmres_cycle(
-    matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor, restart: int
-) -> tuple[Tensor, Tensor]:
+def _gmres_cycle(matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor, restart: int) -> tuple[Tensor, Tensor]:
     """One Arnoldi sweep: the correction and the residual's norm after it, as the rotations tell it."""
     count, n = residual.shape
     basis = residual.new_zeros(restart + 1, count, n)

@@ -64,8 +64,8 @@ class Linearization:
 
 def jvp(function: MapFunction, y: Tensor, tangent: Tensor) -> Tensor:
     """Return the product of the Jacobian of `function` at `y` with `tangent`, by forward-mode autodiff."""
-    _, out = torch.func.jvp(function, (y,), (tangent,))
-    return out  # type: ignore[no-any-return]
+    out: Tensor = torch.func.jvp(function, (y,), (tangent,))[1]
+    return out
 
 
 def lift(function: MapFunction | nn.Module, args: tuple[Tensor, ...]) -> tuple[MapFunction, tuple[Tensor, ...]]:

@@ -30,6 +30,8 @@ ORDER = [
     "rows",
     "forward_substitution",
     "cache",
+    "inputs",
+    "seed",
     "layer",
     "diagnostics",
     "plots",

@@ -20,9 +20,7 @@ def forward(spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs) -> tuple[
     return torch.cat(outs, -2), torch.cat(lses, -1)
 
 
-def backward(
-    spec: AttentionSpec, seeds: Tensor | None, grad: Tensor, inputs: Inputs
-) -> tuple[Tensor | None, ...]:
+def backward(spec: AttentionSpec, seeds: Tensor | None, grad: Tensor, inputs: Inputs) -> tuple[Tensor | None, ...]:
     """Return the gradient of each input for the cotangent `grad` of the output."""
     total: list[Tensor | None] = [None] * len(inputs)
     for chunk in _chunks(spec, inputs):
@@ -49,6 +47,9 @@ def double_backward(
         grad: `[B, H, N, d_v]`, what `backward` was given.
         inputs: What `backward` was given.
         cotangents: One for each output of `backward`, None where nothing depends on it.
+
+    Returns:
+        First the gradient of `grad`, then those of the inputs.
     """
     total: list[Tensor | None] = [None] * (1 + len(inputs))
     for chunk in _chunks(spec, inputs):
@@ -63,9 +64,7 @@ def double_backward(
     return tuple(total)
 
 
-def jvp(
-    spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, tangents: Sequence[Tensor | None]
-) -> Tensor:
+def jvp(spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, tangents: Sequence[Tensor | None]) -> Tensor:
     """Return the derivative of the output along `tangents`, `[B, H, N, d_v]`; a None tangent is zero."""
     query, key, value, self_score, *tensors = inputs
     dq, dk, dv, d_self, *d_tensors = tangents
@@ -140,9 +139,7 @@ def _chunks(spec: AttentionSpec, inputs: Inputs) -> Iterator[tuple[slice, slice]
 
 
 def _leaves(inputs: Inputs) -> Inputs:
-    return tuple(
-        t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs
-    )
+    return tuple(t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs)
 
 
 def _gradients(
@@ -152,9 +149,7 @@ def _gradients(
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     if not outputs:
         return [None] * len(leaves)
-    found = iter(
-        torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True)
-    )
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in leaves]
 
 

@@ -130,9 +130,7 @@ def _backward_splitting_diagonal(
     return d_query, d_key, d_value, d_score
 
 
-def _bias(
-    spec: AttentionSpec, tensors: tuple[Tensor, ...], rows: slice, cols: slice, query: Tensor
-) -> Tensor:
+def _bias(spec: AttentionSpec, tensors: tuple[Tensor, ...], rows: slice, cols: slice, query: Tensor) -> Tensor:
     bias = spec.bias(tensors, rows, cols, query)
     if bias is None:  # cannot be: there are terms
         raise RuntimeError("the attention call has bias terms that made no bias")

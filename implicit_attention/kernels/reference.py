@@ -32,9 +32,7 @@ def attend(
     Returns:
         Output `[B, H, R, d_v]`, zero in rows that see nothing, and log-sum-exp `[B, H, R]`, there `-inf`.
     """
-    probabilities, lse = weights(
-        query, key, scale=scale, bias=bias, self_score=self_score, first_row=first_row
-    )
+    probabilities, lse = weights(query, key, scale=scale, bias=bias, self_score=self_score, first_row=first_row)
     if keep is not None:
         probabilities = probabilities * keep
     return probabilities.to(value.dtype) @ value, lse

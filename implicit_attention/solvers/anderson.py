@@ -16,7 +16,6 @@ class _State(NamedTuple):
     residual: Tensor | None  # and its residual
     dy: Tensor  # differences of iterates [m, S, n]
     dr: Tensor  # differences of residuals [m, S, n]
-    count: int
     guard: Safeguard
 
 
@@ -55,7 +54,7 @@ class Anderson(Solver):
     def init(self, y: Tensor) -> _State:
         """Return the state before the first step."""
         empty = y.new_zeros(0, *y.shape)
-        return _State(None, None, empty, empty, 0, Safeguard.init(y))
+        return _State(None, None, empty, empty, Safeguard.init(y))
 
     def step(self, system: System, y: Tensor, f: Tensor, state: _State, active: Tensor) -> tuple[Tensor, _State]:
         """Return the accelerated iterate."""
@@ -63,8 +62,8 @@ class Anderson(Solver):
         guard, restart, back = state.guard.check(y, residual)
         dy, dr = state.dy, state.dr
         if state.y is not None and state.residual is not None:
-            dy = torch.cat([dy[-self.memory + 1 :] if self.memory > 1 else dy[:0], (y - state.y)[None]])
-            dr = torch.cat([dr[-self.memory + 1 :] if self.memory > 1 else dr[:0], (residual - state.residual)[None]])
+            dy = torch.cat([dy, (y - state.y)[None]])[-self.memory :]
+            dr = torch.cat([dr, (residual - state.residual)[None]])[-self.memory :]
             keep = ~restart[None, :, None]
             dy, dr = dy * keep, dr * keep
         proposal = y + self.mixing * residual
@@ -72,7 +71,7 @@ class Anderson(Solver):
             gamma = self._weights(dr, residual)
             proposal = proposal - torch.einsum("msn,sm->sn", dy + self.mixing * dr, gamma)
         proposal = torch.where(restart[:, None], back, proposal)
-        return proposal, _State(y, residual, dy, dr, state.count + 1, guard)
+        return proposal, _State(y, residual, dy, dr, guard)
 
     def _weights(self, dr: Tensor, residual: Tensor) -> Tensor:
         """Solve the regularised least-squares problem; returns `[S, m]`."""
@@ -82,5 +81,5 @@ class Anderson(Solver):
         right = torch.einsum("msn,sn->sm", dr, residual) * inverse
         eps = 10 * torch.finfo(dr.dtype).eps if self.regularization is None else self.regularization
         eye = torch.eye(len(dr), dtype=torch.float64, device=dr.device)
-        solved = torch.linalg.solve(gram.double() + eps * eye, right.double()[..., None])[..., 0]
+        solved: Tensor = torch.linalg.solve(gram.double() + eps * eye, right.double()[..., None])[..., 0]
         return solved.to(dr.dtype) * inverse

@@ -52,6 +52,19 @@ class Solution:
             "evaluations": self.evaluations,
         }
 
+    def unbatched(self) -> "Solution":
+        """Return the solution of a batch of one without its batch dimension."""
+        return Solution(
+            value=self.value[0],
+            residual=self.residual[0],
+            steps=self.steps[0],
+            converged=self.converged[0],
+            abs_trace=self.abs_trace[:, 0],
+            rel_trace=self.rel_trace[:, 0],
+            evaluations=self.evaluations,
+            history=None if self.history is None else [y[0] for y in self.history],
+        )
+
 
 class System:
     """The equation `y = F(y)` as solvers see it: S independent systems of n unknowns, iterates `[S, n]`.

@@ -1,0 +1,105 @@
+"""The smallest model around one attention layer, and the ordinary layer to compare the implicit one with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from implicit_attention.attention_map import merge_heads, rms_norm, split_heads
+from implicit_attention.errors import bad_value, check_positive
+
+
+class OrdinaryAttention(nn.Module):
+    """Softmax self-attention with exactly the parameters of `ImplicitQueryAttention`.
+
+    `y = softmax(W_Q x (W_K x)^T * scale) W_V x`: queries are made from the input, once, instead of from the
+    output. `W_Q` takes the place of `Omega_Q`, `W_V` that of `Omega_V`.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int = 1, *, is_causal: bool = False, qk_norm: bool = False
+    ) -> None:
+        """Make the layer.
+
+        Args:
+            embed_dim: Size D of a token, a multiple of `num_heads`.
+            num_heads: H.
+            is_causal: Token i sees tokens j <= i.
+            qk_norm: RMS norm of keys and queries over the head dimension, with a learned temperature per head.
+
+        Raises:
+            TypeError: If a size is no integer.
+            ValueError: If it does not fit.
+        """
+        super().__init__()
+        check_positive("embed_dim", embed_dim, integer=True)
+        check_positive("num_heads", num_heads, integer=True)
+        if embed_dim % num_heads:
+            raise bad_value("num_heads", f"a divisor of embed_dim={embed_dim}", num_heads)
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.is_causal, self.scale = is_causal, (embed_dim // num_heads) ** -0.5
+        self.W_Q = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.W_K = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.W_V = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.temperature = nn.Parameter(torch.ones(num_heads)) if qk_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output.
+
+        Args:
+            x: `[B, N, D]`.
+
+        Returns:
+            `[B, N, D]`.
+        """
+        query, key, value = (split_heads(w(x), self.num_heads) for w in (self.W_Q, self.W_K, self.W_V))
+        if self.temperature is not None:
+            query, key = rms_norm(query), rms_norm(key) * self.temperature[:, None, None]
+        return merge_heads(
+            F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal, scale=self.scale)
+        )
+
+
+class TokenModel(nn.Module):
+    """Token embedding plus learned positions, one attention layer, a linear head; nothing else."""
+
+    def __init__(self, vocabulary: int, length: int, attention: nn.Module, *, residual: bool = False) -> None:
+        """Make the model around a layer.
+
+        Args:
+            vocabulary: Number of different tokens.
+            length: Longest sequence.
+            attention: Layer `[B, N, D] -> [B, N, D]` with an attribute `embed_dim`.
+            residual: Whether the layer's input is added to its output.
+
+        Raises:
+            TypeError: If a size is no integer.
+            ValueError: If it is not positive.
+        """
+        super().__init__()
+        check_positive("vocabulary", vocabulary, integer=True)
+        check_positive("length", length, integer=True)
+        embed_dim = int(attention.embed_dim)  # type: ignore[arg-type]
+        self.residual = residual
+        self.embedding = nn.Embedding(vocabulary, embed_dim)
+        self.positions = nn.Parameter(torch.randn(length, embed_dim))
+        self.attention = attention
+        self.head = nn.Linear(embed_dim, vocabulary)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return what the attention layer is given, `[B, N, D]`, for tokens `[B, N]`."""
+        embedded: Tensor = self.embedding(tokens)
+        return embedded + self.positions[: tokens.shape[-1]]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits.
+
+        Args:
+            tokens: `[B, N]`, int64.
+
+        Returns:
+            `[B, N, vocabulary]`.
+        """
+        x = self.embed(tokens)
+        y = self.attention(x)
+        logits: Tensor = self.head(x + y if self.residual else y)
+        return logits

@@ -1,0 +1,139 @@
+"""The two stability figures against brute force: the whole Jacobian, and every pair of values."""
+
+import pytest
+import torch
+
+from implicit_attention import Anderson, ImplicitQueryAttention, diagnostics
+
+D, H = 8, 2
+
+
+def make(seed=0, gain=1.0, **options):
+    torch.manual_seed(seed)
+    layer = ImplicitQueryAttention(D, H, solver=Anderson(max_steps=1000), dtype=torch.float64, **options)
+    with torch.no_grad():
+        layer.Omega_Q.weight.mul_(gain)
+    return layer, torch.randn(3, 6, D, dtype=torch.float64)
+
+
+def radii_by_brute_force(layer, x, **inputs):
+    """The eigenvalues of the full Jacobian of each sample `[B]`, or of each token `[B, N]`."""
+    y = layer.solve(x, **inputs).value.detach()
+    function, args, _ = layer.equation(x, **inputs)
+    jacobian = torch.autograd.functional.jacobian(lambda t: function(t, *args), y)  # [B, N, D, B, N, D]
+    B, N, _ = y.shape
+    if layer.normalize_over == "keys":
+        blocks = [jacobian[b, n, :, b, n] for b in range(B) for n in range(N)]
+        return torch.stack([torch.linalg.eigvals(j).abs().max() for j in blocks]).reshape(B, N)
+    blocks = [jacobian[b, :, :, b].reshape(N * D, N * D) for b in range(B)]
+    return torch.stack([torch.linalg.eigvals(j).abs().max() for j in blocks])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qk_norm": True, "positions": "rope"},
+        {"is_causal": True},
+        {"normalize_over": "keys"},
+    ],
+    ids=["seed", "qk_norm-rope", "causal", "keys"],
+)
+def test_spectral_radius_is_that_of_the_whole_jacobian(options):
+    layer, x = make(gain=3.0, **options)
+    expected = radii_by_brute_force(layer, x)
+    found = diagnostics.spectral_radius(layer, x, iterations=4000)
+    assert found.shape == expected.shape
+    # The geometric mean over the last half of the iterations leaves O(1 / iterations) of the start.
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-6)
+
+
+def test_spectral_radius_takes_masks_and_leaves_the_random_state_alone():
+    layer, x = make(gain=3.0)
+    hidden = torch.zeros(3, 6, dtype=torch.bool)
+    hidden[:, 4:] = True
+    state = torch.get_rng_state()
+    found = diagnostics.spectral_radius(layer, x, iterations=2000, key_padding_mask=hidden)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(
+        found, radii_by_brute_force(layer, x, key_padding_mask=hidden), rtol=5e-3, atol=1e-6
+    )
+
+
+def test_a_map_with_explicit_diagonal_has_radius_zero():
+    layer, x = make(is_causal=True, self_query="input", gain=5.0)
+    assert torch.equal(diagnostics.spectral_radius(layer, x), torch.zeros(3, dtype=torch.float64))
+
+
+def bound_by_brute_force(layer, x):
+    bounds = []
+    for tokens in x:
+        key, value = tokens @ layer.W_K.weight.T, tokens @ layer.Omega_V.weight.T
+        squares = torch.zeros(H, len(tokens), dtype=x.dtype)
+        for h in range(H):
+            part = slice(h * layer.head_dim, (h + 1) * layer.head_dim)
+            diameter = max((a - b).norm() for a in value[:, part] for b in value[:, part])
+            pulled = key[:, part] @ layer.Omega_Q.weight[part]
+            squares[h] = (layer.scale * pulled.norm(dim=-1) * diameter) ** 2
+        if layer.normalize_over == "keys":
+            bounds.append(squares.amax(-1).sum().sqrt())
+        else:
+            bounds.append(squares.sum(0).max().sqrt())
+    return torch.stack(bounds)
+
+
+@pytest.mark.parametrize("normalize_over", ["queries", "keys"])
+def test_contraction_bound(normalize_over, monkeypatch):
+    layer, x = make(normalize_over=normalize_over)
+    expected = bound_by_brute_force(layer, x)
+    torch.testing.assert_close(diagnostics.contraction_bound(layer, x), expected)
+    monkeypatch.setattr(diagnostics, "_BLOCK_ELEMENTS", 40)  # chunks of one row
+    torch.testing.assert_close(diagnostics.contraction_bound(layer, x), expected)
+
+
+def test_contraction_bound_with_one_head_where_the_weight_is_absorbed():
+    torch.manual_seed(1)
+    layer, x = ImplicitQueryAttention(D), torch.randn(2, 5, D)
+    key, value = layer.W_K(x), layer.Omega_V(x)
+    size = (key @ layer.Omega_Q.weight).norm(dim=-1).amax(-1)
+    expected = layer.scale * size * torch.cdist(value, value).amax((-2, -1))
+    torch.testing.assert_close(diagnostics.contraction_bound(layer, x), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"query_input": True, "positions": "alibi"}, {"normalize_over": "keys"}],
+    ids=["seed", "causal", "query_input-alibi", "keys"],
+)
+def test_the_bound_bounds_the_map_between_any_two_points(options):
+    layer, x = make(gain=4.0, **options)
+    function, args, start = layer.equation(x)
+    bound = diagnostics.contraction_bound(layer, x)
+    for size in (1e-3, 1.0):
+        a = torch.randn_like(start)
+        b = a + size * torch.randn_like(start)
+        change = (function(a, *args) - function(b, *args)).norm(dim=-1).amax(-1)
+        assert (change <= bound * (a - b).norm(dim=-1).amax(-1)).all()
+    radius = diagnostics.spectral_radius(layer, x, iterations=500)
+    assert (radius.reshape(3, -1).amax(-1) <= bound * 1.01).all()
+
+
+def test_unbatched_input_is_a_batch_of_one():
+    layer, x = make()
+    assert diagnostics.spectral_radius(layer, x[0]).shape == (1,)
+    assert diagnostics.contraction_bound(layer, x[0]).shape == (1,)
+
+
+def test_refusals():
+    for options in ({"qk_norm": True}, {"positions": "rope"}):
+        layer, x = make(**options)
+        with pytest.raises(
+            ValueError, match=r"`layer` must be one whose queries are affine in y.*spectral_radius"
+        ):
+            diagnostics.contraction_bound(layer, x)
+    layer, x = make(dropout=0.1)
+    with pytest.raises(ValueError, match=r"eval mode"):
+        diagnostics.spectral_radius(layer, x)
+    assert torch.isfinite(diagnostics.spectral_radius(layer.eval(), x)).all()
+    with pytest.raises(ValueError, match="`iterations`"):
+        diagnostics.spectral_radius(layer, x, iterations=0)

@@ -16,9 +16,9 @@ def spectral_radius(
 ) -> Tensor:
     r"""Estimate `max |eigenvalue of dF/dy|` at the equilibrium, by the power iteration on `(dF/dy)^T`.
 
-    Below 1, plain iteration converges to the equilibrium from nearby; where an eigenvalue is 1 the gradient does
-    not exist. With a causal mask the estimate needs more iterations than there are tokens: until then it shows
-    how a perturbation grows along the sequence, which can be far above the radius.
+    Below 1, plain iteration converges to the equilibrium from nearby; where an eigenvalue is 1 the gradient
+    does not exist. With a causal mask the estimate needs more iterations than there are tokens: until then it
+    shows how a perturbation grows along the sequence, which can be far above the radius.
 
     Args:
         layer: The layer; its equilibrium is solved for with its own solver, and reported as usual.
@@ -58,9 +58,9 @@ def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Tensor
     r"""Return a Lipschitz constant of F in y: `max_i sqrt(sum_h (scale |Omega_Q^hT k_i^h| diam(V^h))^2)`.
 
     Distances between outputs are measured by the token that differs most, each token in the Euclidean norm.
-    Below 1, the map contracts whatever the mask: the equilibrium is unique and plain iteration reaches it from
-    anywhere. At 1 or above nothing is known. With `normalize_over="keys"` the maximum over i is taken in each
-    head.
+    Below 1, the map contracts whatever the mask: the equilibrium is unique and plain iteration reaches it
+    from anywhere. At 1 or above nothing is known. With `normalize_over="keys"` the maximum over i is taken in
+    each head.
 
     Args:
         layer: A layer whose query map is affine in y: neither `qk_norm` nor rotary positions.

@@ -25,6 +25,7 @@ def check_input(name: str, x: object, weight: Tensor, embed_dim: int, *, any_lea
 
 
 def non_finite(named: dict[str, Tensor | None]) -> ValueError:
+    """Return the error for an output that is not finite, naming the input or parameter to blame."""
     found = first_non_finite(named)
     if found is None:
         return ValueError(

@@ -10,11 +10,9 @@ from implicit_attention.adjoints import Adjoint, Implicit, Phantom, Problem, Unr
 from implicit_attention.attention_map import AttentionMap, QueryMap, rms_norm, split_heads
 from implicit_attention.errors import (
     NonFiniteError,
-    bad_type,
     bad_value,
     check_choice,
     check_positive,
-    firstnon_finite,
 )
 from implicit_attention.fixed_point import FailureReport
 from implicit_attention.inputs import check_input, non_finite

@@ -1,0 +1,66 @@
+"""A real text that every machine with Python has: the source of its standard library, as bytes."""
+
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from implicit_attention.errors import bad_value, check_positive
+
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def standard_library(limit: int | None = None) -> Tensor:
+    """Return the source of the running interpreter's standard library, one file after the other.
+
+    Files come in the order of their paths, tests and installed packages left out: one Python version gives one
+    text.
+
+    Args:
+        limit: Bytes to read at most; everything (some ten million) if None.
+
+    Returns:
+        `[n]`, uint8.
+
+    Raises:
+        TypeError: If `limit` is no integer.
+        ValueError: If it is not positive.
+        FileNotFoundError: If the interpreter keeps no source of its library.
+    """
+    if limit is not None:
+        check_positive("limit", limit, integer=True)
+    root = Path(sysconfig.get_path("stdlib"))
+    text = bytearray()
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        if not _LEFT_OUT.intersection(path.relative_to(root).parts):
+            text += path.read_bytes()
+        if limit is not None and len(text) >= limit:
+            break
+    if not text:
+        raise FileNotFoundError(f"no source of the standard library in {root}: this Python was installed without it")
+    return torch.frombuffer(text, dtype=torch.uint8)[:limit].clone()
+
+
+def windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Cut windows at random places.
+
+    Args:
+        text: `[n]`, uint8.
+        count: Number of windows, B.
+        length: Bytes in each, N, at most n.
+        generator: Source of the randomness, on the CPU.
+
+    Returns:
+        `[B, N]`, uint8.
+
+    Raises:
+        TypeError: If a size is no integer.
+        ValueError: If it is not positive, or the text is shorter than a window.
+    """
+    check_positive("count", count, integer=True)
+    check_positive("length", length, integer=True)
+    if text.dim() != 1 or len(text) < length:
+        raise bad_value("text", f"of one dimension and at least length={length} bytes", text)
+    starts = torch.randint(len(text) - length + 1, (count, 1), generator=generator)
+    return text[starts + torch.arange(length)]

@@ -67,6 +67,13 @@ class Adjoint(ABC):
             history: Whether to keep every iterate.
         """
 
+    def __call__(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool = False) -> Solution:
+        """`apply`, which torch.compile leaves alone: how long a solve takes depends on its data."""
+        if torch.compiler.is_compiling():
+            solve_eagerly: Callable[..., Solution] = torch.compiler.disable(self.apply)  # type: ignore[no-untyped-call]
+            return solve_eagerly(problem, y0, args, history=history)
+        return self.apply(problem, y0, args, history=history)
+
 
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
@@ -90,7 +97,15 @@ class Unrolled(Adjoint):
                 "Unrolled()",
                 "Its steps solve linear systems that are not differentiated; or choose Picard, Anderson or Broyden.",
             )
-        return problem.solve(lambda y: self._call(problem.function, y, args), y0, history=history)
+        try:
+            return problem.solve(lambda y: self._call(problem.function, y, args), y0, history=history)
+        except RuntimeError as error:
+            if "data-dependent control flow" not in str(error):
+                raise
+            raise RuntimeError(
+                "Unrolled() looks at residuals to decide when to stop, which torch.func.vmap does not allow: "
+                "use Implicit() or Phantom(), or map over the batch dimension instead."
+            ) from error
 
     def _call(self, function: maps.MapFunction, y: Tensor, args: tuple[Tensor, ...]) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():
@@ -128,7 +143,7 @@ class Phantom(Adjoint):
     def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
         """Solve, then step."""
         with torch.no_grad():
-            solution = problem.solve(lambda y: problem.function(y, *args), y0, history=history)
+            solution = _solve_opaquely(_Run(problem, problem.solver, record=False, history=history), y0, args)
         y = solution.value
         if torch.is_grad_enabled():
             for _ in range(self.steps):
@@ -157,8 +172,7 @@ class Implicit(Adjoint):
         """Solve, and attach the implicit gradient to the value."""
         needs = tuple(a.requires_grad for a in args)
         run = _Run(problem, self._adjoint_solver(problem), needs, torch.is_grad_enabled(), history)
-        solved = Solution(*_ImplicitFunction.apply(run, y0, *args))  # type: ignore[no-untyped-call]
-        return replace(solved, evaluations=run.evaluations, history=run.iterates)
+        return _solve_opaquely(run, y0, args)
 
     def _adjoint_solver(self, problem: Problem) -> Solver:
         if self.solver is not None:
@@ -172,7 +186,7 @@ class _Run:
 
     problem: Problem
     adjoint_solver: Solver
-    needs: tuple[bool, ...]
+    needs: tuple[bool, ...] = ()
     record: bool = True
     history: bool = False
     linearization: maps.Linearization | None = None
@@ -223,8 +237,8 @@ class _Run:
 
         try:
             solution = self._adjoint_problem(self.problem.function).solve(adjoint_map, grad)
-        except NonFiniteError as error:
-            raise NonFiniteError("the gradient that reached the equilibrium holds NaN or Inf") from error
+        except NonFiniteError:
+            return linearization.vjp(grad)[1]  # NaN in, NaN out, as everywhere in autograd
         if last is not None and torch.equal(last[0], solution.value):
             return last[1]  # the last product was taken at the solution: the arguments' gradients came with it
         return linearization.vjp(solution.value)[1]
@@ -246,7 +260,7 @@ class _Run:
 
         inputs = (grad, y, *(args[i] for i in real))
         run = _Run(self._adjoint_problem(adjoint_map), self.adjoint_solver, tuple(t.requires_grad for t in inputs))
-        lam = _ImplicitFunction.apply(run, grad, *inputs)[0]  # type: ignore[no-untyped-call]
+        lam = _solve_opaquely(run, grad, inputs).value
         pull = torch.func.vjp(lambda *values: function(y, *filled(values)), *inputs[2:])[1]
         by_real = dict(zip(real, pull(lam), strict=True))
         return [by_real.get(i) for i in range(len(args))]
@@ -255,6 +269,12 @@ class _Run:
         return replace(
             self.problem, function=function, solver=self.adjoint_solver, name="adjoint equation", linear=True
         )
+
+
+def _solve_opaquely(run: _Run, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
+    """Solve where neither autograd nor torch.func sees the steps, only the equilibrium."""
+    solved = Solution(*_ImplicitFunction.apply(run, y0, *args))  # type: ignore[no-untyped-call]
+    return replace(solved, evaluations=run.evaluations, history=run.iterates)
 
 
 class _ImplicitFunction(torch.autograd.Function):

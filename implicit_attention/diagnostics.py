@@ -1,5 +1,7 @@
 """Is an equilibrium stable, and is it the only one? Two figures that tell."""
 
+from typing import TypedDict, Unpack
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,22 @@ from implicit_attention.maps import Linearization
 _BLOCK_ELEMENTS = 1 << 22  # distances alive at once
 
 
+class Inputs(TypedDict, total=False):
+    """What `layer.solve` takes next to x.
+
+    Attributes:
+        context: Where keys and values come from, `[B, M, D]`.
+        attn_mask: `[N, M]`, `[B * H, N, M]` or `[B, H, N, M]`.
+        key_padding_mask: `[B, M]`.
+    """
+
+    context: Tensor | None
+    attn_mask: Tensor | None
+    key_padding_mask: Tensor | None
+
+
 def spectral_radius(
-    layer: ImplicitQueryAttention, x: Tensor, *, iterations: int = 50, **inputs: Tensor | None
+    layer: ImplicitQueryAttention, x: Tensor, *, iterations: int = 50, **inputs: Unpack[Inputs]
 ) -> Tensor:
     r"""Estimate `max |eigenvalue of dF/dy|` at the equilibrium, by the power iteration on `(dF/dy)^T`.
 
@@ -54,7 +70,7 @@ def spectral_radius(
     return linear.spectral_radius(product, start, iterations=iterations).reshape(systems)
 
 
-def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Tensor | None) -> Tensor:
+def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]) -> Tensor:
     r"""Return a Lipschitz constant of F in y: `max_i sqrt(sum_h (scale |Omega_Q^hT k_i^h| diam(V^h))^2)`.
 
     Distances between outputs are measured by the token that differs most, each token in the Euclidean norm.
@@ -91,7 +107,7 @@ def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Tensor
     return gain.amax(-1).square().sum(1).sqrt()
 
 
-def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: dict[str, Tensor | None]) -> Equation:
+def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> Equation:
     if layer.training and layer.dropout:
         raise bad_value(
             "layer",
@@ -105,8 +121,8 @@ def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: dict[str, Tensor
 
 def _pulled_norm(key: Tensor, weight: Tensor) -> Tensor:
     """`|Omega_Q^hT k^h|`, `[B, H, N]`, by the Gram matrix of each head's rows of Omega_Q."""
-    rows = weight.unflatten(0, (key.shape[1], -1))  # [H, d, D]
-    pulled = key @ (rows @ rows.mT)
+    rows = weight.reshape(key.shape[1], -1, weight.shape[-1])  # [H, d, D]
+    pulled: Tensor = key @ (rows @ rows.mT)
     return (pulled * key).sum(-1).clamp_min(0).sqrt()
 
 
@@ -115,7 +131,7 @@ def _diameter(value: Tensor) -> Tensor:
     batch, heads, n, _ = value.shape
     step = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * n))
     exact = "donot_use_mm_for_euclid_dist"  # the fast way cancels, and a bound must not come out too low
-    largest = [torch.cdist(rows, value, compute_mode=exact).amax((-2, -1)) for rows in value.split(step, dim=-2)]
+    largest = [torch.cdist(rows, value, compute_mode=exact).amax((-2, -1)) for rows in torch.split(value, step, dim=-2)]
     return torch.stack(largest).amax(0)
 
 

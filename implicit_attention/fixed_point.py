@@ -115,7 +115,7 @@ def fixed_point(
         raise bad_value("y0", f"a tensor with at least system_ndim={system_ndim} dimensions", y0)
     call, lifted = maps.lift(function, args)
     problem = Problem(_checked(call), solver, system_ndim, system_ndim, FailureReport(on_failure))
-    return adjoint.apply(problem, y0, lifted, history=history)
+    return adjoint(problem, y0, lifted, history=history)
 
 
 def _checked(function: maps.MapFunction) -> maps.MapFunction:

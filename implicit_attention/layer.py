@@ -109,6 +109,9 @@ class ImplicitQueryAttention(nn.Module):
         check_choice("self_query", self_query, ("output", "input"))
         check_choice("normalize_over", normalize_over, ("queries", "keys"))
         check_choice("values", values, ("linear", "identity"))
+        flags = {"is_causal": is_causal, "query_input": query_input, "qk_norm": qk_norm, "out_proj": out_proj}
+        for name, flag in (flags | {"bias": bias}).items():
+            check_choice(name, flag, (True, False))
         if self_query == "input" and not (is_causal and normalize_over == "queries"):
             raise bad_value(
                 "self_query", '"output" unless is_causal=True and normalize_over="queries"', self_query,
@@ -119,8 +122,8 @@ class ImplicitQueryAttention(nn.Module):
         if scale is not None:
             check_positive("scale", scale)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
-        self.is_causal, self.self_query, self.normalize_over = bool(is_causal), self_query, normalize_over
-        self.query_input, self.qk_norm, self.values = bool(query_input), bool(qk_norm), values
+        self.is_causal, self.self_query, self.normalize_over = is_causal, self_query, normalize_over
+        self.query_input, self.qk_norm, self.values = query_input, qk_norm, values
         self.dropout, self.scale = float(dropout), self.head_dim**-0.5 if scale is None else float(scale)
         self.solver, self.adjoint = _make_solver(solver), _make_adjoint(adjoint)
         self._report = FailureReport(on_failure)
@@ -238,7 +241,7 @@ class ImplicitQueryAttention(nn.Module):
         function = equation.function
         problem = Problem(function, self.solver, function.system_ndim, function.row_ndim, self._report)
         try:
-            return self.adjoint.apply(problem, equation.start, equation.args, history=history)
+            return self.adjoint(problem, equation.start, equation.args, history=history)
         except NonFiniteError as error:
             raise non_finite({**named, **dict(self.named_parameters())}) from error
 
@@ -251,7 +254,8 @@ class ImplicitQueryAttention(nn.Module):
         key = split_heads(self.W_K(source), self.num_heads)
         dtype = key.dtype
         value = self._values(source, dtype)
-        start = value if context is None else self._values(x, dtype)
+        # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
+        start = value.clone() if context is None else self._values(x, dtype)
         if self.temperature is not None:
             key = rms_norm(key) * self.temperature[:, None, None].to(dtype)
         tensors = self._query_tensors(x, dtype)
@@ -296,9 +300,7 @@ class ImplicitQueryAttention(nn.Module):
         self, key: Tensor, rows: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None
     ) -> list[tuple[BiasTerm, Tensor]]:
         batch, heads, cols, _ = key.shape
-        terms = masks.mask_terms(
-            attn_mask, key_padding_mask, batch=batch, heads=heads, rows=rows, cols=cols, dtype=key.dtype
-        )
+        terms = masks.mask_terms(attn_mask, key_padding_mask, batch=batch, heads=heads, rows=rows, cols=cols, like=key)
         bias = None if self.positions is None else self.positions.bias()
         return terms if bias is None else [*terms, bias]
 

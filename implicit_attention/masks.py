@@ -33,7 +33,7 @@ def mask_terms(
     heads: int,
     rows: int,
     cols: int,
-    dtype: torch.dtype,
+    like: Tensor,
 ) -> list[tuple[BiasTerm, Tensor]]:
     """Check the masks of a call and return them as bias terms with their tensors.
 
@@ -44,18 +44,18 @@ def mask_terms(
         heads: H.
         rows: N.
         cols: M.
-        dtype: That of the inputs; a float mask may also be float32.
+        like: A tensor with the dtype and device that masks must go with.
 
     Returns:
         Terms and their tensors, `[1 or B, 1 or H, 1 or N, M]`.
 
     Raises:
         TypeError: If a mask is neither bool nor float.
-        ValueError: If its shape does not fit or it holds NaN or +Inf.
+        ValueError: If its shape or device does not fit.
     """
     found: list[tuple[BiasTerm, Tensor]] = []
     if attn_mask is not None:
-        _check_mask("attn_mask", attn_mask)
+        _check_mask("attn_mask", attn_mask, like)
         shapes = {(rows, cols): (1, 1), (batch * heads, rows, cols): (batch, heads)}
         shapes[batch, heads, rows, cols] = (batch, heads)
         lead = shapes.get(tuple(attn_mask.shape))
@@ -68,13 +68,15 @@ def mask_terms(
             )
         found.append((AdditiveMask(), attn_mask.reshape(*lead, rows, cols)))
     if key_padding_mask is not None:
-        _check_mask("key_padding_mask", key_padding_mask)
+        _check_mask("key_padding_mask", key_padding_mask, like)
         if tuple(key_padding_mask.shape) != (batch, cols):
             raise bad_value("key_padding_mask", f"of shape ({batch}, {cols})", key_padding_mask)
         found.append((AdditiveMask(), key_padding_mask[:, None, None, :]))
-    return [(t, m if m.dtype == torch.bool else m.to(dtype)) for t, m in found]
+    return [(t, m if m.dtype == torch.bool else m.to(like.dtype)) for t, m in found]
 
 
-def _check_mask(name: str, mask: object) -> None:
+def _check_mask(name: str, mask: object, like: Tensor) -> None:
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise bad_type(name, "a bool tensor (True = hidden) or a float tensor (added to the scores)", mask)
+    if mask.device != like.device:
+        raise bad_value(name, f"on the input's device, {like.device}", mask, f"Move it: {name}.to(x.device).")

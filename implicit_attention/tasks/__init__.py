@@ -1,0 +1,17 @@
+"""Tasks and data that need no download, and the small models to try them with."""
+
+from implicit_attention.tasks.models import OrdinaryAttention, TokenModel
+from implicit_attention.tasks.recall import Recall, RecallBatch
+from implicit_attention.tasks.text import standard_library, windows
+from implicit_attention.tasks.training import Step, train
+
+__all__ = [
+    "OrdinaryAttention",
+    "Recall",
+    "RecallBatch",
+    "Step",
+    "TokenModel",
+    "standard_library",
+    "train",
+    "windows",
+]

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from implicit_attention.attention_map import merge_heads, rms_norm, split_heads
 from implicit_attention.errors import bad_value, check_positive
+from implicit_attention.layer import ImplicitQueryAttention
+from implicit_attention.solvers import Solution
 
 
 class OrdinaryAttention(nn.Module):
@@ -15,9 +17,7 @@ class OrdinaryAttention(nn.Module):
     output. `W_Q` takes the place of `Omega_Q`, `W_V` that of `Omega_V`.
     """
 
-    def __init__(
-        self, embed_dim: int, num_heads: int = 1, *, is_causal: bool = False, qk_norm: bool = False
-    ) -> None:
+    def __init__(self, embed_dim: int, num_heads: int = 1, *, is_causal: bool = False, qk_norm: bool = False) -> None:
         """Make the layer.
 
         Args:
@@ -99,7 +99,24 @@ class TokenModel(nn.Module):
         Returns:
             `[B, N, vocabulary]`.
         """
+        return self.solve(tokens)[0]
+
+    def solve(self, tokens: Tensor) -> tuple[Tensor, Solution | None]:
+        """Return logits and how the equilibrium was found.
+
+        Args:
+            tokens: `[B, N]`, int64.
+
+        Returns:
+            Logits `[B, N, vocabulary]`, and the solution, None if the layer has no equilibrium.
+        """
         x = self.embed(tokens)
-        y = self.attention(x)
+        solution = None
+        if isinstance(self.attention, ImplicitQueryAttention):
+            solution = self.attention.solve(x)
+            project = self.attention.out_proj
+            y = solution.value if project is None else project(solution.value)
+        else:
+            y = self.attention(x)
         logits: Tensor = self.head(x + y if self.residual else y)
-        return logits
+        return logits, solution

@@ -46,9 +46,7 @@ class Recall:
         for name in ("pairs", "keys", "values"):
             check_positive(name, getattr(self, name), integer=True)
         if self.pairs > self.keys:
-            raise bad_value(
-                "pairs", f"at most keys={self.keys}", self.pairs, "A sequence's keys are distinct."
-            )
+            raise bad_value("pairs", f"at most keys={self.keys}", self.pairs, "A sequence's keys are distinct.")
 
     @property
     def vocabulary(self) -> int:

@@ -1,0 +1,36 @@
+"""The list of commands."""
+
+from typing import Annotated
+
+import typer
+
+from implicit_attention import __version__
+from implicit_attention.cli import demo
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo.demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"implicit-attention {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Attention whose queries are made from its own output, solved to its equilibrium.
+
+    y = softmax(K (Omega_Q y)^T / sqrt(d)) V with K = W_K x and V = Omega_V x.
+    Start with [bold]implicit-attention demo[/bold].
+    """

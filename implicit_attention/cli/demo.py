@@ -1,0 +1,183 @@
+"""`implicit-attention demo`: the layer settles on real input and wins a race, in front of your eyes."""
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from implicit_attention import plots
+from implicit_attention.cli import output, report, stages
+from implicit_attention.cli.environment import environment
+from implicit_attention.tasks import Recall
+
+FILES = ("convergence.png", "recall.png", "attention.png", "summary.json")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much work the demo does.
+
+    Attributes:
+        training_steps: Of the race, for each model.
+        length: Bytes in a window of text.
+        repeats: Timed solves of each solver.
+    """
+
+    training_steps: int
+    length: int
+    repeats: int
+
+
+FULL, QUICK = Scale(400, 256, 5), Scale(160, 128, 1)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the pictures and the figures; made if missing.")] = Path(
+        "demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all weights and data.")] = 0,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help=f"Train {QUICK.training_steps} steps instead of {FULL.training_steps}, "
+            f"read {QUICK.length} bytes of text instead of {FULL.length}, time each solver once.",
+        ),
+    ] = False,
+) -> None:
+    """Watch implicit-query attention settle, and race it against ordinary attention.
+
+    Three parts: the seed's own example, ten steps and a gradient; five solvers side by side on a real text,
+    the source of Python's standard library; associative recall, learned live by one layer of ordinary and one of
+    implicit-query attention with as many parameters, on the same data.
+
+    Writes convergence.png, recall.png, attention.png and summary.json, which holds every figure shown.
+    """
+    try:
+        output.prepare(out, FILES)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        print(f"implicit-attention demo: cannot write to --out {out}: {reason}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    run(out, seed, QUICK if quick else FULL, Console())
+
+
+def run(out: Path, seed: int, scale: Scale, console: Console) -> dict[str, Any]:
+    """Do the work of the demo.
+
+    Args:
+        out: Directory to write to.
+        seed: Of all weights and data.
+        scale: How much work.
+        console: Where to show it.
+
+    Returns:
+        What `summary.json` holds.
+    """
+    begun = time.perf_counter()
+    settings = environment()
+    report.opening(console, settings, seed, quick=scale == QUICK)
+    with _progress(console) as progress, _noted(progress.console) as notes:
+        example = stages.seed_example(seed)
+        settled = _settle_all(progress, seed, scale)
+        task = Recall()
+        entrants = stages.runners(seed, task)
+        _race(progress, entrants, task, scale.training_steps, seed)
+        maps, tokens = stages.attention_maps(entrants[stages.IMPLICIT], task, seed)
+    summary: dict[str, Any] = {
+        **settings,
+        "seed": seed,
+        "quick": scale == QUICK,
+        "scale": vars(scale),
+        "seed_example": report.example_figures(example),
+        "text": [report.case_figures(case, results) for case, results in settled],
+        "recall": report.race_figures(entrants, task),
+        "warnings": notes,
+    }
+    summary["failures"] = report.failures(summary)
+    _draw(out, example, settled, entrants, (maps, tokens), task)
+    summary["seconds"] = time.perf_counter() - begun
+    output.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    report.results(console, summary, [out / name for name in FILES])
+    return summary
+
+
+Results = list[tuple[stages.TextCase, list[stages.Settled]]]
+
+
+def _settle_all(progress: Progress, seed: int, scale: Scale) -> Results:
+    bar = progress.add_task("solvers on a real text", total=2 * len(stages.SOLVERS), note="")
+    settled: Results = []
+    for case in stages.text_cases(seed, length=scale.length):
+        results = []
+        for name in stages.SOLVERS:
+            progress.update(bar, note=f"{name}, {case.name}")
+            results.append(stages.settle(case, name, repeats=scale.repeats))
+            progress.advance(bar)
+        settled.append((case, results))
+    progress.update(bar, note="")
+    return settled
+
+
+def _race(progress: Progress, entrants: dict[str, stages.Runner], task: Recall, steps: int, seed: int) -> None:
+    bars = {name: progress.add_task(f"recall: {name}", total=steps, note="") for name in entrants}
+    for name, step in stages.race(entrants, task, steps=steps, seed=seed):
+        progress.advance(bars[name])
+        if step.accuracy is not None:
+            progress.update(bars[name], note=f"{step.accuracy:6.1%} right")
+
+
+def _draw(
+    out: Path,
+    example: stages.SeedExample,
+    settled: Results,
+    entrants: dict[str, stages.Runner],
+    attention: tuple[dict[str, Any], list[str]],
+    task: Recall,
+) -> None:
+    case, results = settled[-1]
+    worst = {r.solver: r.solution.abs_trace.flatten(1).amax(1) for r in results}
+    panels = {
+        "The seed's example": {"|y$_{t+1}$ - y$_t$|": example.differences},
+        f"Real text, {case.name}": worst,
+    }
+    output.write_figure(out / "convergence.png", plots.convergence(panels))
+    curves = {name: runner.curve for name, runner in entrants.items()}
+    output.write_figure(out / "recall.png", plots.recall(curves, guess=1 / task.pairs))
+    maps, tokens = attention
+    means = {title: weights.mean(0) for title, weights in maps.items()}
+    output.write_figure(out / "attention.png", plots.attention(means, tokens=tokens))
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:34}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+@contextmanager
+def _noted(console: Console) -> Iterator[list[str]]:
+    """Show warnings above the progress bars instead of through them, and keep what they say."""
+    notes: list[str] = []
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        notes.append(f"{category.__name__}: {message}")
+        console.print(f"[yellow]{category.__name__}[/yellow]: {message}", highlight=False)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield notes

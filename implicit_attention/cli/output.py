@@ -1,0 +1,65 @@
+"""Where a command leaves its files: checked before any work, written whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def prepare(directory: Path, names: Iterable[str]) -> None:
+    """Create a directory, with its parents, and make sure that files can be written into it.
+
+    Args:
+        directory: The directory.
+        names: Files that will be written there.
+
+    Raises:
+        OSError: If it cannot be created, is not a directory, or a file cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (directory / name).is_dir():
+            raise IsADirectoryError(None, "a directory stands where a file is to be written", str(directory / name))
+    with tempfile.TemporaryFile(dir=directory):
+        pass
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name, then give it its own, so that no one ever reads half of it.
+
+    Args:
+        path: The file.
+        content: What goes into it, text as UTF-8.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Write a figure as PNG, as `write` does.
+
+    Args:
+        path: The file.
+        figure: The figure.
+    """
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    write(path, buffer.getvalue())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

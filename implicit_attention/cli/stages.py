@@ -1,0 +1,227 @@
+"""What the demo shows, computed: the seed's example, solvers on a real text, the recall race."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from implicit_attention import (
+    Anderson,
+    Broyden,
+    ImplicitQueryAttention,
+    ImplicitQueryAttentionLinearV,
+    NewtonKrylov,
+    Picard,
+    diagnostics,
+)
+from implicit_attention.solvers import Solution, Solver
+from implicit_attention.tasks import OrdinaryAttention, Recall, Step, TokenModel, standard_library, train, windows
+
+MAX_STEPS = 100
+SOLVERS: dict[str, Solver] = {
+    "Picard": Picard(max_steps=MAX_STEPS),
+    "Picard, damped": Picard(damping=0.5, max_steps=MAX_STEPS),
+    "Anderson": Anderson(max_steps=MAX_STEPS),
+    "Broyden": Broyden(max_steps=MAX_STEPS),
+    "Newton-Krylov": NewtonKrylov(max_steps=MAX_STEPS),
+}
+IMPLICIT, ORDINARY = "implicit-query attention", "ordinary attention"
+
+
+@dataclass(frozen=True)
+class SeedExample:
+    """The example at the end of the document that the project grew from.
+
+    Attributes:
+        differences: `|y_{t+1} - y_t|` of its ten steps, Frobenius norm.
+        gradient: Of the output's sum in the input, `[1, 4, 8]`.
+    """
+
+    differences: list[float]
+    gradient: Tensor
+
+
+def seed_example(seed: int) -> SeedExample:
+    """Run the example: one sequence of four tokens of size eight, ten steps.
+
+    Args:
+        seed: Of weights and input.
+    """
+    torch.manual_seed(seed)
+    x = torch.randn(1, 4, 8, requires_grad=True)
+    y, history = ImplicitQueryAttentionLinearV(8, n_iters=10)(x, track=True)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    differences = [float(torch.linalg.vector_norm(b - a)) for a, b in zip(history, history[1:], strict=False)]
+    return SeedExample(differences, gradient)
+
+
+@dataclass(frozen=True)
+class TextCase:
+    """A real text and a layer, to be solved by every solver.
+
+    Attributes:
+        name: What sets the layer apart.
+        layer: The layer, which reports no failure itself.
+        x: The embedded text, `[B, N, D]`.
+        radius: Spectral radius at the equilibrium, `[B]`.
+    """
+
+    name: str
+    layer: ImplicitQueryAttention
+    x: Tensor
+    radius: Tensor
+
+
+def text_cases(seed: int, *, length: int = 256, gains: tuple[float, ...] = (1.0, 12.0)) -> Iterator[TextCase]:
+    """Embed windows of the standard library's source and make layers whose queries are ever larger.
+
+    Args:
+        seed: Of windows and weights.
+        length: Bytes in a window, N.
+        gains: Factors on `Omega_Q`: 1 is the layer as initialised; training makes scores grow.
+
+    Yields:
+        One case for each gain.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    text = windows(standard_library(1_000_000), 4, length, generator)
+    torch.manual_seed(seed)
+    embed, positions = nn.Embedding(256, 64), torch.randn(length, 64)
+    x = (embed(text.long()) + 0.5 * positions).detach()
+    base = ImplicitQueryAttention(64, num_heads=4).state_dict()
+    for gain in gains:
+        layer = ImplicitQueryAttention(64, num_heads=4, solver=SOLVERS["Anderson"], on_failure="ignore")
+        layer.load_state_dict(base | {"Omega_Q.weight": gain * base["Omega_Q.weight"]})
+        name = "as initialised" if gain == 1 else f"queries {gain:g} times larger"
+        yield TextCase(name, layer, x, diagnostics.spectral_radius(layer, x))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a solver fared.
+
+    Attributes:
+        solver: Its name.
+        solution: The solution.
+        seconds: Median time of a solve.
+    """
+
+    solver: str
+    solution: Solution
+    seconds: float
+
+
+def settle(case: TextCase, solver: str, *, repeats: int = 3) -> Settled:
+    """Solve a case.
+
+    Args:
+        case: The case.
+        solver: Name of one of `SOLVERS`.
+        repeats: Timed solves; one more goes before them.
+    """
+    case.layer.solver = SOLVERS[solver]
+    times = []
+    with torch.no_grad():
+        solution = case.layer.solve(case.x)
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            case.layer.solve(case.x)
+            times.append(time.perf_counter() - begun)
+    return Settled(solver, replace(solution, history=None), statistics.median(times))
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model in the race.
+
+    Attributes:
+        model: The model.
+        steps: What each of its training steps did.
+    """
+
+    model: TokenModel
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def curve(self) -> dict[int, float]:
+        """Held-out accuracy by step."""
+        return {s.step: s.accuracy for s in self.steps if s.accuracy is not None}
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def first(self, accuracy: float) -> int | None:
+        """Return the first step at which the accuracy was measured to be at least this, None if never."""
+        return next((step for step, reached in self.curve.items() if reached >= accuracy), None)
+
+
+def runners(seed: int, task: Recall) -> dict[str, Runner]:
+    """Make the two models: the same sizes, the same options, the same seed of their weights.
+
+    The implicit layer reads its own token's query from the input (`self_query="input"`): its equilibrium is then
+    unique whatever the weights become, and plain iteration reaches it within N steps.
+
+    Args:
+        seed: Of the weights.
+        task: What they are to learn.
+    """
+    solver = Picard(rtol=1e-3, atol=1e-3, max_steps=task.length)
+    made = {}
+    for name in (ORDINARY, IMPLICIT):
+        torch.manual_seed(seed)
+        layer: nn.Module = OrdinaryAttention(64, num_heads=4, is_causal=True, qk_norm=True)
+        if name == IMPLICIT:
+            layer = ImplicitQueryAttention(
+                64, num_heads=4, is_causal=True, qk_norm=True, self_query="input", solver=solver
+            )
+        made[name] = Runner(TokenModel(task.vocabulary, task.length, layer))
+    return made
+
+
+def race(entrants: dict[str, Runner], task: Recall, *, steps: int, seed: int) -> Iterator[tuple[str, Step]]:
+    """Train the models in turn, a step each, on the same data.
+
+    Args:
+        entrants: The models by name; their records grow.
+        task: What they learn.
+        steps: Training steps of each.
+        seed: Of the data.
+
+    Yields:
+        The name of a model and what its step did.
+    """
+    running = [train(runner.model, task, steps=steps, seed=seed, held_out=512) for runner in entrants.values()]
+    for taken in zip(*running, strict=True):
+        for (name, runner), step in zip(entrants.items(), taken, strict=True):
+            runner.steps.append(step)
+            yield name, step
+
+
+def attention_maps(runner: Runner, task: Recall, seed: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the trained layer's attention, head by head, as its iteration settles on one new sequence.
+
+    Args:
+        runner: The implicit model.
+        task: Its task.
+        seed: Of the sequence.
+
+    Returns:
+        Maps `[H, N, N]` by title, and the names of the N tokens.
+    """
+    tokens = task.batch(1, torch.Generator().manual_seed(seed + 2_000_003)).tokens
+    layer = runner.model.attention
+    assert isinstance(layer, ImplicitQueryAttention)
+    with torch.no_grad():
+        x = runner.model.embed(tokens)
+        history = layer.solve(x, history=True).history
+        assert history is not None
+        function, args, _ = layer.equation(x)
+        wanted = {f"iteration {t}": y for t, y in enumerate(history[:3])}
+        wanted[f"settled (iteration {len(history) - 1})"] = history[-1]
+        maps = {title: function.weights(y, *args)[0] for title, y in wanted.items()}
+    return maps, [f"k{t}" if t < task.keys else f"v{t - task.keys}" for t in tokens[0].tolist()]

@@ -3,6 +3,7 @@
 from implicit_attention.adjoints import Implicit, Phantom, Unrolled
 from implicit_attention.errors import ConvergenceError, ConvergenceWarning
 from implicit_attention.fixed_point import fixed_point
+from implicit_attention.forward_substitution import ForwardSubstitution
 from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.positions import ALiBi, RelativeBias, Rotary
 from implicit_attention.seed import ImplicitQueryAttentionLinearV
@@ -16,6 +17,7 @@ __all__ = [
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
+    "ForwardSubstitution",
     "Implicit",
     "ImplicitQueryAttention",
     "ImplicitQueryAttentionLinearV",

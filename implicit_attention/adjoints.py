@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from implicit_attention import maps
 from implicit_attention.errors import NonFiniteError, bad_value, check_positive
-from implicit_attention.solvers import Solution, Solver, solve
+from implicit_attention.solvers import DirectSolver, Method, Solution, Solver, solve
+from implicit_attention.solvers.base import measured
 
 Report = Callable[[Solution, str], None]  # told of every solve and of what was solved
 
@@ -31,7 +32,7 @@ class Problem:
     """
 
     function: maps.MapFunction
-    solver: Solver
+    solver: Method
     system_ndim: int
     row_ndim: int
     report: Report
@@ -39,9 +40,11 @@ class Problem:
     linear: bool = False
 
     def solve(self, function: Callable[[Tensor], Tensor], y0: Tensor, *, history: bool = False) -> Solution:
-        """Solve for the map with its arguments filled in, and report the outcome."""
+        """Iterate on the map with its arguments filled in, and report the outcome."""
+        solver = self.solver.fallback if isinstance(self.solver, DirectSolver) else self.solver
+        assert isinstance(solver, Solver)
         solution = solve(
-            self.solver,
+            solver,
             function,
             y0,
             system_ndim=self.system_ndim,
@@ -166,7 +169,7 @@ class Implicit(Adjoint):
         Bai, Kolter and Koltun, "Deep Equilibrium Models", arXiv 1909.01377, theorem 1.
     """
 
-    solver: Solver | None = None
+    solver: Method | None = None
 
     def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
         """Solve, and attach the implicit gradient to the value."""
@@ -174,7 +177,7 @@ class Implicit(Adjoint):
         run = _Run(problem, self._adjoint_solver(problem), needs, torch.is_grad_enabled(), history)
         return _solve_opaquely(run, y0, args)
 
-    def _adjoint_solver(self, problem: Problem) -> Solver:
+    def _adjoint_solver(self, problem: Problem) -> Method:
         if self.solver is not None:
             return self.solver
         return replace(problem.solver, atol=None)
@@ -185,13 +188,14 @@ class _Run:
     """One solve on its way through autograd: settings, and what the forward pass leaves for the backward."""
 
     problem: Problem
-    adjoint_solver: Solver
+    adjoint_solver: Method
     needs: tuple[bool, ...] = ()
     record: bool = True
     history: bool = False
     linearization: maps.Linearization | None = None
     evaluations: int = 0
     iterates: list[Tensor] | None = field(default=None, repr=False)
+    memo: Any = field(default=None, repr=False)
 
     def forward(self, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
         """Solve; keep the last evaluation's graph, which is all that a first-order backward pass needs."""
@@ -204,10 +208,29 @@ class _Run:
             return self.linearization.value
 
         call = evaluate if self.record else lambda y: self.problem.function(y, *args)
-        solution = self.problem.solve(call, y0, history=self.history)
+        if isinstance(self.problem.solver, DirectSolver):
+            solution = self._solve_directly(self.problem.solver, call, y0, args)
+        else:
+            solution = self.problem.solve(call, y0, history=self.history)
         if self.linearization is not None:
             self._refuse_closures(self.linearization)
         self.evaluations, self.iterates = solution.evaluations, solution.history
+        return solution
+
+    def _solve_directly(
+        self, solver: DirectSolver, evaluate: Callable[[Tensor], Tensor], y0: Tensor, args: tuple[Tensor, ...]
+    ) -> Solution:
+        """Solve by the map's structure, and measure the residual by applying the map once."""
+        rtol, atol = solver.tolerances(y0.dtype)
+        tolerance = atol if atol > 0 else rtol * float(y0.abs().amax())
+        for attempt in range(solver.attempts):
+            value, steps, self.memo = solver.equilibrium(self.problem.function, args, tolerance, attempt)
+            value = value.to(y0.dtype)
+            solution = measured(solver, value, evaluate(value), steps, self.problem.row_ndim)
+            if bool(solution.converged.all()):
+                break
+        solution = replace(solution, history=[y0, value] if self.history else None)
+        self.problem.report(solution, self.problem.name)
         return solution
 
     def _refuse_closures(self, linearization: maps.Linearization) -> None:
@@ -227,6 +250,8 @@ class _Run:
         kept = self.linearization
         if kept is None or not torch.equal(kept.y, y):
             kept = maps.Linearization(self.problem.function, y, args, self.needs)
+        if isinstance(self.adjoint_solver, DirectSolver):
+            return self._backward_directly(self.adjoint_solver, kept, y, args, grad)
         linearization, last = kept, None
 
         def adjoint_map(lam: Tensor) -> Tensor:
@@ -242,6 +267,19 @@ class _Run:
         if last is not None and torch.equal(last[0], solution.value):
             return last[1]  # the last product was taken at the solution: the arguments' gradients came with it
         return linearization.vjp(solution.value)[1]
+
+    def _backward_directly(
+        self, solver: DirectSolver, linearization: maps.Linearization, y: Tensor, args: tuple[Tensor, ...], grad: Tensor
+    ) -> list[Tensor | None]:
+        if not bool(torch.isfinite(grad).all()):
+            return linearization.vjp(grad)[1]  # NaN in, NaN out, as everywhere in autograd
+        rtol, _ = solver.tolerances(y.dtype, linear=True)
+        lam = solver.adjoint(self.problem.function, args, y, grad, rtol, self.memo).to(grad.dtype)
+        pulled, by_arg = linearization.vjp(lam)
+        steps = torch.ones(y.shape[: self.problem.row_ndim], dtype=torch.long, device=y.device)
+        adjoint = self._adjoint_problem(self.problem.function)
+        adjoint.report(measured(solver, lam, grad + pulled, steps, 1, linear=True), adjoint.name)
+        return by_arg
 
     def _composable_backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
         """The same, in operations that autograd and torch.func can see: the adjoint is a fixed point too."""
@@ -296,7 +334,16 @@ class _ImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], run: _Run, y0: Tensor, *args: Tensor) -> Any:
-        """Solve the mapped equations as one more dimension of independent systems."""
+        """Solve the mapped equations as one more dimension of independent systems, direct ones in turn."""
+        if isinstance(run.problem.solver, DirectSolver):
+            solved = [
+                _ImplicitFunction.apply(  # type: ignore[no-untyped-call]
+                    replace(run),
+                    *(t if d is None else t.select(d, i) for t, d in zip((y0, *args), in_dims[1:], strict=True)),
+                )
+                for i in range(info.batch_size)
+            ]
+            return tuple(torch.stack(part) for part in zip(*solved, strict=True)), (0,) * 6
         dims = [None if d is None else 0 for d in in_dims[2:]]
         moved = [a if d is None else a.movedim(d, 0) for a, d in zip(args, in_dims[2:], strict=True)]
         start = y0.expand(info.batch_size, *y0.shape) if in_dims[1] is None else y0.movedim(in_dims[1], 0)

@@ -44,6 +44,7 @@ class QueryMap:
     """
 
     names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation")
+    eps: ClassVar[float] = NORM_EPS
 
     num_heads: int
     normalize: bool = False

@@ -15,11 +15,12 @@ from implicit_attention.errors import (
     check_positive,
 )
 from implicit_attention.fixed_point import FailureReport
+from implicit_attention.forward_substitution import ForwardSubstitution
 from implicit_attention.inputs import check_input, non_finite
 from implicit_attention.kernels import AttentionSpec
 from implicit_attention.kernels.spec import BiasTerm
 from implicit_attention.positions import Positions, make_positions, rotate
-from implicit_attention.solvers import Anderson, Solution, Solver
+from implicit_attention.solvers import Anderson, DirectSolver, Method, Solution
 
 _ADJOINTS = {"implicit": Implicit, "unrolled": Unrolled, "phantom": Phantom}
 
@@ -62,7 +63,7 @@ class ImplicitQueryAttention(nn.Module):
         bias: bool = False,
         dropout: float = 0.0,
         scale: float | None = None,
-        solver: str | Solver = "auto",
+        solver: str | Method = "auto",
         adjoint: str | Adjoint = "implicit",
         on_failure: str = "warn",
         device: torch.device | str | None = None,
@@ -86,7 +87,8 @@ class ImplicitQueryAttention(nn.Module):
             bias: Biases on all linear maps (with `query_input`, queries get theirs from `W_Q`).
             dropout: Probability of dropping an attention weight in training; one mask for a whole solve.
             scale: Factor on the scores; `(D / H) ** -0.5` if None.
-            solver: "auto" (`Anderson()`), or a solver object.
+            solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers (unless they are
+                unrolled) and `Anderson()` for all others.
             adjoint: "implicit", "unrolled", "phantom", or `Implicit(...)`, `Unrolled(...)`, `Phantom(...)`.
             on_failure: "warn" (once), "raise" or "ignore" when a solve misses its tolerance.
             device: Device of the parameters.
@@ -125,7 +127,8 @@ class ImplicitQueryAttention(nn.Module):
         self.is_causal, self.self_query, self.normalize_over = is_causal, self_query, normalize_over
         self.query_input, self.qk_norm, self.values = query_input, qk_norm, values
         self.dropout, self.scale = float(dropout), self.head_dim**-0.5 if scale is None else float(scale)
-        self.solver, self.adjoint = _make_solver(solver), _make_adjoint(adjoint)
+        self.adjoint = _make_adjoint(adjoint)
+        self.solver = self._make_solver(solver)
         self._report = FailureReport(on_failure)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.Omega_Q = nn.Linear(embed_dim, embed_dim, bias=bias and not query_input, **where)
@@ -245,6 +248,19 @@ class ImplicitQueryAttention(nn.Module):
         except NonFiniteError as error:
             raise non_finite({**named, **dict(self.named_parameters())}) from error
 
+    def _make_solver(self, solver: str | Method) -> Method:
+        triangular = self.is_causal and self.normalize_over == "queries"
+        if isinstance(solver, DirectSolver) and not triangular:
+            raise bad_value(
+                "solver", 'an iterative one unless is_causal=True and normalize_over="queries"', solver,
+                'Rows depend on later rows here, or on no other: use "auto" or Anderson().',
+            )  # fmt: skip
+        if isinstance(solver, Method):
+            return solver
+        if solver != "auto":
+            raise bad_value("solver", '"auto" or a solver object such as Picard()', solver)
+        return ForwardSubstitution() if triangular and not isinstance(self.adjoint, Unrolled) else Anderson()
+
     def _equation(
         self, x: Tensor, context: Tensor | None, attn_mask: Tensor | None, key_padding_mask: Tensor | None
     ) -> tuple[Equation, bool]:
@@ -340,14 +356,6 @@ class ImplicitQueryAttention(nn.Module):
         parts = [f"{self.embed_dim}, num_heads={self.num_heads}"]
         parts += [f"{name}={value!r}" for name, (value, default) in shown.items() if value != default]
         return ", ".join([*parts, f"solver={self.solver}", f"adjoint={self.adjoint}"])
-
-
-def _make_solver(solver: str | Solver) -> Solver:
-    if isinstance(solver, Solver):
-        return solver
-    if solver == "auto":
-        return Anderson()
-    raise bad_value("solver", '"auto" or a solver object such as Picard()', solver)
 
 
 def _make_adjoint(adjoint: str | Adjoint) -> Adjoint:

@@ -40,7 +40,14 @@ def gmres(matvec: MatVec, b: Tensor, *, rtol: Tensor | float, restart: int, cycl
 
 
 def _gmres_cycle(matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor, restart: int) -> tuple[Tensor, Tensor]:
-    """One Arnoldi sweep: the correction and the residual's norm after it, as the rotations tell it."""
+    """One Arnoldi sweep: the correction and the residual's norm after it, as the rotations tell it.
+
+    A system that has reached its target gets empty columns from then on, so that what it returns does not
+    depend on how long the others take.
+
+    Returns:
+        `[S, n]` and `[S]`.
+    """
     count, n = residual.shape
     basis = residual.new_zeros(restart + 1, count, n)
     basis[0] = residual / norm.clamp_min(_tiny(norm))[:, None]
@@ -48,9 +55,9 @@ def _gmres_cycle(matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor,
     rotations: list[tuple[Tensor, Tensor]] = []
     g = residual.new_zeros(count, restart + 1)
     g[:, 0] = norm
-    used = 0
+    used, live = 0, norm > target
     for k in range(restart):
-        w = matvec(basis[k])
+        w = matvec(basis[k]) * live[:, None]
         size = torch.linalg.vector_norm(w, dim=-1)
         h = residual.new_zeros(count, k + 1)
         for _ in range(2):  # Gram-Schmidt twice is as good as Householder (Giraud et al. 2005)
@@ -71,14 +78,15 @@ def _gmres_cycle(matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor,
         r[:, k, k] = radius
         g[:, k + 1] = -sin * g[:, k]
         g[:, k] = cos * g[:, k]
-        used = k + 1
-        if bool((g[:, used].abs() <= target).all()):
+        used, norm = k + 1, torch.where(live, g[:, k + 1].abs(), norm)
+        live = norm > target
+        if not bool(live.any()):
             break
     r, g_top = r[:, :used, :used], g[:, :used]
     empty = r.diagonal(dim1=-2, dim2=-1) == 0  # a column that added nothing gets no weight
     r = r + torch.diag_embed(empty.to(r.dtype))
     weights = torch.linalg.solve_triangular(r, (g_top * ~empty)[..., None], upper=True)[..., 0]
-    return torch.einsum("ksn,sk->sn", basis[:used], weights), g[:, used].abs()
+    return torch.einsum("ksn,sk->sn", basis[:used], weights), norm
 
 
 def spectral_radius(matvec: MatVec, start: Tensor, *, iterations: int = 50) -> Tensor:

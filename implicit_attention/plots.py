@@ -51,22 +51,27 @@ def convergence(
     figure = _figure(4.5 * max(len(panels), 1.6), 4.2)
     for axes, (title, curves) in zip(_row(figure, len(panels)), panels.items(), strict=True):
         for (name, trace), colour, marker in zip(curves.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False):
-            heights = torch.as_tensor(trace).detach().double().cpu()
-            steps = torch.arange(len(heights))[heights > 0]
-            every = max(1, len(steps) // 12)
-            axes.plot(
-                steps.numpy(), heights[heights > 0].numpy(), color=colour, marker=marker, markevery=every,
-                markersize=5, linewidth=1.8, label=name,
-            )  # fmt: skip
+            _decay(axes, name, torch.as_tensor(trace).detach().double().cpu(), color=colour, marker=marker)
         if tolerance is not None:
             axes.axhline(tolerance, color="0.45", linewidth=1, linestyle="--")
             axes.annotate("tolerance", (1, tolerance), (-3, 3), ("axes fraction", "data"), "offset points",
                           ha="right", color="0.35", fontsize=9)  # fmt: skip
-        axes.set(title=title, xlabel="step", ylabel=quantity, yscale="log")
+        longest = max(len(trace) for trace in curves.values())
+        axes.set(title=title, xlabel="step", ylabel=quantity, yscale="log", xlim=(-0.04 * longest, 1.04 * longest))
         axes.locator_params(axis="x", integer=True)
-        if len(curves) > 1:
-            axes.legend(frameon=False)
+        axes.legend(frameon=False)
     return figure
+
+
+def _decay(axes: "Axes", name: str, heights: Tensor, *, color: str, marker: str) -> None:
+    """Draw one curve, and say so where it ends because what follows is zero."""
+    steps = torch.arange(len(heights))[heights > 0]
+    every = max(1, len(steps) // 12)
+    style: dict[str, Any] = {"color": color, "marker": marker, "markevery": every, "markersize": 5, "linewidth": 1.8}
+    axes.plot(steps.numpy(), heights[steps].numpy(), label=name, **style)
+    if 0 < len(steps) < len(heights):
+        end = (int(steps[-1]), float(heights[steps[-1]]))
+        axes.annotate("then 0", end, (7, 0), textcoords="offset points", va="center", color=color, fontsize=9)
 
 
 def recall(curves: Mapping[str, Mapping[int, float]], *, guess: float | None = None) -> "Figure":
@@ -127,12 +132,12 @@ def attention(maps: Mapping[str, Tensor], *, tokens: Sequence[str] | None = None
     ]
     columns = 2 if len(panels) == 4 else min(len(panels), 4)
     rows = -(-len(panels) // columns)
-    figure = _figure(min(4.6 * columns, 9.2), min(4.6, 9.2 / columns) * rows)
+    figure = _figure(min(4.6 * columns, 9.2), min(4.2, 8.4 / columns) * rows)
     grid = figure.subplots(rows, columns, squeeze=False).flat
     brightest = max(float(weights.max()) for _, weights in panels)
     shared: list[Axes] = []
     for axes, (title, weights) in zip(grid, panels, strict=False):
-        image = axes.imshow(weights.numpy(), cmap="magma_r", vmin=0, vmax=brightest, interpolation="nearest")
+        image = axes.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=brightest, interpolation="nearest")
         axes.set_title(title)
         axes.tick_params(length=0, labelsize=7)
         if tokens is not None:

@@ -75,6 +75,11 @@ def rotate(t: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(t.dtype)
 
 
+def unrotate(t: Tensor, rotation: Tensor) -> Tensor:
+    """Undo `rotate`, which is also its transpose."""
+    return rotate(t, rotation * rotation.new_tensor([1.0, -1.0])[:, None, None])
+
+
 @dataclass(frozen=True)
 class _DistanceSlope:
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:

@@ -24,7 +24,7 @@ def make_layer(embed_dim, num_heads=1, *, gain=1.0, seed=0, **options):
     with torch.no_grad():
         layer.Omega_Q.weight.mul_(gain)
         if layer.temperature is not None:
-            layer.temperature.uniform_(0.3, 0.6)
+            layer.temperature.uniform_(0.05, 0.1)  # the norm is steep near q = 0: keep it contracting
         if isinstance(layer.positions, RelativeBias):
             layer.positions.table.normal_(std=0.5)
     return layer

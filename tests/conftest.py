@@ -20,3 +20,8 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def pytest_configure(config):
+    """Torch scripts its own forward-mode decompositions when they are first used, and complains about it."""
+    config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning")

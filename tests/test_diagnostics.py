@@ -55,9 +55,7 @@ def test_spectral_radius_takes_masks_and_leaves_the_random_state_alone():
     state = torch.get_rng_state()
     found = diagnostics.spectral_radius(layer, x, iterations=2000, key_padding_mask=hidden)
     assert torch.equal(torch.get_rng_state(), state)
-    torch.testing.assert_close(
-        found, radii_by_brute_force(layer, x, key_padding_mask=hidden), rtol=5e-3, atol=1e-6
-    )
+    torch.testing.assert_close(found, radii_by_brute_force(layer, x, key_padding_mask=hidden), rtol=5e-3, atol=1e-6)
 
 
 def test_a_map_with_explicit_diagonal_has_radius_zero():
@@ -127,9 +125,7 @@ def test_unbatched_input_is_a_batch_of_one():
 def test_refusals():
     for options in ({"qk_norm": True}, {"positions": "rope"}):
         layer, x = make(**options)
-        with pytest.raises(
-            ValueError, match=r"`layer` must be one whose queries are affine in y.*spectral_radius"
-        ):
+        with pytest.raises(ValueError, match=r"`layer` must be one whose queries are affine in y.*spectral_radius"):
             diagnostics.contraction_bound(layer, x)
     layer, x = make(dropout=0.1)
     with pytest.raises(ValueError, match=r"eval mode"):

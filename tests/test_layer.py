@@ -60,7 +60,7 @@ def make_masks(kind, B, N, M, H):
     hidden = torch.rand(N, M) < 0.3
     hidden[N // 2] = True
     padding = torch.zeros(B, M, dtype=torch.bool)
-    padding[0, -(M // 3) :] = M >= 3
+    padding[:1, -(M // 3) :] = M >= 3
     masks = {
         "none": {},
         "bool": {"attn_mask": hidden},
@@ -110,7 +110,8 @@ def check_gradients(layer, x, context, masks):
     problem = problem_of(layer, x, context, **masks)
     expected = oracle_gradients(layer, problem, oracle.solve(problem, start=array(y)), array(grad_y))
     for name, tensor in (inputs | dict(layer.named_parameters())).items():
-        close(tensor.grad, expected[name], TOL)
+        found = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad  # x may give the start only
+        close(found, expected[name], TOL)
 
 
 @pytest.mark.parametrize("N", [1, 7, 63, 64, 65], ids=lambda n: f"N{n}")
@@ -125,14 +126,16 @@ def test_masked_map(options, kind):
     check_map(*make_inputs(options, 3, 7, kind=kind))
 
 
-@pytest.mark.parametrize(("B", "N"), [(2, 1), (2, 7), (1, 33)], ids=["B2-N1", "B2-N7", "B1-N33"])
+@pytest.mark.parametrize(("B", "N"), [(2, 1), (2, 7), (1, 17)], ids=["B2-N1", "B2-N7", "B1-N17"])
 @every_option
 def test_equilibrium(options, B, N):
     check_equilibrium(*make_inputs(options, B, N))
 
 
 @every_mask
-@pytest.mark.parametrize("case", ["heads", "qk_norm-rope", "causal-heads-qk_norm", "causal-input", "keys-causal-relative"])
+@pytest.mark.parametrize(
+    "case", ["heads", "qk_norm-rope", "causal-heads-qk_norm", "causal-input", "keys-causal-relative"]
+)
 def test_masked_equilibrium(case, kind):
     check_equilibrium(*make_inputs(OPTIONS[case], 2, 7, kind=kind))
 
@@ -247,7 +250,7 @@ def test_eval_mode_keeps_gradients_and_no_grad_drops_them():
         assert not layer(x).requires_grad
 
 
-@every_option
+@pytest.mark.parametrize("options", [OPTIONS["qk_norm-rope"], OPTIONS["relative"]], ids=["qk_norm-rope", "relative"])
 def test_copies_and_state_dicts(options):
     layer, x, _, _ = make_inputs(options, 1, 4)
     twin = make_layer(8, seed=1, **options)

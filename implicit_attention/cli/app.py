@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from implicit_attention import __version__
-from implicit_attention.cli import demo
+from implicit_attention.cli.demo import demo
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo.demo)
+app.command()(demo)
 
 
 def _version(wanted: bool) -> None:

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ class Scale:
     repeats: int
 
 
-FULL, QUICK = Scale(400, 256, 5), Scale(160, 128, 1)
+FULL, QUICK = Scale(400, 256, 3), Scale(160, 128, 1)
 
 
 def demo(
@@ -56,11 +56,13 @@ def demo(
 ) -> None:
     """Watch implicit-query attention settle, and race it against ordinary attention.
 
-    Three parts: the seed's own example, ten steps and a gradient; five solvers side by side on a real text,
-    the source of Python's standard library; associative recall, learned live by one layer of ordinary and one of
-    implicit-query attention with as many parameters, on the same data.
+    Three parts: the seed's own example, ten steps and a gradient; five
+    solvers side by side on a real text, the source of Python's standard
+    library; associative recall, learned live by one layer of ordinary and one
+    of implicit-query attention with as many parameters, on the same data.
 
-    Writes convergence.png, recall.png, attention.png and summary.json, which holds every figure shown.
+    Writes convergence.png, recall.png, attention.png and summary.json, which
+    holds every figure shown.
     """
     try:
         output.prepare(out, FILES)
@@ -146,7 +148,7 @@ def _draw(
 ) -> None:
     case, results = settled[-1]
     worst = {r.solver: r.solution.abs_trace.flatten(1).amax(1) for r in results}
-    panels = {
+    panels: dict[str, plots.Trace | Mapping[str, plots.Trace]] = {
         "The seed's example": {"|y$_{t+1}$ - y$_t$|": example.differences},
         f"Real text, {case.name}": worst,
     }

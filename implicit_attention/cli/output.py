@@ -1,5 +1,6 @@
 """Where a command leaves its files: checked before any work, written whole or not at all."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterable
@@ -19,12 +20,16 @@ def prepare(directory: Path, names: Iterable[str]) -> None:
         names: Files that will be written there.
 
     Raises:
-        OSError: If it cannot be created, is not a directory, or a file cannot be written.
+        NotADirectoryError: If it is something else.
+        OSError: If it cannot be created, or a file in it not be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "it exists and is not a directory") from None
     for name in names:
         if (directory / name).is_dir():
-            raise IsADirectoryError(None, "a directory stands where a file is to be written", str(directory / name))
+            raise OSError(errno.EISDIR, f"{name} is a directory")
     with tempfile.TemporaryFile(dir=directory):
         pass
 

@@ -20,12 +20,12 @@ def example_figures(example: stages.SeedExample) -> dict[str, Any]:
 
 
 def case_figures(case: stages.TextCase, results: list[stages.Settled]) -> dict[str, Any]:
-    """Return what the solvers did on one case for the summary."""
+    """Return what the solvers did on one case for the summary, an entry for each of its texts."""
     batch, length, embed_dim = case.x.shape
     return {
         "case": case.name,
         "shape": [batch, length, embed_dim],
-        "num_heads": case.layer.num_heads,
+        "layer": case.layer.extra_repr(),
         "spectral_radius": case.radius.tolist(),
         "solvers": [_solver_figures(case, result) for result in results],
     }
@@ -36,10 +36,10 @@ def _solver_figures(case: stages.TextCase, result: stages.Settled) -> dict[str, 
     return {
         "solver": result.solver,
         "settings": str(stages.SOLVERS[result.solver]),
-        "steps": solution.steps.tolist(),
+        "steps": solution.steps.flatten(1).amax(1).tolist(),
         "evaluations": solution.evaluations,
         "residual": float(solution.residual.max()),
-        "converged": solution.converged.tolist(),
+        "converged": solution.converged.flatten(1).all(1).tolist(),
         "seconds": result.seconds,
         "trace": solution.abs_trace.flatten(1).amax(1).tolist(),
     }
@@ -53,7 +53,7 @@ def race_figures(entrants: dict[str, stages.Runner], task: Recall) -> dict[str, 
 def _runner_figures(runner: stages.Runner) -> dict[str, Any]:
     steps = runner.steps
     return {
-        "layer": str(runner.model.attention).partition("\n")[0],
+        "layer": f"{type(runner.model.attention).__name__}({runner.model.attention.extra_repr()})",
         "parameters": runner.parameters,
         "accuracy": list(runner.curve.values())[-1],
         "solved_at_step": runner.first(SOLVED),
@@ -92,7 +92,7 @@ def opening(console: Console, settings: dict[str, Any], seed: int, *, quick: boo
     console.print("[bold]implicit-query attention[/bold]: queries are made from the output, y = F(y)", highlight=False)
     console.print(
         f"implicit-attention {versions['implicit-attention']}, torch {versions['torch']}, "
-        f"{settings['threads']} threads, seed {seed}",
+        f"threads: {settings['threads']}, seed: {seed}",
         style="dim",
         highlight=False,
     )
@@ -130,10 +130,10 @@ def _show_example(console: Console, example: dict[str, Any]) -> None:
 
 def _show_case(console: Console, case: dict[str, Any]) -> None:
     batch, length, _ = case["shape"]
-    _heading(console, f"2. Solvers on {batch} x {length} bytes of Python's standard library: {case['case']}")
+    _heading(console, f"2. {batch} x {length} bytes of Python's standard library: {case['case']}")
     radius = max(case["spectral_radius"])
-    side = "plain iteration settles nearby" if radius < 1 else "plain iteration cannot settle there"
-    console.print(f"largest spectral radius at the equilibrium: {radius:.2f} ({side})", highlight=False)
+    side = "plain iteration can settle" if radius < 1 else "plain iteration cannot settle"
+    console.print(f"causal, 4 heads of 16; spectral radius {radius:.2f} ({side})", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("solver", "steps", "evaluations", "residual", "milliseconds", ""):
         table.add_column(name, justify="left" if name in ("solver", "") else "right")
@@ -154,7 +154,7 @@ def _show_race(console: Console, recall: dict[str, Any]) -> None:
     task, models = recall["task"], recall["models"]
     _heading(console, f"3. Associative recall, {task['pairs']} pairs: which value followed this key?")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("one layer of", "parameters", "held-out accuracy", "99 % at step", "seconds", "rows unconverged"):
+    for name in ("one layer of", "weights", "held out", "99 % at step", "seconds", "unsettled"):
         table.add_column(name, justify="left" if name == "one layer of" else "right")
     for name, model in models.items():
         solves = model["largest_solver_steps"] > 0
@@ -167,9 +167,10 @@ def _show_race(console: Console, recall: dict[str, Any]) -> None:
             f"{model['unconverged_share']:.2%}" if solves else "",
         )
     console.print(table)
+    implicit = models[stages.IMPLICIT]
     console.print(
-        f"{len(models[stages.IMPLICIT]['steps'])} steps of AdamW each, the same data; the layers: 4 heads of 16, "
-        f"causal, qk_norm; the implicit one {models[stages.IMPLICIT]['layer']}",
+        f"Both: {len(implicit['steps'])} steps of AdamW on the same data. Held out: share of right answers on new "
+        f"sequences. Unsettled: rows above tolerance in training.\n{implicit['layer']}",
         style="dim",
         highlight=False,
         markup=False,

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +50,15 @@ def seed_example(seed: int) -> SeedExample:
 
     Args:
         seed: Of weights and input.
+
+    Returns:
+        Its differences and gradient.
     """
     torch.manual_seed(seed)
     x = torch.randn(1, 4, 8, requires_grad=True)
     y, history = ImplicitQueryAttentionLinearV(8, n_iters=10)(x, track=True)
     (gradient,) = torch.autograd.grad(y.sum(), x)
-    differences = [float(torch.linalg.vector_norm(b - a)) for a, b in zip(history, history[1:], strict=False)]
+    differences = [torch.linalg.vector_norm(b - a).item() for a, b in pairwise(history)]
     return SeedExample(differences, gradient)
 
 
@@ -93,10 +97,11 @@ def text_cases(seed: int, *, length: int = 256, gains: tuple[float, ...] = (1.0,
     x = (embed(text.long()) + 0.5 * positions).detach()
     base = ImplicitQueryAttention(64, num_heads=4).state_dict()
     for gain in gains:
-        layer = ImplicitQueryAttention(64, num_heads=4, solver=SOLVERS["Anderson"], on_failure="ignore")
+        # Without a mask all tokens could agree on the mean value, an equilibrium that is too easy to be interesting.
+        layer = ImplicitQueryAttention(64, num_heads=4, is_causal=True, solver=SOLVERS["Anderson"], on_failure="ignore")
         layer.load_state_dict(base | {"Omega_Q.weight": gain * base["Omega_Q.weight"]})
         name = "as initialised" if gain == 1 else f"queries {gain:g} times larger"
-        yield TextCase(name, layer, x, diagnostics.spectral_radius(layer, x))
+        yield TextCase(name, layer, x, diagnostics.spectral_radius(layer, x, iterations=2 * length))
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,9 @@ def settle(case: TextCase, solver: str, *, repeats: int = 3) -> Settled:
         case: The case.
         solver: Name of one of `SOLVERS`.
         repeats: Timed solves; one more goes before them.
+
+    Returns:
+        The solution and the time of a solve.
     """
     case.layer.solver = SOLVERS[solver]
     times = []
@@ -169,6 +177,9 @@ def runners(seed: int, task: Recall) -> dict[str, Runner]:
     Args:
         seed: Of the weights.
         task: What they are to learn.
+
+    Returns:
+        The models by name, untrained.
     """
     solver = Picard(rtol=1e-3, atol=1e-3, max_steps=task.length)
     made = {}

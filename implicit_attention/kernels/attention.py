@@ -42,6 +42,40 @@ def attention(
     return out, lse
 
 
+def gradient_of_key(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    *,
+    seeds: Tensor | None = None,
+    terms: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Return the gradient of the keys of a **part** of a softmax, given the whole's output and log-sum-exp.
+
+    Args:
+        grad: Cotangent of the whole output, `[B, H, N, d_v]`.
+        query: `[B, H, N, d]`.
+        key: The part's keys, `[B, H, M, d]`.
+        value: The part's values, `[B, H, M, d_v]`.
+        out: The whole output, `[B, H, N, d_v]`.
+        lse: The whole log-sum-exp, `[B, H, N]`.
+        spec: The part's call.
+        seeds: As in `attention`.
+        terms: As in `attention`.
+
+    Returns:
+        `[B, H, M, d]`.
+    """
+    if flash.serves(query, value, spec, None):
+        narrow = query.dtype
+        return flash.backward(spec, grad.to(narrow), query, key, value, None, out.to(narrow), lse, terms)[1]
+    return chunked.gradient_of_key(spec, seeds, grad, (query, key, value, None, *terms), out, lse)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(spec: AttentionSpec, seeds: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:

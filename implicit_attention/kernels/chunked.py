@@ -32,6 +32,27 @@ def backward(spec: AttentionSpec, seeds: Tensor | None, grad: Tensor, inputs: In
     return tuple(total)
 
 
+def gradient_of_key(
+    spec: AttentionSpec, seeds: Tensor | None, grad: Tensor, inputs: Inputs, out: Tensor, lse: Tensor
+) -> Tensor:
+    """Return the keys' gradient `[B, H, M, d]` where `out` and `lse` belong to a softmax over more columns."""
+    query, key, value, _, *tensors = inputs
+    assert query is not None and key is not None and value is not None
+    total = torch.zeros_like(key, dtype=lse.dtype)
+    for rows, cols in _chunks(spec, inputs):
+        q, g = query[..., rows, :].to(lse.dtype), grad[..., rows, :].to(lse.dtype)
+        scores = spec.scale * (q @ key[..., cols, :].to(lse.dtype).mT)
+        bias = _bias(spec, tensors, rows, cols, lse)
+        seen = lse[..., rows, None].masked_fill(torch.isneginf(lse[..., rows, None]), 0.0)
+        p = torch.exp((scores if bias is None else scores + bias) - seen)
+        slope = g @ value[..., cols, :].to(lse.dtype).mT
+        keep = spec.keep(seeds, query.shape[1], rows, cols, lse)
+        slope = slope if keep is None else slope * keep
+        slope = p * (slope - (g * out[..., rows, :]).sum(-1, keepdim=True))
+        total[..., cols, :] += spec.scale * (slope.mT @ q)
+    return total
+
+
 def double_backward(
     spec: AttentionSpec,
     seeds: Tensor | None,

@@ -1,7 +1,7 @@
 """The static description of one attention call, and its score bias, evaluated block by block."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -36,12 +36,21 @@ class AttentionSpec:
         is_causal: Row i sees columns j <= i; rows and columns count from the same origin.
         terms: Additive biases, one tensor each, added after the scaling.
         dropout: Probability with which an attention weight is zeroed; the call then needs `seeds`.
+        origin: Row and column of the first score, for a block of a larger matrix.
     """
 
     scale: float
     is_causal: bool = False
     terms: tuple[BiasTerm, ...] = ()
     dropout: float = 0.0
+    origin: tuple[int, int] = (0, 0)
+
+    def shifted(self, row: int, col: int) -> "AttentionSpec":
+        """Return the call of a block below the diagonal: its rows start at `row`, its columns at `col`."""
+        if row < col:
+            raise ValueError(f"a block at row {row}, column {col} lies above the diagonal")
+        terms = tuple(_Shifted(term, row, col) for term in self.terms)
+        return replace(self, is_causal=False, terms=terms, origin=(self.origin[0] + row, self.origin[1] + col))
 
     def chunks(self, query: Tensor, key: Tensor, *, systems: int | None = None) -> list[tuple[slice, slice]]:
         """Return (rows, columns they see) so that `systems * rows * columns` stays within a budget.
@@ -78,7 +87,7 @@ class AttentionSpec:
             block = term.block(tensor, rows, cols).to(like.dtype)
             total = block if total is None else total + block
         if self.is_causal and cols.stop - 1 > rows.start:
-            hidden = torch.zeros(rows.stop - rows.start, cols.stop, dtype=like.dtype, device=like.device)
+            hidden = torch.zeros(rows.stop - rows.start, cols.stop - cols.start, dtype=like.dtype, device=like.device)
             hidden.masked_fill_(_later(rows, cols, like.device), -torch.inf)
             total = hidden[None, None] if total is None else total + hidden
         return total
@@ -103,11 +112,27 @@ class AttentionSpec:
             return None
         device = seeds.device
         h = torch.arange(heads, device=device)[:, None, None]
-        i = torch.arange(rows.start, rows.stop, device=device)[:, None]
-        j = torch.arange(cols.start, cols.stop, device=device)
+        i = torch.arange(rows.start, rows.stop, device=device)[:, None] + self.origin[0]
+        j = torch.arange(cols.start, cols.stop, device=device) + self.origin[1]
         bits = _mix(_mix(_mix(seeds[:, None, None, None] + h) + i) + j)
         uniform = (bits & 0xFFFFFF).to(torch.float32) / (1 << 24)
         return (uniform >= self.dropout).to(like.dtype) / (1.0 - self.dropout)
+
+
+@dataclass(frozen=True)
+class _Shifted:
+    """A bias term seen from a block that starts at (row, col)."""
+
+    term: BiasTerm
+    row: int
+    col: int
+
+    def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
+        return self.term.block(
+            tensor,
+            slice(rows.start + self.row, rows.stop + self.row),
+            slice(cols.start + self.col, cols.stop + self.col),
+        )
 
 
 def _later(rows: slice, cols: slice, device: torch.device) -> Tensor:

@@ -116,19 +116,17 @@ class System:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solver(ABC):
-    """Base of the solvers: a record of settings with `init` and `step`; the loop is `solve`.
+class Method:
+    """Base of everything that solves `y = F(y)`.
 
     Attributes:
         rtol: Relative tolerance; None for the default of the dtype (float64 1e-10, float32 1e-5, float16
             4e-3, bfloat16 3e-2).
         atol: Absolute tolerance; None for the same default (0 when solving an adjoint, which has no scale).
-        max_steps: Steps after which a system that is not within `atol + rtol max|F(y)|` is reported.
     """
 
     rtol: float | None = None
     atol: float | None = None
-    max_steps: int = 50
 
     unrollable: ClassVar[bool] = True  # whether backpropagation through the steps themselves makes sense
 
@@ -137,6 +135,73 @@ class Solver(ABC):
         for name in ("rtol", "atol"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
+
+    def tolerances(self, dtype: torch.dtype, *, linear: bool = False) -> tuple[float, float]:
+        """Return the relative and the absolute tolerance for a dtype."""
+        default = _TOLERANCES.get(dtype, 1e-5)
+        rtol = default if self.rtol is None else self.rtol
+        return rtol, (0.0 if linear else default) if self.atol is None else self.atol
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectSolver(Method, ABC):
+    """Base of the solvers that know the structure of a map and need not iterate on the whole of it.
+
+    Attributes:
+        fallback: The iterative solver for equations derived from the map whose structure is not known.
+    """
+
+    unrollable: ClassVar[bool] = False
+
+    fallback: "Solver"
+
+    @property
+    @abstractmethod
+    def attempts(self) -> int:
+        """How many levels of care `equilibrium` knows."""
+
+    @abstractmethod
+    def equilibrium(
+        self, function: Callable[..., Tensor], args: tuple[Tensor, ...], tolerance: float, attempt: int
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Return the equilibrium, the steps taken per row, and a memo for `adjoint`.
+
+        Args:
+            function: The map.
+            args: Its tensors.
+            tolerance: Absolute tolerance.
+            attempt: 0 at first, higher when the result was not within tolerance.
+        """
+
+    @abstractmethod
+    def adjoint(
+        self, function: Callable[..., Tensor], args: tuple[Tensor, ...], y: Tensor, grad: Tensor, rtol: float, memo: Any
+    ) -> Tensor:
+        """Return `lam = grad + J^T lam` at the equilibrium `y`.
+
+        Args:
+            function: The map.
+            args: Its tensors.
+            y: The equilibrium.
+            grad: Cotangent.
+            rtol: Relative tolerance.
+            memo: What `equilibrium` left, or None.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(Method, ABC):
+    """Base of the iterative solvers: a record of settings with `init` and `step`; the loop is `solve`.
+
+    Attributes:
+        max_steps: Steps after which a system that is not within `atol + rtol max|F(y)|` is reported.
+    """
+
+    max_steps: int = 50
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        super().__post_init__()
         check_positive("max_steps", self.max_steps, integer=True)
 
     @abstractmethod
@@ -203,13 +268,46 @@ def solve(
     return rule.solution(system, y, iterates)
 
 
+def measured(
+    method: Method, value: Tensor, f: Tensor, steps: Tensor, row_ndim: int, *, linear: bool = False
+) -> Solution:
+    """Return the solution for a value that was found directly, with its residual measured.
+
+    Args:
+        method: Whose tolerances apply.
+        value: What was found.
+        f: The map there.
+        steps: Per row, `value.shape[:row_ndim]`.
+        row_ndim: How many leading dimensions count the rows.
+        linear: Whether the map is affine.
+
+    Raises:
+        NonFiniteError: If the residual is not finite.
+    """
+    shape = value.shape[:row_ndim]
+    rows = (shape.numel(), 1)
+    residual, size = _largest((f - value).reshape(*rows, -1), rows), _largest(f, rows)
+    if not bool(torch.isfinite(residual).all()):
+        raise NonFiniteError("the map gave NaN or Inf")
+    rtol, atol = method.tolerances(value.dtype, linear=linear)
+    residual, size = residual.reshape(shape), size.reshape(shape)
+    tiny = torch.finfo(size.dtype).tiny
+    return Solution(
+        value=value,
+        residual=residual,
+        steps=steps,
+        converged=residual <= atol + rtol * size,
+        abs_trace=residual[None],
+        rel_trace=residual[None] / size.clamp_min(tiny),
+        evaluations=1,
+    )
+
+
 class _Bookkeeping:
     """Residuals, steps and best iterates; nothing here is differentiated."""
 
     def __init__(self, solver: Solver, y0: Tensor, system_ndim: int, row_ndim: int, linear: bool) -> None:
-        default = _TOLERANCES.get(y0.dtype, 1e-5)
-        self.rtol = default if solver.rtol is None else solver.rtol
-        self.atol = (0.0 if linear else default) if solver.atol is None else solver.atol
+        self.rtol, self.atol = solver.tolerances(y0.dtype, linear=linear)
         self.shape = y0.shape[:row_ndim]
         count = y0.shape[:system_ndim].numel()
         self.rows = (count, y0.shape[system_ndim:row_ndim].numel())

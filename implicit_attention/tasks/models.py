@@ -58,6 +58,11 @@ class OrdinaryAttention(nn.Module):
             F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal, scale=self.scale)
         )
 
+    def extra_repr(self) -> str:
+        """Return the settings, for `print`."""
+        qk_norm = self.temperature is not None
+        return f"{self.embed_dim}, num_heads={self.num_heads}, is_causal={self.is_causal}, qk_norm={qk_norm}"
+
 
 class TokenModel(nn.Module):
     """Token embedding plus learned positions, one attention layer, a linear head; nothing else."""

@@ -1,0 +1,57 @@
+"""Time and memory of a forward and backward pass, measured so that the numbers can be believed."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+from torch.profiler import ProfilerActivity, profile
+
+Run = Callable[[], object]
+
+
+def interleaved_seconds(runs: Mapping[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Time every run in turn, again and again: what else the machine does then hits all of them alike.
+
+    One untimed round goes first.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(repeats + 1):
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            run()
+            if round_:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def timing(seconds: list[float]) -> dict[str, float | list[float]]:
+    """Median, extremes and all of the times."""
+    return {
+        "median_seconds": statistics.median(seconds),
+        "min_seconds": min(seconds),
+        "max_seconds": max(seconds),
+        "seconds": seconds,
+    }
+
+
+def added_peak_bytes(run: Run) -> int:
+    """Return how far the memory held in tensors rises above its level at the start of the run.
+
+    PyTorch's profiler records every allocation and release of the CPU allocator; their running sum, from the
+    first event of the run, is followed to its maximum. Unlike the resident set it counts no pages that an
+    earlier run left behind, and does not depend on what the C library gives back.
+    """
+    run()  # what is allocated once and kept is not the pass's own
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    held = peak = 0
+    for event in sorted(_allocations(recorded), key=lambda e: e[0]):
+        held += event[1]
+        peak = max(peak, held)
+    return peak
+
+
+def _allocations(recorded: profile) -> list[tuple[int, int]]:
+    """Time and size of every allocation (positive) and release (negative)."""
+    kineto = recorded.profiler.kineto_results
+    return [(e.start_ns(), e.nbytes()) for e in kineto.events() if e.name() == "[memory]"]

@@ -1,0 +1,309 @@
+"""Bad input: the exact exception, and a message that names the argument, what was expected, and what came."""
+
+import pytest
+import torch
+
+from implicit_attention import (
+    ALiBi,
+    Anderson,
+    Broyden,
+    Implicit,
+    ImplicitQueryAttention,
+    ImplicitQueryAttentionLinearV,
+    NewtonKrylov,
+    Phantom,
+    Picard,
+    RelativeBias,
+    Rotary,
+    fixed_point,
+)
+
+D, H, B, N = 4, 2, 2, 3
+NAN, INF = float("nan"), float("inf")
+
+
+def refused(error, *parts):
+    """Raises exactly `error`, whose message holds all the parts; the argument is the first, in backticks."""
+    pattern = "".join(f"(?=.*{part})" for part in (f"`{parts[0]}`", *parts[1:]))
+    return pytest.raises(error, match=f"(?s)^{pattern}", check=lambda e: type(e) is error)
+
+
+def layer(**options):
+    return ImplicitQueryAttention(D, H, **options)
+
+
+def x(*shape, **options):
+    return torch.randn(*(shape or (B, N, D)), **options)
+
+
+CONSTRUCTOR = {
+    "embed_dim-zero": ({"embed_dim": 0}, ValueError, "embed_dim", "> 0", "got 0"),
+    "embed_dim-float": ({"embed_dim": 4.0}, TypeError, "embed_dim", "an integer", "got 4.0"),
+    "embed_dim-bool": ({"embed_dim": True}, TypeError, "embed_dim", "an integer", "got True"),
+    "num_heads-zero": ({"num_heads": 0}, ValueError, "num_heads", "> 0", "got 0"),
+    "num_heads-negative": ({"num_heads": -2}, ValueError, "num_heads", "> 0", "got -2"),
+    "num_heads-text": ({"num_heads": "2"}, TypeError, "num_heads", "an integer", "2"),
+    "num_heads-no-divisor": ({"num_heads": 3}, ValueError, "num_heads", "divisor of embed_dim=4", "got 3"),
+    "self_query": ({"self_query": "both"}, ValueError, "self_query", "'output', 'input'", "both"),
+    "self_query-unmasked": ({"self_query": "input"}, ValueError, "self_query", "is_causal=True", "input"),
+    "self_query-keys": (
+        {"self_query": "input", "is_causal": True, "normalize_over": "keys"},
+        *(ValueError, "self_query", 'normalize_over="queries"', "no effect"),
+    ),
+    "normalize_over": ({"normalize_over": "rows"}, ValueError, "normalize_over", "'queries', 'keys'", "rows"),
+    "values": ({"values": "none"}, ValueError, "values", "'linear', 'identity'", "none"),
+    "is_causal": ({"is_causal": "yes"}, ValueError, "is_causal", "True, False", "yes"),
+    "qk_norm": ({"qk_norm": 2}, ValueError, "qk_norm", "True, False", "2"),
+    "positions": ({"positions": "sinus"}, ValueError, "positions", '"rope", "alibi" or "relative"', "sinus"),
+    "positions-type": ({"positions": 3}, TypeError, "positions", '"rope"', "got 3"),
+    "rope-odd": ({"embed_dim": 6, "positions": "rope"}, ValueError, "head_dim", "even", "got 3", "Change embed_dim"),
+    "dropout-one": ({"dropout": 1.0}, ValueError, "dropout", r"\[0, 1\)", "got 1.0"),
+    "dropout-negative": ({"dropout": -0.1}, ValueError, "dropout", r"\[0, 1\)", "got -0.1"),
+    "dropout-nan": ({"dropout": NAN}, ValueError, "dropout", r"\[0, 1\)", "got nan"),
+    "scale-zero": ({"scale": 0.0}, ValueError, "scale", "> 0", "got 0.0"),
+    "scale-inf": ({"scale": INF}, ValueError, "scale", "finite", "got inf"),
+    "scale-text": ({"scale": "big"}, TypeError, "scale", "a number", "big"),
+    "solver": ({"solver": "newton"}, ValueError, "solver", '"auto" or a solver object', "newton"),
+    "solver-class": ({"solver": Picard}, ValueError, "solver", r"Picard\(\)", "got <class"),
+    "adjoint": ({"adjoint": "exact"}, ValueError, "adjoint", '"implicit", "unrolled", "phantom"', "exact"),
+    "on_failure": ({"on_failure": "shout"}, ValueError, "on_failure", "'warn', 'raise', 'ignore'", "shout"),
+}
+
+
+@pytest.mark.parametrize("case", CONSTRUCTOR.values(), ids=CONSTRUCTOR)
+def test_constructor(case):
+    options, error, *parts = case
+    with refused(error, *parts):
+        ImplicitQueryAttention(**{"embed_dim": D, "num_heads": H} | options)
+
+
+@pytest.mark.parametrize(
+    "make", [ImplicitQueryAttention, ImplicitQueryAttentionLinearV, Anderson], ids=lambda m: m.__name__
+)
+def test_unknown_keywords_are_errors(make):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'is_casual'"):
+        make(4, is_casual=True)
+
+
+SETTINGS = {
+    "rtol-zero": (lambda: Picard(rtol=0.0), ValueError, "rtol", "> 0", "got 0.0"),
+    "atol-negative": (lambda: Anderson(atol=-1e-3), ValueError, "atol", "> 0", "got -0.001"),
+    "rtol-nan": (lambda: Broyden(rtol=NAN), ValueError, "rtol", "> 0", "got nan"),
+    "atol-inf": (lambda: NewtonKrylov(atol=INF), ValueError, "atol", "finite", "got inf"),
+    "rtol-text": (lambda: Picard(rtol="1e-3"), TypeError, "rtol", "a number", "1e-3"),
+    "max_steps-zero": (lambda: Picard(max_steps=0), ValueError, "max_steps", "> 0", "got 0"),
+    "max_steps-float": (lambda: Picard(max_steps=1e2), TypeError, "max_steps", "an integer", "got 100.0"),
+    "damping-zero": (lambda: Picard(damping=0), ValueError, "damping", "> 0", "got 0"),
+    "damping-two": (lambda: Picard(damping=2.0), ValueError, "damping", r"\(0, 1\]", "got 2.0"),
+    "memory": (lambda: Anderson(memory=0), ValueError, "memory", "> 0", "got 0"),
+    "mixing": (lambda: Anderson(mixing=1.5), ValueError, "mixing", r"\(0, 1\]", "got 1.5"),
+    "regularization": (lambda: Anderson(regularization=0.0), ValueError, "regularization", "> 0", "got 0.0"),
+    "broyden-memory": (lambda: Broyden(memory=2.5), TypeError, "memory", "an integer", "got 2.5"),
+    "restart": (lambda: NewtonKrylov(restart=0), ValueError, "restart", "> 0", "got 0"),
+    "cycles": (lambda: NewtonKrylov(cycles=-1), ValueError, "cycles", "> 0", "got -1"),
+    "forcing": (lambda: NewtonKrylov(forcing=0.0), ValueError, "forcing", "> 0", "got 0.0"),
+    "phantom-steps": (lambda: Phantom(steps=0), ValueError, "steps", "> 0", "got 0"),
+    "phantom-damping": (lambda: Phantom(damping=1.1), ValueError, "damping", r"\(0, 1\]", "got 1.1"),
+    "rotary-odd": (lambda: Rotary(3), ValueError, "head_dim", "even", "got 3"),
+    "rotary-base": (lambda: Rotary(4, base=0.0), ValueError, "base", "> 0", "got 0.0"),
+    "alibi": (lambda: ALiBi(0), ValueError, "num_heads", "> 0", "got 0"),
+    "relative": (lambda: RelativeBias(2, max_distance=0), ValueError, "max_distance", "> 0", "got 0"),
+    "seed-iterations": (lambda: ImplicitQueryAttentionLinearV(4, -1), ValueError, "n_iters", ">= 0", "got -1"),
+    "seed-dim": (lambda: ImplicitQueryAttentionLinearV(0), ValueError, "embed_dim", "> 0", "got 0"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS.values(), ids=SETTINGS)
+def test_settings(case):
+    make, error, *parts = case
+    with refused(error, *parts):
+        make()
+
+
+BOTH = {
+    "no-tensor": ([[1.0] * D], TypeError, "x", "a float tensor", "list"),
+    "integers": (torch.ones(B, N, D, dtype=torch.long), TypeError, "x", "a float tensor", "int64"),
+    "complex": (x(dtype=torch.complex64), TypeError, "x", "a float tensor", "complex64"),
+    "one-dimension": (x(D), ValueError, "x", r"\[N, 4\]", r"\(4,\)"),
+    "width": (x(B, N, 5), ValueError, "x", "N, 4", r"\(2, 3, 5\)", "embed_dim=4"),
+    "no-tokens": (x(B, 0, D), ValueError, "x", "N >= 1", r"\(2, 0, 4\)", "no equilibrium"),
+    "dtype": (x(dtype=torch.float64), TypeError, "x", "float32", "float64", r"x\.to\(torch\.float32\)"),
+    "device": (x(device="meta"), ValueError, "x", "device, cpu", "on meta", "Move it"),
+    "nan": (x().index_fill(1, torch.tensor(1), NAN), ValueError, "x", "holds 8 NaN or Inf of 24", "Check what made it"),
+    "inf": (x().index_fill(1, torch.tensor(1), INF), ValueError, "x", "holds 8 NaN or Inf of 24", "Check what made it"),
+}
+
+
+@pytest.mark.parametrize("make", [layer, lambda: ImplicitQueryAttentionLinearV(D)], ids=["equilibrium", "seed"])
+@pytest.mark.parametrize("case", BOTH.values(), ids=BOTH)
+def test_input(case, make):
+    value, error, *parts = case
+    with refused(error, *parts):
+        make()(value)
+
+
+def test_four_dimensions_are_too_many_for_the_equilibrium():
+    with refused(ValueError, "x", r"\[B, N, 4\] or \[N, 4\]", r"\(1, 2, 3, 4\)"):
+        layer()(x(1, B, N, D))
+
+
+MASKS = {
+    "attn-shape": (
+        {"attn_mask": torch.zeros(N, N + 1)},
+        ValueError,
+        "attn_mask",
+        r"\(3, 3\), \(4, 3, 3\)",
+        r"\(3, 4\)",
+        "rows",
+    ),
+    "attn-heads": (
+        {"attn_mask": torch.zeros(B, 1, N, N)},
+        ValueError,
+        "attn_mask",
+        r"\(2, 2, 3, 3\)",
+        r"\(2, 1, 3, 3\)",
+    ),
+    "attn-batch": ({"attn_mask": torch.zeros(B, N, N)}, ValueError, "attn_mask", r"\(4, 3, 3\)", r"\(2, 3, 3\)"),
+    "attn-integers": ({"attn_mask": torch.zeros(N, N).int()}, TypeError, "attn_mask", "True = hidden", "int32"),
+    "attn-list": ({"attn_mask": [[0.0]]}, TypeError, "attn_mask", "a bool tensor", "list"),
+    "attn-device": (
+        {"attn_mask": torch.zeros(N, N, device="meta")},
+        ValueError,
+        "attn_mask",
+        "device, cpu",
+        "meta",
+        "Move it",
+    ),
+    "attn-nan": ({"attn_mask": torch.full((N, N), NAN)}, ValueError, "attn_mask", "NaN"),
+    "attn-inf": ({"attn_mask": torch.full((N, N), INF)}, ValueError, "attn_mask", "Inf"),
+    "padding-shape": (
+        {"key_padding_mask": torch.zeros(B, N + 1)},
+        ValueError,
+        "key_padding_mask",
+        r"\(2, 3\)",
+        r"\(2, 4\)",
+    ),
+    "padding-integers": (
+        {"key_padding_mask": torch.zeros(B, N).long()},
+        TypeError,
+        "key_padding_mask",
+        "bool",
+        "int64",
+    ),
+    "padding-nan": ({"key_padding_mask": torch.full((B, N), NAN)}, ValueError, "key_padding_mask", "NaN"),
+}
+
+
+@pytest.mark.parametrize("case", MASKS.values(), ids=MASKS)
+def test_masks(case):
+    masks, error, *parts = case
+    with refused(error, *parts):
+        layer()(x(), **masks)
+
+
+CONTEXTS = {
+    "queries": ({}, x(), ValueError, "context", 'normalize_over="keys"', r"\(2, 3, 4\)", "no query side"),
+    "batch": (
+        {"normalize_over": "keys"},
+        x(3, N, D),
+        ValueError,
+        "context",
+        r"batched like x, \(2, 3, 4\)",
+        r"\(3, 3, 4\)",
+    ),
+    "unbatched": ({"normalize_over": "keys"}, x(N, D), ValueError, "context", "batched like x", r"\(3, 4\)"),
+    "width": ({"normalize_over": "keys"}, x(B, N, 5), ValueError, "context", "embed_dim=4", r"\(2, 3, 5\)"),
+    "empty": ({"normalize_over": "keys"}, x(B, 0, D), ValueError, "context", "N >= 1", r"\(2, 0, 4\)"),
+    "dtype": ({"normalize_over": "keys"}, x().double(), TypeError, "context", "float32", "float64", "Convert it"),
+    "nan": ({"normalize_over": "keys"}, x() * NAN, ValueError, "context", "24 NaN or Inf"),
+    "causal": (
+        {"normalize_over": "keys", "is_causal": True},
+        x(B, 5, D),
+        ValueError,
+        "context",
+        "as long as x",
+        r"\(2, 5, 4\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTEXTS.values(), ids=CONTEXTS)
+def test_context(case):
+    options, context, error, *parts = case
+    with refused(error, *parts):
+        layer(**options)(x(), context)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF], ids=["nan", "inf"])
+@pytest.mark.parametrize(
+    "name", ["Omega_Q.weight", "W_K.weight", "Omega_V.weight", "W_Q.bias", "temperature", "positions.table"]
+)
+def test_weights_that_are_not_finite(name, bad):
+    made = layer(qk_norm=True, query_input=True, bias=True, positions="relative")
+    with torch.no_grad():
+        parameter = made.get_parameter(name).view(-1)
+        parameter[128 if name == "positions.table" else 0] = bad  # the table's entry for i = j
+    late = torch.zeros(N, N).masked_fill(torch.ones(N, N).triu(1) > 0, -INF)  # whose -Inf are not to blame
+    for masks in ({}, {"attn_mask": late}):
+        with refused(ValueError, name, "holds 1 NaN or Inf"):
+            made(x(), **masks)
+
+
+@pytest.mark.parametrize("name", ["Omega_Q.weight", "W_K.weight", "Omega_V.weight"])
+def test_seed_weights_that_are_not_finite(name):
+    made = ImplicitQueryAttentionLinearV(D)
+    with torch.no_grad():
+        made.get_parameter(name)[0, 0] = NAN
+    with refused(ValueError, name, "holds 1 NaN or Inf"):
+        made(x())
+
+
+def test_out_proj_that_is_not_finite():
+    made = layer(out_proj=True)
+    with torch.no_grad():
+        made.out_proj.weight[0, 0] = NAN
+    with refused(ValueError, "out_proj.weight", "holds 1 NaN or Inf"):
+        made(x())
+
+
+def test_infinite_scores_do_not_pass_for_hidden_ones():
+    """All scores of a row at -Inf, through an infinite weight: an error, not a row of zeros."""
+    made = ImplicitQueryAttention(1)
+    with torch.no_grad():
+        made.W_K.weight.fill_(INF)
+        made.Omega_Q.weight.fill_(-1.0)
+        made.Omega_V.weight.fill_(1.0)
+    with refused(ValueError, "W_K.weight", "NaN or Inf"):
+        made(torch.ones(1, 2, 1))
+
+
+def test_scores_that_overflow_are_told_apart_from_bad_input():
+    with pytest.raises(ValueError, match=r"overflow though the inputs and weights are finite.*qk_norm=True"):
+        layer()(torch.full((1, N, D), 1e38) * torch.tensor([1.0, -1.0, 1.0])[:, None])
+
+
+FIXED_POINT = {
+    "function": ({"function": 3}, TypeError, "function", "callable", "got 3"),
+    "y0": ({"y0": [0.0]}, TypeError, "y0", "floating-point tensor", "list"),
+    "y0-integers": ({"y0": torch.zeros(2, dtype=torch.long)}, TypeError, "y0", "floating-point", "int64"),
+    "args": ({"args": (1.0,)}, TypeError, r"args\[0\]", "a tensor", "got 1.0", "Close over"),
+    "solver": ({"solver": "picard"}, TypeError, "solver", r"Anderson\(\)", "picard"),
+    "adjoint": ({"adjoint": Implicit}, TypeError, "adjoint", r"Implicit\(\)", "class"),
+    "system_ndim": ({"system_ndim": 3}, ValueError, "y0", "system_ndim=3", r"\(2, 1\)"),
+    "system_ndim-zero": ({"system_ndim": 0}, ValueError, "system_ndim", "> 0", "got 0"),
+    "shape": ({"function": lambda y: y.sum()}, ValueError, "function", r"shape \(2, 1\)", r"shape \(\)"),
+    "on_failure": ({"on_failure": "x"}, ValueError, "on_failure", "'warn', 'raise', 'ignore'", "x"),
+}
+
+
+@pytest.mark.parametrize("case", FIXED_POINT.values(), ids=FIXED_POINT)
+def test_fixed_point(case):
+    options, error, *parts = case
+    with refused(error, *parts):
+        fixed_point(**{"function": torch.cos, "y0": torch.zeros(2, 1)} | options)
+
+
+def test_unrolling_newton_is_refused():
+    made = layer(solver=NewtonKrylov(), adjoint="unrolled")
+    with refused(ValueError, "adjoint", r"Implicit\(\) or Phantom\(\)", r"Unrolled\(\)", "choose Picard"):
+        made(x())

@@ -1,0 +1,78 @@
+"""The pictures hold what they were given; how they look is for eyes."""
+
+import builtins
+
+import pytest
+import torch
+
+from implicit_attention import plots
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+
+
+def save(figure, path):
+    figure.savefig(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    return figure
+
+
+def test_convergence_draws_panels_on_a_log_scale(tmp_path):
+    trace = torch.tensor([1.0, 0.1, 0.01, 0.0, 0.0], requires_grad=True)
+    figure = plots.convergence({"left": {"a": [3.0, 2.0], "b": trace}, "right": {"c": [1, 0.5]}}, tolerance=1e-3)
+    save(figure, tmp_path / "a.png")
+    left, right = figure.axes
+    assert (left.get_title(), right.get_title()) == ("left", "right")
+    assert left.get_yscale() == right.get_yscale() == "log"
+    assert set(lines(left)) == {"a", "b"}
+    assert set(lines(right)) == {"c"}
+    assert lines(left)["b"].get_ydata() == pytest.approx([1.0, 0.1, 0.01]), "zeros have no logarithm"
+    assert "then 0" in {text.get_text() for text in left.texts}
+    assert (figure.get_size_inches() * figure.dpi)[0] >= 1200
+
+
+def test_convergence_takes_curves_without_panels(tmp_path):
+    (axes,) = save(plots.convergence({"a": [1.0, 0.5], "b": [2.0, 0.1]}), tmp_path / "a.png").axes
+    assert set(lines(axes)) == {"a", "b"}
+    save(plots.convergence({"stays zero": [0.0, 0.0]}), tmp_path / "b.png")
+    with pytest.raises(ValueError, match="`traces` must be at least one curve"):
+        plots.convergence({})
+
+
+def test_recall_labels_each_curve_with_its_last_accuracy(tmp_path):
+    figure = plots.recall({"one": {20: 0.1, 40: 0.995}, "other": {20: 0.1, 40: 0.2}}, guess=0.125)
+    (axes,) = save(figure, tmp_path / "a.png").axes
+    assert set(lines(axes)) == {"one", "other", "guessing"}
+    assert {text.get_text() for text in axes.texts} == {"99.5 %", "20.0 %"}
+    with pytest.raises(ValueError, match="none for 'empty'"):
+        plots.recall({"empty": {}})
+
+
+@pytest.mark.parametrize(("shape", "count", "panels"), [((5, 5), 4, 4), ((3, 5, 4), 1, 3), ((2, 5, 4), 3, 6)])
+def test_attention_draws_every_head_on_one_scale(tmp_path, shape, count, panels):
+    maps = {f"iteration {i}": torch.rand(shape) for i in range(count)}
+    figure = save(plots.attention(maps, tokens=list("abcde")[: shape[-1]]), tmp_path / "a.png")
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(images) == panels
+    assert len({image.get_clim() for image in images}) == 1
+
+
+def test_attention_refuses_what_it_cannot_draw():
+    with pytest.raises(ValueError, match=r"`maps\['a'\]` must be of shape"):
+        plots.attention({"a": torch.rand(5)})
+    with pytest.raises(ValueError, match="at least one attention matrix"):
+        plots.attention({})
+
+
+def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'implicit-attention\[plot\]'"):
+        plots.recall({"a": {1: 0.5}})

@@ -1,0 +1,124 @@
+"""The layer under `torch.func`: grad, jacrev, vmap, and gradients per sample."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jacrev, vjp, vmap
+
+from implicit_attention import Anderson, NewtonKrylov, fixed_point
+from tests.bridge import array, close, make_layer
+
+TOL = 1e-10  # both sides are solved to 1e-13
+LAYERS = {
+    "query_input": {"query_input": True},
+    "causal-qk_norm": {"is_causal": True, "num_heads": 2, "qk_norm": True},
+    "causal-input": {"is_causal": True, "num_heads": 2, "self_query": "input"},
+    "keys-rope": {"normalize_over": "keys", "num_heads": 2, "query_input": True, "positions": "rope"},
+    "relative": {"num_heads": 2, "positions": "relative"},
+}
+each_layer = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+
+
+def make(options, B=3, N=4):
+    layer = make_layer(4, **{"gain": 0.5} | options)
+    return layer, torch.randn(B, N, 4, dtype=torch.float64), dict(layer.named_parameters())
+
+
+def backward(layer, x):
+    """Gradients of a scalar in x and in all parameters, by plain autograd."""
+    x = x.detach().requires_grad_()
+    found = torch.autograd.grad(layer(x).sin().sum(), [x, *layer.parameters()])
+    return found[0], dict(zip(dict(layer.named_parameters()), found[1:], strict=True))
+
+
+@each_layer
+def test_grad(options):
+    layer, x, parameters = make(options)
+    found = grad(lambda p, x: functional_call(layer, p, (x,)).sin().sum(), argnums=(0, 1))(parameters, x)
+    by_x, by_name = backward(layer, x)
+    close(found[1], array(by_x), TOL)
+    for name, expected in by_name.items():
+        close(found[0][name], array(expected), TOL)
+
+
+@each_layer
+def test_jacrev(options):
+    layer, x, _ = make(options, B=1, N=3)
+    found = jacrev(layer)(x)
+    close(found, array(torch.autograd.functional.jacobian(layer, x)), TOL)
+
+
+@each_layer
+def test_vmap(options):
+    layer, x, _ = make(options)
+    close(vmap(layer)(x), array(layer(x)), TOL)
+    stacked = torch.stack([x, 0.5 * x], 1)  # mapped in the middle
+    found = vmap(layer, in_dims=1, out_dims=1)(stacked)
+    close(found, array(torch.stack([layer(x), layer(0.5 * x)], 1)), TOL)
+
+
+@each_layer
+def test_gradients_per_sample(options):
+    layer, x, parameters = make(options)
+
+    def loss(p, x):
+        return functional_call(layer, p, (x,)).sin().sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(len(x)):
+        _, expected = backward(layer, x[i])
+        for name, g in expected.items():
+            close(found[name][i], array(g), TOL)
+
+
+def test_ensembles_map_over_parameters():
+    layers = [make_layer(4, 2, gain=0.5, seed=i, positions="relative") for i in range(3)]
+    stacked, _ = torch.func.stack_module_state(layers)
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    found = vmap(lambda p: functional_call(layers[0], p, (x,)))(stacked)
+    close(found, array(torch.stack([layer(x) for layer in layers])), TOL)
+
+
+def test_masks_under_vmap():
+    layer, x, _ = make({"num_heads": 2})
+    padding = torch.rand(3, 4) < 0.4
+    found = vmap(lambda x, m: layer(x, key_padding_mask=m))(x, padding)
+    close(found, array(layer(x, key_padding_mask=padding)), TOL)
+
+
+def test_nested_maps():
+    layer, x, _ = make({})
+    doubled = torch.stack([x, 2 * x])
+    close(vmap(vmap(layer))(doubled), array(torch.stack([layer(x), layer(2 * x)])), TOL)
+
+
+def test_vjp():
+    layer, x, _ = make({}, B=1, N=2)
+    out, pull = vjp(layer, x)
+    close(pull(torch.ones_like(out))[0], array(torch.autograd.functional.vjp(layer, x, torch.ones_like(out))[1]), TOL)
+
+
+@pytest.mark.parametrize(
+    "options", [{"query_input": True}, {"is_causal": True, "num_heads": 2}], ids=["seed", "causal"]
+)
+def test_reverse_over_reverse(options):
+    layer, x, _ = make(options, B=1, N=2)
+
+    def loss(x):
+        return layer(x).sin().sum()
+
+    close(jacrev(jacrev(loss))(x), array(torch.autograd.functional.hessian(loss, x)), TOL)
+    close(jacrev(grad(loss))(x), array(torch.autograd.functional.hessian(loss, x)), TOL)
+
+
+@pytest.mark.parametrize("solver", [Anderson(rtol=1e-13), NewtonKrylov(rtol=1e-13)], ids=["anderson", "newton"])
+def test_fixed_point_under_transforms(solver):
+    """`y = a y + 1`: y = 1 / (1 - a), and its derivatives."""
+
+    def solve(a):
+        y0 = torch.zeros(1, 1, dtype=torch.float64)
+        return fixed_point(lambda y, a: a * y + 1, y0, (a,), solver=solver).value[0, 0]
+
+    a = torch.tensor([0.5, -3.0, 2.0], dtype=torch.float64)
+    close(vmap(solve)(a), array(1 / (1 - a)), TOL)
+    close(vmap(grad(solve))(a), array((1 - a) ** -2), TOL)
+    close(vmap(grad(grad(solve)))(a), array(2 * (1 - a) ** -3), TOL)

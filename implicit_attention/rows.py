@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_NEWTON_STEPS = 30
+_NEWTON_STEPS = 20
 _CURVE_STEPS = 4000
 _CORRECTOR_STEPS = 6
 _FIRST_STEP, _SHORTEST_STEP = 0.05, 1e-10
@@ -108,22 +108,65 @@ def solve_rows(problem: RowProblem, tolerance: float) -> RowSolution:
         Chow, Mallet-Paret and Yorke, "Finding zeroes of maps: homotopy methods that are constructive with
         probability one", Math. Comp. 32 (1978).
     """
-    if problem.alpha.shape[-1] == 1 and problem.gram is None:
-        return _judge(problem, _bracketed(problem, tolerance), tolerance)
-    found = _judge(problem, _newton(problem, torch.ones_like(problem.alpha), tolerance), tolerance)
-    left = (~found.solved).nonzero()[:, 0]
-    if not len(left):
-        return found
-    hard = problem.rows(left).double()
-    p = found.p.clone()
-    for longest, straightest in _PACES:
-        arrived = follow_curve(hard, longest, straightest)
-        lost = arrived.isnan().any(-1)
-        p[left[~lost]] = arrived[~lost].to(p.dtype)
-        hard, left = hard.rows(lost), left[lost]
-        if not len(left):
-            break
-    return _judge(problem, p, tolerance)
+    return RowSolver(tolerance).solve(problem)
+
+
+class RowSolver:
+    """`solve_rows` for a sequence of problems that settles: it remembers the roots that were hard to reach.
+
+    A row that needed the curve, and whose problem has hardly changed since, starts from its last root.
+    """
+
+    _HARDLY = 1e-2  # change of the scores at the root, in nats
+
+    def __init__(self, tolerance: float) -> None:
+        """Start without memory.
+
+        Args:
+            tolerance: On the residual.
+        """
+        self.tolerance = tolerance
+        self._root: Tensor | None = None  # [R, H], NaN where the curve was not needed
+
+    def solve(self, problem: RowProblem, *, thorough: bool = True) -> RowSolution:
+        """Solve every row; see `solve_rows`.
+
+        Args:
+            problem: The problems.
+            thorough: Whether to follow the curve for rows that Newton's method does not solve from p = 1.
+
+        Returns:
+            The solution, in which rows may be unsolved.
+        """
+        if problem.alpha.shape[-1] == 1 and problem.gram is None:
+            return _judge(problem, _bracketed(problem, self.tolerance), self.tolerance)
+        found = _judge(problem, _newton(problem, torch.ones_like(problem.alpha), self.tolerance), self.tolerance)
+        left = (~found.solved).nonzero()[:, 0]
+        if not thorough or not len(left):
+            return found
+        p = found.p.clone()
+        left = self._continue(problem, p, left)
+        hard = problem.rows(left).double()
+        for longest, straightest in _PACES:
+            if not len(left):
+                break
+            arrived = follow_curve(hard, longest, straightest)
+            lost = arrived.isnan().any(-1)
+            p[left[~lost]] = arrived[~lost].to(p.dtype)
+            hard, left = hard.rows(lost), left[lost]
+        self._root = torch.where(found.solved[:, None], torch.nan, p)
+        return _judge(problem, p, self.tolerance)
+
+    def _continue(self, problem: RowProblem, p: Tensor, left: Tensor) -> Tensor:
+        """Put roots that a few Newton steps reach from the last ones into `p`; return the rows still left."""
+        if self._root is None:
+            return left
+        before, part = self._root[left], problem.rows(left)
+        near = (torch.logit(part.target(before), 1e-12) - torch.logit(before, 1e-12)).abs().amax(-1) < self._HARDLY
+        after = _newton(part, torch.where(near[:, None], before, 1.0), self.tolerance)
+        near &= _judge(part, after, self.tolerance).solved & ((after - before).abs().amax(-1) < self._HARDLY)
+        p[left[near]] = after[near]
+        return left[~near]
 
 
 def _judge(problem: RowProblem, p: Tensor, tolerance: float) -> RowSolution:
@@ -164,19 +207,21 @@ def _newton(problem: RowProblem, p: Tensor, tolerance: float) -> Tensor:
     """Newton's method with a line search, kept in the unit cube; rows stop for themselves."""
     eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
     live = torch.arange(len(p), device=p.device)
+    part, before = problem, torch.full_like(p[:, 0], torch.inf)
     p = p.clone()
     for _ in range(_NEWTON_STEPS):
-        part, at = problem.rows(live), p[live]
+        at = p[live]
         target, slope = part.linearize(at)
         residual = target - at
         size = residual.abs().amax(-1)
-        going = size > 0.1 * tolerance
-        if not bool(going.any()):
+        going = (size > 0.1 * tolerance) & (size < 0.99 * before)  # a row that hardly moves is stuck
+        if not bool(going.all()):
+            live, at, residual, size, slope = live[going], at[going], residual[going], size[going], slope[going]
+            part = part.rows(going)
+        if not len(live):
             break
-        live, at, residual, size = live[going], at[going], residual[going], size[going]
-        part = problem.rows(live)
-        step = torch.linalg.solve_ex(eye - slope[going], residual[..., None])[0][..., 0].nan_to_num(0.0, 0.0, 0.0)
-        p[live] = _line_search(part, at, step, size)
+        step = torch.linalg.solve_ex(eye - slope, residual[..., None])[0][..., 0].nan_to_num(0.0, 0.0, 0.0)
+        p[live], before = _line_search(part, at, step, size), size
     return p
 
 

@@ -44,10 +44,10 @@ each_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINT
 # Differences of step 1e-6 see an equilibrium solved to 1e-13 as 1e-7 rough, below gradcheck's atol of 1e-5.
 
 
-def make(options, **more):
+def make(options, N=3, **more):
     """A layer, and a function of its input and of every parameter."""
     layer = make_layer(4, 2, **{"gain": 0.5} | options | more)
-    names, x = list(dict(layer.named_parameters())), torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    names, x = list(dict(layer.named_parameters())), torch.randn(1, N, 4, dtype=torch.float64, requires_grad=True)
 
     def function(x, *values):
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
@@ -65,7 +65,7 @@ def test_gradients_by_differences(options, adjoint):
 @each_adjoint
 @each_layer
 def test_second_derivatives_by_differences(options, adjoint):
-    _, function, inputs = make(options, adjoint=adjoint)
+    _, function, inputs = make(options, adjoint=adjoint, N=2)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
@@ -81,7 +81,7 @@ def test_derivatives_entry_by_entry():
 def test_any_solver_solves_the_adjoint(options, solver):
     expected = None
     for adjoint in (Implicit(), Implicit(solver)):
-        _, function, inputs = make(options, adjoint=adjoint)
+        _, function, inputs = make(options, adjoint=adjoint, N=2)
         found = torch.autograd.grad(function(*inputs).sin().sum(), inputs)
         expected = expected or found
         for a, b in zip(found, expected, strict=True):

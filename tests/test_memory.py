@@ -32,7 +32,7 @@ def bytes_kept(function):
     alive = weakref.WeakSet()
 
     def pack(tensor):
-        kept = Kept(tensor)
+        kept = Kept(tensor.detach())  # an output itself would keep its own graph alive
         alive.add(kept)
         return kept
 
@@ -59,15 +59,16 @@ def kept_by(adjoint, steps, solver=Picard, **options):
 )
 @pytest.mark.parametrize("adjoint", [Implicit(), Phantom(3)], ids=["implicit", "phantom"])
 def test_memory_does_not_depend_on_iterations(adjoint, options, solver):
-    few, many = (kept_by(adjoint, steps, solver, **options) for steps in (2, 40))
+    few, many = (kept_by(adjoint, steps, solver, **options) for steps in (1, 8))
     assert few == many > 0
 
 
 def test_unrolled_keeps_every_step_and_checkpoints_keep_less():
-    few, many = (kept_by(Unrolled(), steps) for steps in (2, 40))
-    checkpointed = kept_by(Unrolled(checkpoint=True), 40)
-    assert many > 10 * few
-    assert kept_by(Implicit(), 40) < few < checkpointed < many / 2
+    few, many = (kept_by(Unrolled(), steps) for steps in (1, 8))
+    checkpointed = kept_by(Unrolled(checkpoint=True), 8)
+    assert many > 3 * few
+    assert kept_by(Implicit(), 8) < few
+    assert checkpointed < many / 2
 
 
 class Largest(TorchDispatchMode):
@@ -86,7 +87,7 @@ class Largest(TorchDispatchMode):
 
 
 N = 512
-SOLVERS = [Picard(), Anderson(), Broyden(memory=10), NewtonKrylov(restart=10)]
+SOLVERS = [Picard(max_steps=10), Anderson(), Broyden(memory=10), NewtonKrylov(restart=8, max_steps=3)]
 LAYERS = {
     "seed": {"query_input": True},
     "causal": {"is_causal": True, "qk_norm": True},

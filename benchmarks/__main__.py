@@ -5,9 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import bidirectional
+from benchmarks import bidirectional, imports
 
-BENCHMARKS = {"bidirectional": bidirectional}
+BENCHMARKS = {"bidirectional": bidirectional, "imports": imports}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from implicit_attention import maps
-from implicit_attention.errors import NonFiniteError, bad_value, check_positive
+from implicit_attention.errors import bad_value, check_positive
 from implicit_attention.solvers import DirectSolver, Method, Solution, Solver, solve
-from implicit_attention.solvers.base import measured
+from implicit_attention.solvers.base import measured, nothing_to_solve
 
 Report = Callable[[Solution, str], None]  # told of every solve and of what was solved
 
@@ -72,6 +72,8 @@ class Adjoint(ABC):
 
     def __call__(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool = False) -> Solution:
         """`apply`, which torch.compile leaves alone: how long a solve takes depends on its data."""
+        if not y0.numel():  # an empty batch: nothing to solve, and zero gradients through the start
+            return nothing_to_solve(y0, problem.row_ndim)
         if torch.compiler.is_compiling():
             solve_eagerly: Callable[..., Solution] = torch.compiler.disable(self.apply)  # type: ignore[no-untyped-call]
             return solve_eagerly(problem, y0, args, history=history)
@@ -250,36 +252,42 @@ class _Run:
         kept = self.linearization
         if kept is None or not torch.equal(kept.y, y):
             kept = maps.Linearization(self.problem.function, y, args, self.needs)
-        if isinstance(self.adjoint_solver, DirectSolver):
-            return self._backward_directly(self.adjoint_solver, kept, y, args, grad)
-        linearization, last = kept, None
+        broken = ~torch.isfinite(grad).flatten(1).all(-1) if grad.dim() > 1 else ~torch.isfinite(grad)
+        poison = torch.where(broken, torch.nan, 0.0).to(grad.dtype).reshape(-1, *[1] * (grad.dim() - 1))
+        grad = torch.where(poison.isnan(), 0.0, grad)  # NaN in a sample's cotangent: NaN in its gradients alone
+        solver = self.adjoint_solver
+        solved = self._iterate_adjoint if isinstance(solver, Solver) else self._substitute_adjoint
+        lam, by_arg = solved(kept, y, args, grad)
+        return kept.vjp(lam + poison)[1] if bool(broken.any()) else by_arg
+
+    def _iterate_adjoint(
+        self, linearization: maps.Linearization, y: Tensor, args: tuple[Tensor, ...], grad: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        last: tuple[Tensor, list[Tensor | None]] | None = None
 
         def adjoint_map(lam: Tensor) -> Tensor:
             nonlocal last
-            pulled = linearization.vjp(lam)
-            last = (lam, pulled[1])
-            return grad + pulled[0]
+            pulled, by_arg = linearization.vjp(lam)
+            last = (lam, by_arg)
+            return grad + pulled
 
-        try:
-            solution = self._adjoint_problem(self.problem.function).solve(adjoint_map, grad)
-        except NonFiniteError:
-            return linearization.vjp(grad)[1]  # NaN in, NaN out, as everywhere in autograd
-        if last is not None and torch.equal(last[0], solution.value):
-            return last[1]  # the last product was taken at the solution: the arguments' gradients came with it
-        return linearization.vjp(solution.value)[1]
+        lam = self._adjoint_problem(self.problem.function).solve(adjoint_map, grad).value
+        if last is not None and torch.equal(last[0], lam):
+            return last  # the last product was taken at the solution: the arguments' gradients came with it
+        return lam, linearization.vjp(lam)[1]
 
-    def _backward_directly(
-        self, solver: DirectSolver, linearization: maps.Linearization, y: Tensor, args: tuple[Tensor, ...], grad: Tensor
-    ) -> list[Tensor | None]:
-        if not bool(torch.isfinite(grad).all()):
-            return linearization.vjp(grad)[1]  # NaN in, NaN out, as everywhere in autograd
+    def _substitute_adjoint(
+        self, linearization: maps.Linearization, y: Tensor, args: tuple[Tensor, ...], grad: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        solver = self.adjoint_solver
+        assert isinstance(solver, DirectSolver)
         rtol, _ = solver.tolerances(y.dtype, linear=True)
         lam = solver.adjoint(self.problem.function, args, y, grad, rtol, self.memo).to(grad.dtype)
         pulled, by_arg = linearization.vjp(lam)
-        steps = torch.ones(y.shape[: self.problem.row_ndim], dtype=torch.long, device=y.device)
+        steps = torch.ones(y.shape[:1], dtype=torch.long, device=y.device)
         adjoint = self._adjoint_problem(self.problem.function)
         adjoint.report(measured(solver, lam, grad + pulled, steps, 1, linear=True), adjoint.name)
-        return by_arg
+        return lam, by_arg
 
     def _composable_backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
         """The same, in operations that autograd and torch.func can see: the adjoint is a fixed point too."""
@@ -346,7 +354,7 @@ class _ImplicitFunction(torch.autograd.Function):
             return tuple(torch.stack(part) for part in zip(*solved, strict=True)), (0,) * 6
         dims = [None if d is None else 0 for d in in_dims[2:]]
         moved = [a if d is None else a.movedim(d, 0) for a, d in zip(args, in_dims[2:], strict=True)]
-        start = y0.expand(info.batch_size, *y0.shape) if in_dims[1] is None else y0.movedim(in_dims[1], 0)
+        start = y0.expand(info.batch_size, *y0.shape).clone() if in_dims[1] is None else y0.movedim(in_dims[1], 0)
         problem = replace(
             run.problem,
             function=torch.func.vmap(run.problem.function, in_dims=(0, *dims)),

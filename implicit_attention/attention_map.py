@@ -20,7 +20,7 @@ NORM_EPS = 1e-6
 
 def split_heads(t: Tensor, num_heads: int) -> Tensor:
     """`[B, N, D] -> [B, H, N, d]`."""
-    return t.reshape(*t.shape[:-1], num_heads, -1).transpose(-3, -2)
+    return t.reshape(*t.shape[:-1], num_heads, t.shape[-1] // num_heads).transpose(-3, -2)
 
 
 def merge_heads(t: Tensor) -> Tensor:

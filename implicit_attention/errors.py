@@ -62,10 +62,14 @@ def check_positive(argument: str, value: Any, *, integer: bool = False, zero: bo
 
 
 def first_non_finite(named: dict[str, Tensor | None]) -> str | None:
-    """Return a sentence about the first tensor that holds NaN or Inf, or None if all are finite."""
+    """Return a sentence about the first tensor that holds NaN or Inf, or None if all are finite.
+
+    Masks (by their name) may hold -Inf, which hides an entry.
+    """
     for name, tensor in named.items():
         if tensor is not None and tensor.is_floating_point():
-            bad = int((~torch.isfinite(tensor)).sum())
+            fine = torch.isfinite(tensor) | (torch.isneginf(tensor) if name.endswith("mask") else False)
+            bad = int((~fine).sum())
             if bad:
                 return f"`{name}` holds {bad} NaN or Inf of {tensor.numel()} entries"
     return None

@@ -67,6 +67,7 @@ class ForwardSubstitution(DirectSolver):
         state = _State(_causal(function), args)
         limit = tolerance * _CAREFUL[attempt]
         _forward(state, self.block, limit, 0, state.y.shape[-2])
+        del state.out  # the adjoint does not need it
         return merge_heads(state.y), state.sweeps, state
 
     @property
@@ -193,7 +194,7 @@ class _State:
     def block_bias(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The bias strictly below the diagonal of a block `[b, h, r, r]`, `-inf` elsewhere, and the diagonal's."""
         n = rows.stop - rows.start
-        bias = replace(self.function.spec, is_causal=False).bias(self.terms, rows, rows, self.out)
+        bias = replace(self.function.spec, is_causal=False).bias(self.terms, rows, rows, self.y)
         hidden = torch.full((n, n), -torch.inf, dtype=self.wide, device=self.key.device).triu()
         if bias is None:
             return hidden, hidden.new_zeros(1, 1, n)
@@ -202,7 +203,7 @@ class _State:
 
     def keep(self, rows: slice) -> Tensor | None:
         """The dropout factors of a diagonal block, `[B, H, r, r]`."""
-        return self.function.spec.keep(self.seeds, self.heads, rows, rows, self.out)
+        return self.function.spec.keep(self.seeds, self.heads, rows, rows, self.y)
 
 
 def _halves(low: int, high: int, block: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from implicit_attention import masks
+from implicit_attention import maps, masks
 from implicit_attention.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
 from implicit_attention.attention_map import AttentionMap, QueryMap, rms_norm, split_heads
 from implicit_attention.errors import (
@@ -178,8 +178,12 @@ class ImplicitQueryAttention(nn.Module):
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
         equation, batched = self._equation(x, context, attn_mask, key_padding_mask)
-        y = self._solve(equation, {"x": x, "context": context, "attn_mask": attn_mask}).value
+        y = self._solve(
+            equation, {"x": x, "context": context, "attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        ).value
         out = y if self.out_proj is None else self.out_proj(y)
+        if self.out_proj is not None and not maps.transforms_active() and not bool(torch.isfinite(out).all()):
+            raise non_finite(dict(self.named_parameters()))
         if not need_weights:
             return out if batched else out[0]
         weights = equation.function.weights(y, *equation.args)
@@ -214,7 +218,7 @@ class ImplicitQueryAttention(nn.Module):
             ConvergenceError: As `forward`.
         """
         equation, batched = self._equation(x, context, attn_mask, key_padding_mask)
-        named = {"x": x, "context": context, "attn_mask": attn_mask}
+        named = {"x": x, "context": context, "attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         solution = self._solve(equation, named, history=history)
         return solution if batched else solution.unbatched()
 

@@ -78,8 +78,11 @@ def _gmres_cycle(matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor,
         r[:, k, k] = radius
         g[:, k + 1] = -sin * g[:, k]
         g[:, k] = cos * g[:, k]
-        used, norm = k + 1, torch.where(live, g[:, k + 1].abs(), norm)
-        live = norm > target
+        # A column that lies in the others, to rounding, reduces nothing: its system ends where it stands.
+        stuck = radius <= 100 * torch.finfo(w.dtype).eps * torch.linalg.vector_norm(h, dim=-1)
+        r[:, k, k] = torch.where(stuck, 0.0, radius)
+        used, norm = k + 1, torch.where(live & ~stuck, g[:, k + 1].abs(), norm)
+        live = live & ~stuck & (norm > target)
         if not bool(live.any()):
             break
     r, g_top = r[:, :used, :used], g[:, :used]

@@ -86,7 +86,13 @@ def test_any_solver_solves_the_adjoint(options, solver):
         expected = expected or found
         for a, b in zip(found, expected, strict=True):
             close(a, array(b), 1e-11)
-    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("solver", TIGHTEST.values(), ids=TIGHTEST)
+def test_any_solver_solves_the_adjoint_of_the_adjoint(solver):
+    layer = make_layer(2, gain=0.5, query_input=True, adjoint=Implicit(solver))
+    x = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, (x,), fast_mode=True)
 
 
 @pytest.mark.parametrize(

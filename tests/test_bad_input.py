@@ -7,7 +7,6 @@ from implicit_attention import (
     ALiBi,
     Anderson,
     Broyden,
-    Implicit,
     ImplicitQueryAttention,
     ImplicitQueryAttentionLinearV,
     NewtonKrylov,
@@ -15,7 +14,6 @@ from implicit_attention import (
     Picard,
     RelativeBias,
     Rotary,
-    fixed_point,
 )
 
 D, H, B, N = 4, 2, 2, 3
@@ -280,30 +278,3 @@ def test_infinite_scores_do_not_pass_for_hidden_ones():
 def test_scores_that_overflow_are_told_apart_from_bad_input():
     with pytest.raises(ValueError, match=r"overflow though the inputs and weights are finite.*qk_norm=True"):
         layer()(torch.full((1, N, D), 1e38) * torch.tensor([1.0, -1.0, 1.0])[:, None])
-
-
-FIXED_POINT = {
-    "function": ({"function": 3}, TypeError, "function", "callable", "got 3"),
-    "y0": ({"y0": [0.0]}, TypeError, "y0", "floating-point tensor", "list"),
-    "y0-integers": ({"y0": torch.zeros(2, dtype=torch.long)}, TypeError, "y0", "floating-point", "int64"),
-    "args": ({"args": (1.0,)}, TypeError, r"args\[0\]", "a tensor", "got 1.0", "Close over"),
-    "solver": ({"solver": "picard"}, TypeError, "solver", r"Anderson\(\)", "picard"),
-    "adjoint": ({"adjoint": Implicit}, TypeError, "adjoint", r"Implicit\(\)", "class"),
-    "system_ndim": ({"system_ndim": 3}, ValueError, "y0", "system_ndim=3", r"\(2, 1\)"),
-    "system_ndim-zero": ({"system_ndim": 0}, ValueError, "system_ndim", "> 0", "got 0"),
-    "shape": ({"function": lambda y: y.sum()}, ValueError, "function", r"shape \(2, 1\)", r"shape \(\)"),
-    "on_failure": ({"on_failure": "x"}, ValueError, "on_failure", "'warn', 'raise', 'ignore'", "x"),
-}
-
-
-@pytest.mark.parametrize("case", FIXED_POINT.values(), ids=FIXED_POINT)
-def test_fixed_point(case):
-    options, error, *parts = case
-    with refused(error, *parts):
-        fixed_point(**{"function": torch.cos, "y0": torch.zeros(2, 1)} | options)
-
-
-def test_unrolling_newton_is_refused():
-    made = layer(solver=NewtonKrylov(), adjoint="unrolled")
-    with refused(ValueError, "adjoint", r"Implicit\(\) or Phantom\(\)", r"Unrolled\(\)", "choose Picard"):
-        made(x())

@@ -67,7 +67,7 @@ def test_unrolled_keeps_every_step_and_checkpoints_keep_less():
     few, many = (kept_by(Unrolled(), steps) for steps in (1, 8))
     checkpointed = kept_by(Unrolled(checkpoint=True), 8)
     assert many > 3 * few
-    assert kept_by(Implicit(), 8) < few
+    assert kept_by(Implicit(), 8) < 2 * few  # about one application, as a single unrolled step keeps
     assert checkpointed < many / 2
 
 
@@ -86,7 +86,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-N = 512
+N = 256
 SOLVERS = [Picard(max_steps=10), Anderson(), Broyden(memory=10), NewtonKrylov(restart=8, max_steps=3)]
 LAYERS = {
     "seed": {"query_input": True},

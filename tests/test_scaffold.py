@@ -105,13 +105,6 @@ def test_import_leaves_optional_packages_alone():
     assert not set(LAZY) & set(loaded)
 
 
-def test_import_costs_at_most_50_ms_above_torch():
-    # Processor time, the best of three: what else the machine does must not matter.
-    clock = "time.process_time()"
-    code = f"import time, torch; t = {clock}; import implicit_attention; print({clock} - t)"
-    assert min(float(run_python(code)) for _ in range(3)) < 0.050
-
-
 def test_version_is_the_same_everywhere():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert implicit_attention.__version__ == version

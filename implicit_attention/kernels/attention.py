@@ -136,10 +136,9 @@ class _AttentionGradient(torch.autograd.Function):
         ctx.save_for_backward(seeds, *tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        seeds, grad, *inputs = ctx.saved_tensors
-        grads = chunked.double_backward(ctx.spec, seeds, grad, tuple(inputs), cotangents)
+        seeds, *tensors = ctx.saved_tensors
+        grads = _AttentionSecondGradient.apply(ctx.spec, seeds, *tensors, *cotangents)  # type: ignore[no-untyped-call]
         return (None, None, None, None, None, *grads)
 
     @staticmethod
@@ -147,14 +146,45 @@ class _AttentionGradient(torch.autograd.Function):
         batch = _batch_size(tensors[3], in_dims[5])
         folded = _fold(info.batch_size, batch, tensors, in_dims[2:], per_sample=True)
         grads = _AttentionGradient.apply(spec, bias_grad, *folded)  # type: ignore[no-untyped-call]
-        unfolded = []
-        for grad, tensor, dim in zip(grads, tensors[4:], in_dims[6:], strict=True):
-            if grad is not None:
-                grad = grad.unflatten(0, (info.batch_size, batch))
-                if _batch_size(tensor, dim) < batch:
-                    grad = grad.sum(1, keepdim=True)
-            unfolded.append(grad)
-        return tuple(unfolded), tuple(None if g is None else 0 for g in unfolded)
+        return _unfold(grads, info.batch_size, batch, tensors[4:], in_dims[6:])
+
+
+class _AttentionSecondGradient(torch.autograd.Function):
+    """The backward pass of `_AttentionGradient`: takes its (grad, *inputs) and a cotangent for each input."""
+
+    @staticmethod
+    def forward(spec: AttentionSpec, seeds: Tensor | None, *tensors: Any) -> tuple[Tensor | None, ...]:
+        count = (len(tensors) - 1) // 2
+        inputs, cotangents = tensors[1 : 1 + count], tensors[1 + count :]
+        return chunked.double_backward(spec, seeds, tensors[0], inputs, cotangents)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError("attention is differentiable twice; a third derivative was asked for")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: AttentionSpec, *tensors: Any) -> Any:
+        batch = _batch_size(tensors[1], in_dims[2])
+        folded = _fold(info.batch_size, batch, tensors, in_dims[1:], per_sample=True)
+        grads = _AttentionSecondGradient.apply(spec, *folded)  # type: ignore[no-untyped-call]
+        count = len(grads)
+        return _unfold(grads, info.batch_size, batch, tensors[1 : 1 + count], in_dims[2 : 2 + count])
+
+
+def _unfold(grads: Any, mapped: int, batch: int, tensors: tuple[Any, ...], dims: tuple[Any, ...]) -> Any:
+    """Take the mapped dimension out of the batch again, summing over samples for what they share."""
+    unfolded = []
+    for grad, tensor, dim in zip(grads, tensors, dims, strict=True):
+        if grad is not None:
+            grad = grad.unflatten(0, (mapped, batch))
+            if _batch_size(tensor, dim) < batch:
+                grad = grad.sum(1, keepdim=True)
+        unfolded.append(grad)
+    return tuple(unfolded), tuple(None if g is None else 0 for g in unfolded)
 
 
 def _batch_size(tensor: Tensor, dim: int | None) -> int:

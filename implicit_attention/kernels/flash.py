@@ -41,13 +41,14 @@ def forward(
         return _forward_merging_diagonal(spec, query, key, value, self_score)
     if not spec.terms:
         out, lse = _forward(query, key, value, 0.0, spec.is_causal, scale=spec.scale)
-        return out, lse
+        return _visible(out, lse, None)
     outs, lses = [], []
     for rows, cols in spec.chunks(query, key):
         bias = _bias(spec, tensors, rows, cols, query)
         k, v = key[..., cols, :], value[..., cols, :]
         out, lse = _forward(query[..., rows, :], k, v, attn_mask=bias, scale=spec.scale)
         unseen = torch.isneginf(bias).all(-1)  # the stock kernel gives those rows zeros, and lse = 0
+        out, lse = _visible(out, lse, unseen)
         outs.append(out)
         lses.append(lse.masked_fill(unseen, -torch.inf))
     return torch.cat(outs, -2), torch.cat(lses, -1)
@@ -95,9 +96,8 @@ def _forward_merging_diagonal(
     out, lse = value.clone(), self_score.to(_wide(query.dtype), copy=True)
     n = query.shape[-2]
     if n > 1:
-        below, below_lse = _forward(
-            query[..., 1:, :], key[..., :-1, :], value[..., :-1, :], 0.0, True, scale=spec.scale
-        )
+        parts = _forward(query[..., 1:, :], key[..., :-1, :], value[..., :-1, :], 0.0, True, scale=spec.scale)
+        below, below_lse = _visible(parts[0], parts[1], None)
         weight = torch.sigmoid(lse[..., 1:] - below_lse)[..., None].to(value.dtype)
         out[..., 1:, :] = torch.lerp(below, value[..., 1:, :], weight)
         lse[..., 1:] = torch.logaddexp(lse[..., 1:], below_lse)
@@ -135,6 +135,17 @@ def _bias(spec: AttentionSpec, tensors: tuple[Tensor, ...], rows: slice, cols: s
     if bias is None:  # cannot be: there are terms
         raise RuntimeError("the attention call has bias terms that made no bias")
     return bias.expand(*bias.shape[:2], rows.stop - rows.start, cols.stop)
+
+
+def _visible(out: Tensor, lse: Tensor, unseen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Make rows whose scores are NaN or Inf NaN: the stock kernel returns zeros for them, as if all were hidden."""
+    broken = ~torch.isfinite(lse) | (lse == 0)
+    if unseen is not None:
+        broken = broken & ~unseen
+    if bool(broken.any()):
+        broken = broken & ((lse != 0) | (out == 0).all(-1))
+        out, lse = out.masked_fill(broken[..., None], torch.nan), lse.masked_fill(broken, torch.nan)
+    return out, lse
 
 
 def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:

@@ -75,7 +75,7 @@ class Anderson(Solver):
 
     def _weights(self, dr: Tensor, residual: Tensor) -> Tensor:
         """Solve the regularised least-squares problem; returns `[S, m]`."""
-        norms = torch.linalg.vector_norm(dr, dim=-1)  # [m, S]
+        norms = torch.linalg.vector_norm(dr.detach(), dim=-1)  # [m, S]; a mere scaling: its derivative would cancel
         inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0).mT
         gram = torch.einsum("isn,jsn->sij", dr, dr) * inverse[:, :, None] * inverse[:, None, :]
         right = torch.einsum("msn,sn->sm", dr, residual) * inverse

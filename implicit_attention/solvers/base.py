@@ -92,8 +92,7 @@ class System:
 
     def flatten(self, y: Tensor) -> Tensor:
         """Return `y` as `[S, n]` in the dtype that solvers work in."""
-        flat = y.reshape(self._count, -1) if y.numel() else y.new_zeros(self._count, 0)
-        return flat.to(torch.promote_types(y.dtype, torch.float32))
+        return y.reshape(self._count, -1).to(torch.promote_types(y.dtype, torch.float32))
 
     def unflatten(self, y: Tensor) -> Tensor:
         """Return a flat iterate in the shape and dtype of the start."""
@@ -137,7 +136,15 @@ class Method:
                 check_positive(name, getattr(self, name))
 
     def tolerances(self, dtype: torch.dtype, *, linear: bool = False) -> tuple[float, float]:
-        """Return the relative and the absolute tolerance for a dtype."""
+        """Return the relative and the absolute tolerance for a dtype.
+
+        Args:
+            dtype: Of the unknown.
+            linear: Whether the equation is an adjoint, whose unknown has no scale of its own.
+
+        Returns:
+            `rtol` and `atol`.
+        """
         default = _TOLERANCES.get(dtype, 1e-5)
         rtol = default if self.rtol is None else self.rtol
         return rtol, (0.0 if linear else default) if self.atol is None else self.atol
@@ -303,6 +310,17 @@ def measured(
     )
 
 
+def nothing_to_solve(y0: Tensor, row_ndim: int) -> Solution:
+    """Return the solution of an empty batch.
+
+    Args:
+        y0: The start, without elements.
+        row_ndim: How many leading dimensions count the rows.
+    """
+    none = torch.zeros(y0.shape[:row_ndim], dtype=torch.promote_types(y0.dtype, torch.float32), device=y0.device)
+    return Solution(y0, none, none.long(), none == 0, none[None], none[None])
+
+
 class _Bookkeeping:
     """Residuals, steps and best iterates; nothing here is differentiated."""
 
@@ -314,7 +332,7 @@ class _Bookkeeping:
         self.active = torch.ones(count, dtype=torch.bool, device=y0.device)
         self.steps = torch.zeros(self.rows, dtype=torch.long, device=y0.device)
         self.traces: list[tuple[Tensor, Tensor]] = []
-        self.best: tuple[Tensor, Tensor, Tensor] | None = None  # iterate [S, n], residual [S, R], its maximum [S]
+        self.best: tuple[Tensor, Tensor, Tensor] | None = None  # iterate [S, n], its residual and size [S, R]
         self.converged = torch.zeros(self.rows, dtype=torch.bool, device=y0.device)
 
     @torch.no_grad()
@@ -330,20 +348,19 @@ class _Bookkeeping:
         if not self.traces and not bool(finite.all()):
             raise NonFiniteError("the map gave NaN or Inf at the first iterate")
         self.traces.append((residual, size))
-        worst = residual.amax(-1)
+        now = (y, residual, size)
         if self.best is None:
-            self.best = (y, residual, worst)
+            self.best = now
         else:
-            better = finite & (worst < self.best[2])
-            self.best = (
-                torch.where(better[:, None], y, self.best[0]),
-                torch.where(better[:, None], residual, self.best[1]),
-                torch.where(better, worst, self.best[2]),
-            )
-        self.converged = residual <= self.atol + self.rtol * size
+            better = (finite & (residual.amax(-1) < self.best[1].amax(-1)))[:, None]
+            self.best = tuple(torch.where(better, new, old) for new, old in zip(now, self.best, strict=True))  # type: ignore[assignment]
+        self.converged = self._within(residual, size)
         self.steps = torch.where(~self.converged & self.active[:, None], len(self.traces), self.steps)
         self.active = self.active & finite & ~self.converged.all(-1)
         return self.active
+
+    def _within(self, residual: Tensor, size: Tensor) -> Tensor:
+        return torch.isfinite(residual) & (residual <= self.atol + self.rtol * size)
 
     def solution(self, system: System, y: Tensor, history: list[Tensor] | None) -> Solution:
         """Return the result: the last iterate, or where a system failed its best one."""
@@ -351,8 +368,10 @@ class _Bookkeeping:
         failed = ~self.converged.all(-1)
         residual, size = self.traces[-1]
         if bool(failed.any()) and not y.requires_grad:
-            y = torch.where(failed[:, None], self.best[0], y)
-            residual = torch.where(failed[:, None], self.best[1], residual)
+            best, best_residual, best_size = self.best
+            y = torch.where(failed[:, None], best, y)
+            residual = torch.where(failed[:, None], best_residual, residual)
+            size = torch.where(failed[:, None], best_size, size)
         taken = len(self.traces) - 1
         absolute = torch.stack([r for r, _ in self.traces]).reshape(-1, *self.shape)
         sizes = torch.stack([s for _, s in self.traces]).reshape(-1, *self.shape)
@@ -360,7 +379,7 @@ class _Bookkeeping:
             value=system.unflatten(y),
             residual=residual.reshape(self.shape),
             steps=self.steps.clamp_max(taken).reshape(self.shape),
-            converged=(residual <= self.atol + self.rtol * size).reshape(self.shape),
+            converged=self._within(residual, size).reshape(self.shape),
             abs_trace=absolute,
             rel_trace=absolute / sizes.clamp_min(torch.finfo(sizes.dtype).tiny),
             evaluations=system.evaluations,
@@ -371,6 +390,4 @@ class _Bookkeeping:
 def _largest(t: Tensor, rows: tuple[int, int]) -> Tensor:
     """The largest modulus in each row, `[S, R]`; NaN stays NaN."""
     blocks = t.detach().reshape(*rows, -1)
-    if not blocks.shape[-1]:
-        return blocks.new_zeros(rows)
     return blocks.abs().amax(-1)

@@ -41,7 +41,7 @@ class Safeguard(NamedTuple):
         Returns:
             The state to keep; `[S]`, which systems must restart; and where these go on, `[S, n]`.
         """
-        norm = torch.linalg.vector_norm(residual, dim=-1)
+        norm = torch.linalg.vector_norm(residual.detach(), dim=-1)
         restart = ~(norm <= _GROWTH * self.norm)  # NaN restarts too
         better = norm < self.norm
         best = Safeguard(

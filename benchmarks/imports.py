@@ -8,7 +8,7 @@ import sys
 import tempfile
 from typing import Any
 
-from benchmarks.measure import machine, versions
+from implicit_attention.cli.environment import environment
 
 TARGET_MS = 50.0
 _CODE = "import time, torch; t = time.process_time(); import implicit_attention; print(time.process_time() - t)"
@@ -20,18 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(repeats: int = 7) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-        environment["PYTHONPYCACHEPREFIX"] = cache
+        variables = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        variables["PYTHONPYCACHEPREFIX"] = cache
         command = [sys.executable, "-c", _CODE]
         times = [
-            1e3 * float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+            1e3 * float(subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout)
             for _ in range(repeats + 1)
         ][1:]  # the first one compiles
     median = statistics.median(times)
     return {
         "benchmark": "imports",
-        "machine": machine(),
-        "versions": versions(),
+        **environment(),
         "milliseconds": {"median": median, "min": min(times), "max": max(times)},
         "target_ms": TARGET_MS,
         "correct": True,

@@ -30,7 +30,7 @@ class Anderson(Solver):
     Attributes:
         memory: Differences remembered, m; memory of the solve is `(2 m + 5)` iterates.
         mixing: b above, in (0, 1].
-        regularization: Added to the unit diagonal of the normal equations; None for ten roundings.
+        regularization: Added to the unit diagonal of the normal equations; None for the root of the dtype's rounding.
 
     Reference:
         Anderson, J. ACM 12 (1965); Walker and Ni, SIAM J. Numer. Anal. 49 (2011), type II; as a DEQ solver:
@@ -79,7 +79,7 @@ class Anderson(Solver):
         inverse = torch.where(norms > 0, 1.0 / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0).mT
         gram = torch.einsum("isn,jsn->sij", dr, dr) * inverse[:, :, None] * inverse[:, None, :]
         right = torch.einsum("msn,sn->sm", dr, residual) * inverse
-        eps = 10 * torch.finfo(dr.dtype).eps if self.regularization is None else self.regularization
+        eps = torch.finfo(dr.dtype).eps ** 0.5 if self.regularization is None else self.regularization
         eye = torch.eye(len(dr), dtype=torch.float64, device=dr.device)
         solved: Tensor = torch.linalg.solve(gram.double() + eps * eye, right.double()[..., None])[..., 0]
         return solved.to(dr.dtype) * inverse

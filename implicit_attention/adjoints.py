@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from implicit_attention import maps
-from implicit_attention.errors import bad_value, check_positive
+from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 from implicit_attention.solvers import DirectSolver, Method, Solution, Solver, solve
 from implicit_attention.solvers.base import measured, nothing_to_solve
 
@@ -41,10 +41,9 @@ class Problem:
 
     def solve(self, function: Callable[[Tensor], Tensor], y0: Tensor, *, history: bool = False) -> Solution:
         """Iterate on the map with its arguments filled in, and report the outcome."""
-        solver = self.solver.fallback if isinstance(self.solver, DirectSolver) else self.solver
-        assert isinstance(solver, Solver)
+        assert isinstance(self.solver, Solver)
         solution = solve(
-            solver,
+            self.solver,
             function,
             y0,
             system_ndim=self.system_ndim,
@@ -93,13 +92,17 @@ class Unrolled(Adjoint):
 
     checkpoint: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        check_choice("checkpoint", self.checkpoint, (True, False))
+
     def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
         """Solve with autograd recording the steps."""
         if not problem.solver.unrollable:
             raise bad_value(
                 "adjoint",
                 f"Implicit() or Phantom() with solver={type(problem.solver).__name__}",
-                "Unrolled()",
+                Came("Unrolled()"),
                 "Its steps solve linear systems that are not differentiated; or choose Picard, Anderson or Broyden.",
             )
         try:
@@ -173,6 +176,11 @@ class Implicit(Adjoint):
 
     solver: Method | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        if self.solver is not None and not isinstance(self.solver, Method):
+            raise bad_type("solver", "None or a solver object such as Anderson()", self.solver)
+
     def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
         """Solve, and attach the implicit gradient to the value."""
         needs = tuple(a.requires_grad for a in args)
@@ -241,7 +249,7 @@ class _Run:
             raise bad_value(
                 "function",
                 "a pure function of (y, *args)",
-                f"one that closes over a tensor of shape {tuple(captured.shape)} that requires grad",
+                Came(f"one that closes over a tensor of shape {tuple(captured.shape)} that requires grad"),
                 "Its gradient would be lost: pass it in `args`, or pass the nn.Module itself as the function.",
             )
 
@@ -305,7 +313,10 @@ class _Run:
             return g + pull(lam)[0]  # type: ignore[no-any-return]
 
         inputs = (grad, y, *(args[i] for i in real))
-        run = _Run(self._adjoint_problem(adjoint_map), self.adjoint_solver, tuple(t.requires_grad for t in inputs))
+        # The structure of F says nothing about this map of (lam, grad, y, ...): direct solvers step back.
+        solver = self.adjoint_solver.fallback if isinstance(self.adjoint_solver, DirectSolver) else self.adjoint_solver
+        problem = replace(self._adjoint_problem(adjoint_map), solver=solver)
+        run = _Run(problem, solver, tuple(t.requires_grad for t in inputs))
         lam = _solve_opaquely(run, grad, inputs).value
         pull = torch.func.vjp(lambda *values: function(y, *filled(values)), *inputs[2:])[1]
         by_real = dict(zip(real, pull(lam), strict=True))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from implicit_attention import linear
-from implicit_attention.errors import bad_value
+from implicit_attention.errors import Came, bad_value
 from implicit_attention.layer import Equation, ImplicitQueryAttention
 from implicit_attention.maps import Linearization
 
@@ -95,7 +95,7 @@ def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack
     tensors = dict(zip(function.names, equation.args, strict=True))
     if function.query_map.normalize or "rotation" in tensors:
         raise bad_value(
-            "layer", "one whose queries are affine in y", "one with qk_norm or rotary positions",
+            "layer", "one whose queries are affine in y", Came("one with qk_norm or rotary positions"),
             "The bound does not hold there: use spectral_radius at the equilibrium.",
         )  # fmt: skip
     key, value = _wide(tensors["key"]), _wide(tensors["value"])  # [B, H, N, d]
@@ -112,7 +112,7 @@ def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> Equat
         raise bad_value(
             "layer",
             "in eval mode",
-            f"one in training mode with dropout={layer.dropout}",
+            Came(f"one in training mode with dropout={layer.dropout}"),
             "Call layer.eval() first.",
         )
     with torch.no_grad():

@@ -28,6 +28,10 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
+class Came(str):
+    """What came in place of an argument, already in words."""
+
+
 def bad_value(argument: str, expected: str, got: object, remedy: str = "") -> ValueError:
     """Return the `ValueError` for an argument whose value is out of place."""
     return ValueError(_sentence(argument, expected, got, remedy))
@@ -39,7 +43,7 @@ def bad_type(argument: str, expected: str, got: object, remedy: str = "") -> Typ
 
 
 def _sentence(argument: str, expected: str, got: object, remedy: str) -> str:
-    came = got if isinstance(got, str) else describe(got)
+    came = got if isinstance(got, Came) else describe(got)
     text = f"`{argument}` must be {expected}, but got {came}."
     return f"{text} {remedy}" if remedy else text
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from implicit_attention.attention_map import AttentionMap, merge_heads, split_heads
-from implicit_attention.errors import bad_value, check_positive
+from implicit_attention.errors import Came, bad_type, bad_value, check_positive
 from implicit_attention.kernels.attention import attention, gradient_of_key
 from implicit_attention.kernels.spec import AttentionSpec
 from implicit_attention.positions import unrotate
@@ -46,6 +46,8 @@ class ForwardSubstitution(DirectSolver):
         """Refuse settings that cannot work."""
         super().__post_init__()
         check_positive("block", self.block, integer=True)
+        if not isinstance(self.fallback, Solver):
+            raise bad_type("fallback", "an iterative solver such as NewtonKrylov()", self.fallback)
 
     def equilibrium(
         self, function: Callable[..., Tensor], args: tuple[Tensor, ...], tolerance: float, attempt: int
@@ -101,7 +103,7 @@ def _causal(function: Callable[..., Tensor]) -> AttentionMap:
         raise bad_value(
             "solver",
             'one that iterates on the whole map, unless is_causal=True and normalize_over="queries"',
-            "ForwardSubstitution(...)",
+            Came("ForwardSubstitution(...)"),
             'Rows depend on later rows here, or on none: use solver="auto" or Anderson().',
         )
     return function

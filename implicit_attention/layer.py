@@ -10,6 +10,7 @@ from implicit_attention.adjoints import Adjoint, Implicit, Phantom, Problem, Unr
 from implicit_attention.attention_map import AttentionMap, QueryMap, rms_norm, split_heads
 from implicit_attention.errors import (
     NonFiniteError,
+    bad_type,
     bad_value,
     check_choice,
     check_positive,
@@ -119,8 +120,12 @@ class ImplicitQueryAttention(nn.Module):
                 "self_query", '"output" unless is_causal=True and normalize_over="queries"', self_query,
                 "Elsewhere no column j = i is set apart, and the option would have no effect.",
             )  # fmt: skip
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+            raise bad_type("dropout", "a number in [0, 1)", dropout)
+        if not 0 <= dropout < 1:
             raise bad_value("dropout", "a number in [0, 1)", dropout)
+        if dtype is not None and not dtype.is_floating_point:
+            raise bad_type("dtype", "a floating-point dtype", dtype)
         if scale is not None:
             check_positive("scale", scale)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
@@ -261,6 +266,8 @@ class ImplicitQueryAttention(nn.Module):
             )  # fmt: skip
         if isinstance(solver, Method):
             return solver
+        if not isinstance(solver, str):
+            raise bad_type("solver", '"auto" or a solver object such as Picard()', solver)
         if solver != "auto":
             raise bad_value("solver", '"auto" or a solver object such as Picard()', solver)
         return ForwardSubstitution() if triangular and not isinstance(self.adjoint, Unrolled) else Anderson()
@@ -368,4 +375,6 @@ def _make_adjoint(adjoint: str | Adjoint) -> Adjoint:
     if isinstance(adjoint, str) and adjoint in _ADJOINTS:
         made: Adjoint = _ADJOINTS[adjoint]()
         return made
+    if not isinstance(adjoint, str):
+        raise bad_type("adjoint", '"implicit", "unrolled", "phantom" or an object such as Implicit()', adjoint)
     raise bad_value("adjoint", '"implicit", "unrolled", "phantom" or an object such as Implicit()', adjoint)

@@ -176,6 +176,12 @@ def make_positions(positions: "str | Positions | None", num_heads: int, head_dim
         TypeError: If it is neither a name nor an encoding.
         ValueError: If the name is unknown, or head_dim is odd for rotary positions.
     """
+    if isinstance(positions, Rotary) and positions.head_dim != head_dim:
+        raise bad_value("positions", f"Rotary({head_dim}) for heads of size {head_dim}", positions)
+    per_head = positions.slopes if isinstance(positions, ALiBi) else None
+    per_head = positions.table if isinstance(positions, RelativeBias) else per_head
+    if per_head is not None and len(per_head) != num_heads:
+        raise bad_value("positions", f"made for num_heads={num_heads}", positions)
     if positions is None or isinstance(positions, Positions):
         return positions
     if not isinstance(positions, str):

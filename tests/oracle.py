@@ -209,9 +209,7 @@ def solve(problem: Problem, start: Array | None = None, tol: float = 1e-13) -> A
     return np.stack(roots).reshape(y0.shape)
 
 
-def gradient(
-    problem: Problem, y_star: Array, grad_y: Array, wrt: Sequence[str] | None = None
-) -> dict[str, Array]:
+def gradient(problem: Problem, y_star: Array, grad_y: Array, wrt: Sequence[str] | None = None) -> dict[str, Array]:
     """Implicit gradients of a loss with dL/dy* = grad_y, for every float array of the problem (or ``wrt``).
 
     (I - J^T) lam = grad_y per sample, then dL/dtheta = lam . dF/dtheta with y* held, one direction at a time.

@@ -17,9 +17,7 @@ def softmax(s: Array, visible: Array | bool = True) -> Array:
     return e / np.where(total == 0, 1, total)
 
 
-def seed_forward(
-    x: Array, omega_q: Array, w_k: Array, omega_v: Array, n_iters: int
-) -> tuple[Array, list[Array]]:
+def seed_forward(x: Array, omega_q: Array, w_k: Array, omega_v: Array, n_iters: int) -> tuple[Array, list[Array]]:
     """The seed's class: y <- softmax(K (Omega_Q y)^T / sqrt(D)) V from y = V. x [B,N,D], weights [out,in].
 
     Returns: y [B,N,D] and the history [V, y_1, ..., y_n], n_iters + 1 arrays.

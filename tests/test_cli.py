@@ -17,7 +17,7 @@ from implicit_attention.cli.app import app
 # The first Jacobian product of a process imports a part of torch that warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 TOY = demo.Scale(training_steps=3, length=24, repeats=1)
-SOLVERS = ["Picard", "Picard, damped", "Anderson", "Broyden", "Newton-Krylov"]
+SOLVERS = ["Picard", "Picard, damped", "Anderson", "Broyden", "Newton-Krylov", "Forward substitution"]
 
 
 def invoke(*arguments):

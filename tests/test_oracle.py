@@ -56,9 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "causal-mask": dict(is_causal=True, mask=True, score_bias=True),
     "causal-norm": dict(is_causal=True, qk_norm=True),
     "causal-heads": dict(is_causal=True, num_heads=2, w_q=True, score_bias=True, rotary_base=10.0, mask=True),
-    "causal-input": dict(
-        is_causal=True, num_heads=2, self_query="input", qk_norm=True, w_q=True, w_q_bias=True
-    ),
+    "causal-input": dict(is_causal=True, num_heads=2, self_query="input", qk_norm=True, w_q=True, w_q_bias=True),
     "keys": dict(normalize_over="keys", num_heads=2, w_q=True, rotary_base=10.0),
     "keys-causal": dict(normalize_over="keys", num_heads=2, is_causal=True, mask=True, score_bias=True),
     "cross": dict(normalize_over="keys", m=3, num_heads=2, mask=True, score_bias=True, rotary_base=10.0),
@@ -149,9 +147,7 @@ def test_rows_that_see_nothing_are_zero() -> None:
 def test_seed_equals_torch() -> None:
     torch = pytest.importorskip("torch")
     p = make(gain=1.5)
-    x, omega_q, w_k, omega_v = (
-        torch.tensor(a, requires_grad=True) for a in (p.x, p.omega_q, p.w_k, p.omega_v)
-    )
+    x, omega_q, w_k, omega_v = (torch.tensor(a, requires_grad=True) for a in (p.x, p.omega_q, p.w_k, p.omega_v))
     k, v = x @ w_k.T, x @ omega_v.T
     y = v.clone()
     for _ in range(4):

@@ -112,9 +112,7 @@ def test_version_is_the_same_everywhere():
 
 
 def test_constraints_pin_every_dependency_exactly():
-    pins = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"
-    )
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["plot"], *extras["cli"], *extras["dev"]]

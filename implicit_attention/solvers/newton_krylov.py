@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from implicit_attention.errors import check_positive
+from implicit_attention.errors import bad_value, check_positive
 from implicit_attention.linear import gmres
 from implicit_attention.solvers.base import Solver, System
 
@@ -41,6 +41,8 @@ class NewtonKrylov(Solver):
         for name in ("restart", "cycles"):
             check_positive(name, getattr(self, name), integer=True)
         check_positive("forcing", self.forcing)
+        if self.forcing >= 1:
+            raise bad_value("forcing", "in (0, 1)", self.forcing)
 
     def init(self, y: Tensor) -> Tensor:
         """Return the residual norms before any is known."""

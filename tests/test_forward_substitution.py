@@ -1,0 +1,189 @@
+"""Forward substitution against the oracle and the iterative solvers, and the row problems it rests on."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from implicit_attention import Anderson, ForwardSubstitution, Implicit, ImplicitQueryAttention, NewtonKrylov
+from implicit_attention.rows import RowProblem, solve_rows
+from tests import oracle
+from tests.bridge import make_layer
+
+F64 = torch.float64
+OPTIONS = {
+    "one_head": {"num_heads": 1},
+    "heads": {"num_heads": 2},
+    "bias": {"num_heads": 2, "bias": True},
+    "query_input": {"num_heads": 2, "query_input": True, "bias": True},
+    "qk_norm": {"num_heads": 2, "qk_norm": True},
+    "qk_norm-rope": {"num_heads": 2, "qk_norm": True, "positions": "rope", "query_input": True},
+    "rope": {"num_heads": 2, "positions": "rope"},
+    "alibi": {"num_heads": 2, "positions": "alibi"},
+    "relative": {"num_heads": 2, "positions": "relative"},
+    "input": {"num_heads": 2, "self_query": "input"},
+    "input-relative": {"num_heads": 2, "self_query": "input", "positions": "relative"},
+    "identity": {"num_heads": 2, "values": "identity"},
+    "dropout": {"num_heads": 2, "dropout": 0.3},
+}
+
+
+def layer_and_input(options, n, *, gain=1.0, block=4, batch=2, seed=0):
+    layer = make_layer(
+        8, is_causal=True, gain=gain, seed=seed, **({"solver": ForwardSubstitution(block=block)} | options)
+    )
+    x = torch.randn(batch, n, 8, dtype=F64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    return layer, x
+
+
+def value_and_gradients(layer, x, solver, **inputs):
+    layer.solver = solver
+    torch.manual_seed(7)  # of the dropout masks
+    solution = layer.solve(x, **inputs)
+    cotangent = torch.randn(solution.value.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    leaves = [x, *layer.parameters()]
+    grads = torch.autograd.grad((solution.value * cotangent).sum(), leaves, allow_unused=True)
+    return solution, [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
+
+
+def close(a, b, tolerance):
+    scale = max(1.0, float(b.detach().abs().max()))
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 13], ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_same_as_iterating(name, n):
+    """At small weights all solvers find the one equilibrium; adjoints too, by entirely different ways."""
+    layer, x = layer_and_input(OPTIONS[name], n)
+    exact, exact_grads = value_and_gradients(layer, x, ForwardSubstitution(block=4))
+    other, grads = value_and_gradients(layer, x, Anderson(rtol=1e-13, atol=1e-13, max_steps=300))
+    assert bool(exact.converged.all())
+    close(exact.value, other.value, 1e-9)
+    for a, b in zip(exact_grads, grads, strict=True):
+        close(a, b, 1e-8)
+
+
+@pytest.mark.parametrize("gain", [3.0, 10.0, 30.0])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_hard_weights_are_solved_to_rounding(name, gain):
+    layer, x = layer_and_input(OPTIONS[name], 33, gain=gain)
+    with torch.no_grad():
+        solution = layer.solve(x)
+    assert bool(solution.converged.all())
+    assert float(solution.residual.max()) < 1e-10
+
+
+@pytest.mark.parametrize("gain", [1.0, 8.0])
+def test_one_head_finds_the_root_of_the_oracle(gain):
+    """Row by row from p = 1, the largest root: the oracle's bisection between turning points."""
+    layer, x = layer_and_input({"num_heads": 1}, 21, gain=gain)
+    problem = oracle.Problem(
+        x=x.detach().numpy(),
+        omega_q=layer.Omega_Q.weight.detach().numpy(),
+        w_k=layer.W_K.weight.detach().numpy(),
+        omega_v=layer.Omega_V.weight.detach().numpy(),
+        is_causal=True,
+    )
+    np.testing.assert_allclose(layer.solve(x).value.detach().numpy(), oracle.solve_rows(problem), atol=1e-9)
+
+
+@given(
+    n=st.integers(1, 20),
+    block=st.integers(1, 9),
+    name=st.sampled_from(["heads", "qk_norm-rope", "relative", "input", "dropout"]),
+    masked=st.booleans(),
+    padded=st.booleans(),
+)
+def test_block_size_does_not_matter(n, block, name, masked, padded):
+    layer, x = layer_and_input(OPTIONS[name], n, gain=4.0)
+    chance = torch.Generator().manual_seed(n)
+    inputs = {}
+    if masked:
+        inputs["attn_mask"] = torch.rand(n, n, generator=chance) < 0.3
+    if padded:
+        inputs["key_padding_mask"] = torch.rand(2, n, generator=chance) < 0.3
+    one, one_grads = value_and_gradients(layer, x, ForwardSubstitution(block=block), **inputs)
+    two, two_grads = value_and_gradients(layer, x, ForwardSubstitution(block=64), **inputs)
+    close(one.value, two.value, 1e-8)
+    for a, b in zip(one_grads, two_grads, strict=True):
+        close(a, b, 1e-5)  # gains near 1 magnify the last digits of the equilibrium
+
+
+def test_a_row_does_not_depend_on_its_batch_or_on_what_follows():
+    layer, x = layer_and_input({"num_heads": 2}, 24, gain=6.0, batch=3)
+    with torch.no_grad():
+        whole = layer.solve(x).value
+        close(layer.solve(x[1:2]).value, whole[1:2], 1e-8)
+        close(layer.solve(x[:, :11]).value, whole[:, :11], 1e-8)
+
+
+def test_float32_rows_are_within_tolerance():
+    torch.manual_seed(0)
+    layer = ImplicitQueryAttention(64, 4, is_causal=True, qk_norm=True, on_failure="raise")
+    with torch.no_grad():
+        layer.temperature.mul_(3.0)
+        solution = layer.solve(torch.randn(4, 100, 64))
+    assert bool(solution.converged.all())
+    assert solution.residual.shape == solution.steps.shape == (4, 100)
+
+
+def test_transforms_and_second_derivatives():
+    layer, x = layer_and_input({"num_heads": 2}, 5, batch=2)
+    x = x.detach()
+    rows = torch.func.vmap(layer)(x)
+    close(rows, layer(x), 1e-12)
+    jacobian = torch.func.jacrev(layer)(x)
+    close(jacobian, torch.autograd.functional.jacobian(layer, x), 1e-8)
+    assert torch.autograd.gradgradcheck(layer, x[:1, :3].clone().requires_grad_(), fast_mode=True)
+
+
+def test_refused_where_it_cannot_work():
+    for options in ({}, {"is_causal": True, "normalize_over": "keys"}):
+        with pytest.raises(ValueError, match=r"`solver` must be an iterative one"):
+            ImplicitQueryAttention(8, solver=ForwardSubstitution(), **options)
+    with pytest.raises(ValueError, match="`block`"):
+        ForwardSubstitution(block=0)
+    with pytest.raises(TypeError, match="`fallback`"):
+        ForwardSubstitution(fallback=ForwardSubstitution())
+    layer = ImplicitQueryAttention(8, adjoint=Implicit(ForwardSubstitution()), solver=NewtonKrylov())
+    with pytest.raises(ValueError, match=r"`solver`.*iterates on the whole map"):
+        layer(torch.randn(2, 3, 8)).sum().backward()
+
+
+def test_one_head_rows_all_solved():
+    """Offsets up to 50, slopes up to 100: all to 1e-12, and the root is the largest."""
+    g = torch.Generator().manual_seed(0)
+    beta = (torch.rand(100_000, 1, 1, dtype=F64, generator=g) * 2 - 1) * 100
+    offset = (torch.rand(100_000, 1, dtype=F64, generator=g) * 2 - 1) * 50
+    found = solve_rows(RowProblem(torch.zeros_like(offset), beta, offset), 1e-12)
+    assert bool(found.solved.all())
+    grid = torch.linspace(1.0, 0.0, 20_001, dtype=F64)
+    some = slice(0, 1000)
+    above = torch.sigmoid(offset[some] + beta[some, 0] * grid) >= grid
+    largest = grid[above.int().argmax(1)]
+    assert float((found.p[some, 0] - largest).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("heads", [2, 4, 8])
+def test_rows_of_several_heads_are_solved_or_flagged(heads, normed):
+    g = torch.Generator().manual_seed(heads)
+    count, spread = 500, 5.0
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=F64, generator=g)
+
+    gram = None
+    if normed:
+        factors = normal(count, heads, heads + 1, 8)
+        gram = factors @ factors.mT / 8
+    problem = RowProblem(
+        normal(count, heads) * spread, normal(count, heads, heads) * spread, normal(count, heads), gram
+    )
+    found = solve_rows(problem, 1e-12)
+    actual = (problem.target(found.p) - found.p).abs().amax(-1)
+    assert torch.equal(found.solved, actual <= 1e-12)
+    assert int((~found.solved).sum()) == 0
+    assert bool(((found.p >= 0) & (found.p <= 1)).all())

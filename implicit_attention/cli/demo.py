@@ -147,7 +147,9 @@ def _draw(
     task: Recall,
 ) -> None:
     case, results = settled[-1]
-    worst = {r.solver: r.solution.abs_trace.flatten(1).amax(1) for r in results}
+    # A direct solver has no trace to draw: it measures its residual once, at the end.
+    traced = [r for r in results if len(r.solution.abs_trace) > 1]
+    worst = {r.solver: r.solution.abs_trace.flatten(1).amax(1) for r in traced}
     panels: dict[str, plots.Trace | Mapping[str, plots.Trace]] = {
         "The seed's example": {"|y$_{t+1}$ - y$_t$|": example.differences},
         f"Real text, {case.name}": worst,

@@ -18,6 +18,7 @@ from implicit_attention import (
     NewtonKrylov,
     Picard,
     diagnostics,
+    fixed_point,
 )
 from implicit_attention.solvers import Method, Solution
 from implicit_attention.tasks import OrdinaryAttention, Recall, Step, TokenModel, standard_library, train, windows
@@ -228,7 +229,9 @@ def attention_maps(runner: Runner, task: Recall, seed: int) -> tuple[dict[str, T
     assert isinstance(layer, ImplicitQueryAttention)
     with torch.no_grad():
         x = runner.model.embed(tokens)
-        history = layer.solve(x, history=True).history
+        # The iterates of the plain iteration, which forward substitution does not pass through.
+        function, args, start = layer.equation(x)
+        history = fixed_point(function, start, args, solver=Picard(max_steps=x.shape[-2]), history=True).history
         assert history is not None
         function, args, _ = layer.equation(x)
         wanted = {f"iteration {t}": y for t, y in enumerate(history[:3])}

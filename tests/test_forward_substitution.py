@@ -139,6 +139,16 @@ def test_transforms_and_second_derivatives():
     assert torch.autograd.gradgradcheck(layer, x[:1, :3].clone().requires_grad_(), fast_mode=True)
 
 
+def test_as_the_adjoint_of_another_solver():
+    for name in ("heads", "qk_norm-rope", "input-relative"):
+        layer, x = layer_and_input(OPTIONS[name], 9)
+        _, expected = value_and_gradients(layer, x, ForwardSubstitution(block=4))
+        layer.adjoint = Implicit(ForwardSubstitution(block=4))
+        _, grads = value_and_gradients(layer, x, Anderson(rtol=1e-13, atol=1e-13, max_steps=300))
+        for a, b in zip(grads, expected, strict=True):
+            close(a, b, 1e-8)
+
+
 def test_refused_where_it_cannot_work():
     for options in ({}, {"is_causal": True, "normalize_over": "keys"}):
         with pytest.raises(ValueError, match=r"`solver` must be an iterative one"):

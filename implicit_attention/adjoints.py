@@ -84,7 +84,7 @@ class Unrolled(Adjoint):
     """Backpropagate through the steps that the solver took, as the seed does.
 
     Memory grows with the number of steps. Gradients also flow to the start. Works with solvers whose steps
-    are differentiable (all but Newton-Krylov).
+    are differentiable (Picard, Anderson, Broyden).
 
     Attributes:
         checkpoint: Keep only the iterates and recompute the inside of the map in the backward pass.

@@ -15,15 +15,16 @@ class Positions(nn.Module, ABC):
     """Base of the position encodings. Rows and columns are counted from the same origin."""
 
     @abstractmethod
-    def rotation(self, length: int, like: Tensor) -> Tensor | None:
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor | None:
         """Return what `rotate` applies to queries and keys, None if they stay as they are.
 
         Args:
             length: Number of tokens.
             like: Tensor whose dtype and device the result takes.
+            first: Position of the first token, a number or `[B]`.
 
         Returns:
-            `[2, length, d / 2]` (cosines and sines) or None.
+            Cosines and sines, `[2, length, d / 2]` or `[2, B, 1, length, d / 2]`, or None.
         """
 
     @abstractmethod
@@ -52,11 +53,12 @@ class Rotary(Positions):
             raise bad_value("head_dim", "even for rotary positions", head_dim, "Change embed_dim or num_heads.")
         self.head_dim, self.base = head_dim, base
 
-    def rotation(self, length: int, like: Tensor) -> Tensor:
-        """Return cosines and sines, `[2, length, d / 2]`."""
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor:
+        """Return cosines and sines, `[2, length, d / 2]` or `[2, B, 1, length, d / 2]`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         i = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=like.device)
         turns = torch.arange(length, dtype=torch.float64, device=like.device)[:, None]
+        turns = turns + (first[:, None, None, None] if isinstance(first, Tensor) else first)
         angles = turns * self.base ** (-i / self.head_dim)
         return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
@@ -125,7 +127,7 @@ class ALiBi(Positions):
         slopes += [2 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
         self.register_buffer("slopes", torch.tensor(slopes), persistent=False)
 
-    def rotation(self, length: int, like: Tensor) -> None:
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> None:
         """Return None: queries and keys stay as they are."""
 
     def bias(self) -> tuple[BiasTerm, Tensor]:
@@ -153,7 +155,7 @@ class RelativeBias(Positions):
         self.max_distance = max_distance
         self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1))
 
-    def rotation(self, length: int, like: Tensor) -> None:
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> None:
         """Return None: queries and keys stay as they are."""
 
     def bias(self) -> tuple[BiasTerm, Tensor]:

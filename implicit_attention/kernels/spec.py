@@ -64,6 +64,10 @@ class AttentionSpec:
         terms = tuple(_Shifted(term, row, col) for term in self.terms)
         return replace(self, is_causal=False, terms=terms, origin=(self.origin[0] + row, self.origin[1] + col))
 
+    def following(self, past: int) -> "AttentionSpec":
+        """Return the call whose first row stands at column `past`: the columns before it come from a cache."""
+        return replace(self.shifted(past, 0), is_causal=self.is_causal) if past else self
+
     def chunks(self, query: Tensor, key: Tensor, *, systems: int | None = None) -> list[tuple[slice, slice]]:
         """Return (rows, columns they see) so that `systems * rows * columns` stays within a budget.
 

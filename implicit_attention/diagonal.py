@@ -325,7 +325,7 @@ class _OwnColumns:
         self.block = block
         self.f: Tensor = block.y
         self.u = block.p[..., None] * (block.own_value - block.y)  # [B, H, n, d]
-        matrix = own_jacobian(block)
+        matrix = own_jacobian(block.system, block.rows, block.y.transpose(1, 2), block.queries, block.p)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         self.matrix = eye - matrix.mT
         self.near_singular = 0
@@ -345,28 +345,35 @@ class _OwnColumns:
         return f + block.system.through_map(block.system.before_map(d_query, block.queries, block.rows))
 
 
-def own_jacobian(block: BlockAdjointSolver) -> Tensor:
+def own_jacobian(system: CausalSystem, rows: slice, y: Tensor, queries: Queries, p: Tensor) -> Tensor:
     """The Jacobian of each row's own equation, `[B, n, H, H]`: `M_gh = (d s_g / d y_h) . (v_h - y_h) p_h`.
 
-    Its eigenvalues are those of the row's diagonal block of dF/dy that are not zero.
+    Its eigenvalues are those of the row's diagonal block of dF/dy that are not zero. Differentiable.
 
     Args:
-        block: The rows, linearised at the equilibrium.
+        system: The map.
+        rows: The rows.
+        y: Their outputs at the equilibrium, `[B, n, H, d]`.
+        queries: What phi makes of them.
+        p: The weight of each row's own column, `[B, H, n]`.
 
     Returns:
         One matrix per row.
     """
-    system, batch, n = block.system, block.shape[0], block.n
-    direction = (block.own_value - block.y).transpose(1, 2).reshape(-1, system.heads, system.dim)
-    made = system.contributions(direction)  # [R, G, H, d]
-    key = block.key.transpose(1, 2)
-    query = block.queries.query
+    p = p.transpose(1, 2)
+    key = system.key[:, :, rows].to(system.wide).transpose(1, 2) * system.spec.scale
+    value = system.per_head(system.value[:, :, rows].to(system.wide)).transpose(1, 2)
+    keep = system.keep(rows)
+    if keep is not None:
+        value = value * keep.diagonal(dim1=-2, dim2=-1).transpose(1, 2)[..., None]
+    made = system.contributions((value - y).reshape(-1, system.heads, system.dim))  # [R, G, H, d]
+    query = queries.query
     if system.rotation is not None:
-        turn = system.rotation[:, :, block.rows]
+        turn = system.rotation[:, :, rows]
         key, query = (unrotate(t, turn) for t in (key, query))
-    if block.queries.inverse is not None:
+    if queries.inverse is not None:
         query = query.reshape(-1, system.groups, 1, system.dim)
         made = made - query * (made * query).mean(-1, keepdim=True)
-        made = made * block.queries.inverse.reshape(-1, system.groups, 1, 1)
+        made = made * queries.inverse.reshape(-1, system.groups, 1, 1)
     slopes = (system.per_head(made) * key.reshape(-1, system.heads, 1, system.dim)).sum(-1)
-    return slopes.view(batch, n, system.heads, -1) * block.p.transpose(1, 2)[:, :, None]
+    return slopes.view(*p.shape, system.heads) * p[:, :, None]

@@ -120,11 +120,18 @@ class ForwardSubstitution(DirectSolver):
             return at.y.new_zeros(at.y.shape[:2])
         found = []
         for low in range(0, system.length, self.block):
-            block = at.block(slice(low, min(low + self.block, system.length)))
-            matrix = own_jacobian(block)
-            found.append(torch.linalg.eigvals(matrix).abs().amax(-1) if system.heads > 1 else matrix[..., 0, 0].abs())
+            rows = slice(low, min(low + self.block, system.length))
+            found.append(radius(own_jacobian(system, rows, at.y[:, rows], at.queries(rows), at.block(rows).p)))
         whole: Tensor = torch.cat(found, 1)
         return whole
+
+
+def radius(matrix: Tensor) -> Tensor:
+    """Return the spectral radius of matrices `[..., H, H]`, differentiable where the largest eigenvalue is simple."""
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0, 0].abs()
+    largest: Tensor = torch.linalg.eigvals(matrix).abs().amax(-1)
+    return largest
 
 
 def _causal(function: Callable[..., Tensor]) -> AttentionMap:

@@ -54,8 +54,8 @@ def spectral_radius(
 
     Raises:
         TypeError: As `layer.solve`.
-        ValueError: As `layer.solve`, or if the layer is in training mode with dropout, or `iterations` is below 1 or has
-            no effect.
+        ValueError: As `layer.solve`, or if the layer is in training mode with dropout, or `iterations` is below 1
+            or has no effect.
         ConvergenceError: As `layer.solve`.
     """
     iterations = _power_iterations(layer, iterations)

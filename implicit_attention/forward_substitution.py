@@ -5,6 +5,7 @@ kernel, and merged by log-sum-exp; only the blocks on the diagonal are iterated 
 recursion backwards.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,6 +177,12 @@ class _Forward:
         self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
         self.residual, self.size = new(*shape, dtype=system.wide), new(*shape, dtype=system.wide)
         self.sweeps = new(*shape, dtype=torch.long)
+        self.native: Any = None
+        if os.environ.get("NAT", "1") == "1":
+            from implicit_attention.native.engine import NativeForward
+
+            into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
+            self.native = NativeForward(system, into, 64, rtol, atol)
         if system.past:
             assert system.past_column is not None and system.past_value is not None
             self._merge(slice(0, system.length), system.past_column, system.past_value, 0)
@@ -201,11 +208,32 @@ class _Forward:
         before.copy_(total)
 
     def _settle(self, rows: slice) -> None:
+        while self.native is not None and rows.start < rows.stop:
+            done = self.native.settle(rows)
+            if done == rows.stop:
+                return
+            if done > rows.start:
+                self._merge_rows(slice(rows.start, done), slice(done, rows.stop))
+            hard = slice(done, min(done + 4, rows.stop))
+            self._settle_eagerly(hard)
+            rows = slice(hard.stop, rows.stop)
+            if rows.start < rows.stop:
+                self._merge_rows(hard, rows)
+        if rows.start < rows.stop:
+            self._settle_eagerly(rows)
+
+    def _merge_rows(self, cols: slice, rows: slice) -> None:
+        query, value = self.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
+        self._merge(rows, query, value, self.system.past + cols.start)
+
+    def _settle_eagerly(self, rows: slice) -> None:
         before, lse = self.y[:, rows].transpose(1, 2), self.lse[:, :, rows]
         found = BlockSolver(self.system, rows, before, lse).settle(self.rtol, self.atol)
         n = rows.stop - rows.start
         if not found.settled and n > 1:
+            native, self.native = self.native, None
             self.descend(rows.start, rows.stop, (n + 1) // 2)
+            self.native = native
             return
         self.y[:, rows], self.query[:, rows], self.lse[:, :, rows] = found.y, found.queries.query, found.lse
         if found.queries.inverse is not None:

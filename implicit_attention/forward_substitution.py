@@ -287,6 +287,12 @@ class _Backward:
         self.d_terms: list[Tensor | None] = [None] * len(system.terms)
         self.residual = new(system.batch, **where)
         self.sweeps, self.near_singular = 0, 0
+        self.native: Any = None
+        if os.environ.get("NAT", "1") == "1" and not self.bias_grad:
+            from implicit_attention.native.engine import NativeAdjoint
+
+            at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
+            self.native = NativeAdjoint(system, at, self.grad, self.d_query, self.allowed, 64)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -317,8 +323,11 @@ class _Backward:
                 self.d_terms[i] = part if before is None else before + part
 
     def _solve(self, rows: slice) -> None:
-        system, block = self.system, self.at.block(rows)
-        found = block.solve(self.grad[:, rows].to(system.wide), self.d_query[:, rows], self.allowed)
+        system, found = self.system, None if self.native is None else self.native.solve(rows)
+        native = found is not None
+        if found is None:
+            grad, later = self.grad[:, rows].to(system.wide), self.d_query[:, rows]
+            found = self.at.block(rows).solve(grad, later, self.allowed)
         self.residual = torch.maximum(self.residual, found.residual)
         self.sweeps = max(self.sweeps, found.sweeps)
         self.near_singular += found.near_singular
@@ -333,7 +342,9 @@ class _Backward:
         if "added" in self.rest:
             self.rest["added"][:, rows] = found.d_made
         if "self_score" in self.rest:
-            self.rest["self_score"][:, :, rows] = found.slope.diagonal(dim1=-2, dim2=-1)
+            self.rest["self_score"][:, :, rows] = (
+                found.slope[..., 0] if native else found.slope.diagonal(dim1=-2, dim2=-1)
+            )
         if self.bias_grad:
             at = slice(system.past + rows.start, system.past + rows.stop)
             self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))

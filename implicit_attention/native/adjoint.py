@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from numba import cfunc, njit, types
 
-from implicit_attention.native.forward import R, _add, _copy, _fill, _largest_difference, dot
+from implicit_attention.native.forward import R, _add, _copy, _fill, _largest_difference, _unturn, dot
 from implicit_attention.native.machine import (
     call,
     exp_of,
@@ -112,15 +112,6 @@ def _tensors(c: Any, f: Any, slot: int) -> Tensors:
         pointer_like(f, c[D_VALUE]), pointer_like(f, c[OWN]), pointer_like(f, c[RESIDUAL]), keys, keys_t, lams,
         lams_t, queries, weights, slopes, along, from_later, now, out, before, after, pairs, errors, moves,
     )  # fmt: skip
-
-
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
-def _unturn(q: Any, cos: Any, sin: Any, half: int) -> None:
-    other = shifted(q, half)
-    for i in range(half):
-        a, b = q[i], other[i]
-        q[i] = a * cos[i] + b * sin[i]
-        other[i] = b * cos[i] - a * sin[i]
 
 
 @njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]

@@ -35,7 +35,7 @@ class NativeForward:
         heads, groups, d = system.heads, system.groups, system.dim
         vector = 2 * LANES // like.element_size()
         padded, width = -(-d // vector) * vector, -(-block // vector) * vector
-        numbers = [system.spec.scale, system.function.query_map.eps, rtol, atol, 0.0, 1.0, torch.inf, 1.0 / d, k.FAR, 1e-2, 0.5]
+        numbers = [system.spec.scale, system.function.query_map.eps, rtol, atol, 0.0, 1.0, torch.inf, 1.0 / d, k.FAR, 1e-2, 0.7]
         self.numbers = torch.tensor(numbers, dtype=like.dtype)
         del info
         count = threads().count

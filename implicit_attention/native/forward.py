@@ -7,6 +7,7 @@ once, by head; outputs are combinations of those, so a sweep needs no product wi
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba import cfunc, njit, types
 
 from implicit_attention.native.machine import (
@@ -21,10 +22,12 @@ from implicit_attention.native.machine import (
     tile4,
     tile8,
 )
+from implicit_attention.native.roots import solve
 
 R = 4  # rows that are settled together
 FAR = 0.25
-MOST_SWEEPS = 24
+MOST_SWEEPS = 32
+PATIENCE = 8  # sweeps after which rows that still settle slowly have their own equations solved
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
@@ -35,7 +38,7 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
     KEY_B, KEY_H, KEY_N, VALUE_B, VALUE_G, VALUE_N, TURN_B, TURN_HALF, STRICT_B, STRICT_H, SLOT,
     TEAM, BATCH, HEADS, GROUPS, LENGTH, DIM, PADDED, WIDTH, VECTOR, FIRST, STOP, BLOCK, COUNT,
 ) = range(46)  # fmt: skip
-SCALE, EPS, RTOL, ATOL, ZERO, ONE, INFINITY, INVERSE_DIM, NEAR, SAME_ROOT, HALF = range(11)
+SCALE, EPS, RTOL, ATOL, ZERO, ONE, INFINITY, INVERSE_DIM, NEAR, SAME_ROOT, SLOW = range(11)
 
 
 class Tensors(NamedTuple):
@@ -77,8 +80,7 @@ class Tensors(NamedTuple):
     start: Any  # [H, R]
     lse_parts: Any  # [3, H, R]: what scores were measured from, the sum of exponentials, that without the own one
     changes: Any  # [H, R]: of the own weight since y = v
-    base: Any  # [H, padded]
-    path: Any  # [4, H]
+    base: Any  # [H + 2, padded]
     verdict: Any  # [1]
 
 
@@ -88,7 +90,7 @@ def scratch_sizes(heads: int, groups: int, dim: int, padded: int, width: int, bl
         groups * (block + R) * padded, groups * dim * width, heads * 2 * R * dim, groups * 2 * R * heads * padded,
         heads * R * dim, groups * R * width, groups * R * padded, groups * R * padded, groups * R,
         2 * heads * R * dim, 2 * R * R * heads, 2 * R * heads, 2 * heads * R, 2 * heads * R, heads * R, heads * R,
-        3 * heads * R, heads * R, heads * padded, 4 * heads, 1,
+        3 * heads * R, heads * R, (heads + 2) * padded, 1,
     )  # fmt: skip
 
 
@@ -208,16 +210,24 @@ def _tensors(c: Any, f: Any, slot: int) -> Tensors:
     lse_parts = shifted(start, heads * R)
     changes = shifted(lse_parts, 3 * heads * R)
     base = shifted(changes, heads * R)
-    path = shifted(base, heads * padded)
-    verdict = shifted(path, 4 * heads)
+    verdict = shifted(base, (heads + 2) * padded)
     return Tensors(
         pointer_like(f, c[KEY]), pointer_like(f, c[VALUE]), pointer_like(f, c[WEIGHT]), pointer_like(f, c[CONSTANT]),
         pointer_like(f, c[ADDED]), pointer_like(f, c[TURN]), pointer_like(f, c[Y]), pointer_like(f, c[QUERY]),
         pointer_like(f, c[INVERSE]), pointer_like(f, c[LSE]), pointer_like(f, c[RESIDUAL]), pointer_like(f, c[SIZE]),
         pointer_like(f, c[STRICT]), pointer_like(f, c[GIVEN]), f, pointer_like(f, c[BEFORE_Y]),
         pointer_like(f, c[BEFORE_LSE]), values, columns, inputs, made, keys, scores, queries, fixed, norms, iterates,
-        weights, shares, errors, sizes, merged_lse, start, lse_parts, changes, base, path, verdict,
+        weights, shares, errors, sizes, merged_lse, start, lse_parts, changes, base, verdict,
     )  # fmt: skip
+
+
+@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+def _unturn(q: Any, cos: Any, sin: Any, half: int) -> None:
+    other = shifted(q, half)
+    for i in range(half):
+        a, b = q[i], other[i]
+        q[i] = a * cos[i] + b * sin[i]
+        other[i] = b * cos[i] - a * sin[i]
 
 
 @njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
@@ -458,64 +468,108 @@ def _settled(c: Any, t: Any, b: int, s: int, m: int, other: int, write: bool) ->
 
 
 @njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
-def _wanted_root(c: Any, t: Any, b: int, s: int, i: int, other: int) -> bool:
-    """Whether plain iteration of a row's own equation from p = 1 contracts to the weights that it has."""
-    heads, f = c[HEADS], t.numbers
-    one = f[ONE]
-    for h in range(heads):
-        t.path[h] = one
-    for step in range(3):
-        _own_equation(c, t, b, s, i, other, step)
-    lengths_0, lengths_1, lengths_2, off = f[ZERO], f[ZERO], f[ZERO], f[ZERO]
-    for h in range(heads):
-        lengths_0 = max(lengths_0, abs(t.path[heads + h] - t.path[h]))
-        lengths_1 = max(lengths_1, abs(t.path[2 * heads + h] - t.path[heads + h]))
-        lengths_2 = max(lengths_2, abs(t.path[3 * heads + h] - t.path[2 * heads + h]))
-        off = max(off, abs(t.path[3 * heads + h] - t.weights[((other * R + i) * R + i) * heads + h]))
-    contracts = lengths_1 <= f[HALF] * lengths_0 + f[ATOL] and lengths_2 <= f[HALF] * lengths_1 + f[ATOL]
-    return contracts and off <= lengths_2 + f[SAME_ROOT]
-
-
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
-def _own_equation(c: Any, t: Any, b: int, s: int, i: int, other: int, step: int) -> None:
-    """Put the row's weights at one step of `path` through its own equation, into the next."""
-    d, padded, heads, f = c[DIM], c[PADDED], c[HEADS], t.numbers
-    zero, one, shared = f[ZERO], f[ONE], c[HEADS] // c[GROUPS]
-    before, after = shifted(t.path, step * heads), shifted(t.path, (step + 1) * heads)
-    q = t.base
-    for g in range(c[GROUPS]):
+def _own_root(c: Any, t: Any, b: int, s: int, i: int, other: int, p: Any) -> bool:
+    """Solve a row's own equation, given what it attends to in other columns."""
+    d, padded, heads, groups, f = c[DIM], c[PADDED], c[HEADS], c[GROUPS], t.numbers
+    shared, normed = heads // groups, c[INVERSE] != 0
+    alpha, beta, offset = np.empty(heads), np.empty((heads, heads)), np.empty(heads)
+    gram = np.empty((groups if normed else 0, heads + 1, heads + 1))
+    for g in range(groups):
         made = shifted(t.made, g * 2 * R * heads * padded)
+        q = t.base  # [1 + H, padded]: q(p) = q_0 + sum_h p_h q_h
         _copy(q, shifted(t.fixed, (g * R + i) * padded), d)
         for h in range(heads):
             rest, total = t.lse_parts[(2 * heads + h) * R + i], t.lse_parts[(heads + h) * R + i]
-            scale = zero if rest == zero else (one - before[h]) * total / rest
-            _add(q, d, shifted(made, (i * heads + h) * padded), scale * t.shares[(other * R + i) * heads + h])
+            scale = f[ZERO] if rest == f[ZERO] else total / rest
+            others = shifted(q, (1 + h) * padded)
+            _fill(others, d, f[ZERO])
+            _add(others, d, shifted(made, (i * heads + h) * padded), scale * t.shares[(other * R + i) * heads + h])
             for j in range(i):
-                weight = t.weights[((other * R + i) * R + j) * heads + h]
-                _add(q, d, shifted(made, ((R + j) * heads + h) * padded), scale * weight)
-            _add(q, d, shifted(made, ((R + i) * heads + h) * padded), before[h])
-        _norm_and_turn(c, t, q, b, c[FIRST] + s + i)
+                weight = scale * t.weights[((other * R + i) * R + j) * heads + h]
+                _add(others, d, shifted(made, ((R + j) * heads + h) * padded), weight)
+            _add(q, d, others, f[ONE])
+            _mix(others, d, -f[ONE], shifted(made, ((R + i) * heads + h) * padded), f[ONE])
+        if normed:
+            for h in range(heads + 1):
+                for j in range(h + 1):
+                    square = dot(shifted(q, h * padded), shifted(q, j * padded), d, f[ZERO]) * f[INVERSE_DIM]
+                    gram[g, h, j] = square
+                    gram[g, j, h] = square
+            gram[g, 0, 0] += f[EPS]
         for h in range(g * shared, (g + 1) * shared):
-            score = dot(shifted(t.keys, (h * R + i) * d), q, d, zero) * f[SCALE] + _own_bias(c, t, b, h, s + i)
+            key = shifted(t.base, (1 + heads) * padded)
+            _copy(key, shifted(t.keys, (h * R + i) * d), d)
+            if c[TURN] != 0:
+                cos = shifted(t.turn, b * c[TURN_B] + (c[FIRST] + s + i) * (d // 2))
+                _unturn(key, cos, shifted(cos, c[TURN_HALF]), d // 2)
+            alpha[h] = dot(key, q, d, f[ZERO]) * f[SCALE]
+            for j in range(heads):
+                beta[h, j] = dot(key, shifted(q, (1 + j) * padded), d, f[ZERO]) * f[SCALE]
             rest = t.lse_parts[(2 * heads + h) * R + i]
-            if rest == zero:
-                after[h] = one
-                continue
-            z = score - t.lse_parts[h * R + i] - math.log(rest)
-            e = exp_of(-abs(z))
-            after[h] = (one if z >= zero else e) / (one + e)
+            own = _own_bias(c, t, b, h, s + i)
+            if own == -f[INFINITY]:
+                offset[h] = -math.inf
+            else:
+                offset[h] = math.inf if rest == f[ZERO] else own - t.lse_parts[h * R + i] - math.log(rest)
+    return solve(alpha, beta, offset, gram, p)
+
+
+@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+def _move(c: Any, t: Any, s: int, i: int, other: int, p: Any) -> None:
+    """Give a row of the next iterate the own weights `p`."""
+    d, padded, heads, f = c[DIM], c[PADDED], c[HEADS], t.numbers
+    four = t.base
+    for h in range(heads):
+        rest, total = t.lse_parts[(2 * heads + h) * R + i], t.lse_parts[(heads + h) * R + i]
+        if rest == f[ZERO]:
+            continue
+        scale = f[ONE] * (1.0 - p[h]) * total / rest
+        weights = shifted(t.weights, (other * R + i) * R * heads + h)
+        for j in range(R):
+            if j < i:
+                weights[j * heads] *= scale
+            elif j == i:
+                weights[j * heads] = p[h]
+            four[j] = weights[j * heads]
+        share = shifted(t.shares, (other * R + i) * heads + h)
+        share[0] *= scale
+        values = shifted(t.values, (h // (heads // c[GROUPS]) * (c[BLOCK] + R) + s) * padded)
+        out = shifted(t.iterates, ((other * heads + h) * R + i) * d)
+        _combine(out, share[0], shifted(t.inputs, (h * 2 * R + i) * d), four, values, padded, d)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _roots(c: Any, t: Any, b: int, s: int, m: int, other: int) -> bool:
-    """Whether all rows are at the root that is wanted."""
+def _repair(c: Any, t: Any, b: int, s: int, m: int, other: int, all_rows: bool) -> int:
+    """Put rows at the roots of their own equations: 1 if all were there, 0 if not, -1 if one cannot be solved.
+
+    Only rows whose own weight is far from that at y = v, or all rows.
+    """
+    verdict, p = 1, np.empty(c[HEADS])
     for i in range(m):
-        far = False
+        far = all_rows
         for h in range(c[HEADS]):
             far = far or not t.changes[h * R + i] <= t.numbers[NEAR]
-        if far and not _wanted_root(c, t, b, s, i, other):
-            return False
-    return True
+        if not far:
+            continue
+        if not _own_root(c, t, b, s, i, other, p):
+            return -1
+        moved = 0.0
+        for h in range(c[HEADS]):
+            moved = max(moved, abs(p[h] - t.weights[((other * R + i) * R + i) * c[HEADS] + h]))
+        if all_rows or moved > t.numbers[SAME_ROOT]:
+            _move(c, t, s, i, other, p)
+            if moved > t.numbers[SAME_ROOT]:
+                verdict = 0
+    return verdict
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _worst(c: Any, t: Any, m: int, other: int) -> Any:
+    worst = t.numbers[ZERO]
+    for i in range(m):
+        for h in range(c[HEADS]):
+            worst = max(worst, t.errors[(other * c[HEADS] + h) * R + i])
+    return worst
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -559,21 +613,27 @@ def _settle_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int, le
         _make(c, t, b, g, s, m)
         _start(c, t, b, g, s, m)
     _wait(c)
-    verdict, parity = 0, 1
+    verdict, parity, slow, before = 0, 1, False, t.numbers[INFINITY]
     for sweep in range(MOST_SWEEPS):
         parity = 1 - parity
         for g in range(low, high):
             _sweep(c, t, b, g, s, m, parity)
         _wait(c)
         verdict = _settled(c, t, b, s, m, 1 - parity, False)
+        if verdict < 0:
+            break
+        worst = _worst(c, t, m, 1 - parity)
+        slow = slow or (sweep >= PATIENCE and worst > t.numbers[SLOW] * before)
+        before = worst
+        if c[GIVEN] == 0 and (verdict == 1 or slow or sweep == 0):
+            if leads:
+                t.verdict[0] = _repair(c, t, b, s, m, 1 - parity, slow and verdict == 0)
+            _wait(c)
+            if verdict == 1 or slow:
+                verdict = min(verdict, int(t.verdict[0]))
         if verdict != 0:
             break
     if verdict < 1:
-        return False
-    if leads:
-        t.verdict[0] = t.numbers[ONE] if _roots(c, t, b, s, m, 1 - parity) else t.numbers[ZERO]
-    _wait(c)
-    if t.verdict[0] == t.numbers[ZERO]:
         return False
     for g in range(low, high):
         _write(c, t, b, g, s, m, parity)

@@ -109,6 +109,9 @@ class BlockSolver(DiagonalBlock):
 
         Returns:
             The block, which may be unsettled.
+
+        Raises:
+            NonFiniteError: If the map gives NaN or Inf.
         """
         system = self.system
         limit = MOST_SWEEPS if self.n > 1 else 2 * MOST_SWEEPS

@@ -153,11 +153,10 @@ class BlockSolver(DiagonalBlock):
 
     def attend(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return attention over all columns but a row's own, its log-sum-exp, and the score of the own column."""
-        if self.n == 1:  # as in decoding: all other columns come before
-            own = self.own_score(query) if self.given_own is None else self.given_own
-            return self.before, self.before_lse, own
-        scores = self.scores(query)
         own = self.given_own
+        if self.n == 1:  # as in decoding: all other columns come before
+            return self.before, self.before_lse, self.own_score(query) if own is None else own
+        scores = self.scores(query)
         if own is None:
             own = self._biased(scores.diagonal(dim1=-2, dim2=-1)).clone()
         scores += self.strict

@@ -116,3 +116,20 @@ def test_a_float_mask_gets_its_gradient(shape):
     wanted = oracle.gradient(problem, array(value), np.cos(array(value)), wrt=["score_bias"])["score_bias"]
     wanted = wanted.sum((0, 1)) if len(shape) == 2 else wanted.reshape(shape)
     close(found, np.tril(wanted), GRADIENT)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_of_several_roots_the_start_decides(heads):
+    """Rows that hold on to themselves, or to what came before: from y = v they hold on to themselves."""
+    layer, x = make({"num_heads": heads}, 9, seed=heads)
+    own = torch.diag(torch.linspace(-14.0, -6.0, 9, dtype=torch.float64))  # makes rows hesitate, more and less
+    with torch.no_grad():
+        for weight, size in ((layer.Omega_Q.weight, 12.0), (layer.W_K.weight, 1.0), (layer.Omega_V.weight, 1.0)):
+            weight.copy_(size * torch.eye(D))
+    problem = problem_of(layer, x, attn_mask=own)
+    found = layer.solve(x, attn_mask=own).value
+    close(found, oracle.solve_rows(problem), 1e-9)
+    other = np.zeros_like(array(found))
+    for _ in range(200):  # plain iteration from elsewhere finds another equilibrium
+        other = oracle.apply(problem, other)
+    assert np.abs(other - array(found)).max() > 0.1

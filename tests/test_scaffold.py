@@ -27,6 +27,8 @@ ORDER = [
     "masks",
     "positions",
     "attention_map",
+    "row_problem",
+    "curve",
     "rows",
     "forward_substitution",
     "cache",

@@ -120,23 +120,28 @@ def _step(walk: _Walk, pace: Pace) -> None:
     right = guess.new_zeros(*guess.shape, 2)
     right[:, :-1, 0], right[:, -1, 1] = value, 1.0
     first, tangent = system.solve(right).unbind(-1)
+    off = (slope @ first[:, :-1, None])[..., 0].masked_fill(walk.problem.offset.isinf(), 0.0)
     u = guess - first
-    value, slope_there, weight, missing = _curve(walk.problem, u)
-    second = system.solve(value)
-    u = u - second
-    tangent = tangent - system.solve(_along(slope_there, weight, missing, tangent))
+    value, slope, weight, missing = _curve(walk.problem, u)
+    along = torch.addcmul(tangent[:, :-1], missing, tangent[:, -1:])
+    along = torch.addcmul(along, weight, (slope @ tangent[:, :-1, None])[..., 0], value=-1.0)
+    second, turn = system.solve(torch.stack([value, along], -1)).unbind(-1)
+    u, tangent = u - second, tangent - turn
     norm = torch.linalg.vector_norm(tangent, dim=-1)  # 1 / cosine: the product with the old tangent is 1
     tangent = tangent / norm[:, None]
-    off = (slope @ first[:, :-1, None])[..., 0].abs().masked_fill(walk.problem.offset.isinf(), 0.0).amax(-1)
-    shrunk = second.abs().amax(-1) / (first.abs().amax(-1) + 1e-9)
-    doubt = torch.stack([off / pace.nats, (1.0 - 1.0 / norm) / (1.0 - pace.cosine), shrunk / pace.contraction])
-    worst = doubt.amax(0).nan_to_num(torch.inf)
-    good = (worst <= 1.0) & system.positive() & ~_peaks(walk, u, tangent, walk.length * norm)
+    shrunk = _largest(second) / (_largest(first) + 1e-9)
+    bent = (norm - 1.0) / (1.0 / pace.cosine - 1.0)
+    doubt = torch.stack([_largest(off) / pace.nats, bent, shrunk / pace.contraction]).amax(0).nan_to_num(torch.inf)
+    good = (doubt <= 1.0) & system.positive() & ~_peaks(walk, u, tangent, walk.length * norm)
     taken = good[:, None]
     walk.bend = torch.where(taken, (tangent - walk.tangent) / (2.0 * length), walk.bend)
     walk.u, walk.tangent = torch.where(taken, u, walk.u), torch.where(taken, tangent, walk.tangent)
-    factor = torch.rsqrt(2.0 * worst).clamp(0.25, 2.0)
+    factor = torch.rsqrt(2.0 * doubt).clamp(0.25, 2.0)
     walk.length = (walk.length * torch.where(good, factor, factor.clamp_max(0.5))).clamp_max(pace.longest)
+
+
+def _largest(t: Tensor) -> Tensor:
+    return t.abs().amax(-1)
 
 
 def _peaks(walk: _Walk, u: Tensor, tangent: Tensor, length: Tensor) -> Tensor:
@@ -150,51 +155,50 @@ def _peaks(walk: _Walk, u: Tensor, tangent: Tensor, length: Tensor) -> Tensor:
 
 
 def _curve(problem: RowProblem, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`h(p, t) = p - 1 + t (1 - target)`, the scores' slope, `t target'` and `1 - target`, the parts of h's Jacobian."""
+    """`h(p, t) = p - 1 + t (1 - target)`, and what its Jacobian is made of.
+
+    Args:
+        problem: R problems.
+        u: Points (p, t), `[R, H + 1]`.
+
+    Returns:
+        h `[R, H]`, the scores' Jacobian `[R, H, H]`, `t sigmoid'` `[R, H]` and dh/dt `[R, H]`.
+    """
     p, t = u[:, :-1], u[:, -1:]
     target, slope = problem.evaluate(p)
     missing = 1.0 - target
     return torch.addcmul(p, t, missing) - 1.0, slope(), t * target * missing, missing
 
 
-def _bordered(slope: Tensor, weight: Tensor, missing: Tensor, tangent: Tensor) -> "_Factors":
-    """h's Jacobian with the tangent as its last row: regular along the curve, its turns included."""
-    eye = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
-    by_p = torch.addcmul(eye, weight[..., None], slope, value=-1.0)
-    return _Factors(torch.cat([torch.cat([by_p, missing[..., None]], -1), tangent[:, None]], -2))
-
-
-def _along(slope: Tensor, weight: Tensor, missing: Tensor, direction: Tensor) -> Tensor:
-    """h's Jacobian times a direction, `[R, H]`."""
-    p, t = direction[:, :-1], direction[:, -1:]
-    return torch.addcmul(p - weight * (slope @ p[..., None])[..., 0], missing, t)
-
-
 class _Factors:
-    """An LU factorisation of R matrices."""
+    """An LU factorisation of R matrices `[R, n, n]`."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(matrix)
 
     def solve(self, right: Tensor) -> Tensor:
-        """Solve for right sides `[R, n, k]`, or `[R, m]` that lack their last n - m entries: these are zero."""
-        if right.ndim == 3:
-            return torch.linalg.lu_solve(self.lu, self.pivots, right)
-        right = pad(right, (0, self.lu.shape[-1] - right.shape[-1]))
-        return torch.linalg.lu_solve(self.lu, self.pivots, right[..., None])[..., 0]
+        """Solve for `[R, m, k]`; entries that it lacks at the end, n - m of them, are zero."""
+        right = pad(right, (0, 0, 0, self.lu.shape[-1] - right.shape[-2]))
+        solution: Tensor = torch.linalg.lu_solve(self.lu, self.pivots, right)
+        return solution
 
     def positive(self) -> Tensor:
         """Whether the determinant is positive, `[R]`."""
         unmoved = torch.arange(1, self.lu.shape[-1] + 1, dtype=self.pivots.dtype, device=self.lu.device)
         flips = (self.lu.diagonal(dim1=-2, dim2=-1) < 0) ^ (self.pivots != unmoved)
-        return flips.sum(-1) % 2 == 0
+        even: Tensor = flips.sum(-1) % 2 == 0
+        return even
+
+
+def _bordered(slope: Tensor, weight: Tensor, missing: Tensor, tangent: Tensor) -> _Factors:
+    """The Jacobian of h with the tangent as its last row: regular along the curve, its turns included."""
+    eye = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
+    by_p = torch.addcmul(eye, weight[..., None], slope, value=-1.0)
+    return _Factors(torch.cat([torch.cat([by_p, missing[..., None]], -1), tangent[:, None]], -2))
 
 
 def _land(problem: RowProblem, before: Tensor, after: Tensor, pace: Pace) -> Tensor:
-    """Newton at t = 1 from where the last step crossed it; NaN where it wanders off the step.
-
-    Where the curve first rises through t = 1, the determinant of `1 - target'` is positive: its sign is t's.
-    """
+    """Newton at t = 1, from where the last step crossed it; NaN where it wanders off the step."""
     share = (1.0 - before[:, -1:]) / (after - before)[:, -1:]
     start = torch.lerp(before, after, share)[:, :-1]
     eye = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
@@ -202,13 +206,13 @@ def _land(problem: RowProblem, before: Tensor, after: Tensor, pace: Pace) -> Ten
     for _ in range(_LANDING_STEPS):
         target, slope = problem.linearize(p)
         system = _Factors(eye - slope)
-        step = system.solve(target - p)
+        step = system.solve((target - p)[..., None])[..., 0]
         arrived = moved <= _ARRIVED
         p = torch.where(arrived[:, None], p, p + step)
-        moved = torch.where(arrived, moved, step.abs().amax(-1))
-        if bool((moved <= _ARRIVED).all()):
+        moved = torch.where(arrived, moved, _largest(step))
+        if not bool((moved > _ARRIVED).any()):
             break
-    span = (after - before).abs().amax(-1)
-    off = (problem.score(p) - problem.score(start)).abs().masked_fill(problem.offset.isinf(), 0.0).amax(-1)
-    good = (moved <= 1e-10) & system.positive() & ((p - start).abs().amax(-1) <= span) & (off <= 4.0 * pace.nats)
+    off = (problem.score(p) - problem.score(start)).masked_fill(problem.offset.isinf(), 0.0)
+    good = (moved <= 1e-10) & (_largest(p - start) <= _largest(after - before)) & (_largest(off) <= 4.0 * pace.nats)
+    good &= system.positive()  # as it is where the curve first rises through t = 1
     return torch.where(good[:, None], p, torch.nan)

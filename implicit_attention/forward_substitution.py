@@ -246,6 +246,7 @@ def _solve_block(state: _State, rows: slice, limit: float) -> None:
     equation = _OwnColumn(state, rows, own, keep, limit)
     y = torch.where(torch.isneginf(before_lse)[..., None], value, before)
     n = rows.stop - rows.start
+    thorough = limit == 0  # rows that Newton's method does not solve are cheap to leave until the others settle
     for sweep in range(1, 2 * n + 1):
         query = state.phi(y, rows).to(state.wide)
         scores = (key @ query.mT) * state.function.spec.scale + strict
@@ -256,11 +257,13 @@ def _solve_block(state: _State, rows: slice, limit: float) -> None:
         kept = weights if keep is None else weights * keep
         summed = kept @ value + old[..., None] * before
         a = summed / total.masked_fill(total == 0, 1.0)[..., None]
-        fresh, lse = equation.solve(a, total.log() + peak)
+        fresh, lse = equation.solve(a, total.log() + peak, thorough)
         moved = (fresh - y).abs().amax() if sweep > 1 else y.new_tensor(torch.inf)
         y = fresh
         if bool(moved <= limit) or (limit == 0 and sweep == n):
-            break
+            if thorough or not equation.unsolved:
+                break
+            thorough = True
     state.y[:, :, rows], state.lse[:, :, rows] = y, lse
     state.query[:, :, rows] = state.phi(y, rows)
     state.sweeps[:, rows] = sweep
@@ -273,6 +276,7 @@ class _OwnColumn:
         self.state, self.own = state, own
         self.tolerance = max(0.1 * limit, 32 * torch.finfo(state.wide).eps)
         self.near: Tensor | None = None  # the rows' last roots
+        self.unsolved = False
         value = state.value[:, :, rows].to(state.wide)
         self.value = value if keep is None else value * keep.diagonal(dim1=-2, dim2=-1)[..., None]
         self.normed = state.function.query_map.normalize
@@ -285,7 +289,7 @@ class _OwnColumn:
         self.key = key.transpose(1, 2)  # [B, r, H, d]
         self.fixed = state.contributions(self.value) if self.normed else state.pulled_apart(key)
 
-    def solve(self, a: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, a: Tensor, lse: Tensor, thorough: bool) -> tuple[Tensor, Tensor]:
         """Return the rows' outputs `[B, H, r, d]` and log-sum-exps, given attention over all other columns."""
         offset = self.own - lse
         unseen = torch.isneginf(self.own) & torch.isneginf(lse)
@@ -293,14 +297,14 @@ class _OwnColumn:
         if self.self_score is not None:
             p, score = torch.sigmoid(self.self_score + offset), self.self_score
         else:
-            p, score = self._solve_rows(a, offset)
+            p, score = self._solve_rows(a, offset, thorough)
         return a + p[..., None] * (self.value - a), torch.logaddexp(lse, score + self.own)
 
-    def _solve_rows(self, a: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    def _solve_rows(self, a: Tensor, offset: Tensor, thorough: bool) -> tuple[Tensor, Tensor]:
         batch, heads, n = offset.shape
         problem = self._problem(a, offset.transpose(1, 2).flatten(0, 1))
-        found = solve_rows(problem, self.tolerance, self.near)
-        p = found.p
+        found = solve_rows(problem, self.tolerance, self.near, thorough=thorough)
+        p, self.unsolved = found.p, not bool(found.solved.all())
         self.near = p.masked_fill(~found.solved[:, None], torch.nan)
         score = problem.score(p)
         return tuple(t.view(batch, n, heads).transpose(1, 2) for t in (p, score))  # type: ignore[return-value]

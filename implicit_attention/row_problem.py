@@ -103,8 +103,8 @@ def _affine(constant: Tensor, matrix: Tensor, p: Tensor) -> Tensor:
 def gains(problem: RowProblem, p: Tensor) -> Tensor:
     """Return the spectral radius of the target's Jacobian: the factor by which plain iteration shrinks an error.
 
-    One head: `|p (1 - p) score'(p)|`. Several: the limit of `||J^n||^(1/n)`, at n = 2^24, by repeated squaring, to about
-    1e-6 and rounding. Differentiable where the radius is; the gradient of a radius of zero is zero.
+    One head: `|p (1 - p) score'(p)|`. Several: the limit of `||J^n||^(1/n)`, at n = 2^24, by repeated squaring, to
+    about 1e-6 and rounding. Differentiable where the radius is; the gradient of a radius of zero is zero.
 
     Args:
         problem: R problems.

@@ -15,7 +15,7 @@ __all__ = ["RowProblem", "RowSolution", "gains", "solve_rows"]
 _Found = tuple[Tensor, Tensor]  # p [R, H] and its residual [R], inf where a method refuses its own result
 _Method = Callable[[RowProblem, float], _Found]
 _HARDLY = 1e-2  # nats by which scores may have changed since, and distance the root may have moved, to keep a branch
-_PICARD_STEPS, _NEWTON_STEPS, _DAMPED_STEPS, _BRACKET_STEPS = 60, 8, 20, 100
+_NEWTON_STEPS, _DAMPED_STEPS, _BRACKET_STEPS = 8, 20, 100
 _LENGTHS = (1.0, 0.5, 0.25)
 _FINE = 1e-12  # residual up to which problems in lower precision are solved in float64
 
@@ -35,20 +35,22 @@ class RowSolution:
     solved: Tensor
 
 
-def solve_rows(problem: RowProblem, tolerance: float, near: Tensor | None = None) -> RowSolution:
+def solve_rows(
+    problem: RowProblem, tolerance: float, near: Tensor | None = None, *, thorough: bool = True
+) -> RowSolution:
     r"""Solve every row for the root that is reached from p = 1, the start `y = v` of plain iteration.
 
     One head with a linear score: the largest root. Otherwise the first of these that there is:
 
-    1. The root of Picard's iteration `p <- target(p)` from p = 1, if each of its steps is at most half as long (in the
-       largest component) as the one before until one is within tolerance. After three such steps Newton's iteration
-       takes over if it converges within the length of the third.
+    1. The root that plain (Picard's) iteration `p <- target(p)` from p = 1 contracts to: its second and third steps are
+       each at most half as long (in the largest component) as the one before, or within tolerance, and Newton's
+       iteration, which takes over there, stays within the length of the third step, as contraction by half would.
     2. The root of damped Newton from p = 1: a step, clamped to the unit cube, is taken at the first of the lengths
        1, 1/2, 1/4 at which the residual falls by at least a quarter of the length; at most 20 steps.
     3. The first arrival at t = 1 of the curve `p = (1 - t) 1 + t target(p)` from t = 0, p = 1.
 
-    So which root comes back depends on the row alone; rows that the first steps of 1 leave unsolved are solved in
-    float64 whatever their dtype. Roots of 1 and 3 are the same where both exist; those of 2 may differ.
+    So which root comes back depends on the row alone; rows that 1 leaves unsolved are solved in float64 whatever
+    their dtype. On random rows the roots of 1 and 3 were the same wherever both exist; those of 2 may differ.
 
     Args:
         problem: R problems, float32 or float64.
@@ -56,6 +58,7 @@ def solve_rows(problem: RowProblem, tolerance: float, near: Tensor | None = None
         near: Roots `[R, H]` of problems that have hardly changed since, NaN in rows that have none: such a row keeps
             its branch if its scores changed by less than 0.01 and Newton's iteration arrives within 0.01. Not needed,
             nor used, for one head with a linear score.
+        thorough: Whether to go as far as 3, which takes the longest; otherwise rows that need it are left unsolved.
 
     Returns:
         The solution; a row that is not solved says so.
@@ -66,26 +69,27 @@ def solve_rows(problem: RowProblem, tolerance: float, near: Tensor | None = None
     """
     with torch.no_grad():
         if problem.alpha.shape[-1] == 1 and problem.gram is None:
-            return _solution(*_largest_root(problem, tolerance), tolerance)
-        if near is None:
-            found = _settle(problem, tolerance)
+            found = _largest_root(problem, tolerance)
+        elif near is None:
+            found = _finish(_settle(problem, tolerance), problem, tolerance, thorough)
         else:
             found = _improve(_continue(problem, tolerance, near), problem, tolerance, [_settle])
-        return _solution(*_finish(found, problem, tolerance), tolerance)
+            found = _finish(found, problem, tolerance, thorough)
+        p, residual = found
+        p = torch.where(problem.offset.isinf(), problem.offset.sigmoid(), p)  # 0 or 1, without rounding
+        return RowSolution(p, residual, residual <= tolerance)
 
 
-def _solution(p: Tensor, residual: Tensor, tolerance: float) -> RowSolution:
-    return RowSolution(p, residual, residual <= tolerance)
-
-
-def _finish(found: _Found, problem: RowProblem, tolerance: float) -> _Found:
-    """Solve what is left in float64, in every way there is."""
+def _finish(found: _Found, problem: RowProblem, tolerance: float, thorough: bool) -> _Found:
+    """Solve what is left in float64."""
     p, residual = found
     left = (~(residual <= tolerance)).nonzero()[:, 0]
     if not len(left):
         return found
     hard = problem.rows(left).double()
-    methods = [_picard, _damped_newton, partial(_curve, pace=BRISK), partial(_curve, pace=CAREFUL)]
+    methods: list[_Method] = [_damped_newton]
+    if thorough:
+        methods += [partial(_curve, pace=BRISK), partial(_curve, pace=CAREFUL)]
     if p.dtype == torch.float64:
         done, _ = _improve((p[left], residual[left]), hard, tolerance, methods)
     else:
@@ -139,13 +143,10 @@ def _settle(problem: RowProblem, tolerance: float) -> _Found:
 def _newton(
     problem: RowProblem, tolerance: float, start: Tensor, reach: Tensor, value: tuple[Tensor, Callable[[], Tensor]]
 ) -> _Found:
-    """Newton's iteration, kept in the unit cube; refused beyond `reach` [R] of the start, not tried if that is < 0.
-
-    `value` is what the problem evaluates to at the start.
-    """
-    p, eye = start, torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
+    """Newton's iteration, kept in the unit cube; refused beyond `reach` [R] of the start, not tried if that is < 0."""
+    p, (target, slope) = start, value  # what the problem evaluates to at the start
+    eye = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
     inside = reach >= 0.0
-    target, slope = value
     for step in range(_NEWTON_STEPS + 1):
         residual = _size(target - p)
         going = inside & ~(residual <= tolerance)
@@ -157,23 +158,6 @@ def _newton(
         inside = _size(p - start) <= reach
         target, slope = problem.evaluate(p)
     return p.clone() if p is start else p, residual.masked_fill(~inside, torch.inf)
-
-
-def _picard(problem: RowProblem, tolerance: float) -> _Found:
-    """Picard's iteration from p = 1, as long as each step is at most half the one before."""
-    p = torch.ones_like(problem.alpha)
-    residual = torch.full_like(p[:, 0], torch.inf)
-    at, before, index = p.clone(), residual.clone(), torch.arange(len(p), device=p.device)
-    for _ in range(_PICARD_STEPS):
-        target = problem.target(at)
-        length = _size(target - at)
-        done = length <= tolerance
-        p[index[done]], residual[index[done]] = at[done], length[done]
-        going = (length <= 0.5 * before) & ~done
-        problem, index, at, before = problem.rows(going), index[going], target[going], length[going]
-        if not len(index):
-            break
-    return p, residual
 
 
 def _damped_newton(problem: RowProblem, tolerance: float) -> _Found:
@@ -208,28 +192,26 @@ def _curve(problem: RowProblem, tolerance: float, pace: Pace) -> _Found:
 
 
 def _largest_root(problem: RowProblem, tolerance: float) -> _Found:
-    """One head, linear score: Newton in a bracket that holds the largest root and no other, in float64.
-
-    `sigmoid(c + beta p) - p` is positive at 0 and negative at 1. Where beta > 4 it falls, rises and falls again; it
-    turns where the sigmoid's slope is `1 / beta`.
-    """
+    """One head, linear score: Newton in a bracket that holds the largest root and no other, in float64."""
     wide = problem.double()
     beta, c = wide.beta[:, 0, 0], (wide.alpha + wide.offset)[:, 0]
     low, high = torch.zeros_like(c), torch.ones_like(c)
-    bent = (beta > 4.0) & torch.isfinite(c)
+    bent = (beta > 4.0) & torch.isfinite(c)  # then sigmoid(c + beta p) - p falls, rises and falls again: its turns
     if bool(bent.any()):
-        steep = beta.clamp_min(4.0)
+        steep = beta.clamp_min(4.0)  # are where the sigmoid's slope is 1 / beta
         turn = 2.0 * torch.atanh((1.0 - 4.0 / steep).sqrt())
         peak = (turn - c) / steep  # where it turns last
         above = bent & (peak > 0.0) & (peak < 1.0) & (torch.sigmoid(turn) >= peak)
         low = torch.where(above, peak, low)
         high = torch.where(bent & ~above & (peak > 0.0), ((-turn - c) / steep).clamp(0.0, 1.0), high)
+    size_of_terms = beta.abs() + c.abs().masked_fill(c.isinf(), 0.0)
+    aim = (0.25 * torch.finfo(c.dtype).eps * (4.0 + size_of_terms)).clamp_min(0.1 * tolerance)  # rounding allows no less
     p, before = high, torch.full_like(high, torch.inf)
     for _ in range(_BRACKET_STEPS):
         value = torch.sigmoid(torch.addcmul(c, beta, p))
         excess = value - p
         size = excess.abs()
-        going = size > 0.1 * tolerance
+        going = size > aim
         if not bool(going.any()):
             break
         low, high = torch.where(excess > 0.0, p, low), torch.where(excess < 0.0, p, high)

@@ -5,21 +5,25 @@ kernel, and merged by log-sum-exp; only the blocks on the diagonal are iterated 
 recursion backwards.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from implicit_attention import native
 from implicit_attention.attention_map import AttentionMap
 from implicit_attention.causal_system import CausalSystem, Queries
 from implicit_attention.diagonal import BlockAdjointSolver, BlockSolver, own_jacobian
-from implicit_attention.errors import Came, bad_type, bad_value, check_positive
+from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 from implicit_attention.solvers import NewtonKrylov, Solution, Solver
 from implicit_attention.solvers.base import AdjointSolution, DirectSolver
 
+if TYPE_CHECKING:
+    from implicit_attention.native.engine import AdjointKernel, ForwardKernel
+
+HANDED_OVER = 4  # rows that the compiled kernel gives up on together
 _TILE = 1024  # rows and columns of one call below the diagonal in the backward pass: bounds what it allocates
 
 
@@ -29,6 +33,8 @@ class ForwardSubstitution(DirectSolver):
 
     Attributes:
         block: Rows of a diagonal block; one that does not settle is halved, down to single rows.
+        kernel: What computes the diagonal blocks: "torch", "numba" (compiled, for float32 and float64 on the CPU
+            without dropout), or "auto": numba where it is installed and serves. See `kernel_for`.
         fallback: What solves the equations that have no causal structure to go by: adjoints that are
             differentiated again or taken under torch.func transforms.
 
@@ -38,12 +44,14 @@ class ForwardSubstitution(DirectSolver):
     """
 
     block: int = 64
+    kernel: str = "auto"
     fallback: Solver = field(default_factory=NewtonKrylov)
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
         check_positive("block", self.block, integer=True)
+        check_choice("kernel", self.kernel, native.KERNELS)
         if not isinstance(self.fallback, Solver):
             raise bad_type("fallback", "an iterative solver such as NewtonKrylov()", self.fallback)
 
@@ -60,15 +68,14 @@ class ForwardSubstitution(DirectSolver):
             NonFiniteError: If it gives NaN or Inf.
         """
         system = CausalSystem(_causal(function), args)
-        rtol, atol = self.tolerances(dtype)
-        forward = _Forward(system, rtol, atol)
+        forward = _Forward(system, self, dtype)
         forward.descend(0, system.length, self.block)
         residual, size = forward.residual, forward.size
         return Solution(
             value=forward.y.flatten(-2).to(dtype),
             residual=residual,
             steps=forward.sweeps,
-            converged=residual <= atol + rtol * size,
+            converged=residual <= forward.atol + forward.rtol * size,
             abs_trace=residual[None],
             rel_trace=residual[None] / size.clamp_min(torch.finfo(size.dtype).tiny),
             evaluations=int(forward.sweeps.max()),
@@ -98,9 +105,24 @@ class ForwardSubstitution(DirectSolver):
             The gradients, and how well the equation was solved.
         """
         system = CausalSystem(_causal(function), args)
-        backward = _Backward(system, y, memo, grad, needs, self.tolerances(y.dtype, linear=True)[0])
+        backward = _Backward(system, y, memo, grad, needs, self)
         backward.descend(0, system.length, self.block)
         return backward.solution()
+
+    def kernel_for(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
+        """Return what computes the diagonal blocks of a map, "torch" or "numba".
+
+        Numba hands rows that its Newton's method does not solve to torch, and leaves the gradients of biases to it.
+
+        Args:
+            function: As in `equilibrium`.
+            args: As in `equilibrium`.
+
+        Raises:
+            ImportError: If numba is asked for and missing.
+            ValueError: If it is asked for and cannot compute the map.
+        """
+        return native.chosen(self.kernel, CausalSystem(_causal(function), args))
 
     def gains(
         self, function: Callable[..., Tensor], args: tuple[Tensor, ...], y: Tensor, memo: tuple[Tensor, ...]
@@ -167,27 +189,28 @@ def _below(system: CausalSystem, low: int, middle: int, high: int, tile: int) ->
 class _Forward:
     """The recursion. In rows that are not solved yet, `y` and `lse` hold attention over the columns before them."""
 
-    def __init__(self, system: CausalSystem, rtol: float, atol: float) -> None:
-        self.system, self.rtol, self.atol = system, rtol, atol
+    def __init__(self, system: CausalSystem, solver: ForwardSubstitution, dtype: torch.dtype) -> None:
+        self.system, (self.rtol, self.atol) = system, solver.tolerances(dtype)
         new, shape = system.key.new_zeros, (system.batch, system.length)
         self.query = new(*shape, system.groups, system.dim)
         normed = system.function.query_map.normalize
         self.inverse = new(*shape, system.groups, 1, dtype=system.wide) if normed else new(0)
         self.residual, self.size = new(*shape, dtype=system.wide), new(*shape, dtype=system.wide)
         self.sweeps = new(*shape, dtype=torch.long)
-        self.native: Any = None
-        if os.environ.get("NAT", "1") == "1":
-            from implicit_attention.native.engine import NativeForward
-
-            into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
-            self.native = NativeForward(system, into, 64, rtol, atol)
         if system.past:
             assert system.past_column is not None and system.past_value is not None
             out, self.lse = system.below(slice(0, system.length), system.past_column, system.past_value, 0)
-            self.y = out.to(system.wide).transpose(1, 2).contiguous()
+            self.y, self.lse = out.to(system.wide).transpose(1, 2).contiguous(), self.lse.contiguous()
         else:
             self.y = new(*shape, system.heads, system.dim, dtype=system.wide)
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
+        self.compiled: ForwardKernel | None = None
+        if native.chosen(solver.kernel, system) == "numba":
+            from implicit_attention.native.engine import ForwardKernel
+
+            into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
+            block = min(solver.block, system.length)
+            self.compiled = ForwardKernel(system, into, block, self.rtol, self.atol)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -210,32 +233,32 @@ class _Forward:
         before.copy_(total)
 
     def _settle(self, rows: slice) -> None:
-        while self.native is not None and rows.start < rows.stop:
-            done = self.native.settle(rows)
-            if done == rows.stop:
-                return
-            if done > rows.start:
-                self._merge_rows(slice(rows.start, done), slice(done, rows.stop))
-            hard = slice(done, min(done + 4, rows.stop))
+        if self.compiled is None:
+            self._settle_eagerly(rows)
+            return
+        while rows.start < rows.stop:
+            done = self.compiled.settle(rows)
+            hard = slice(done, min(done + HANDED_OVER, rows.stop))  # the kernel gives up on these: to torch
+            self._attend_within(slice(rows.start, done), slice(done, rows.stop))
             self._settle_eagerly(hard)
             rows = slice(hard.stop, rows.stop)
-            if rows.start < rows.stop:
-                self._merge_rows(hard, rows)
-        if rows.start < rows.stop:
-            self._settle_eagerly(rows)
+            self._attend_within(hard, rows)
 
-    def _merge_rows(self, cols: slice, rows: slice) -> None:
-        query, value = self.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
-        self._merge(rows, query, value, self.system.past + cols.start)
+    def _attend_within(self, cols: slice, rows: slice) -> None:
+        if cols.start < cols.stop and rows.start < rows.stop:
+            query, value = self.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
+            self._merge(rows, query, value, self.system.past + cols.start)
 
     def _settle_eagerly(self, rows: slice) -> None:
+        n = rows.stop - rows.start
+        if n == 0:
+            return
         before, lse = self.y[:, rows].transpose(1, 2), self.lse[:, :, rows]
         found = BlockSolver(self.system, rows, before, lse).settle(self.rtol, self.atol)
-        n = rows.stop - rows.start
         if not found.settled and n > 1:
-            native, self.native = self.native, None
+            compiled, self.compiled = self.compiled, None
             self.descend(rows.start, rows.stop, (n + 1) // 2)
-            self.native = native
+            self.compiled = compiled
             return
         self.y[:, rows], self.query[:, rows], self.lse[:, :, rows] = found.y, found.queries.query, found.lse
         if found.queries.inverse is not None:
@@ -271,10 +294,10 @@ class _Backward:
 
     def __init__(
         self, system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...], grad: Tensor, needs: tuple[bool, ...],
-        rtol: float,
+        solver: ForwardSubstitution,
     ) -> None:  # fmt: skip
         self.system, self.at = system, _At(system, y, memo)
-        self.grad = grad.reshape(self.at.y.shape)
+        self.grad, rtol = grad.reshape(self.at.y.shape), solver.tolerances(y.dtype, linear=True)[0]
         self.needs = dict(zip(system.function.names, needs, strict=True))
         self.allowed = rtol * grad.abs().amax((1, 2)).to(system.wide)
         self.bias_grad = any(need for name, need in self.needs.items() if name.startswith("term"))
@@ -289,12 +312,13 @@ class _Backward:
         self.d_terms: list[Tensor | None] = [None] * len(system.terms)
         self.residual = new(system.batch, **where)
         self.sweeps, self.near_singular = 0, 0
-        self.native: Any = None
-        if os.environ.get("NAT", "1") == "1" and not self.bias_grad:
-            from implicit_attention.native.engine import NativeAdjoint
+        self.compiled: AdjointKernel | None = None
+        if native.chosen(solver.kernel, system) == "numba" and not self.bias_grad:  # it keeps no slopes of biases
+            from implicit_attention.native.engine import AdjointKernel
 
             at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
-            self.native = NativeAdjoint(system, at, self.grad, self.d_query, self.allowed, 64)
+            block = min(solver.block, system.length)
+            self.compiled = AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -325,8 +349,8 @@ class _Backward:
                 self.d_terms[i] = part if before is None else before + part
 
     def _solve(self, rows: slice) -> None:
-        system, found = self.system, None if self.native is None else self.native.solve(rows)
-        native = found is not None
+        system, found = self.system, None if self.compiled is None else self.compiled.solve(rows)
+        diagonal = found is not None  # of slope, that is all there is
         if found is None:
             grad, later = self.grad[:, rows].to(system.wide), self.d_query[:, rows]
             found = self.at.block(rows).solve(grad, later, self.allowed)
@@ -345,7 +369,7 @@ class _Backward:
             self.rest["added"][:, rows] = found.d_made
         if "self_score" in self.rest:
             self.rest["self_score"][:, :, rows] = (
-                found.slope[..., 0] if native else found.slope.diagonal(dim1=-2, dim2=-1)
+                found.slope[..., 0] if diagonal else found.slope.diagonal(dim1=-2, dim2=-1)
             )
         if self.bias_grad:
             at = slice(system.past + rows.start, system.past + rows.stop)

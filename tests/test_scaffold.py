@@ -33,6 +33,7 @@ ORDER = [
     "rows",
     "causal_system",
     "diagonal",
+    "native",
     "forward_substitution",
     "operator",
     "inputs",
@@ -46,7 +47,7 @@ ORDER = [
     "tasks",
     "cli",
 ]
-LAZY = ["triton", "transformers", "matplotlib", "typer", "rich"]
+LAZY = ["triton", "numba", "scipy", "transformers", "matplotlib", "typer", "rich"]
 
 
 def module_name(path: Path) -> str:

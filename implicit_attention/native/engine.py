@@ -1,4 +1,4 @@
-"""What calls the compiled kernels: which calls they serve, what they are told, and their scratch."""
+"""What calls the compiled kernels: what they are told, their scratch, and what they leave."""
 
 import math
 from typing import Any
@@ -9,82 +9,115 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import BlockAdjoint
-from implicit_attention.native import adjoint as a
-from implicit_attention.native import forward as k
+from implicit_attention.diagonal import FAR, SAME_ROOT, SLOW, BlockAdjoint
+from implicit_attention.native import adjoint, forward
 from implicit_attention.native.machine import LANES, threads
 
 
-class NativeForward:
-    """Settles diagonal blocks in place: outputs, queries, log-sum-exp, residuals."""
+class _Kernel:
+    """One kernel and what it is told, the same for all blocks: sizes, strides, addresses of tensors that live here."""
+
+    def __init__(self, kernel: Any, module: Any, system: CausalSystem, block: int, numbers: list[float]) -> None:
+        self.kernel, self.module, self.system = kernel, module, system
+        like, batch, groups, d = system.key, system.batch, system.groups, system.dim
+        vector = 2 * LANES // like.element_size()
+        self.padded, width = -(-d // vector) * vector, -(-block // vector) * vector
+        self.count = threads().count
+        team = self.count if batch % self.count and groups >= self.count else 1  # all threads on each sample, or one
+        slot = sum(module.scratch_sizes(system.heads, groups, d, self.padded, width, block))
+        slot += -slot % vector
+        self.kept: dict[str, Tensor] = {}
+        self.told = np.zeros(module.COUNT + 1, dtype=np.int64)
+        sizes = {
+            "BATCH": batch, "HEADS": system.heads, "GROUPS": groups, "LENGTH": system.length, "DIM": d,
+            "PADDED": self.padded, "WIDTH": width, "VECTOR": vector, "BLOCK": block, "SLOT": slot,
+            "TEAM": team, "COUNT": self.count, "BARRIER": threads().barrier, "THREAD": threads().number,
+        }  # fmt: skip
+        for name, value in sizes.items():
+            self.tell(name, value)
+        self.keep("NUMBERS", torch.tensor(numbers, dtype=like.dtype))
+        self.keep("SCRATCH", like.new_empty(slot * (1 if team > 1 else self.count)))
+        self.keep("STATUS", torch.zeros(batch, dtype=torch.long))
+        self.keep_strided("KEY", system.key, "BHN")
+        self.keep_strided("VALUE", system.value, "BGN")
+        if system.self_score is not None:
+            self.keep("GIVEN", system.self_score.contiguous())
+        if system.rotation is not None:
+            turn = system.rotation.to(like.dtype).contiguous()
+            self.keep("TURN", turn)
+            self.tell("TURN_B", 0 if turn.shape[1] == 1 else turn.stride(1))
+            self.tell("TURN_HALF", turn.stride(0))
+
+    def tell(self, name: str, value: int) -> None:
+        self.told[getattr(self.module, name)] = value
+
+    def keep(self, name: str, t: Tensor) -> None:
+        assert t.is_contiguous()
+        self.kept[name] = t.detach()
+        self.tell(name, t.data_ptr())
+
+    def keep_strided(self, name: str, t: Tensor, dims: str) -> None:
+        self.kept[name] = t = t.detach() if t.stride(-1) == 1 else t.detach().contiguous()
+        self.tell(name, t.data_ptr())
+        for dim, stride in zip(dims, t.stride(), strict=False):
+            self.tell(f"{name}_{dim}", stride)
+
+    def run(self, rows: slice) -> list[int]:
+        """Run the kernel on a block; return what it says about each sample."""
+        self.tell("FIRST", rows.start)
+        self.tell("STOP", rows.stop)
+        if not self.system.spec.plain:
+            strict, own = self.system.block_bias(rows)
+            strict = strict.expand(*(1,) * (4 - strict.dim()), *strict.shape).clone()
+            diagonal = strict.diagonal(dim1=-2, dim2=-1)
+            diagonal.copy_(torch.zeros_like(diagonal) if own is None else own)
+            self.keep("STRICT", strict)
+            self.tell("STRICT_B", 0 if strict.shape[0] == 1 else strict.stride(0))
+            self.tell("STRICT_H", 0 if strict.shape[1] == 1 else strict.stride(1))
+        threads().run(self.kernel, self.told.ctypes.data, self.count)
+        return self.kept["STATUS"].tolist()
+
+    def part(self, name: str, *shape: int) -> Tensor:
+        """The start of a buffer, in a shape."""
+        return self.kept[name][: math.prod(shape)].view(shape)
+
+
+class ForwardKernel:
+    """Settles diagonal blocks in place."""
 
     def __init__(self, system: CausalSystem, into: dict[str, Tensor], block: int, rtol: float, atol: float) -> None:
         """Prepare what is the same for all blocks.
 
         Args:
-            system: The map.
-            into: The tensors of the recursion by name: y `[B, N, H, d]`, query `[B, N, G, d]`, inverse
-                `[B, N, G, 1]` (empty without a norm), lse `[B, H, N]`, residual, size, sweeps `[B, N]`.
+            system: The map, float32 or float64 on the CPU, without dropout.
+            into: The tensors of the recursion by name: y `[B, N, H, d]` and lse `[B, H, N]`, which hold attention
+                over the columns before the block; query `[B, N, G, d]`, inverse `[B, N, G, 1]` (empty without a norm),
+                residual, size, sweeps `[B, N]`.
             block: The most rows of a block.
             rtol: Relative tolerance.
             atol: Absolute tolerance.
         """
         self.system, self.into = system, into
-        like, info = system.key, torch.finfo(system.narrow)
-        self.kernel = k.forward32 if like.dtype == torch.float32 else k.forward64
-        heads, groups, d = system.heads, system.groups, system.dim
-        vector = 2 * LANES // like.element_size()
-        padded, width = -(-d // vector) * vector, -(-block // vector) * vector
-        numbers = [system.spec.scale, system.function.query_map.eps, rtol, atol, 0.0, 1.0, torch.inf, 1.0 / d, k.FAR, 1e-2, 0.7]
-        self.numbers = torch.tensor(numbers, dtype=like.dtype)
-        del info
-        count = threads().count
-        whole = system.batch % count != 0 and groups >= count
-        slot = sum(k.scratch_sizes(heads, groups, d, padded, width, block))
-        slot += -slot % vector
-        self.count = count
-        self.kept: dict[int, Tensor] = {
-            k.KEY: _unit(system.key),
-            k.VALUE: _unit(system.value),
-            k.Y: into["y"],
-            k.QUERY: into["query"],
-            k.LSE: into["lse"],
-            k.RESIDUAL: into["residual"],
-            k.SIZE: into["size"],
-            k.SWEEPS: into["sweeps"],
-            k.NUMBERS: self.numbers,
-            k.SCRATCH: like.new_empty(slot * (1 if whole else count)),
-            k.BEFORE_Y: like.new_empty(system.batch * block, heads, d),
-            k.BEFORE_LSE: like.new_empty(system.batch * heads * block),
-            k.STATUS: torch.zeros(system.batch, dtype=torch.long),
-        }
-        if into["inverse"].numel():
-            self.kept[k.INVERSE] = into["inverse"]
+        like, d = system.key, system.dim
+        kernel = forward.forward32 if like.dtype == torch.float32 else forward.forward64
+        eps = system.function.query_map.eps
+        numbers = [system.spec.scale, eps, rtol, atol, 0.0, 1.0, torch.inf, 1.0 / d, FAR, SAME_ROOT, SLOW]
+        self._call = call = _Kernel(kernel, forward, system, block, numbers)
+        for name, t in into.items():
+            if t.numel():
+                call.keep(name.upper(), t)
+        call.keep("BEFORE_Y", like.new_empty(system.batch * block * system.heads * d))
+        call.keep("BEFORE_LSE", like.new_empty(system.batch * system.heads * block))
         if system.weight is not None:
-            made = system.weight.view(groups, d, heads, d).permute(0, 2, 3, 1)  # [G, H, d (in), d (out)]
-            self.kept[k.WEIGHT] = F.pad(made, (0, padded - d)).contiguous()
-        given = {k.CONSTANT: system.bias, k.ADDED: system.added, k.GIVEN: system.self_score}
-        self.kept |= {at: t.to(like.dtype).contiguous() for at, t in given.items() if t is not None}
-        told: dict[int, int] = {}
-        if system.rotation is not None:
-            turn = self.kept[k.TURN] = system.rotation.to(like.dtype).contiguous()
-            told[k.TURN_B] = 0 if turn.shape[1] == 1 else turn.stride(1)
-            told[k.TURN_HALF] = turn.stride(0)
-        for first, t in ((k.KEY_B, self.kept[k.KEY]), (k.VALUE_B, self.kept[k.VALUE])):
-            told |= {first + i: t.stride(i) for i in range(3)}
-        told |= {k.SLOT: slot, k.TEAM: count if whole else 1, k.COUNT: count, k.BLOCK: block}
-        told |= {k.BATCH: system.batch, k.HEADS: heads, k.GROUPS: groups, k.LENGTH: system.length, k.DIM: d}
-        told |= {k.PADDED: padded, k.WIDTH: width, k.VECTOR: vector}
-        told |= {k.BARRIER: threads().barrier, k.THREAD: threads().number}
-        told |= {at: t.data_ptr() for at, t in self.kept.items()}
-        self.told = np.zeros(k.COUNT + 1, dtype=np.int64)
-        for at, value in told.items():
-            self.told[at] = value
-        self.biased = not system.spec.plain
-        self.block = block
+            made = system.weight.reshape(system.groups, d, system.heads, d).permute(0, 2, 3, 1)  # [G, H, d (y), d (q)]
+            call.keep("WEIGHT", F.pad(made, (0, call.padded - d)).contiguous())
+        if system.bias is not None:
+            call.keep("CONSTANT", system.bias.contiguous())
+        if system.added is not None:
+            call.keep("ADDED", system.added.contiguous())
 
     def settle(self, rows: slice) -> int:
-        """Settle a block's rows up to the first few whose own equations want the row solver; the rest is as before.
+        """Settle a block's rows up to the first few that want the row solver; the rest is left as it was.
 
         Args:
             rows: The block.
@@ -92,25 +125,20 @@ class NativeForward:
         Returns:
             The first row that is not settled; the end of the block if all are.
         """
-        told, system = self.told, self.system
-        told[k.FIRST], told[k.STOP] = rows.start, rows.stop
-        if self.biased:
-            _take_bias(system, rows, self.kept, told, (k.STRICT, k.STRICT_B, k.STRICT_H))
-        threads().run(self.kernel, told.ctypes.data, self.count)
-        done = self.kept[k.STATUS].tolist()
+        call, system = self._call, self.system
+        done = call.run(rows)
         least, n = min(done), rows.stop - rows.start
-        if least == n:
-            return rows.stop
-        y = self.kept[k.BEFORE_Y][: system.batch * n].view(system.batch, n, system.heads, system.dim)
-        lse = self.kept[k.BEFORE_LSE][: system.batch * system.heads * n].view(system.batch, system.heads, n)
-        for b, settled in enumerate(done):
-            restored = slice(rows.start + least, rows.start + settled)
-            self.into["y"][b, restored] = y[b, least:settled]
-            self.into["lse"][b, :, restored] = lse[b, :, least:settled]
+        if least < n:
+            y = call.part("BEFORE_Y", system.batch, n, system.heads, system.dim)
+            lse = call.part("BEFORE_LSE", system.batch, system.heads, n)
+            for b, settled in enumerate(done):
+                undone = slice(rows.start + least, rows.start + settled)
+                self.into["y"][b, undone] = y[b, least:settled]
+                self.into["lse"][b, :, undone] = lse[b, :, least:settled]
         return rows.start + least
 
 
-class NativeAdjoint:
+class AdjointKernel:
     """Solves the adjoint of diagonal blocks."""
 
     def __init__(
@@ -119,69 +147,34 @@ class NativeAdjoint:
         """Prepare what is the same for all blocks.
 
         Args:
-            system: The map.
+            system: The map, as for `ForwardKernel`.
             at: The equilibrium: y `[B, N, H, d]`, query `[B, N, G, d]`, inverse `[B, N, G, 1]` (empty without a
                 norm), lse `[B, H, N]`.
             grad: Cotangent, `[B, N, H, d]`.
-            later: Cotangent of the queries from rows after the block, `[B, N, G, d]`, written by the caller.
+            later: Cotangent of the queries from rows after the block, `[B, N, G, d]`; the caller keeps it.
             allowed: Tolerance per sample, `[B]`.
             block: The most rows of a block.
         """
-        self.system, self.block = system, block
-        like = system.key
-        self.kernel = a.adjoint32 if like.dtype == torch.float32 else a.adjoint64
-        heads, groups, d = system.heads, system.groups, system.dim
-        vector = 2 * LANES // like.element_size()
-        padded, width = -(-d // vector) * vector, -(-block // vector) * vector
+        self.system = system
+        like, batch, heads, groups, d = system.key, system.batch, system.heads, system.groups, system.dim
+        kernel = adjoint.adjoint32 if like.dtype == torch.float32 else adjoint.adjoint64
         norm = 1.0 if system.weight is None else float(system.weight.norm(dim=0).max())
-        count = threads().count
-        whole = system.batch % count != 0 and groups >= count
-        slot = sum(a.scratch_sizes(heads, groups, d, padded, width, block))
-        slot += -slot % vector
-        self.count, new, batch = count, like.new_empty, system.batch
         numbers = [system.spec.scale, norm, 0.0, 1.0, torch.inf, 1.0 / d]
-        self.kept: dict[int, Tensor] = {
-            a.KEY: _unit(system.key),
-            a.VALUE: _unit(system.value),
-            a.Y: at["y"].contiguous(),
-            a.QUERY: at["query"].contiguous(),
-            a.LSE: at["lse"].contiguous(),
-            a.GRAD: _unit(grad),
-            a.LATER: later,
-            a.ALLOWED: allowed,
-            a.NUMBERS: torch.tensor(numbers, dtype=like.dtype),
-            a.SCRATCH: new(slot * (1 if whole else count)),
-            a.LAM: new(batch * block * heads * d),
-            a.MADE: new(batch * block * groups * d),
-            a.D_KEY: new(batch * heads * block * d),
-            a.D_VALUE: new(batch * groups * block * d),
-            a.OWN: new(batch * heads * block),
-            a.RESIDUAL: torch.zeros_like(allowed),
-            a.SWEEPS: torch.zeros(batch, dtype=torch.long),
-            a.STATUS: torch.zeros(batch, dtype=torch.long),
-        }
-        if at["inverse"].numel():
-            self.kept[a.INVERSE] = at["inverse"].contiguous()
+        self._call = call = _Kernel(kernel, adjoint, system, block, numbers)
+        for name, t in at.items():
+            if t.numel():
+                call.keep(name.upper(), t.contiguous())
+        call.keep_strided("GRAD", grad.to(like.dtype), "BNH")
+        call.keep("LATER", later)
+        call.keep("ALLOWED", allowed.to(like.dtype).contiguous())
+        call.keep("RESIDUAL", like.new_zeros(batch))
+        call.keep("SWEEPS", torch.zeros(batch, dtype=torch.long))
+        sizes = {"LAM": heads * d, "MADE": groups * d, "D_KEY": heads * d, "D_VALUE": groups * d, "OWN": heads}
+        for name, size in sizes.items():
+            call.keep(name, like.new_empty(batch * block * size))
         if system.weight is not None:
-            made = system.weight.view(groups * d, heads, d).permute(1, 0, 2)  # [H, G d, d]
-            self.kept[a.WEIGHT] = F.pad(made, (0, padded - d)).contiguous()
-        if system.self_score is not None:
-            self.kept[a.GIVEN] = system.self_score.to(like.dtype).contiguous()
-        told: dict[int, int] = {}
-        if system.rotation is not None:
-            turn = self.kept[a.TURN] = system.rotation.to(like.dtype).contiguous()
-            told[a.TURN_B] = 0 if turn.shape[1] == 1 else turn.stride(1)
-            told[a.TURN_HALF] = turn.stride(0)
-        for first, t in ((a.KEY_B, self.kept[a.KEY]), (a.VALUE_B, self.kept[a.VALUE]), (a.GRAD_B, self.kept[a.GRAD])):
-            told |= {first + i: t.stride(i) for i in range(3)}
-        told |= {a.SLOT: slot, a.TEAM: count if whole else 1, a.COUNT: count, a.BLOCK: block}
-        told |= {a.BATCH: system.batch, a.HEADS: heads, a.GROUPS: groups, a.LENGTH: system.length, a.DIM: d}
-        told |= {a.PADDED: padded, a.WIDTH: width, a.VECTOR: vector}
-        told |= {a.BARRIER: threads().barrier, a.THREAD: threads().number}
-        told |= {at_: t.data_ptr() for at_, t in self.kept.items()}
-        self.told = np.zeros(a.COUNT + 1, dtype=np.int64)
-        for at_, value in told.items():
-            self.told[at_] = value
+            made = system.weight.reshape(groups * d, heads, d).permute(1, 0, 2)  # [H, G d, d]
+            call.keep("WEIGHT", F.pad(made, (0, call.padded - d)).contiguous())
 
     def solve(self, rows: slice) -> BlockAdjoint | None:
         """Solve a block; None if it has rows whose own equations want solving exactly.
@@ -190,52 +183,19 @@ class NativeAdjoint:
             rows: The block.
 
         Returns:
-            The solution, in buffers that the next call overwrites; of `slope` the diagonal alone.
+            The solution, in buffers that the next call overwrites; `slope` is its diagonal alone, `[B, H, n, 1]`.
         """
-        told, system, n = self.told, self.system, rows.stop - rows.start
-        told[a.FIRST], told[a.STOP] = rows.start, rows.stop
-        if not system.spec.plain:
-            _take_bias(system, rows, self.kept, told, (a.STRICT, a.STRICT_B, a.STRICT_H))
-        threads().run(self.kernel, told.ctypes.data, self.count)
-        if not all(self.kept[a.STATUS].tolist()):
+        call, system, n = self._call, self.system, rows.stop - rows.start
+        if not all(call.run(rows)):
             return None
         batch, heads, groups, d = system.batch, system.heads, system.groups, system.dim
-
-        def part(at: int, *shape: int) -> Tensor:
-            return self.kept[at][: math.prod(shape)].view(shape)
-
         return BlockAdjoint(
-            part(a.LAM, batch, n, heads, d), part(a.MADE, batch, n, groups * d), part(a.D_KEY, batch, heads, n, d),
-            part(a.D_VALUE, batch, groups, n, d), part(a.OWN, batch, heads, n, 1),
-            self.kept[a.RESIDUAL].clone(), int(self.kept[a.SWEEPS].max()), 0,
-        )  # fmt: skip
-
-
-def _take_bias(
-    system: CausalSystem, rows: slice, kept: dict[int, Tensor], told: Any, where: tuple[int, int, int]
-) -> None:
-    """Put the biases of a block where the kernel finds them."""
-    strict, own = system.block_bias(rows)
-    strict = strict.expand(*(1,) * (4 - strict.dim()), *strict.shape).clone()
-    diagonal = strict.diagonal(dim1=-2, dim2=-1)
-    diagonal.copy_(torch.zeros_like(diagonal) if own is None else own)
-    kept[where[0]] = strict
-    told[where[0]] = strict.data_ptr()
-    told[where[1]] = 0 if strict.shape[0] == 1 else strict.stride(0)
-    told[where[2]] = 0 if strict.shape[1] == 1 else strict.stride(1)
-
-
-def _unit(t: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous."""
-    return t.detach() if t.stride(-1) == 1 else t.detach().contiguous()
-
-
-def serves(system: CausalSystem) -> Any:
-    """Return None if the kernels can compute this map, else what hinders them."""
-    if system.key.device.type != "cpu":
-        return f"the tensors are on {system.key.device}"
-    if system.narrow not in (torch.float32, torch.float64):
-        return f"the tensors are {system.narrow}"
-    if system.spec.dropout:
-        return "dropout is on"
-    return None
+            lam=call.part("LAM", batch, n, heads, d),
+            d_made=call.part("MADE", batch, n, groups * d),
+            d_key=call.part("D_KEY", batch, heads, n, d),
+            d_value=call.part("D_VALUE", batch, groups, n, d),
+            slope=call.part("OWN", batch, heads, n, 1),
+            residual=call.kept["RESIDUAL"].clone(),
+            sweeps=int(call.kept["SWEEPS"].max()),
+            near_singular=0,
+        )

@@ -125,9 +125,7 @@ def _make_tile(rows: int, vectors: int) -> Any:
             for one in row:
                 one.add_incoming(zero, before)
         at = builder.mul(k, ldb)
-        loaded = [
-            builder.load(place(b, builder.add(at, number(v * lanes))), align=align) for v in range(vectors)
-        ]
+        loaded = [builder.load(place(b, builder.add(at, number(v * lanes))), align=align) for v in range(vectors)]
         splat = ir.Constant(ir.VectorType(lane, lanes), [0] * lanes)
         column = builder.mul(k, step)
         new = []
@@ -135,10 +133,12 @@ def _make_tile(rows: int, vectors: int) -> Any:
             factor = builder.load(builder.gep(a, [builder.add(builder.mul(lda, number(m)), column)]))
             first = builder.insert_element(ir.Constant(vector, ir.Undefined), factor, ir.Constant(lane, 0))
             spread = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), splat)
-            new.append([
-                builder.fadd(one, builder.fmul(spread, part, flags=flags), flags=flags)
-                for one, part in zip(row, loaded, strict=True)
-            ])
+            new.append(
+                [
+                    builder.fadd(one, builder.fmul(spread, part, flags=flags), flags=flags)
+                    for one, part in zip(row, loaded, strict=True)
+                ]
+            )
         following = builder.add(k, number(1))
         end = builder.block
         k.add_incoming(following, end)

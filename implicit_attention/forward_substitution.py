@@ -206,11 +206,11 @@ class _Forward:
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
         self.compiled: ForwardKernel | None = None
         if native.chosen(solver.kernel, system) == "numba":
-            from implicit_attention.native.engine import ForwardKernel
+            from implicit_attention.native import engine
 
             into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
             block = min(solver.block, system.length)
-            self.compiled = ForwardKernel(system, into, block, self.rtol, self.atol)
+            self.compiled = engine.ForwardKernel(system, into, block, self.rtol, self.atol)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -314,11 +314,11 @@ class _Backward:
         self.sweeps, self.near_singular = 0, 0
         self.compiled: AdjointKernel | None = None
         if native.chosen(solver.kernel, system) == "numba" and not self.bias_grad:  # it keeps no slopes of biases
-            from implicit_attention.native.engine import AdjointKernel
+            from implicit_attention.native import engine
 
             at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
             block = min(solver.block, system.length)
-            self.compiled = AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
+            self.compiled = engine.AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:

@@ -7,21 +7,21 @@ that `|J^T delta| <= |delta| max_c |Omega_Q[:, c]|` is within tolerance needs no
 import math
 from typing import Any, NamedTuple
 
-from numba import cfunc, njit, types
-
 from implicit_attention.native.forward import R, _add, _copy, _fill, _largest_difference, _unturn, dot
 from implicit_attention.native.machine import (
     call,
+    exact,
     exp_of,
+    fast,
     float32_at,
     float64_at,
+    kernel,
     pointer_like,
     shifted,
     tile4,
 )
 
 MOST_SWEEPS = 24  # a row that needs more wants its own equation solved
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 (
     KEY, VALUE, WEIGHT, TURN, Y, QUERY, INVERSE, LSE, GRAD, LATER, ALLOWED, STRICT, GIVEN, SCRATCH, NUMBERS,
@@ -85,7 +85,7 @@ def scratch_sizes(heads: int, groups: int, dim: int, padded: int, width: int, bl
     )  # fmt: skip
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _tensors(c: Any, f: Any, slot: int) -> Tensors:
     heads, groups, d, padded, width, rows = c[HEADS], c[GROUPS], c[DIM], c[PADDED], c[WIDTH], c[BLOCK] + R
     keys = shifted(pointer_like(f, c[SCRATCH]), slot * c[SLOT])
@@ -114,7 +114,7 @@ def _tensors(c: Any, f: Any, slot: int) -> Tensors:
     )  # fmt: skip
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _take(c: Any, t: Any, b: int, g: int) -> None:
     """Copy a group's keys, scaled, and queries into padded rows, keys also transposed."""
     n, d, padded, width, f = c[STOP] - c[FIRST], c[DIM], c[PADDED], c[WIDTH], t.numbers
@@ -134,21 +134,21 @@ def _take(c: Any, t: Any, b: int, g: int) -> None:
             _fill(shifted(key, d), padded - d, f[ZERO])
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _bias(c: Any, t: Any, b: int, h: int, i: int, j: int) -> Any:
     if c[STRICT] == 0:
         return t.numbers[ZERO]
     return t.strict[b * c[STRICT_B] + h * c[STRICT_H] + i * (c[STOP] - c[FIRST]) + j]
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _seen(c: Any, t: Any, b: int, h: int, i: int) -> Any:
     """The row's log-sum-exp; 0 where it sees nothing."""
     lse = t.lse[(b * c[HEADS] + h) * c[LENGTH] + c[FIRST] + i]
     return t.numbers[ZERO] if lse == -t.numbers[INFINITY] else lse
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _attended_later(c: Any, t: Any, b: int, g: int, h: int, s: int) -> None:
     """Weights and slopes of the rows from `s + R` on, which are solved, on the columns `s .. s + R`."""
     n, d, width, f, first = c[STOP] - c[FIRST], c[DIM], c[WIDTH], t.numbers, s + R
@@ -173,7 +173,7 @@ def _attended_later(c: Any, t: Any, b: int, g: int, h: int, s: int) -> None:
             slope[i] = p[i] * (slope[i] - along[i])
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _start(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
     """What later rows give the queries; the rows' weights on each other; lam = grad."""
     n, d, padded, width, heads, f = c[STOP] - c[FIRST], c[DIM], c[PADDED], c[WIDTH], c[HEADS], t.numbers
@@ -203,7 +203,7 @@ def _start(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
             _copy(now, shifted(t.grad, b * c[GRAD_B] + (c[FIRST] + s + i) * c[GRAD_N] + h * c[GRAD_H]), d)
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _pull(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
     """From the rows' lam to the cotangent of what Omega_Q made; how far that moved."""
     d, padded, width, heads, f = c[DIM], c[PADDED], c[WIDTH], c[HEADS], t.numbers
@@ -218,7 +218,6 @@ def _pull(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
                 v = shifted(t.value, b * c[VALUE_B] + g * c[VALUE_G] + (c[FIRST] + s + j) * c[VALUE_N])
                 slope = t.pairs[(h * R + i) * R + j] * (dot(now, v, d, f[ZERO]) - along)
                 t.slopes[(h * rows + s + j) * width + s + i] = slope
-    moved = f[ZERO]
     for j in range(m):
         after, before = shifted(t.after, j * size + g * d), shifted(t.before, j * size + g * d)
         _copy(before, after, d)
@@ -245,7 +244,7 @@ def _pull(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
         _fill(shifted(t.after, j * size + g * d), d, f[ZERO])
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _push(c: Any, t: Any, b: int, h: int, s: int, m: int) -> None:
     """`grad + Omega_Q^T ...`, into `out`; how far that is from lam."""
     d, padded, f, size = c[DIM], c[PADDED], t.numbers, c[GROUPS] * c[DIM]
@@ -266,7 +265,7 @@ def _push(c: Any, t: Any, b: int, h: int, s: int, m: int) -> None:
     t.errors[h] = worst
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _bound(c: Any, t: Any, m: int) -> Any:
     """At most the residual, by Cauchy and Schwarz."""
     worst = t.numbers[ZERO]
@@ -278,13 +277,13 @@ def _bound(c: Any, t: Any, m: int) -> Any:
     return t.numbers[NORM] * math.sqrt(worst)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _wait(c: Any) -> None:
     if c[TEAM] > 1:
         call(c[BARRIER])
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _solve_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int) -> tuple[int, Any]:
     """Solve a few rows; return the sweeps (0: not solved) and the residual."""
     padded, heads, infinity = c[PADDED], c[HEADS], t.numbers[INFINITY]
@@ -315,7 +314,7 @@ def _solve_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int) -> 
     return 0, infinity
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _finish(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
     """Hand over lam and the gradients of the rows' values; keep what earlier rows need."""
     n, d, padded, width, heads, f = c[STOP] - c[FIRST], c[DIM], c[PADDED], c[WIDTH], c[HEADS], t.numbers
@@ -347,7 +346,7 @@ def _finish(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
             _add(shifted(t.d_value, at), d, shifted(out, j * padded), f[ONE])
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _key_gradients(c: Any, t: Any, b: int, g: int, h: int) -> None:
     n, d, padded, width, heads, f = c[STOP] - c[FIRST], c[DIM], c[PADDED], c[WIDTH], c[HEADS], t.numbers
     rows = c[BLOCK] + R
@@ -363,7 +362,7 @@ def _key_gradients(c: Any, t: Any, b: int, g: int, h: int) -> None:
                 d_key[k] = row[k] * f[SCALE]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _sample(c: Any, t: Any, b: int, low: int, high: int, leads: bool, sweeps: Any) -> bool:
     """Solve a sample's rows; whether all are."""
     n, shared = c[STOP] - c[FIRST], c[HEADS] // c[GROUPS]
@@ -386,7 +385,7 @@ def _sample(c: Any, t: Any, b: int, low: int, high: int, leads: bool, sweeps: An
     return True
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _block(c: Any, f: Any) -> None:
     """This thread's part of the block: some samples, or some groups of all samples."""
     thread = call(c[THREAD]) if c[COUNT] > 1 else 0
@@ -405,13 +404,13 @@ def _block(c: Any, f: Any) -> None:
                 status[b] = 1 if done else 0
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def adjoint32(c: Any) -> None:
     """The kernel in float32."""
     _block(c, float32_at(c[NUMBERS]))
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def adjoint64(c: Any) -> None:
     """The kernel in float64."""
     _block(c, float64_at(c[NUMBERS]))

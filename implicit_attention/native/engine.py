@@ -75,7 +75,8 @@ class _Kernel:
             self.tell("STRICT_B", 0 if strict.shape[0] == 1 else strict.stride(0))
             self.tell("STRICT_H", 0 if strict.shape[1] == 1 else strict.stride(1))
         threads().run(self.kernel, self.told.ctypes.data, self.count)
-        return self.kept["STATUS"].tolist()
+        said: list[int] = self.kept["STATUS"].tolist()
+        return said
 
     def part(self, name: str, *shape: int) -> Tensor:
         """The start of a buffer, in a shape."""
@@ -135,7 +136,8 @@ class ForwardKernel:
                 undone = slice(rows.start + least, rows.start + settled)
                 self.into["y"][b, undone] = y[b, least:settled]
                 self.into["lse"][b, :, undone] = lse[b, :, least:settled]
-        return rows.start + least
+        first: int = rows.start + least
+        return first
 
 
 class AdjointKernel:

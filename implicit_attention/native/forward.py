@@ -8,14 +8,17 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cfunc, njit, types
 
 from implicit_attention.native.machine import (
     bits,
     call,
+    compiled,
+    exact,
     exp_of,
+    fast,
     float32_at,
     float64_at,
+    kernel,
     number_of,
     pointer_like,
     shifted,
@@ -25,10 +28,8 @@ from implicit_attention.native.machine import (
 from implicit_attention.native.roots import solve
 
 R = 4  # rows that are settled together
-FAR = 0.25
 MOST_SWEEPS = 32
 PATIENCE = 8  # sweeps after which rows that still settle slowly have their own equations solved
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 # What a call is told, by position in its array of integers: addresses, strides, sizes.
@@ -94,7 +95,7 @@ def scratch_sizes(heads: int, groups: int, dim: int, padded: int, width: int, bl
     )  # fmt: skip
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def dot(a: Any, b: Any, n: int, total: Any) -> Any:
     """`total + a . b`."""
     for i in range(n):
@@ -102,14 +103,14 @@ def dot(a: Any, b: Any, n: int, total: Any) -> Any:
     return total
 
 
-@njit(fastmath={"nnan", "nsz"}, cache=True)  # type: ignore[untyped-decorator]
+@compiled({"nnan", "nsz"})
 def _peak(a: Any, n: int, peak: Any) -> Any:
     for i in range(n):
         peak = a[i] if a[i] > peak else peak
     return peak
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _scale_and_add(a: Any, n: int, scale: Any, bias: Any, biased: bool) -> None:
     if biased:
         for i in range(n):
@@ -119,7 +120,7 @@ def _scale_and_add(a: Any, n: int, scale: Any, bias: Any, biased: bool) -> None:
             a[i] = a[i] * scale
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _exponentials(a: Any, n: int, peak: Any, total: Any) -> Any:
     for i in range(n):
         a[i] = exp_of(a[i] - peak)
@@ -127,32 +128,32 @@ def _exponentials(a: Any, n: int, peak: Any, total: Any) -> Any:
     return total
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _mix(out: Any, n: int, weight: Any, other: Any, share: Any) -> None:
     """`out = weight out + share other`."""
     for i in range(n):
         out[i] = weight * out[i] + share * other[i]
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _add(out: Any, n: int, other: Any, share: Any) -> None:
     for i in range(n):
         out[i] += share * other[i]
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _copy(out: Any, other: Any, n: int) -> None:
     for i in range(n):
         out[i] = other[i]
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _fill(out: Any, n: int, value: Any) -> None:
     for i in range(n):
         out[i] = value
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _combine(out: Any, share: Any, before: Any, p: Any, value: Any, stride: int, n: int) -> None:
     """`out = share before + sum_j p_j value_j` over four rows of values."""
     p0, p1, p2, p3 = p[0], p[1], p[2], p[3]
@@ -161,7 +162,7 @@ def _combine(out: Any, share: Any, before: Any, p: Any, value: Any, stride: int,
         out[i] = share * before[i] + p0 * value[i] + p1 * v1[i] + p2 * v2[i] + p3 * v3[i]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _largest(a: Any, n: int) -> Any:
     """The largest modulus; NaN if there is one."""
     best = bits(abs(a[0]))
@@ -170,7 +171,7 @@ def _largest(a: Any, n: int) -> Any:
     return number_of(best)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _largest_difference(a: Any, b: Any, n: int) -> Any:
     best = bits(abs(a[0] - b[0]))
     for i in range(n):
@@ -178,7 +179,7 @@ def _largest_difference(a: Any, b: Any, n: int) -> Any:
     return number_of(best)
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _turn(q: Any, cos: Any, sin: Any, half: int) -> None:
     other = shifted(q, half)
     for i in range(half):
@@ -187,7 +188,7 @@ def _turn(q: Any, cos: Any, sin: Any, half: int) -> None:
         other[i] = a * sin[i] + b * cos[i]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _tensors(c: Any, f: Any, slot: int) -> Tensors:
     s = pointer_like(f, c[SCRATCH])
     heads, groups, d, padded, width, block = c[HEADS], c[GROUPS], c[DIM], c[PADDED], c[WIDTH], c[BLOCK]
@@ -221,7 +222,7 @@ def _tensors(c: Any, f: Any, slot: int) -> Tensors:
     )  # fmt: skip
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _unturn(q: Any, cos: Any, sin: Any, half: int) -> None:
     other = shifted(q, half)
     for i in range(half):
@@ -230,7 +231,7 @@ def _unturn(q: Any, cos: Any, sin: Any, half: int) -> None:
         other[i] = b * cos[i] - a * sin[i]
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _norm_and_turn(c: Any, t: Any, q: Any, b: int, row: int) -> Any:
     """Norm and rotate one query in place; return what the norm multiplied it with."""
     f, d = t.numbers, c[DIM]
@@ -245,7 +246,7 @@ def _norm_and_turn(c: Any, t: Any, q: Any, b: int, row: int) -> Any:
     return inverse
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _take_values(c: Any, t: Any, b: int, g: int) -> None:
     """Copy a group's values into padded rows."""
     n, d, padded, zero = c[STOP] - c[FIRST], c[DIM], c[PADDED], t.numbers[ZERO]
@@ -257,7 +258,7 @@ def _take_values(c: Any, t: Any, b: int, g: int) -> None:
     _fill(shifted(rows, n * padded), R * padded, zero)
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _attend_before(c: Any, t: Any, b: int, h: int, s: int, m: int) -> None:
     """Merge attention to the block's rows before `s` into what the rows `s .. s + m` saw before; fill `inputs`."""
     f, d, padded, width = t.numbers, c[DIM], c[PADDED], c[WIDTH]
@@ -309,7 +310,7 @@ def _attend_before(c: Any, t: Any, b: int, h: int, s: int, m: int) -> None:
         _add(shifted(a, i * d), d, shifted(out, i * padded), one)
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _make(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
     """What Omega_Q makes of each head's attention before the rows and of their values; the rest of the query."""
     d, padded, heads = c[DIM], c[PADDED], c[HEADS]
@@ -333,7 +334,7 @@ def _make(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
             _add(fixed, d, shifted(t.added, (row * c[GROUPS] + g) * d), t.numbers[ONE])
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _own_bias(c: Any, t: Any, b: int, h: int, i: int) -> Any:
     if c[STRICT] == 0:
         return t.numbers[ZERO]
@@ -341,7 +342,7 @@ def _own_bias(c: Any, t: Any, b: int, h: int, i: int) -> Any:
     return t.strict[b * c[STRICT_B] + h * c[STRICT_H] + i * n + i]
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _start(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
     """The first iterate: attention before the rows. And scores of the own columns at y = v."""
     d, padded, heads, f = c[DIM], c[PADDED], c[HEADS], t.numbers
@@ -369,7 +370,7 @@ def _start(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
             _copy(shifted(t.iterates, (h * R + i) * d), source, d)
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _sweep(c: Any, t: Any, b: int, g: int, s: int, m: int, parity: int) -> None:
     """Evaluate the map at the iterate of one parity; leave the next one in the other."""
     d, padded, heads, f = c[DIM], c[PADDED], c[HEADS], t.numbers
@@ -391,7 +392,7 @@ def _sweep(c: Any, t: Any, b: int, g: int, s: int, m: int, parity: int) -> None:
             _attend(c, t, b, g, h, s, i, parity)
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _attend(c: Any, t: Any, b: int, g: int, h: int, s: int, i: int, parity: int) -> None:
     """One row of one head: its weights on the rows up to itself, its output, its residual."""
     d, padded, heads, f = c[DIM], c[PADDED], c[HEADS], t.numbers
@@ -447,7 +448,7 @@ def _attend(c: Any, t: Any, b: int, g: int, h: int, s: int, i: int, parity: int)
     t.sizes[(other * heads + h) * R + i] = _largest(out, d)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _settled(c: Any, t: Any, b: int, s: int, m: int, other: int, write: bool) -> int:
     """1 if all rows are within tolerance, 0 if not yet, -1 if one is lost; `write`: record their residuals."""
     heads, f = c[HEADS], t.numbers
@@ -467,7 +468,7 @@ def _settled(c: Any, t: Any, b: int, s: int, m: int, other: int, write: bool) ->
     return verdict
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _own_root(c: Any, t: Any, b: int, s: int, i: int, other: int, p: Any) -> bool:
     """Solve a row's own equation, given what it attends to in other columns."""
     d, padded, heads, groups, f = c[DIM], c[PADDED], c[HEADS], c[GROUPS], t.numbers
@@ -514,7 +515,7 @@ def _own_root(c: Any, t: Any, b: int, s: int, i: int, other: int, p: Any) -> boo
     return solve(alpha, beta, offset, gram, p)
 
 
-@njit(fastmath=_FAST, cache=True)  # type: ignore[untyped-decorator]
+@fast
 def _move(c: Any, t: Any, s: int, i: int, other: int, p: Any) -> None:
     """Give a row of the next iterate the own weights `p`."""
     d, padded, heads, f = c[DIM], c[PADDED], c[HEADS], t.numbers
@@ -538,11 +539,12 @@ def _move(c: Any, t: Any, s: int, i: int, other: int, p: Any) -> None:
         _combine(out, share[0], shifted(t.inputs, (h * 2 * R + i) * d), four, values, padded, d)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _repair(c: Any, t: Any, b: int, s: int, m: int, other: int, all_rows: bool) -> int:
-    """Put rows at the roots of their own equations: 1 if all were there, 0 if not, -1 if one cannot be solved.
+    """Put all rows, or those whose own weight is far from that at y = v, at the roots of their own equations.
 
-    Only rows whose own weight is far from that at y = v, or all rows.
+    Returns:
+        1 if all were there, 0 if not, -1 if one cannot be solved.
     """
     verdict, p = 1, np.empty(c[HEADS])
     for i in range(m):
@@ -563,7 +565,7 @@ def _repair(c: Any, t: Any, b: int, s: int, m: int, other: int, all_rows: bool) 
     return verdict
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _worst(c: Any, t: Any, m: int, other: int) -> Any:
     worst = t.numbers[ZERO]
     for i in range(m):
@@ -572,7 +574,7 @@ def _worst(c: Any, t: Any, m: int, other: int) -> Any:
     return worst
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _write(c: Any, t: Any, b: int, g: int, s: int, m: int, parity: int) -> None:
     """Hand over the iterate at which the map was evaluated, its queries and log-sum-exp."""
     d, padded, heads, width, f = c[DIM], c[PADDED], c[HEADS], c[WIDTH], t.numbers
@@ -596,13 +598,13 @@ def _write(c: Any, t: Any, b: int, g: int, s: int, m: int, parity: int) -> None:
             t.lse[at] = -f[INFINITY] if total == f[ZERO] else t.lse_parts[h * R + i] + math.log(total)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _wait(c: Any) -> None:
     if c[TEAM] > 1:
         call(c[BARRIER])
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _settle_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int, leads: bool, sweeps: Any) -> bool:
     """Settle a few rows of a sample; this thread has groups `low .. high`."""
     shared = c[HEADS] // c[GROUPS]
@@ -644,7 +646,7 @@ def _settle_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int, le
     return True
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _sample(c: Any, t: Any, b: int, low: int, high: int, leads: bool, sweeps: Any) -> int:
     """Settle a sample's rows; return how many are."""
     n = c[STOP] - c[FIRST]
@@ -656,7 +658,7 @@ def _sample(c: Any, t: Any, b: int, low: int, high: int, leads: bool, sweeps: An
     return n
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _block(c: Any, f: Any) -> None:
     """This thread's part of the block: some samples, or some groups of all samples."""
     thread = call(c[THREAD]) if c[COUNT] > 1 else 0
@@ -675,13 +677,13 @@ def _block(c: Any, f: Any) -> None:
                 status[b] = done
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def forward32(c: Any) -> None:
     """The kernel in float32."""
     _block(c, float32_at(c[NUMBERS]))
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def forward64(c: Any) -> None:
     """The kernel in float64."""
     _block(c, float64_at(c[NUMBERS]))

@@ -8,25 +8,50 @@ from typing import Any
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic, overload
 
 LANES = 64 if llvm.get_host_cpu_features().get("avx512f") else 32  # bytes of a vector register
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+def compiled(fastmath: Any) -> Any:
+    """Decorate a function to be compiled when it is first called; kept on disk where there is room for it."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return njit(fastmath=fastmath, cache=True)(function)
+        except RuntimeError:  # no folder that can be written to
+            return njit(fastmath=fastmath)(function)
+
+    return decorate
+
+
+def kernel(function: Any) -> Any:
+    """Decorate a function to be compiled as `void f(int64_t *)`, as the threads call it."""
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        return cfunc(signature, cache=True)(function)
+    except RuntimeError:
+        return cfunc(signature)(function)
+
+
+exact = compiled(False)
+fast = compiled({"reassoc", "contract", "nsz", "arcp"})  # sums in any order; NaN and Inf mean what they mean
+
+
+@intrinsic
 def float32_at(_: Any, address: Any) -> Any:
     """The pointer to float32 at an address."""
     return types.CPointer(types.float32)(address), _to_pointer
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def float64_at(_: Any, address: Any) -> Any:
     """The pointer to float64 at an address."""
     return types.CPointer(types.float64)(address), _to_pointer
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer_like(_: Any, like: Any, address: Any) -> Any:
     """The pointer of a kind at an address."""
     return like(like, address), _to_pointer
@@ -36,7 +61,7 @@ def _to_pointer(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return builder.inttoptr(args[-1], context.get_value_type(signature.return_type))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def shifted(_: Any, pointer: Any, offset: Any) -> Any:
     """The pointer `offset` elements on."""
 
@@ -46,7 +71,7 @@ def shifted(_: Any, pointer: Any, offset: Any) -> Any:
     return pointer(pointer, types.intp), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def call(_: Any, address: Any) -> Any:
     """Call the C function `int f(void)` at an address."""
 
@@ -57,7 +82,7 @@ def call(_: Any, address: Any) -> Any:
     return types.int32(types.int64), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _power_of_two(_: Any, number: Any) -> Any:
     """`2^n` for a number `n + 1.5 * 2^m` whose last bits are those of n (m: the bits of the mantissa)."""
     wide = number == types.float64
@@ -71,7 +96,7 @@ def _power_of_two(_: Any, number: Any) -> Any:
     return number(number), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def bits(_: Any, number: Any) -> Any:
     """The bits of a number as an integer: those of moduli are in their order, NaN above all."""
     whole = types.int64 if number == types.float64 else types.int32
@@ -82,7 +107,7 @@ def bits(_: Any, number: Any) -> Any:
     return whole(number), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def number_of(_: Any, whole: Any) -> Any:
     """The number with these bits."""
     number = types.float64 if whole == types.int64 else types.float32
@@ -94,9 +119,15 @@ def number_of(_: Any, whole: Any) -> Any:
 
 
 def _make_tile(rows: int, vectors: int) -> Any:
-    """Make `tile(c, ldc, a, lda, step, b, ldb, depth)`: `C[m, :] = sum_k A[m, k] B[k, :]`, all of C in registers.
+    """Make a product of matrices that keeps all of its result in registers.
 
-    C is `rows` by `vectors` registers; `A[m, k]` lies at `a[m lda + k step]`. The sum runs in the order of k.
+    Args:
+        rows: Of the result.
+        vectors: How many registers wide it is.
+
+    Returns:
+        `tile(c, ldc, a, lda, step, b, ldb, depth)`: `C[m, :] = sum_k A[m, k] B[k, :]`, `A[m, k]` at
+        `a[m lda + k step]`; the sum runs in the order of k.
     """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -153,7 +184,7 @@ def _make_tile(rows: int, vectors: int) -> Any:
                 builder.store(after, place(c, offset), align=align)
         return context.get_dummy_value()
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def tile(_: Any, c: Any, ldc: Any, a: Any, lda: Any, step: Any, b: Any, ldb: Any, depth: Any) -> Any:
         i = types.intp
         return types.void(c, i, c, i, i, c, i, i), build
@@ -165,7 +196,7 @@ tile4 = _make_tile(4, 2)
 tile8 = _make_tile(8, 2)
 
 
-@njit(fastmath={"contract"}, cache=True)  # type: ignore[untyped-decorator]
+@compiled({"contract"})
 def exp32(x: Any) -> Any:
     """`exp(x)` for x <= 0 in float32, in operations that vectorise; 0 below -87, NaN for NaN."""
     f = types.float32
@@ -187,7 +218,7 @@ def exp32(x: Any) -> Any:
     return f(0.0) if x < low else s * _power_of_two(n)
 
 
-@njit(fastmath={"contract"}, cache=True)  # type: ignore[untyped-decorator]
+@compiled({"contract"})
 def exp64(x: Any) -> Any:
     """`exp(x)` for x <= 0 in float64; 0 below -708, NaN for NaN."""
     low = -708.0
@@ -219,8 +250,8 @@ def exp_of(x: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(exp_of, inline="always")  # type: ignore[untyped-decorator]
-def _exp_of(x):  # type: ignore[no-untyped-def]
+@overload(exp_of, inline="always")
+def _exp_of(x):
     if x == types.float32:
         return lambda x: exp32(x)
     return lambda x: exp64(x)

@@ -4,12 +4,13 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from implicit_attention.native.machine import exact
 
 NEWTON_STEPS, DAMPED_STEPS, FINE = 8, 20, 1e-12
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def evaluate(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any, target: Any, slope: Any) -> float:
     """Put `sigmoid(score(p) + offset)` and its Jacobian into `target` and `slope`; return the residual."""
     heads, groups = len(p), len(gram)
@@ -43,7 +44,7 @@ def evaluate(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any, target: Any,
     return worst
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _newton_step(target: Any, slope: Any, p: Any, step: Any) -> None:
     """Solve `(I - slope) step = target - p` by elimination with pivots; slope is overwritten."""
     n = len(p)
@@ -74,7 +75,7 @@ def _newton_step(target: Any, slope: Any, p: Any, step: Any) -> None:
         step[k] /= slope[k, k]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _settle(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> bool:
     """Three of Picard's steps from p = 1, and Newton's where they contract."""
     n = len(p)
@@ -99,7 +100,7 @@ def _settle(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> bool:
     return evaluate(alpha, beta, offset, gram, p, target, slope) <= FINE
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def _damped(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> bool:
     """Newton from p = 1, each step at the first length at which the residual falls enough."""
     n = len(p)
@@ -125,7 +126,7 @@ def _damped(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> bool:
     return size <= FINE
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@exact
 def solve(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> bool:
     """Put the root that is wanted into `p`; False if it takes more than Newton's method to find.
 

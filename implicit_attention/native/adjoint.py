@@ -7,7 +7,7 @@ that `|J^T delta| <= |delta| max_c |Omega_Q[:, c]|` is within tolerance needs no
 import math
 from typing import Any, NamedTuple
 
-from implicit_attention.native.forward import R, _add, _copy, _fill, _largest_difference, _unturn, dot
+from implicit_attention.native.layout import R
 from implicit_attention.native.machine import (
     call,
     exact,
@@ -19,7 +19,9 @@ from implicit_attention.native.machine import (
     pointer_like,
     shifted,
     tile4,
+    tile4_wide,
 )
+from implicit_attention.native.vectors import add, copy, dot, fill, largest_difference, unturn
 
 MOST_SWEEPS = 24  # a row that needs more wants its own equation solved
 
@@ -121,8 +123,8 @@ def _take(c: Any, t: Any, b: int, g: int) -> None:
     rows, shared = c[BLOCK] + R, c[HEADS] // c[GROUPS]
     for j in range(n):
         q = shifted(t.queries, (g * rows + j) * padded)
-        _copy(q, shifted(t.query, ((b * c[LENGTH] + c[FIRST] + j) * c[GROUPS] + g) * d), d)
-        _fill(shifted(q, d), padded - d, f[ZERO])
+        copy(q, shifted(t.query, ((b * c[LENGTH] + c[FIRST] + j) * c[GROUPS] + g) * d), d)
+        fill(shifted(q, d), padded - d, f[ZERO])
     for h in range(g * shared, (g + 1) * shared):
         columns = shifted(t.keys_t, h * d * width)
         for j in range(n):
@@ -131,7 +133,7 @@ def _take(c: Any, t: Any, b: int, g: int) -> None:
             for k in range(d):
                 key[k] = source[k] * f[SCALE]
                 columns[k * width + j] = key[k]
-            _fill(shifted(key, d), padded - d, f[ZERO])
+            fill(shifted(key, d), padded - d, f[ZERO])
 
 
 @fast
@@ -180,9 +182,9 @@ def _start(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
     rows, shared, first = c[BLOCK] + R, heads // c[GROUPS], s + m
     for j in range(R):
         total = shifted(t.from_later, (g * R + j) * padded)
-        _fill(total, padded, f[ZERO])
+        fill(total, padded, f[ZERO])
         if j < m:
-            _copy(total, shifted(t.later, ((b * c[LENGTH] + c[FIRST] + s + j) * c[GROUPS] + g) * d), d)
+            copy(total, shifted(t.later, ((b * c[LENGTH] + c[FIRST] + s + j) * c[GROUPS] + g) * d), d)
     for h in range(g * shared, (g + 1) * shared):
         if first < n:
             _attended_later(c, t, b, g, h, s)
@@ -191,7 +193,7 @@ def _start(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
             for k in range(0, padded, c[VECTOR]):
                 tile4(shifted(out, k), padded, slopes, width, 1, shifted(keys, k), padded, n - first)
             for j in range(m):
-                _add(shifted(t.from_later, (g * R + j) * padded), d, shifted(out, j * padded), f[ONE])
+                add(shifted(t.from_later, (g * R + j) * padded), d, shifted(out, j * padded), f[ONE])
         for i in range(m):
             key, seen = shifted(t.keys, (h * rows + s + i) * padded), _seen(c, t, b, h, s + i)
             for j in range(i + 1):
@@ -200,7 +202,7 @@ def _start(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
                     score = t.given[(b * heads + h) * c[LENGTH] + c[FIRST] + s + i]
                 t.pairs[(h * R + i) * R + j] = exp_of(score + _bias(c, t, b, h, s + i, s + j) - seen)
             now = shifted(t.now, (h * R + i) * padded)
-            _copy(now, shifted(t.grad, b * c[GRAD_B] + (c[FIRST] + s + i) * c[GRAD_N] + h * c[GRAD_H]), d)
+            copy(now, shifted(t.grad, b * c[GRAD_B] + (c[FIRST] + s + i) * c[GRAD_N] + h * c[GRAD_H]), d)
 
 
 @fast
@@ -220,12 +222,12 @@ def _pull(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
                 t.slopes[(h * rows + s + j) * width + s + i] = slope
     for j in range(m):
         after, before = shifted(t.after, j * size + g * d), shifted(t.before, j * size + g * d)
-        _copy(before, after, d)
-        _copy(after, shifted(t.from_later, (g * R + j) * padded), d)
+        copy(before, after, d)
+        copy(after, shifted(t.from_later, (g * R + j) * padded), d)
         for h in range(g * shared, (g + 1) * shared):
             for i in range(j if c[GIVEN] == 0 else j + 1, m):
                 slope = t.slopes[(h * rows + s + j) * width + s + i]
-                _add(after, d, shifted(t.keys, (h * rows + s + i) * padded), slope)
+                add(after, d, shifted(t.keys, (h * rows + s + i) * padded), slope)
         row = c[FIRST] + s + j
         if c[INVERSE] != 0:
             at = (b * c[LENGTH] + row) * c[GROUPS] + g
@@ -235,13 +237,13 @@ def _pull(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
                 after[k] = (after[k] - along * q[k]) * inverse
         if c[TURN] != 0:
             cos = shifted(t.turn, b * c[TURN_B] + row * (d // 2))
-            _unturn(after, cos, shifted(cos, c[TURN_HALF]), d // 2)
+            unturn(after, cos, shifted(cos, c[TURN_HALF]), d // 2)
         moved_row = f[ZERO]
         for k in range(d):
             moved_row += (after[k] - before[k]) * (after[k] - before[k])
         t.moves[g * R + j] = moved_row
     for j in range(m, R):
-        _fill(shifted(t.after, j * size + g * d), d, f[ZERO])
+        fill(shifted(t.after, j * size + g * d), d, f[ZERO])
 
 
 @fast
@@ -251,16 +253,19 @@ def _push(c: Any, t: Any, b: int, h: int, s: int, m: int) -> None:
     out = shifted(t.out, h * R * padded)
     if c[WEIGHT] == 0:
         for j in range(m):
-            _copy(shifted(out, j * padded), shifted(t.after, j * size), d)
+            copy(shifted(out, j * padded), shifted(t.after, j * size), d)
     else:
         weight = shifted(t.weight, h * size * padded)
-        for k in range(0, padded, c[VECTOR]):
+        wide = padded - padded % (2 * c[VECTOR])
+        for k in range(0, wide, 2 * c[VECTOR]):
+            tile4_wide(shifted(out, k), padded, t.after, size, 1, shifted(weight, k), padded, size)
+        for k in range(wide, padded, c[VECTOR]):
             tile4(shifted(out, k), padded, t.after, size, 1, shifted(weight, k), padded, size)
     worst = f[ZERO]
     for j in range(m):
         row = shifted(out, j * padded)
-        _add(row, d, shifted(t.grad, b * c[GRAD_B] + (c[FIRST] + s + j) * c[GRAD_N] + h * c[GRAD_H]), f[ONE])
-        error = _largest_difference(row, shifted(t.now, (h * R + j) * padded), d)
+        add(row, d, shifted(t.grad, b * c[GRAD_B] + (c[FIRST] + s + j) * c[GRAD_N] + h * c[GRAD_H]), f[ONE])
+        error = largest_difference(row, shifted(t.now, (h * R + j) * padded), d)
         worst = error if not error <= worst else worst
     t.errors[h] = worst
 
@@ -310,7 +315,7 @@ def _solve_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int) -> 
         if not error < infinity:
             break
         for h in range(low * shared, high * shared):
-            _copy(shifted(t.now, h * R * padded), shifted(t.out, h * R * padded), m * padded)
+            copy(shifted(t.now, h * R * padded), shifted(t.out, h * R * padded), m * padded)
     return 0, infinity
 
 
@@ -321,15 +326,15 @@ def _finish(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
     rows, shared, size = c[BLOCK] + R, heads // c[GROUPS], c[GROUPS] * d
     for j in range(m):
         at = (b * n + s + j) * size + g * d
-        _copy(shifted(t.made, at), shifted(t.after, j * size + g * d), d)
-        _fill(shifted(t.d_value, ((b * c[GROUPS] + g) * n + s + j) * d), d, f[ZERO])
+        copy(shifted(t.made, at), shifted(t.after, j * size + g * d), d)
+        fill(shifted(t.d_value, ((b * c[GROUPS] + g) * n + s + j) * d), d, f[ZERO])
     for h in range(g * shared, (g + 1) * shared):
         columns = shifted(t.lams_t, h * d * width + s)
         for i in range(m):
             now, kept = shifted(t.now, (h * R + i) * padded), shifted(t.lams, (h * rows + s + i) * padded)
-            _copy(kept, now, d)
-            _fill(shifted(kept, d), padded - d, f[ZERO])
-            _copy(shifted(t.lam, ((b * n + s + i) * heads + h) * d), now, d)
+            copy(kept, now, d)
+            fill(shifted(kept, d), padded - d, f[ZERO])
+            copy(shifted(t.lam, ((b * n + s + i) * heads + h) * d), now, d)
             for k in range(d):
                 columns[k * width + i] = now[k]
             t.own[(b * heads + h) * n + s + i] = t.slopes[(h * rows + s + i) * width + s + i]
@@ -343,7 +348,7 @@ def _finish(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
             tile4(shifted(out, k), padded, weights, width, 1, shifted(lams, k), padded, n - s)
         for j in range(m):
             at = ((b * c[GROUPS] + g) * n + s + j) * d
-            _add(shifted(t.d_value, at), d, shifted(out, j * padded), f[ONE])
+            add(shifted(t.d_value, at), d, shifted(out, j * padded), f[ONE])
 
 
 @fast

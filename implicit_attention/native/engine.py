@@ -10,7 +10,7 @@ from torch import Tensor
 
 from implicit_attention.causal_system import CausalSystem
 from implicit_attention.diagonal import FAR, SAME_ROOT, SLOW, BlockAdjoint
-from implicit_attention.native import adjoint, forward
+from implicit_attention.native import adjoint, forward, layout
 from implicit_attention.native.machine import LANES, threads
 
 
@@ -103,7 +103,7 @@ class ForwardKernel:
         kernel = forward.forward32 if like.dtype == torch.float32 else forward.forward64
         eps = system.function.query_map.eps
         numbers = [system.spec.scale, eps, rtol, atol, 0.0, 1.0, torch.inf, 1.0 / d, FAR, SAME_ROOT, SLOW]
-        self._call = call = _Kernel(kernel, forward, system, block, numbers)
+        self._call = call = _Kernel(kernel, layout, system, block, numbers)
         for name, t in into.items():
             if t.numel():
                 call.keep(name.upper(), t)

@@ -192,7 +192,9 @@ def _make_tile(rows: int, vectors: int) -> Any:
     return tile
 
 
+tile1 = _make_tile(1, 2)
 tile4 = _make_tile(4, 2)
+tile4_wide = _make_tile(4, 4)
 tile8 = _make_tile(8, 2)
 
 

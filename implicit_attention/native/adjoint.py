@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from implicit_attention.native.layout import R
 from implicit_attention.native.machine import (
+    STAMP,
     call,
     exact,
     exp_of,
@@ -409,13 +410,18 @@ def _block(c: Any, f: Any) -> None:
                 status[b] = 1 if done else 0
 
 
-@kernel
-def adjoint32(c: Any) -> None:
-    """The kernel in float32."""
-    _block(c, float32_at(c[NUMBERS]))
+def _kernels(stamp: str) -> tuple[Any, Any]:
+    @kernel
+    def in_32(c: Any) -> None:
+        if stamp:
+            _block(c, float32_at(c[NUMBERS]))
+
+    @kernel
+    def in_64(c: Any) -> None:
+        if stamp:
+            _block(c, float64_at(c[NUMBERS]))
+
+    return in_32, in_64
 
 
-@kernel
-def adjoint64(c: Any) -> None:
-    """The kernel in float64."""
-    _block(c, float64_at(c[NUMBERS]))
+adjoint32, adjoint64 = _kernels(STAMP)

@@ -100,7 +100,7 @@ class ForwardKernel:
         """
         self.system, self.into = system, into
         like, d = system.key, system.dim
-        kernel = forward.forward32 if like.dtype == torch.float32 else forward.forward64
+        kernel = forward.forward32() if like.dtype == torch.float32 else forward.forward64()
         eps = system.function.query_map.eps
         numbers = [system.spec.scale, eps, rtol, atol, 0.0, 1.0, torch.inf, 1.0 / d, FAR, SAME_ROOT, SLOW]
         self._call = call = _Kernel(kernel, layout, system, block, numbers)
@@ -159,7 +159,7 @@ class AdjointKernel:
         """
         self.system = system
         like, batch, heads, groups, d = system.key, system.batch, system.heads, system.groups, system.dim
-        kernel = adjoint.adjoint32 if like.dtype == torch.float32 else adjoint.adjoint64
+        kernel = adjoint.adjoint32() if like.dtype == torch.float32 else adjoint.adjoint64()
         norm = 1.0 if system.weight is None else float(system.weight.norm(dim=0).max())
         numbers = [system.spec.scale, norm, 0.0, 1.0, torch.inf, 1.0 / d]
         self._call = call = _Kernel(kernel, adjoint, system, block, numbers)

@@ -56,6 +56,7 @@ from implicit_attention.native.layout import (
     tensors,
 )
 from implicit_attention.native.machine import (
+    STAMP,
     call,
     exact,
     exp_of,
@@ -432,13 +433,18 @@ def _block(c: Any, f: Any) -> None:
                 status[b] = done
 
 
-@kernel
-def forward32(c: Any) -> None:
-    """The kernel in float32."""
-    _block(c, float32_at(c[NUMBERS]))
+def _kernels(stamp: str) -> tuple[Any, Any]:
+    @kernel
+    def in_32(c: Any) -> None:
+        if stamp:
+            _block(c, float32_at(c[NUMBERS]))
+
+    @kernel
+    def in_64(c: Any) -> None:
+        if stamp:
+            _block(c, float64_at(c[NUMBERS]))
+
+    return in_32, in_64
 
 
-@kernel
-def forward64(c: Any) -> None:
-    """The kernel in float64."""
-    _block(c, float64_at(c[NUMBERS]))
+forward32, forward64 = _kernels(STAMP)

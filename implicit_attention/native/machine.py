@@ -1,6 +1,7 @@
 """What the compiled kernels are made of: raw pointers, register tiles, exp, and the threads that torch already has."""
 
 import ctypes
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,37 @@ LANES = 64 if llvm.get_host_cpu_features().get("avx512f") else 32  # bytes of a 
 
 
 def compiled(fastmath: Any) -> Any:
-    """Decorate a function to be compiled when it is first called; kept on disk where there is room for it."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return njit(fastmath=fastmath, cache=True)(function)
-        except RuntimeError:  # no folder that can be written to
-            return njit(fastmath=fastmath)(function)
-
-    return decorate
+    """Decorate a function to be compiled into the kernels that call it."""
+    return njit(fastmath=fastmath)
 
 
 def kernel(function: Any) -> Any:
-    """Decorate a function to be compiled as `void f(int64_t *)`, as the threads call it."""
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return cfunc(signature, cache=True)(function)
-    except RuntimeError:
-        return cfunc(signature)(function)
+    """Decorate a function to be compiled as `void f(int64_t *)` when it is first needed, and kept on disk.
+
+    Numba looks whether the function's own file has changed, not those of the functions that it calls: let it be a
+    closure over `STAMP`, which is part of what numba looks it up by.
+
+    Returns:
+        A function that returns the compiled one.
+    """
+
+    @cache
+    def compile_it() -> Any:
+        signature = types.void(types.CPointer(types.int64))
+        try:
+            return cfunc(signature, cache=True)(function)
+        except RuntimeError:  # no folder that can be written to
+            return cfunc(signature)(function)
+
+    return compile_it
 
 
+def _digest() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+STAMP = _digest()
 exact = compiled(False)
 fast = compiled({"reassoc", "contract", "nsz", "arcp"})  # sums in any order; NaN and Inf mean what they mean
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.gate import Gate, reached
-from benchmarks.peers import CONTESTANTS, OURS, SDPA, Case, Entrant, available
+from benchmarks.peers import CONTESTANTS, OURS, OURS_ALL, SDPA, Case, Entrant, available
 from benchmarks.report import PASSES, add_layer_arguments, described, target, verdict
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
 
@@ -59,24 +59,28 @@ def run(
     names = [name for name in chosen if name not in absent]
     layers = make_layers(embed_dim, num_heads)
     gate = check(layers, names)
-    correct = all(checks["correct"] for checks in gate["checks"].values()) and gate["checks"].get(OURS, {}).get(
-        "reached_tolerance", True
-    )
     result = described("causal", embed_dim, num_heads) | {
         "passes": PASSES,
         "given": 'keys and values; with self_query="input" also the scores of tokens with their own values',
         "tolerance": TOLERANCE,
+        "slow_seconds": SLOW_SECONDS,
+        "memory_method": " ".join((measure.added_peak_bytes.__doc__ or "").split()),
         "absent": absent,
         "gate": gate,
-        "correct": correct,
     }
-    if not correct:
-        wrong = [name for name, checks in gate["checks"].items() if not checks["correct"]]
-        return result | {"verdict": f"WRONG: {', '.join(wrong) or OURS}: nothing was measured."}
-    result["shapes"] = [measure_shape(layers, names, length, repeats or repeats_at(length)) for length in lengths]
-    result["memory_method"] = " ".join((measure.added_peak_bytes.__doc__ or "").split())
-    result["targets"] = targets(result["shapes"])
-    return result | {"verdict": verdict(result["targets"])}
+    wrong = [name for name, found in gate["checks"].items() if not found["correct"] or unsettled(name, found)]
+    if wrong:
+        return result | {"correct": False, "verdict": f"WRONG: {', '.join(wrong)}; nothing was measured."}
+    shapes = [measure_shape(layers, names, length, repeats or repeats_at(length)) for length in lengths]
+    found = targets(shapes)
+    wrong = [f"{n} at N = {s['length']}" for s in shapes for n, row in s["rows"].items() if unsettled(n, row)]
+    said = f"WRONG: tolerance missed by {', '.join(wrong)}." if wrong else verdict(found)
+    return result | {"shapes": shapes, "targets": found, "correct": not wrong, "verdict": said}
+
+
+def unsettled(name: str, figures: dict[str, Any]) -> bool:
+    """Whether this library missed its tolerance, or said that it did. (Others may: that is reported with their row.)"""
+    return name in OURS_ALL and not (figures["reached_tolerance"] and not figures["failures"])
 
 
 def make_layers(embed_dim: int, num_heads: int) -> dict[str, ImplicitQueryAttention]:
@@ -136,7 +140,7 @@ def measure_shape(
             row[p]["time_ratio"] = row[p]["median_seconds"] / rows[SDPA][p]["median_seconds"]
             row[p]["memory_ratio"] = row[p]["added_peak_bytes"] / rows[SDPA][p]["added_peak_bytes"]
         if n != SDPA:
-            row |= reached(entrants[n].case, entrants[n].forward(), TOLERANCE)
+            row |= reached(entrants[n].case, entrants[n].forward(), TOLERANCE) | {"failures": entrants[n].failures}
     result = {"length": length, "batch": batch, "repeats": repeats, "left_out": left_out, "rows": rows}
     return result | ({"memory_by_tolerance": memory_by_tolerance(cases["output"])} if OURS in rows else {})
 
@@ -150,10 +154,14 @@ def too_long(name: str, length: int) -> str:
     return CONTESTANTS[name].why if longest is not None and length > longest else ""
 
 
-def memory_by_tolerance(case: Case) -> dict[str, dict[str, int]]:
-    """Added peak bytes of our passes, by tolerance."""
-    entrants = {f"{t:g}": CONTESTANTS[OURS].enter(case, t) for t in TOLERANCES}
-    return {t: {p: measure.peak_and_seconds(partial(perform, e, p))[0] for p in PASSES} for t, e in entrants.items()}
+def memory_by_tolerance(case: Case) -> dict[str, dict[str, Any]]:
+    """Added peak bytes of our passes, by tolerance; and what was reported as failed, which float32 may bring about."""
+    figures: dict[str, dict[str, Any]] = {}
+    for tolerance in TOLERANCES:
+        entrant = CONTESTANTS[OURS].enter(case, tolerance)
+        figures[f"{tolerance:g}"] = {p: measure.peak_and_seconds(partial(perform, entrant, p))[0] for p in PASSES}
+        figures[f"{tolerance:g}"]["failures"] = entrant.failures
+    return figures
 
 
 def targets(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,7 +173,7 @@ def targets(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         for p, limit in zip(PASSES, TIME_TARGETS.get(n, ()), strict=False):
             found.append(target(f"N = {n}, {p}: time", rows[OURS][p]["time_ratio"], limit))
-        for p in PASSES:
+        for p in PASSES if n in TIME_TARGETS else ():  # shorter: the blocks' own scores are most of it
             found.append(target(f"N = {n}, {p}: memory", rows[OURS][p]["memory_ratio"], MEMORY_TARGET))
         for p in PASSES:
             needed = [figures[p] for figures in shape["memory_by_tolerance"].values()]

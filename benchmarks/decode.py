@@ -129,7 +129,7 @@ def measured(steps: dict[str, Step], x: Tensor, repeats: int) -> dict[str, Any]:
     times = measure.interleaved_seconds({name: partial(step, x) for name, step in steps.items()}, repeats)
     times[BARE_SOLVE] = [a - b for a, b in zip(times[SOLVE], times[PROJECTIONS], strict=True)]
     rows = {name: measure.timing(seconds) for name, seconds in times.items()}
-    for name, row in rows.items():
+    for row in rows.values():
         row["ratio_to_sdpa"] = row["median_seconds"] / rows[SDPA]["median_seconds"]
         row["ratio_to_attention_layer"] = row["median_seconds"] / rows[ATTENTION_LAYER]["median_seconds"]
     found = [

@@ -37,7 +37,9 @@ class Gate:
             all(e <= limit for e, limit in zip(result["output_errors"], result["output_limits"], strict=True))
             and max(result["gradient_errors"].values()) <= result["gradient_limit"]
         )
-        return result if "query" in entrant.leaves else result | reached(self.case, y, self.tolerance)
+        if "query" in entrant.leaves:  # nothing to settle
+            return result
+        return result | reached(self.case, y, self.tolerance) | {"failures": entrant.failures}
 
     def _settled(self, entrant: Entrant, outputs: list[Tensor], gradients: Tensors) -> dict[str, Any]:
         pairs = [reference.residuals(self.case.map, y, self.case.tensors) for y in outputs]

@@ -5,7 +5,7 @@ norm) is part of the work.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
 import torch
@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.reference import NORM_EPS, CausalMap
-from implicit_attention import ImplicitQueryAttention
+from implicit_attention import ImplicitQueryAttention, Solution
 from implicit_attention.adjoints import Implicit, Problem
 from implicit_attention.attention_map import AttentionMap
-from implicit_attention.fixed_point import FailureReport
 
 ITERATIONS = 10  # of those who take a fixed number, as the seed does
 MAX_STEPS = 100  # of torchdeq's solvers
@@ -57,11 +56,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A contestant in front of one case: `attend(*leaves.values())` returns the output, `[B, N, D]`."""
+    """A contestant in front of one case: `attend(*leaves.values())` returns the output, `[B, N, D]`.
+
+    Attributes:
+        failures: What it reported as not solved, equilibrium or adjoint, with the number of rows; filled as it runs.
+    """
 
     case: Case
     leaves: dict[str, Tensor]
     attend: Callable[..., Tensor]
+    failures: dict[str, int] = field(default_factory=dict)
 
     def forward(self) -> Tensor:
         with torch.no_grad():
@@ -106,10 +110,17 @@ def sdpa(case: Case, tolerance: float) -> Entrant:
 
 def ours(case: Case, tolerance: float) -> Entrant:
     """`Implicit()` around the layer's solver, as `layer.solve` calls it."""
-    solver = replace(case.layer.solver, rtol=tolerance, atol=tolerance)
-    function, report = case.function, FailureReport("raise")
+    solver, function = replace(case.layer.solver, rtol=tolerance, atol=tolerance), case.function
+    failures: dict[str, int] = {}
+
+    def report(solution: Solution, name: str) -> None:
+        if not bool(solution.converged.all()):
+            failures[name] = max(failures.get(name, 0), int((~solution.converged).sum()))
+
     problem = Problem(function, solver, function.system_ndim, function.row_ndim, report)
-    return Entrant(case, case.leaves(*function.names), lambda *args: Implicit()(problem, case.start, args).value)
+    adjoint = Implicit()
+    leaves = case.leaves(*function.names)
+    return Entrant(case, leaves, lambda *args: adjoint(problem, case.start, args).value, failures)
 
 
 def unrolled(case: Case, tolerance: float) -> Entrant:
@@ -191,11 +202,12 @@ def queries(case: Case, y: Tensor, weight: Tensor | None) -> Tensor:
     return F.rms_norm(made, made.shape[-1:], eps=NORM_EPS) if case.layer.qk_norm else made
 
 
-SDPA, OURS = "sdpa", "ours"
+SDPA, OURS, OURS_INPUT = "sdpa", "ours", "ours-input"
+OURS_ALL = (OURS, OURS_INPUT)
 CONTESTANTS = {
     SDPA: Contestant("scaled_dot_product_attention, one pass", sdpa),
     OURS: Contestant("implicit-attention", ours, settles=True),
-    "ours-input": Contestant('implicit-attention, self_query="input"', ours, settles=True, self_query="input"),
+    OURS_INPUT: Contestant('implicit-attention, self_query="input"', ours, settles=True, self_query="input"),
     "unrolled": Contestant("10 unrolled SDPA iterations", unrolled),
     "seed": Contestant(
         "10 unrolled dense iterations (the seed)",

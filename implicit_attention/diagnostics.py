@@ -11,8 +11,9 @@ from implicit_attention.diagonal import own_jacobian
 from implicit_attention.errors import Came, bad_value, check_positive
 from implicit_attention.forward_substitution import radius
 from implicit_attention.kernels.attention import log_sum_exp
-from implicit_attention.layer import Equation, ImplicitQueryAttention
+from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.maps import Linearization
+from implicit_attention.preparation import Equation
 
 _BLOCK_ELEMENTS = 1 << 22  # distances alive at once
 _ROWS = 64  # rows whose biases are looked at together

@@ -67,7 +67,7 @@ class DiagonalBlock:
         self.own_value = system.per_head(value)
         if self.keep is not None:
             self.own_value = self.own_value * self.keep.diagonal(dim1=-2, dim2=-1)[..., None]
-        self.given_own = None
+        self.given_own: Tensor | None = None
         if system.self_score is not None:
             self.given_own = self._biased(system.self_score[:, :, rows].to(system.wide))
 
@@ -109,6 +109,9 @@ class BlockSolver(DiagonalBlock):
 
         Returns:
             The block, which may be unsettled.
+
+        Raises:
+            NonFiniteError: If the map gives NaN or Inf.
         """
         system = self.system
         limit = MOST_SWEEPS if self.n > 1 else 2 * MOST_SWEEPS
@@ -144,10 +147,16 @@ class BlockSolver(DiagonalBlock):
         total = torch.logaddexp(lse, own)
         return Block(y.transpose(1, 2), queries, total, residual, size, sweep, bool(done.all()))
 
+    def own_score(self, query: Tensor) -> Tensor:
+        """Scores of the own column, `[B, H, n]`, for queries `[B, n, G, d]`."""
+        return self._biased((self.key * self.system.per_head(query.transpose(1, 2))).sum(-1))
+
     def attend(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return attention over all columns but a row's own, its log-sum-exp, and the score of the own column."""
-        scores = self.scores(query)
         own = self.given_own
+        if self.n == 1:  # as in decoding: all other columns come before
+            return self.before, self.before_lse, self.own_score(query) if own is None else own
+        scores = self.scores(query)
         if own is None:
             own = self._biased(scores.diagonal(dim1=-2, dim2=-1)).clone()
         scores += self.strict
@@ -171,8 +180,7 @@ class BlockSolver(DiagonalBlock):
         """Scores of the own column at the start y = v, `[B, H, n]`; None where they are given."""
         if self.given_own is not None:
             return None
-        query = self.system.per_head(self.system.phi(self.own_value.transpose(1, 2), self.rows).query.transpose(1, 2))
-        return self._biased((self.key * query).sum(-1))
+        return self.own_score(self.system.phi(self.own_value.transpose(1, 2), self.rows).query)
 
     def _solve_own(
         self, marked: Tensor, a: Tensor, lse: Tensor, p: Tensor, f: Tensor, tolerance: float

@@ -36,7 +36,7 @@ def solve(
     call = _Solve(layer)
     if isinstance(layer.Omega_Q, nn.Linear):
         return call(x, hidden, need_weights)
-    name, weight = _effective_weight(layer.Omega_Q, x)
+    name, weight = _effective_weight(layer.Omega_Q)
     out: tuple[Solution, Tensor | None] = functional_call(
         call, {f"layer.Omega_Q.{name}": weight}, (x, hidden, need_weights)
     )
@@ -56,15 +56,16 @@ class _Solve(nn.Module):
         return solution, equation.function.weights(solution.value, *equation.args)
 
 
-def _effective_weight(linear: nn.Module, x: Tensor) -> tuple[str, Tensor]:
-    """The weight that an adapted linear map amounts to, and the name of the parameter that is in its place.
+def _effective_weight(linear: nn.Linear) -> tuple[str, Tensor]:
+    """Return the weight that an adapted linear map amounts to, under the name of the parameter in its place.
 
     A solve applies the query map many times and so takes its weight, not the module: what an adapter (LoRA) adds
     would be left out. The map of the unit vectors, less that of zero, is the whole of it.
+
+    Returns:
+        The parameter's name, and the weight.
     """
-    base = linear.weight
+    base, bias = linear.weight, linear.bias
     name = next(name for name, parameter in linear.named_parameters() if parameter is base)
-    eye = torch.eye(base.shape[1], dtype=base.dtype, device=base.device)
-    bias = linear.bias
-    out: Tensor = linear(eye)
+    out = linear(torch.eye(linear.in_features, dtype=base.dtype, device=base.device))
     return name, (out if bias is None else out - bias).mT

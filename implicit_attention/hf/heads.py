@@ -244,5 +244,3 @@ class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedMode
             return (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp_min(1)
         last = (torch.arange(x.shape[1], device=x.device) * seen).argmax(-1)
         return x[torch.arange(len(x), device=x.device), last]
-
-

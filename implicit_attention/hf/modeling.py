@@ -5,10 +5,9 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import ModelOutput
 
 from implicit_attention import ALiBi, ImplicitQueryAttention, RelativeBias
@@ -17,9 +16,6 @@ from implicit_attention.hf.block import ImplicitAttentionBlock
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.ordinary import OrdinaryAttention
 from implicit_attention.hf.outputs import (
-    ImplicitCausalLMOutput,
-    ImplicitClassifierOutput,
-    ImplicitMaskedLMOutput,
     ImplicitModelOutput,
     stack_stats,
 )
@@ -49,6 +45,9 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path: Folder, or name of a repository.
             *model_args: As in `PreTrainedModel.from_pretrained`.
             **kwargs: As there.
+
+        Returns:
+            The model, in eval mode.
 
         Raises:
             ValueError: If `use_safetensors=False`.

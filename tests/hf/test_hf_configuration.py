@@ -51,7 +51,12 @@ def test_flags_that_depend_on_causality_are_saved_as_they_are(tmp_path, is_causa
 def test_every_option_reaches_the_layer():
     layer = ImplicitAttentionModel(tiny.config(**EVERYTHING)).layers[0].attention
     assert (layer.embed_dim, layer.num_heads, layer.is_causal) == (32, 4, True)
-    assert (layer.self_query, layer.normalize_over, layer.query_input, layer.qk_norm) == ("input", "queries", True, False)
+    assert (layer.self_query, layer.normalize_over, layer.query_input, layer.qk_norm) == (
+        "input",
+        "queries",
+        True,
+        False,
+    )
     assert isinstance(layer.positions, Rotary)
     assert layer.positions.base == 50.0
     assert (layer.values, layer.out_proj, layer.dropout, layer.scale) == ("identity", None, 0.25, 0.3)

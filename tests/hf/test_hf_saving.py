@@ -39,7 +39,8 @@ def first(out):
 @pytest.mark.parametrize(("auto", "cls", "options"), MODELS)
 @pytest.mark.parametrize("positions", ["rope", "relative", "alibi"])
 def test_loaded_model_is_bit_equal(tmp_path, auto, cls, options, positions):
-    model, tokens = tiny.make(cls, torch.float32, positions=positions, layer_types=["implicit", "attention"], **options), tiny.tokens()  # fmt: skip
+    options = options | {"positions": positions, "layer_types": ["implicit", "attention"]}
+    model, tokens = tiny.make(cls, torch.float32, **options), tiny.tokens()
     model.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} <= {"config.json", "generation_config.json", "model.safetensors"}
     loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
@@ -146,7 +147,7 @@ def test_truncated_weights_are_an_error(tmp_path):
     tiny.make(dtype=torch.float32).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(Exception, match="(?i)safetensors|incomplete|header|metadata"):
+    with pytest.raises(Exception, match=r"(?i)safetensors|incomplete|header|metadata"):
         ImplicitAttentionForCausalLM.from_pretrained(tmp_path)
 
 

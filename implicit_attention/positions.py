@@ -69,7 +69,7 @@ class Rotary(Positions):
 
 
 def rotate(t: Tensor, rotation: Tensor) -> Tensor:
-    """Turn `[..., N, d]` by `rotation` `[2, N, d / 2]`."""
+    """Turn `[..., N, d]` by `rotation` `[2, ..., N, d / 2]`."""
     cos, sin = rotation.unbind(0)
     a, b = t.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(t.dtype)
@@ -77,7 +77,8 @@ def rotate(t: Tensor, rotation: Tensor) -> Tensor:
 
 def unrotate(t: Tensor, rotation: Tensor) -> Tensor:
     """Undo `rotate`, which is also its transpose."""
-    return rotate(t, rotation * rotation.new_tensor([1.0, -1.0])[:, None, None])
+    cos, sin = rotation.unbind(0)
+    return rotate(t, torch.stack([cos, -sin]))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ ORDER = [
     "positions",
     "attention_map",
     "rows",
+    "causal_system",
+    "diagonal",
     "forward_substitution",
     "cache",
     "inputs",

@@ -68,7 +68,7 @@ class CausalSystem:
         if rotation is not None:
             rotation = rotation[:, None] if rotation.dim() == 3 else rotation[:, :, 0]
         self.rotation = None if rotation is None else rotation[:, :, :, None]  # [2, 1 or B, N, 1, d / 2]
-        self.past_query, self.past_value = self.tensors.get("past_query"), self.tensors.get("past_value")
+        self.past_column, self.past_value = self.tensors.get("past_column"), self.tensors.get("past_value")
         self.past = 0 if self.past_value is None else self.past_value.shape[-2]
 
     # Queries from outputs.
@@ -171,7 +171,7 @@ class CausalSystem:
             return attention(key, query, value, spec, seeds=self.seeds, terms=self.terms)
         if spec.plain and not spec.dropout:  # the heads of a group as more rows
             out, lse = attention(self._folded(key), query, value, spec)
-            return out.view(key.shape), lse.view(key.shape[:-1])
+            return out.reshape(key.shape), lse.reshape(key.shape[:-1])
         return attention(key, self._expanded(query), self._expanded(value), spec, seeds=self.seeds, terms=self.terms)
 
     def below_backward(
@@ -197,7 +197,7 @@ class CausalSystem:
         folds = self.groups != self.heads and spec.plain and not spec.dropout
         if folds:
             grad, key, out = self._folded(grad), self._folded(key), self._folded(out)
-            lse = lse.view(self.batch, self.groups, -1)
+            lse = lse.reshape(self.batch, self.groups, -1)
         elif self.groups != self.heads:
             query, value = self._expanded(query), self._expanded(value)
         d_key, d_query, d_value, *d_terms = partial_backward(
@@ -205,7 +205,7 @@ class CausalSystem:
         )
         assert d_key is not None and d_query is not None and d_value is not None
         if folds:
-            d_key = d_key.view(self.batch, self.heads, -1, self.dim)
+            d_key = d_key.reshape(self.batch, self.heads, -1, self.dim)
         elif self.groups != self.heads:
             d_query, d_value = self._summed(d_query), self._summed(d_value)
         return d_key, d_query, d_value, tuple(d_terms)
@@ -219,8 +219,8 @@ class CausalSystem:
             self.key, query, value, diagonal, self_score=self.self_score, seeds=self.seeds, terms=self.terms
         )
         if self.past:
-            assert self.past_query is not None and self.past_value is not None
-            _, past = self.below(slice(0, self.length), self.past_query, self.past_value, 0)
+            assert self.past_column is not None and self.past_value is not None
+            _, past = self.below(slice(0, self.length), self.past_column, self.past_value, 0)
             lse = torch.logaddexp(lse, past)
         return lse
 

@@ -170,8 +170,8 @@ class _Forward:
         self.residual, self.size = new(*shape, dtype=system.wide), new(*shape, dtype=system.wide)
         self.sweeps = new(*shape, dtype=torch.long)
         if system.past:
-            assert system.past_query is not None and system.past_value is not None
-            self._merge(slice(0, system.length), system.past_query, system.past_value, 0)
+            assert system.past_column is not None and system.past_value is not None
+            self._merge(slice(0, system.length), system.past_column, system.past_value, 0)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -306,8 +306,8 @@ class _Backward:
     def solution(self) -> AdjointSolution:
         """What was found, by tensor of the map, in its dtype. Past columns are constants: rows see them all."""
         if self.system.past:
-            assert self.system.past_query is not None and self.system.past_value is not None
-            self._pull(slice(0, self.system.length), self.system.past_query, self.system.past_value, 0)
+            assert self.system.past_column is not None and self.system.past_value is not None
+            self._pull(slice(0, self.system.length), self.system.past_column, self.system.past_value, 0)
         by_name: dict[str, Tensor | None] = {"key": self.d_key, "value": self.d_value, **self.rest}
         by_name |= {f"term{i}": grad for i, grad in enumerate(self.d_terms)}
         by_arg = []

@@ -15,15 +15,16 @@ class Positions(nn.Module, ABC):
     """Base of the position encodings. Rows and columns are counted from the same origin."""
 
     @abstractmethod
-    def rotation(self, length: int, like: Tensor) -> Tensor | None:
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor | None:
         """Return what `rotate` applies to queries and keys, None if they stay as they are.
 
         Args:
             length: Number of tokens.
             like: Tensor whose dtype and device the result takes.
+            first: Position of the first token, a number or `[B]`.
 
         Returns:
-            `[2, length, d / 2]` (cosines and sines) or None.
+            Cosines and sines, `[2, length, d / 2]` or `[2, B, 1, length, d / 2]`, or None.
         """
 
     @abstractmethod
@@ -52,11 +53,12 @@ class Rotary(Positions):
             raise bad_value("head_dim", "even for rotary positions", head_dim, "Change embed_dim or num_heads.")
         self.head_dim, self.base = head_dim, base
 
-    def rotation(self, length: int, like: Tensor) -> Tensor:
-        """Return cosines and sines, `[2, length, d / 2]`."""
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor:
+        """Return cosines and sines, `[2, length, d / 2]` or `[2, B, 1, length, d / 2]`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         i = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=like.device)
         turns = torch.arange(length, dtype=torch.float64, device=like.device)[:, None]
+        turns = turns + (first[:, None, None, None] if isinstance(first, Tensor) else first)
         angles = turns * self.base ** (-i / self.head_dim)
         return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
@@ -82,20 +84,41 @@ def unrotate(t: Tensor, rotation: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _DistanceSlope:
+class DistanceSlope:
+    """A bias term: a slope per head times the distance."""
+
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
         """`-slope_h |i - j|` for slopes `[1, H]`."""
         return -tensor[..., None, None] * _offsets(rows, cols, tensor.device).abs()
 
+    def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
+        """Return the gradient of the slopes, `[1, H]`."""
+        return -(grad * _offsets(rows, cols, tensor.device).abs()).sum((0, 2, 3))[None]
+
 
 @dataclass(frozen=True)
-class _OffsetTable:
+class OffsetTable:
+    """A bias term: a table per head, looked up by offset.
+
+    Attributes:
+        max_distance: Offsets beyond it share the table's last entries.
+    """
+
     max_distance: int
 
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
         """Look up `i - j`, clipped to the table, in `[1, H, 2 max_distance + 1]`."""
-        offsets = _offsets(rows, cols, tensor.device).clamp(-self.max_distance, self.max_distance)
-        return tensor[..., offsets + self.max_distance]
+        return tensor[..., self._columns(rows, cols, tensor.device)]
+
+    def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
+        """Return the gradient of the table, `[1, H, 2 max_distance + 1]`."""
+        found = torch.zeros_like(tensor, dtype=grad.dtype)
+        columns = self._columns(rows, cols, tensor.device).flatten()
+        return found.index_add_(-1, columns, grad.sum(0, keepdim=True).flatten(-2))
+
+    def _columns(self, rows: slice, cols: slice, device: torch.device) -> Tensor:
+        offsets = _offsets(rows, cols, device)
+        return offsets.clamp(-self.max_distance, self.max_distance) + self.max_distance
 
 
 def _offsets(rows: slice, cols: slice, device: torch.device) -> Tensor:
@@ -125,12 +148,12 @@ class ALiBi(Positions):
         slopes += [2 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
         self.register_buffer("slopes", torch.tensor(slopes), persistent=False)
 
-    def rotation(self, length: int, like: Tensor) -> None:
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> None:
         """Return None: queries and keys stay as they are."""
 
     def bias(self) -> tuple[BiasTerm, Tensor]:
         """Return the distance penalty and the slopes `[1, H]`."""
-        return _DistanceSlope(), self.slopes[None]
+        return DistanceSlope(), self.slopes[None]
 
 
 class RelativeBias(Positions):
@@ -153,12 +176,12 @@ class RelativeBias(Positions):
         self.max_distance = max_distance
         self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1))
 
-    def rotation(self, length: int, like: Tensor) -> None:
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> None:
         """Return None: queries and keys stay as they are."""
 
     def bias(self) -> tuple[BiasTerm, Tensor]:
         """Return the look-up and the table `[1, H, 2 max_distance + 1]`."""
-        return _OffsetTable(self.max_distance), self.table[None]
+        return OffsetTable(self.max_distance), self.table[None]
 
     def extra_repr(self) -> str:
         """Return the settings, for `print`."""

@@ -26,6 +26,13 @@ OPTIONS = {
     "input-relative": {"num_heads": 2, "self_query": "input", "positions": "relative"},
     "identity": {"num_heads": 2, "values": "identity"},
     "dropout": {"num_heads": 2, "dropout": 0.3},
+    "groups": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "positions": "rope"},
+    "groups-relative": {"num_heads": 4, "num_kv_heads": 1, "positions": "relative", "query_input": True},
+    "groups-input": {"num_heads": 4, "num_kv_heads": 2, "self_query": "input"},
+    "window": {"num_heads": 2, "window": 3},
+    "window-groups-alibi": {"num_heads": 4, "num_kv_heads": 2, "window": 6, "positions": "alibi"},
+    "window-input": {"num_heads": 2, "window": 5, "self_query": "input", "qk_norm": True},
+    "scale": {"num_heads": 2, "scale": 0.9},
 }
 
 
@@ -97,7 +104,7 @@ def test_one_head_finds_the_root_of_the_oracle(gain):
 @given(
     n=st.integers(1, 20),
     block=st.integers(1, 9),
-    name=st.sampled_from(["heads", "qk_norm-rope", "relative", "input", "dropout"]),
+    name=st.sampled_from(["heads", "qk_norm-rope", "relative", "input", "dropout", "groups", "window-groups-alibi"]),
     masked=st.booleans(),
     padded=st.booleans(),
 )
@@ -114,6 +121,26 @@ def test_block_size_does_not_matter(n, block, name, masked, padded):
     close(one.value, two.value, 1e-8)
     for a, b in zip(one_grads, two_grads, strict=True):
         close(a, b, 1e-5)  # gains near 1 magnify the last digits of the equilibrium
+
+
+def test_groups_are_heads_that_repeat():
+    """Shared heads of queries and values are as many heads with equal weights."""
+    layer, x = layer_and_input({"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "query_input": True}, 11)
+    whole, _ = layer_and_input({"num_heads": 4, "qk_norm": True, "query_input": True}, 11)
+    state = layer.state_dict()
+    for name in ("Omega_Q.weight", "W_Q.weight", "Omega_V.weight"):
+        state[name] = state[name].view(2, 2, 8).repeat_interleave(2, 0).reshape(8, 8)
+    whole.load_state_dict(state)
+    close(layer.solve(x).value, whole.solve(x).value, 1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"self_query": "input"}, {"normalize_over": "keys", "query_input": True}])
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_window_is_a_mask(window, options):
+    layer, x = layer_and_input({"num_heads": 2, "window": window, "solver": "auto"} | options, 37, block=8)
+    whole, _ = layer_and_input({"num_heads": 2, "solver": "auto"} | options, 37, block=8)
+    distance = torch.arange(37)[:, None] - torch.arange(37)
+    close(layer.solve(x).value, whole.solve(x, attn_mask=distance >= window).value, 1e-8)
 
 
 def test_a_row_does_not_depend_on_its_batch_or_on_what_follows():

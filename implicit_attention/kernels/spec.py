@@ -26,6 +26,19 @@ class BiasTerm(Protocol):
             `[b, h, r, c]`, each of b, h, r either full or 1; `-inf` hides an entry.
         """
 
+    def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
+        """Return the gradient of the tensor for a cotangent of `block`: its transpose, as the term is linear.
+
+        Args:
+            tensor: As in `block`.
+            rows: As in `block`.
+            cols: As in `block`.
+            grad: `[B, H, r, c]`.
+
+        Returns:
+            Like `tensor`, in the dtype of `grad`.
+        """
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -63,6 +76,10 @@ class AttentionSpec:
             raise ValueError(f"a block at row {row}, column {col} lies above the diagonal")
         terms = tuple(_Shifted(term, row, col) for term in self.terms)
         return replace(self, is_causal=False, terms=terms, origin=(self.origin[0] + row, self.origin[1] + col))
+
+    def following(self, past: int) -> "AttentionSpec":
+        """Return the call whose first row stands at column `past`: the columns before it come from a cache."""
+        return replace(self.shifted(past, 0), is_causal=self.is_causal) if past else self
 
     def chunks(self, query: Tensor, key: Tensor, *, systems: int | None = None) -> list[tuple[slice, slice]]:
         """Return (rows, columns they see) so that `systems * rows * columns` stays within a budget.
@@ -118,18 +135,12 @@ class AttentionSpec:
             grad: Cotangent.
 
         Returns:
-            One gradient per term, in the dtype of its tensor; None for one that is not float.
+            One gradient per term, in the dtype of `grad`; None for a tensor that is not float.
         """
         found: list[Tensor | None] = []
         for term, tensor in zip(self.terms, tensors, strict=True):
-            if not tensor.is_floating_point():
-                found.append(None)
-                continue
-            with torch.enable_grad():
-                leaf = tensor.detach().requires_grad_()
-                block = term.block(leaf, rows, cols)
-            (d_tensor,) = torch.autograd.grad(block, leaf, grad.sum_to_size(block.shape).to(block.dtype))
-            found.append(d_tensor)
+            real = tensor.is_floating_point()
+            found.append(term.pull(tensor, rows, cols, grad) if real else None)
         return tuple(found)
 
     def _hidden(self, rows: slice, cols: slice, device: torch.device) -> Tensor | None:
@@ -179,8 +190,13 @@ class _Shifted:
     col: int
 
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
-        return self.term.block(
-            tensor,
+        return self.term.block(tensor, *self._moved(rows, cols))
+
+    def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
+        return self.term.pull(tensor, *self._moved(rows, cols), grad)
+
+    def _moved(self, rows: slice, cols: slice) -> tuple[slice, slice]:
+        return (
             slice(rows.start + self.row, rows.stop + self.row),
             slice(cols.start + self.col, cols.stop + self.col),
         )

@@ -115,6 +115,6 @@ def test_constraints_pin_every_dependency_exactly():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["plot"], *extras["cli"], *extras["dev"]]
+    wanted = [*project["dependencies"], *extras["plot"], *extras["hf"], *extras["cli"], *extras["dev"]]
     assert {line.split(">=")[0] for line in wanted} <= set(pins)
     assert not [pin for pin in pins.values() if "+" in pin], "local versions exist on one machine only"

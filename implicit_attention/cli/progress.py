@@ -49,7 +49,7 @@ class Display:
         return _Callback(self)
 
 
-class _Callback(TrainerCallback):  # type: ignore[misc]
+class _Callback(TrainerCallback):
     """Moves a bar, and prints what evaluations find."""
 
     def __init__(self, display: Display) -> None:

@@ -152,16 +152,17 @@ def load_run(checkpoint: Path) -> dict[str, Any]:
         checkpoint: Its directory.
 
     Returns:
-        What `save` was given as `run`.
+        What `save` was given as `run`, which has `settings` and `fingerprint`; and `done`, the steps taken.
 
     Raises:
         RunError: If it cannot be read, or is damaged.
     """
-    content = load_json(checkpoint / RUN)
-    if not isinstance(content.get("settings"), dict):
-        raise damaged(checkpoint / RUN, KeyError("settings"))
-    load_json(checkpoint / STATE)
-    return content
+    content, state = load_json(checkpoint / RUN), load_json(checkpoint / STATE)
+    if not (isinstance(content.get("settings"), dict) and isinstance(content.get("fingerprint"), str)):
+        raise damaged(checkpoint / RUN, KeyError("settings and fingerprint"))
+    if not isinstance(state.get("global_step"), int):
+        raise damaged(checkpoint / STATE, KeyError("global_step"))
+    return {**content, "done": state["global_step"]}
 
 
 def load_json(path: Path) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers.generation import BaseStreamer
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionForCausalLM
 from implicit_attention.training import checkpoint as storage
@@ -64,8 +65,11 @@ def load(directory: Path, *, device: str = "auto") -> ImplicitAttentionForCausal
     kind = storage.load_json(path / "config.json").get("model_type")
     if kind != ImplicitAttentionConfig.model_type:
         raise RunError(f"--model {path} is no model of this program: its config.json says model_type {kind!r}")
+    disable_progress_bar()
     try:
-        model = ImplicitAttentionForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        model: ImplicitAttentionForCausalLM = ImplicitAttentionForCausalLM.from_pretrained(
+            path, local_files_only=True, use_safetensors=True
+        )
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise storage.damaged(path / storage.WEIGHTS, error) from None
     if model.config.vocab_size != VOCABULARY:
@@ -74,7 +78,9 @@ def load(directory: Path, *, device: str = "auto") -> ImplicitAttentionForCausal
         )
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise RunError(f"--device {device} is not here: use auto or cpu")
-    return model.eval().to("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    model.eval()
+    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return nn.Module.to(model, place)  # of transformers' own `to`, the types are lost
 
 
 def _find(directory: Path) -> Path:
@@ -129,12 +135,13 @@ def write_on(
             max_new_tokens=count or room,
             suppress_tokens=list(range(END, VOCABULARY)),  # training never uses them
             streamer=_Bytes(write),
+            use_cache=False,
             **options,
         )
     return bytes(made[0, len(prompt) :].tolist())
 
 
-class _Bytes(BaseStreamer):  # type: ignore[misc]
+class _Bytes(BaseStreamer):
     """Hands tokens on as the bytes they are."""
 
     def __init__(self, write: Writer) -> None:

@@ -67,8 +67,8 @@ class Health:
         if not gain < NEAR_ONE:
             found["gain"] = (
                 f"step {step}: the largest gain of a row's equation is {gain:.3f}; at 1 its equilibrium has no "
-                "gradient, and near it gradients are large and noisy. If the loss becomes unsteady, lower --learning-rate or "
-                "--clip, or train with --self-query input, where every gain is 0."
+                "gradient, and near it gradients are large and noisy. If the loss becomes unsteady, lower "
+                "--learning-rate or --clip, or train with --self-query input, where every gain is 0."
             )
         new = [sentence for kind, sentence in found.items() if kind not in self.warned]
         self.warned.update(found)

@@ -3,15 +3,13 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,8 +19,9 @@ from implicit_attention.training import corpus, files
 from implicit_attention.training.faults import RunError, reason, unwritable
 from implicit_attention.training.model import build
 from implicit_attention.training.settings import Settings, resolve
+from implicit_attention.training.tensorboard import TensorBoard
 from implicit_attention.training.tokenizer import byte_tokenizer
-from implicit_attention.training.trainer import ByteTrainer
+from implicit_attention.training.trainer import ByteTrainer, Checkpoints
 
 SAMPLE, FINAL = 512, 4096  # held-out windows at most: in an evaluation on the way, and at the end
 
@@ -32,13 +31,15 @@ class Plan:
     """What a run is going to do.
 
     Attributes:
-        settings: Its settings.
+        settings: Its settings. Its directory must exist.
         resumed: The checkpoint it goes on from, None if it begins.
+        done: Steps taken already.
         fingerprint: Of the data that the run was begun with, None if it begins.
     """
 
     settings: Settings
     resumed: Path | None = None
+    done: int = 0
     fingerprint: str | None = None
 
 
@@ -90,10 +91,11 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
         raise RunError(f"--out {settings.directory} holds no checkpoint to resume from: leave out --resume to begin")
     content = storage.load_run(found[-1])
     settings = resolve({**flags, "out": str(settings.directory)}, file, content["settings"])
-    done = storage.load_json(found[-1] / storage.STATE).get("global_step", 0)
-    if settings.steps < done:
-        raise RunError(f"steps: the run in {settings.directory} is at step {done} already, beyond {settings.steps}")
-    return Plan(settings, found[-1], content.get("fingerprint"))
+    if settings.steps < content["done"]:
+        raise RunError(
+            f"steps: the run in {settings.directory} is at step {content['done']} already, beyond {settings.steps}"
+        )
+    return Plan(settings, found[-1], content["done"], content["fingerprint"])
 
 
 def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[TrainerCallback] = ()) -> Result | None:
@@ -120,40 +122,24 @@ def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[T
         raise RunError(
             f"--data {settings.data} has changed since the run in {settings.directory} began: it cannot go on"
         )
-    with _explained(settings), warnings.catch_warnings():
+    with _explained(settings), warnings.catch_warnings(), ExitStack() as stack:
         # `health` tells of it, with the step and with what to do.
         warnings.simplefilter("ignore", ConvergenceWarning)
         trainer = _trainer(settings, text, say)
+        trainer.add_callback(Checkpoints(trainer, fresh=plan.resumed is None))
         if first:
-            _prepare(settings.directory)
-            trainer.add_callback(TensorBoardCallback(_writer(plan)))
-            for callback in callbacks:
+            files.remove_unfinished(settings.directory)
+            board = stack.enter_context(TensorBoard(settings.directory / "tensorboard", done=plan.done))
+            for callback in (board, *callbacks):
                 trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(plan.resumed) if plan.resumed else None)
         trainer.save_result()
         held_out = corpus.HeldOutWindows(text.held_out, settings.length, limit=FINAL)
         metrics = trainer.evaluate(held_out, metric_key_prefix="final")
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    parameters = sum(int(parameter.numel()) for parameter in trainer.model.parameters())
     history, figures = trainer.state.log_history, (metrics["final_bits_per_byte"], int(metrics["final_bytes"]))
     trainer.end()
     return Result(*figures, parameters, history, text.name, len(text.training)) if first else None
-
-
-def _prepare(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        files.remove_unfinished(directory)
-    except OSError as error:
-        raise unwritable("--out", directory, error) from None
-
-
-def _writer(plan: Plan) -> SummaryWriter:
-    """TensorBoard's writer; what a killed run logged after its last checkpoint is not shown twice."""
-    step = storage.load_json(plan.resumed / storage.STATE)["global_step"] + 1 if plan.resumed else None
-    try:
-        return SummaryWriter(plan.settings.directory / "tensorboard", purge_step=step)
-    except OSError as error:
-        raise unwritable("--out", plan.settings.directory, error) from None
 
 
 def _trainer(settings: Settings, text: corpus.Corpus, say: Callable[[str], None]) -> ByteTrainer:
@@ -243,6 +229,8 @@ def _explained(settings: Settings) -> Iterator[None]:
         raise
     except NonFiniteError as error:
         raise RunError(f"the weights are no longer finite: {reason(error)} {_last_good(settings)}") from None
+    except OSError as error:
+        raise unwritable("--out", settings.directory, error) from None
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of memory ({reason(error)}): raise --accumulate, or use --bf16, --checkpointing or, on several "

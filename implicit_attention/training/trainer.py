@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from implicit_attention.training import checkpoint as storage
 from implicit_attention.training.corpus import HeldOutWindows
@@ -35,9 +45,15 @@ class ByteTrainer(Trainer):
     which one process, several, and sharded weights (`fsdp`) all write and read.
     """
 
+    # What Trainer leaves open is decided here.
+    model: PreTrainedModel
+    optimizer: Optimizer
+    lr_scheduler: LambdaLR
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         args: TrainingArguments,
         *,
         fsdp: bool,
@@ -61,7 +77,6 @@ class ByteTrainer(Trainer):
         self.health = Health()
         self._keep, self._run, self._say = keep, run, say
         self._tokens, self._since = 0, 0.0
-        self.add_callback(_LogWhatIsSaved())
         if fsdp:
             shard(self.model, bf16=args.bf16)
             # As for a model that transformers itself has sharded: not to be wrapped or sharded again.
@@ -119,11 +134,12 @@ class ByteTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return the loss and the bits per byte on held-out text, each byte counted once.
+        """Return the loss and the bits per byte on `HeldOutWindows`, each byte counted once.
 
         The same for any number of processes: transformers' own loop weighs an incomplete last batch like a full one.
         """
-        windows: HeldOutWindows = self.eval_dataset if eval_dataset is None else eval_dataset
+        windows = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert isinstance(windows, HeldOutWindows)
         total, count = self._sum_losses(windows)
         metrics = {
             f"{metric_key_prefix}_loss": total / count,
@@ -187,7 +203,7 @@ class ByteTrainer(Trainer):
         Raises:
             RunError: If it cannot be written.
         """
-        directory = Path(self.args.output_dir)
+        directory = Path(self.args.output_dir or ".")
         fault = None
         if self.args.process_index == 0:
             try:
@@ -236,12 +252,26 @@ class ByteTrainer(Trainer):
                 torch.cuda.set_rng_state(states["cuda"][rank], self.args.device)
 
 
-class _LogWhatIsSaved(TrainerCallback):  # type: ignore[misc]
-    """Log at every checkpoint, so that the figures after it are the same whether or not the run was cut there."""
+class Checkpoints(TrainerCallback):
+    """When a run's checkpoints are written, beyond the usual times."""
+
+    def __init__(self, trainer: ByteTrainer, *, fresh: bool) -> None:
+        """Make it.
+
+        Args:
+            trainer: Writes them.
+            fresh: Whether the run begins: then it gets a checkpoint before its first step, and can be resumed always.
+        """
+        self.trainer, self.fresh = trainer, fresh
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the first checkpoint."""
+        if self.fresh:
+            self.trainer._save_checkpoint(self.trainer.model, None)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Ask for a log where there is a checkpoint."""
+        """Log where there is a checkpoint, so that later figures are the same whether or not the run was cut there."""
         control.should_log |= control.should_save
         return control

@@ -215,6 +215,7 @@ def arguments(settings: Settings) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         log_level="error",
+        log_level_replica="error",
     )
 
 

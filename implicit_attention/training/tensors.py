@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -62,7 +63,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     """
     return {
         f"{name}{_SEPARATOR}{key}": _whole(value)
-        for name, parameter in model.named_parameters()
+        for name, parameter in _parameters(model)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
@@ -79,7 +80,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
     Raises:
         RunError: If they belong to another model.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(_parameters(model))
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(_SEPARATOR)
         parameter = parameters.get(name)
@@ -91,9 +92,17 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
 
 def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors a checkpoint holds, by name: tied parameters once, and the buffers that state dicts have."""
-    yield from model.named_parameters()
+    yield from _parameters(model)
     saved = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters by name; of sharded ones the shards, also where the last forward pass has put them together."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model.named_parameters()
 
 
 def _whole(tensor: Tensor) -> Tensor:

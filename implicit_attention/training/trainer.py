@@ -247,9 +247,9 @@ class ByteTrainer(Trainer):
         states = storage.load_tensors(Path(checkpoint, storage.RANDOM))
         rank, kind = self.args.process_index, self.args.device.type
         if len(states["cpu"]) == self.args.world_size:
-            torch.set_rng_state(states["cpu"][rank])
+            torch.set_rng_state(states["cpu"][rank].clone())  # torch reads a view out of bounds
             if kind == "cuda" and "cuda" in states:
-                torch.cuda.set_rng_state(states["cuda"][rank], self.args.device)
+                torch.cuda.set_rng_state(states["cuda"][rank].clone(), self.args.device)
 
 
 class Checkpoints(TrainerCallback):

@@ -1,6 +1,7 @@
 """Implicit-query attention: attention whose queries are made from its own output, solved to equilibrium."""
 
 from implicit_attention.adjoints import Implicit, Phantom, Unrolled
+from implicit_attention.cache import DecodeCache
 from implicit_attention.errors import ConvergenceError, ConvergenceWarning
 from implicit_attention.fixed_point import fixed_point
 from implicit_attention.forward_substitution import ForwardSubstitution
@@ -17,6 +18,7 @@ __all__ = [
     "Broyden",
     "ConvergenceError",
     "ConvergenceWarning",
+    "DecodeCache",
     "ForwardSubstitution",
     "Implicit",
     "ImplicitQueryAttention",

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +12,17 @@ from torch.utils.checkpoint import checkpoint
 from implicit_attention import maps
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 from implicit_attention.solvers import DirectSolver, Method, Solution, Solver, solve
-from implicit_attention.solvers.base import measured, nothing_to_solve
+from implicit_attention.solvers.base import nothing_to_solve
 
-Report = Callable[[Solution, str], None]  # told of every solve and of what was solved
+
+class Report(Protocol):
+    """Is told how solves went."""
+
+    def __call__(self, solution: Solution, name: str) -> None:
+        """Take note of every solve and of what was solved."""
+
+    def near_singular(self, rows: int, of: int) -> None:
+        """Take note of rows whose gain is so close to 1 that their gradient is not to be trusted."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +213,6 @@ class _Run:
     linearization: maps.Linearization | None = None
     evaluations: int = 0
     iterates: list[Tensor] | None = field(default=None, repr=False)
-    memo: Any = field(default=None, repr=False)
 
     def forward(self, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
         """Solve; keep the last evaluation's graph, which is all that a first-order backward pass needs."""
@@ -219,7 +226,7 @@ class _Run:
 
         call = evaluate if self.record else lambda y: self.problem.function(y, *args)
         if isinstance(self.problem.solver, DirectSolver):
-            solution = self._solve_directly(self.problem.solver, call, y0, args)
+            solution = self._solve_directly(self.problem.solver, y0, args)
         else:
             solution = self.problem.solve(call, y0, history=self.history)
         if self.linearization is not None:
@@ -227,19 +234,12 @@ class _Run:
         self.evaluations, self.iterates = solution.evaluations, solution.history
         return solution
 
-    def _solve_directly(
-        self, solver: DirectSolver, evaluate: Callable[[Tensor], Tensor], y0: Tensor, args: tuple[Tensor, ...]
-    ) -> Solution:
-        """Solve by the map's structure, and measure the residual by applying the map once."""
-        rtol, atol = solver.tolerances(y0.dtype)
-        tolerance = atol if atol > 0 else rtol * float(y0.abs().amax())
-        for attempt in range(solver.attempts):
-            value, steps, self.memo = solver.equilibrium(self.problem.function, args, tolerance, attempt)
-            value = value.to(y0.dtype)
-            solution = measured(solver, value, evaluate(value), steps, self.problem.row_ndim)
-            if bool(solution.converged.all()):
-                break
-        solution = replace(solution, history=[y0, value] if self.history else None)
+    def _solve_directly(self, solver: DirectSolver, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
+        """Solve by the map's structure."""
+        with torch.autocast(y0.device.type, enabled=False):  # it chooses its precision itself
+            solution = solver.equilibrium(self.problem.function, args, y0.dtype)
+        if self.history:
+            solution = replace(solution, history=[y0, solution.value])
         self.problem.report(solution, self.problem.name)
         return solution
 
@@ -253,24 +253,27 @@ class _Run:
                 "Its gradient would be lost: pass it in `args`, or pass the nn.Module itself as the function.",
             )
 
-    def backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
+    def backward(
+        self, y: Tensor, args: tuple[Tensor, ...], memo: tuple[Tensor, ...], grad: Tensor
+    ) -> list[Tensor | None]:
         """Return the gradients of `args`: first order from the kept graph, higher orders by recursion."""
         if torch.is_grad_enabled() or maps.transforms_active():
             return self._composable_backward(y, args, grad)
-        kept = self.linearization
-        if kept is None or not torch.equal(kept.y, y):
-            kept = maps.Linearization(self.problem.function, y, args, self.needs)
         broken = ~torch.isfinite(grad).flatten(1).all(-1) if grad.dim() > 1 else ~torch.isfinite(grad)
         poison = torch.where(broken, torch.nan, 0.0).to(grad.dtype).reshape(-1, *[1] * (grad.dim() - 1))
         grad = torch.where(poison.isnan(), 0.0, grad)  # NaN in a sample's cotangent: NaN in its gradients alone
-        solver = self.adjoint_solver
-        solved = self._iterate_adjoint if isinstance(solver, Solver) else self._substitute_adjoint
-        lam, by_arg = solved(kept, y, args, grad)
+        if isinstance(self.adjoint_solver, DirectSolver):
+            by_arg = self._substitute_adjoint(self.adjoint_solver, y, args, memo, grad)
+            return (
+                [_poisoned(g, a, broken) for g, a in zip(by_arg, args, strict=True)] if bool(broken.any()) else by_arg
+            )
+        kept = self.linearization
+        if kept is None or not torch.equal(kept.y, y):
+            kept = maps.Linearization(self.problem.function, y, args, self.needs)
+        lam, by_arg = self._iterate_adjoint(kept, grad)
         return kept.vjp(lam + poison)[1] if bool(broken.any()) else by_arg
 
-    def _iterate_adjoint(
-        self, linearization: maps.Linearization, y: Tensor, args: tuple[Tensor, ...], grad: Tensor
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    def _iterate_adjoint(self, linearization: maps.Linearization, grad: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         last: tuple[Tensor, list[Tensor | None]] | None = None
 
         def adjoint_map(lam: Tensor) -> Tensor:
@@ -285,17 +288,17 @@ class _Run:
         return lam, linearization.vjp(lam)[1]
 
     def _substitute_adjoint(
-        self, linearization: maps.Linearization, y: Tensor, args: tuple[Tensor, ...], grad: Tensor
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        solver = self.adjoint_solver
-        assert isinstance(solver, DirectSolver)
-        rtol, _ = solver.tolerances(y.dtype, linear=True)
-        lam = solver.adjoint(self.problem.function, args, y, grad, rtol, self.memo).to(grad.dtype)
-        pulled, by_arg = linearization.vjp(lam)
-        steps = torch.ones(y.shape[:1], dtype=torch.long, device=y.device)
-        adjoint = self._adjoint_problem(self.problem.function)
-        adjoint.report(measured(solver, lam, grad + pulled, steps, 1, linear=True), adjoint.name)
-        return lam, by_arg
+        self, solver: DirectSolver, y: Tensor, args: tuple[Tensor, ...], memo: tuple[Tensor, ...], grad: Tensor
+    ) -> list[Tensor | None]:
+        with torch.autocast(y.device.type, enabled=False):
+            found = solver.adjoint(self.problem.function, args, y, memo, grad, self.needs)
+        steps = torch.full_like(found.residual, found.steps, dtype=torch.long)
+        none = found.residual[None]
+        solution = Solution(grad, found.residual, steps, found.converged, none, none)
+        self.problem.report(solution, "adjoint equation")
+        if found.near_singular:
+            self.problem.report.near_singular(found.near_singular, y.shape[:-1].numel())
+        return found.by_arg
 
     def _composable_backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
         """The same, in operations that autograd and torch.func can see: the adjoint is a fixed point too."""
@@ -330,26 +333,44 @@ class _Run:
 
 def _solve_opaquely(run: _Run, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
     """Solve where neither autograd nor torch.func sees the steps, only the equilibrium."""
-    solved = Solution(*_ImplicitFunction.apply(run, y0, *args))  # type: ignore[no-untyped-call]
-    return replace(solved, evaluations=run.evaluations, history=run.iterates)
+    found = _ImplicitFunction.apply(run, y0, *args)  # type: ignore[no-untyped-call]
+    value, residual, steps, converged, abs_trace, rel_trace, *memo = found
+    return Solution(
+        value, residual, steps, converged, abs_trace, rel_trace, run.evaluations, run.iterates, memo=tuple(memo)
+    )
+
+
+_FIGURES = 6  # value, residual, steps, converged, abs_trace, rel_trace
+
+
+def _poisoned(grad: Tensor | None, arg: Tensor, broken: Tensor) -> Tensor | None:
+    """A gradient with NaN in the samples whose cotangent held one; all of it where samples share the tensor."""
+    if grad is None:
+        return None
+    if arg.shape[:1] == broken.shape and len(broken) > 1:
+        return grad.masked_fill(broken.reshape(-1, *[1] * (grad.dim() - 1)), torch.nan)
+    return torch.full_like(grad, torch.nan)
 
 
 class _ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def forward(run: _Run, y0: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
         s = run.forward(y0, args)
-        return s.value.clone(), s.residual, s.steps, s.converged, s.abs_trace, s.rel_trace
+        value = s.value if s.memo else s.value.clone()  # an iterate may be the start itself
+        return value, s.residual, s.steps, s.converged, s.abs_trace, s.rel_trace, *s.memo
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.run, _, *args = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(output[0], *args)
+        ctx.count = len(args)
+        ctx.save_for_backward(output[0], *args, *output[_FIGURES:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        y, *args = ctx.saved_tensors
-        return (None, None, *ctx.run.backward(y, tuple(args), grad))
+        y, *saved = ctx.saved_tensors
+        args, memo = tuple(saved[: ctx.count]), tuple(saved[ctx.count :])
+        return (None, None, *ctx.run.backward(y, args, memo, grad))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], run: _Run, y0: Tensor, *args: Tensor) -> Any:
@@ -362,7 +383,7 @@ class _ImplicitFunction(torch.autograd.Function):
                 )
                 for i in range(info.batch_size)
             ]
-            return tuple(torch.stack(part) for part in zip(*solved, strict=True)), (0,) * 6
+            return tuple(torch.stack(part) for part in zip(*solved, strict=True)), (0,) * len(solved[0])
         dims = [None if d is None else 0 for d in in_dims[2:]]
         moved = [a if d is None else a.movedim(d, 0) for a, d in zip(args, in_dims[2:], strict=True)]
         start = y0.expand(info.batch_size, *y0.shape).clone() if in_dims[1] is None else y0.movedim(in_dims[1], 0)

@@ -39,7 +39,7 @@ class QueryMap:
     """`phi`, without its tensors: `[B, N, D] -> [B, H, N, d]`.
 
     Attributes:
-        num_heads: H.
+        num_heads: Heads of the queries (G where rows belong to keys and heads share queries, else H).
         normalize: Whether queries are RMS-normed over the head dimension.
     """
 
@@ -77,8 +77,10 @@ class QueryMap:
 class AttentionMap:
     """F, without its tensors, which `__call__` takes in the order of `names`.
 
-    Tensors by name: `key`, `value` `[B, H, M, d]`; optional `weight`, `bias`, `added`, `rotation` of the query
-    map; `self_score` `[B, H, N]`; `seeds` `[B]`; `term0`, `term1`, ... of the bias terms.
+    Tensors by name: `key` `[B, H, M, d]`, `value` `[B, G, M, d]` (G heads of columns, each for H / G heads of rows;
+    with `rows_are_keys` false the keys are columns, `[B, G, M, d]`); optional `weight`, `bias`, `added`,
+    `rotation` of the query map; `past_column`, `past_value` `[B, G, P, d]`, columns before the first row;
+    `self_score` `[B, H, N]`; `seeds` `[B]`; `term0`, `term1`, ... of the bias terms.
 
     Attributes:
         spec: Scale, causality, bias terms and dropout.
@@ -106,12 +108,13 @@ class AttentionMap:
     def __call__(self, y: Tensor, *tensors: Tensor) -> Tensor:
         """Return F(y), `[B, N, D]`, for y `[B, N, D]`; computed in the dtype of the keys."""
         t = dict(zip(self.names, tensors, strict=True))
-        query, key = self._sides(y, t)
+        row, column = self._sides(y, t)
+        value = _joined(t.get("past_value"), t["value"])
         out, _ = attention(
-            query,
-            key,
-            t["value"],
-            self.spec,
+            row,
+            column,
+            _for_heads(value, row.shape[1]),
+            self._spec(t),
             self_score=t.get("self_score"),
             seeds=t.get("seeds"),
             terms=self._terms(t),
@@ -121,13 +124,34 @@ class AttentionMap:
     def weights(self, y: Tensor, *tensors: Tensor) -> Tensor:
         """Return the attention matrix `[B, H, N, M]` at y, before dropout, all of it at once."""
         t = dict(zip(self.names, tensors, strict=True))
-        query, key = self._sides(y, t)
-        return weights(self.spec, (query, key, None, t.get("self_score"), *self._terms(t)))
+        row, column = self._sides(y, t)
+        return weights(self._spec(t), (row, column, None, t.get("self_score"), *self._terms(t)))
+
+    def columns(self, y: Tensor, *tensors: Tensor) -> Tensor:
+        """Return what a cache keeps of the tokens beside their values: their side of the scores, `[B, G, N, d]`."""
+        t = dict(zip(self.names, tensors, strict=True))
+        return self._queries(y, t) if self.rows_are_keys else t["key"]
 
     def _sides(self, y: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        key = t["key"]
-        made = self.query_map(y.to(key.dtype), *(t.get(n) for n in QueryMap.names))
-        return (key, made) if self.rows_are_keys else (made, key)
+        """Rows and columns of the scores, `[B, H, N, d]` and `[B, H, P + M, d]`."""
+        made = self._queries(y, t)
+        row, column = (t["key"], made) if self.rows_are_keys else (made, t["key"])
+        return row, _for_heads(_joined(t.get("past_column"), column), row.shape[1])
+
+    def _queries(self, y: Tensor, t: dict[str, Tensor]) -> Tensor:
+        return self.query_map(y.to(t["key"].dtype), *(t.get(n) for n in QueryMap.names))
+
+    def _spec(self, t: dict[str, Tensor]) -> AttentionSpec:
+        return self.spec.following(t["past_value"].shape[-2]) if "past_value" in t else self.spec
 
     def _terms(self, t: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return tuple(t[f"term{i}"] for i in range(len(self.spec.terms)))
+
+
+def _joined(past: Tensor | None, new: Tensor) -> Tensor:
+    return new if past is None else torch.cat([past, new], -2)
+
+
+def _for_heads(t: Tensor, heads: int) -> Tensor:
+    """`[B, G, M, d] -> [B, H, M, d]`: what a group of heads shares, for each of them."""
+    return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)

@@ -59,10 +59,32 @@ class FailureReport:
             f"after {int(solution.steps.max())} steps (largest residual {float(solution.residual.max()):.2e}). "
             f"{_ADVICE[name]}"
         )
+        self._say(message, name)
+
+    def near_singular(self, rows: int, of: int) -> None:
+        """Report rows where the derivative of the equilibrium does not exist to working precision.
+
+        Args:
+            rows: How many have a gain (an eigenvalue of their own Jacobian) within 1e-3 of 1.
+            of: Of how many.
+
+        Raises:
+            ConvergenceError: If `on_failure` is "raise".
+        """
+        self._say(
+            f"The gradient is not to be trusted: {rows} of {of} rows have a gain within 1e-3 of 1, where the "
+            "equilibrium has no derivative. Keep gains down (weight decay, qk_norm, diagnostics.gain_penalty), or use "
+            'self_query="input", whose gains are 0.',
+            "near-singular gradient",
+        )
+
+    def _say(self, message: str, name: str) -> None:
+        if self.on_failure == "ignore" or (self.on_failure == "warn" and name in self._said):
+            return
         if self.on_failure == "raise":
             raise ConvergenceError(message)
         self._said.add(name)
-        warnings.warn(f"{message} Said once.", ConvergenceWarning, stacklevel=2)
+        warnings.warn(f"{message} Said once.", ConvergenceWarning, stacklevel=3)
 
 
 def fixed_point(

@@ -1,5 +1,6 @@
 """The layer: implicit-query attention solved to its equilibrium, with all its options."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -7,8 +8,10 @@ from torch import Tensor, nn
 
 from implicit_attention import maps, masks
 from implicit_attention.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
-from implicit_attention.attention_map import AttentionMap, QueryMap, rms_norm, split_heads
+from implicit_attention.attention_map import AttentionMap, QueryMap, merge_heads, rms_norm, split_heads
+from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.errors import (
+    Came,
     NonFiniteError,
     bad_type,
     bad_value,
@@ -23,6 +26,7 @@ from implicit_attention.kernels.spec import BiasTerm
 from implicit_attention.positions import Positions, make_positions, rotate
 from implicit_attention.solvers import Anderson, DirectSolver, Method, Solution
 
+_NO_CACHE = "Without a causal mask later tokens change the equilibria of earlier ones."
 _ADJOINTS = {"implicit": Implicit, "unrolled": Unrolled, "phantom": Phantom}
 
 
@@ -53,7 +57,9 @@ class ImplicitQueryAttention(nn.Module):
         embed_dim: int,
         num_heads: int = 1,
         *,
+        num_kv_heads: int | None = None,
         is_causal: bool = False,
+        window: int | None = None,
         self_query: str = "output",
         normalize_over: str = "queries",
         query_input: bool = False,
@@ -75,13 +81,17 @@ class ImplicitQueryAttention(nn.Module):
         Args:
             embed_dim: Size D of a token, a multiple of `num_heads`.
             num_heads: H; heads see slices of keys, queries and values, and mix through `Omega_Q`.
+            num_kv_heads: G, a divisor of `num_heads` (the default): heads of the columns, queries and values (with
+                `normalize_over="keys"` keys and values), each shared by H / G heads of the rows. A cache holds G.
             is_causal: Row i sees columns j <= i.
+            window: Causal only: row i sees columns i - window < j <= i.
             self_query: Under a causal mask, what the query of column j = i is made from in row i: "output",
                 the unknown y_i, or "input", the start v_i (then the equilibrium is unique, whatever the weights).
             normalize_over: "queries" (the seed), or "keys": rows are queries against keys of the input, the
                 conventional orientation, where tokens decouple; cross-attention exists only there.
             query_input: Queries are `Omega_Q y + W_Q x`.
-            qk_norm: RMS norm of keys and queries over the head dimension, with one learned temperature per head.
+            qk_norm: RMS norm of keys and queries over the head dimension, with one learned temperature per head of
+                the keys.
             positions: None, "rope", "alibi", "relative" or a `Positions` object.
             values: "linear", `V = Omega_V x`, or "identity", `V = x`.
             out_proj: A linear map after the equilibrium.
@@ -109,6 +119,10 @@ class ImplicitQueryAttention(nn.Module):
         check_positive("num_heads", num_heads, integer=True)
         if embed_dim % num_heads:
             raise bad_value("num_heads", f"a divisor of embed_dim={embed_dim}", num_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_positive("num_kv_heads", num_kv_heads, integer=True)
+        if num_heads % num_kv_heads:
+            raise bad_value("num_kv_heads", f"a divisor of num_heads={num_heads}", num_kv_heads)
         check_choice("self_query", self_query, ("output", "input"))
         check_choice("normalize_over", normalize_over, ("queries", "keys"))
         check_choice("values", values, ("linear", "identity"))
@@ -120,6 +134,13 @@ class ImplicitQueryAttention(nn.Module):
                 "self_query", '"output" unless is_causal=True and normalize_over="queries"', self_query,
                 "Elsewhere no column j = i is set apart, and the option would have no effect.",
             )  # fmt: skip
+        if values == "identity" and num_kv_heads != num_heads:
+            raise bad_value("num_kv_heads", f'num_heads={num_heads} with values="identity"', num_kv_heads,
+                            "The input itself has no fewer heads.")  # fmt: skip
+        if window is not None:
+            check_positive("window", window, integer=True)
+            if not is_causal:
+                raise bad_value("window", "None unless is_causal=True", window)
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
             raise bad_type("dropout", "a number in [0, 1)", dropout)
         if not 0 <= dropout < 1:
@@ -129,6 +150,7 @@ class ImplicitQueryAttention(nn.Module):
         if scale is not None:
             check_positive("scale", scale)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.num_kv_heads, self.window = num_kv_heads, window
         self.is_causal, self.self_query, self.normalize_over = is_causal, self_query, normalize_over
         self.query_input, self.qk_norm, self.values = query_input, qk_norm, values
         self.dropout, self.scale = float(dropout), self.head_dim**-0.5 if scale is None else float(scale)
@@ -136,11 +158,13 @@ class ImplicitQueryAttention(nn.Module):
         self.solver = self._make_solver(solver)
         self._report = FailureReport(on_failure)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.Omega_Q = nn.Linear(embed_dim, embed_dim, bias=bias and not query_input, **where)
-        self.W_K = nn.Linear(embed_dim, embed_dim, bias=bias, **where)
-        self.Omega_V = nn.Linear(embed_dim, embed_dim, bias=bias, **where) if values == "linear" else None
-        self.W_Q = nn.Linear(embed_dim, embed_dim, bias=bias, **where) if query_input else None
-        self.temperature = nn.Parameter(torch.ones(num_heads, **where)) if qk_norm else None
+        columns, by_keys = num_kv_heads * self.head_dim, normalize_over == "queries"  # rows belong to keys
+        queries, keys = (columns, embed_dim) if by_keys else (embed_dim, columns)
+        self.Omega_Q = nn.Linear(embed_dim, queries, bias=bias and not query_input, **where)
+        self.W_K = nn.Linear(embed_dim, keys, bias=bias, **where)
+        self.Omega_V = nn.Linear(embed_dim, columns, bias=bias, **where) if values == "linear" else None
+        self.W_Q = nn.Linear(embed_dim, queries, bias=bias, **where) if query_input else None
+        self.temperature = nn.Parameter(torch.ones(keys // self.head_dim, **where)) if qk_norm else None
         self.positions = make_positions(positions, num_heads, self.head_dim)
         if self.positions is not None:
             self.positions.to(**where)
@@ -158,6 +182,7 @@ class ImplicitQueryAttention(nn.Module):
         *,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        cache: Cache | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -168,8 +193,10 @@ class ImplicitQueryAttention(nn.Module):
             context: Where keys and values come from, `[B, M, D]` or `[M, D]`; x if None. Needs
                 `normalize_over="keys"`.
             attn_mask: `[N, M]`, `[B * H, N, M]` or `[B, H, N, M]`: bool, **True = hidden**, or float, added to
-                the scores. Rows are output tokens, columns the tokens they see.
-            key_padding_mask: `[B, M]` (or `[M]`): columns hidden from every row; bool or float alike.
+                the scores. Rows are output tokens, columns the tokens they see (those in the cache first).
+            key_padding_mask: `[B, M]` (or `[M]`): columns hidden from every row; bool or float alike. With a cache
+                those of the new tokens, bool.
+            cache: Causal only: the tokens before x, to which those of x are added, `layer.make_cache(...)`.
             need_weights: Also return the attention matrix at the equilibrium (the only thing that makes one).
             average_attn_weights: Average it over the heads.
 
@@ -182,10 +209,12 @@ class ImplicitQueryAttention(nn.Module):
             ValueError: If a shape, dtype or device does not fit, or an input or weight holds NaN or Inf.
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
-        equation, batched = self._equation(x, context, attn_mask, key_padding_mask)
-        y = self._solve(
-            equation, {"x": x, "context": context, "attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
-        ).value
+        equation, batched = self._equation(x, context, attn_mask, key_padding_mask, cache)
+        named = {"x": x, "context": context, "attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        solution = self._solve(equation, named)
+        if cache is not None:
+            self._append(cache, equation, solution, key_padding_mask)
+        y = solution.value
         out = y if self.out_proj is None else self.out_proj(y)
         if self.out_proj is not None and not maps.transforms_active() and not bool(torch.isfinite(out).all()):
             raise non_finite(dict(self.named_parameters()))
@@ -202,7 +231,9 @@ class ImplicitQueryAttention(nn.Module):
         *,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        cache: Cache | None = None,
         history: bool = False,
+        gains: bool = False,
     ) -> Solution:
         """Return the equilibrium before `out_proj`, with residual, steps and convergence.
 
@@ -211,7 +242,10 @@ class ImplicitQueryAttention(nn.Module):
             context: As in `forward`.
             attn_mask: As in `forward`.
             key_padding_mask: As in `forward`.
+            cache: As in `forward`.
             history: Keep every iterate.
+            gains: Also return `Solution.gain`, how much each row feeds itself, at the cost of no attention pass. Only
+                causal layers whose rows belong to keys have it.
 
         Returns:
             The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` one per sample `[B]`, or per
@@ -222,9 +256,16 @@ class ImplicitQueryAttention(nn.Module):
             ValueError: As `forward`.
             ConvergenceError: As `forward`.
         """
-        equation, batched = self._equation(x, context, attn_mask, key_padding_mask)
+        if gains and not self.triangular:
+            raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
+                            "Use diagnostics.spectral_radius.")  # fmt: skip
+        equation, batched = self._equation(x, context, attn_mask, key_padding_mask, cache)
         named = {"x": x, "context": context, "attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         solution = self._solve(equation, named, history=history)
+        if cache is not None:
+            self._append(cache, equation, solution, key_padding_mask)
+        if gains:
+            solution = replace(solution, gain=row_gains(equation, solution))
         return solution if batched else solution.unbatched()
 
     def equation(
@@ -234,6 +275,7 @@ class ImplicitQueryAttention(nn.Module):
         *,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Equation:
         """Return the equation that `solve` solves, for `fixed_point`, diagnostics or solvers of your own.
 
@@ -242,12 +284,48 @@ class ImplicitQueryAttention(nn.Module):
             context: As in `forward`.
             attn_mask: As in `forward`.
             key_padding_mask: As in `forward`.
+            cache: The tokens before x, which stay as they are.
 
         Raises:
             TypeError: As `forward`.
             ValueError: As `forward`.
         """
-        return self._equation(x, context, attn_mask, key_padding_mask)[0]
+        return self._equation(x, context, attn_mask, key_padding_mask, cache)[0]
+
+    def make_cache(self, batch_size: int, capacity: int) -> DecodeCache:
+        """Return an empty cache for this layer.
+
+        Args:
+            batch_size: B.
+            capacity: Tokens it can hold.
+
+        Raises:
+            ValueError: If the layer is not causal.
+        """
+        if not self.is_causal:
+            raise bad_value(
+                "cache", "None unless is_causal=True", Came("a cache"), "Later tokens would change earlier ones."
+            )
+        like = self.W_K.weight
+        return DecodeCache(batch_size, self.num_kv_heads, self.head_dim, capacity, device=like.device, dtype=like.dtype)
+
+    @property
+    def triangular(self) -> bool:
+        """Whether row i depends on rows j <= i, so that `ForwardSubstitution` can solve it."""
+        return self.is_causal and self.normalize_over == "queries"
+
+    def _append(self, cache: Cache, equation: Equation, solution: Solution, key_padding_mask: Tensor | None) -> None:
+        """Add the tokens of a solved equation to the cache they followed."""
+        hidden = key_padding_mask
+        if hidden is not None and hidden.dim() == 1:
+            hidden = hidden[None]
+        with torch.no_grad():
+            if solution.memo:
+                column = solution.memo[0].transpose(1, 2)
+            else:
+                column = equation.function.columns(solution.value, *equation.args)
+            value = equation.args[equation.function.names.index("value")]
+            cache.append(column, value, hidden)
 
     def _solve(self, equation: Equation, named: dict[str, Tensor | None], *, history: bool = False) -> Solution:
         function = equation.function
@@ -258,8 +336,7 @@ class ImplicitQueryAttention(nn.Module):
             raise non_finite({**named, **dict(self.named_parameters())}) from error
 
     def _make_solver(self, solver: str | Method) -> Method:
-        triangular = self.is_causal and self.normalize_over == "queries"
-        if isinstance(solver, DirectSolver) and not triangular:
+        if isinstance(solver, DirectSolver) and not self.triangular:
             raise bad_value(
                 "solver", 'an iterative one unless is_causal=True and normalize_over="queries"', solver,
                 'Rows depend on later rows here, or on no other: use "auto" or Anderson().',
@@ -270,64 +347,95 @@ class ImplicitQueryAttention(nn.Module):
             raise bad_type("solver", '"auto" or a solver object such as Picard()', solver)
         if solver != "auto":
             raise bad_value("solver", '"auto" or a solver object such as Picard()', solver)
-        return ForwardSubstitution() if triangular and not isinstance(self.adjoint, Unrolled) else Anderson()
+        return ForwardSubstitution() if self.triangular and not isinstance(self.adjoint, Unrolled) else Anderson()
 
     def _equation(
-        self, x: Tensor, context: Tensor | None, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        cache: Cache | None,
     ) -> tuple[Equation, bool]:
         """Check the inputs and prepare everything that does not depend on y."""
         x, context, key_padding_mask, batched = self._check(x, context, key_padding_mask)
         source = x if context is None else context
-        key = split_heads(self.W_K(source), self.num_heads)
+        by_keys, groups = self.normalize_over == "queries", self.num_kv_heads
+        key = split_heads(self.W_K(source), self.num_heads if by_keys else groups)
         dtype = key.dtype
-        value = self._values(source, dtype)
-        # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
-        start = value.clone() if context is None else self._values(x, dtype)
+        value = split_heads(self._values(source, dtype), groups)
+        past = None if cache is None else self._past(cache, context, value, key_padding_mask)
         if self.temperature is not None:
             key = rms_norm(key) * self.temperature[:, None, None].to(dtype)
-        tensors = self._query_tensors(x, dtype)
-        rotation = self._rotation(source, dtype)
+        tensors = self._query_tensors(x, dtype, past)
+        rotation = self._rotation(source, dtype, past)
         if rotation is not None:
             key = rotate(key, rotation)
         if set(tensors) == {"weight"} and self.num_heads == 1 and not self.qk_norm:
             key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
-        tensors |= {"key": key, "value": split_heads(value, self.num_heads)}
-        query_map = QueryMap(self.num_heads, self.qk_norm)
+        tensors |= {"key": key, "value": value}
+        if past is not None:
+            tensors |= {"past_column": past.column, "past_value": past.value}
+            key_padding_mask = _padding(past, key_padding_mask, x.shape[-2])
+        # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
+        own = value if context is None else split_heads(self._values(x, dtype), groups)
+        start = merge_heads(own.repeat_interleave(self.num_heads // groups, 1)).clone()
+        query_map = QueryMap(groups if by_keys else self.num_heads, self.qk_norm)
         if self.self_query == "input":
             queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
+            queries = queries.repeat_interleave(self.num_heads // groups, 1)
             tensors["self_score"] = (key * queries).sum(-1) * self.scale
-        terms = self._terms(key, x.shape[-2], attn_mask, key_padding_mask)
+        before = 0 if past is None else past.value.shape[-2]
+        terms = self._terms(key, x.shape[-2], attn_mask, key_padding_mask, before)
         tensors |= {f"term{i}": tensor for i, (_, tensor) in enumerate(terms)}
         dropout = self.dropout if self.training else 0.0
         if dropout:
             tensors["seeds"] = torch.randint(2**62, x.shape[:1], device=x.device)
-        spec = AttentionSpec(self.scale, self.is_causal, tuple(term for term, _ in terms), dropout)
-        function = AttentionMap(spec, query_map, self.normalize_over == "queries", tuple(tensors))
+        spec = AttentionSpec(self.scale, self.is_causal, tuple(term for term, _ in terms), dropout, self.window)
+        function = AttentionMap(spec, query_map, by_keys, tuple(tensors))
         return Equation(function, tuple(tensors.values()), start), batched
+
+    def _past(
+        self, cache: Cache, context: Tensor | None, value: Tensor, key_padding_mask: Tensor | None
+    ) -> Past | None:
+        """Refuse a cache that does not fit before anything is solved; return what it holds."""
+        if not self.is_causal:
+            raise bad_value(
+                "cache", "None unless is_causal=True", Came("a cache"), "Later tokens would change earlier ones."
+            )
+        if context is not None:
+            raise bad_value("cache", "None next to a context", Came("a cache"), "The context stands in its place.")
+        if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+            raise bad_type("key_padding_mask", "bool with a cache", key_padding_mask)
+        if isinstance(cache, DecodeCache):
+            cache.check(value)
+        return cache.past()
 
     def _values(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         return source.to(dtype) if self.Omega_V is None else self.Omega_V(source).to(dtype)
 
-    def _query_tensors(self, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _query_tensors(self, x: Tensor, dtype: torch.dtype, past: Past | None) -> dict[str, Tensor]:
         """The tensors of phi, by name."""
         tensors = {"weight": self.Omega_Q.weight.to(dtype)}
         if self.Omega_Q.bias is not None:
             tensors["bias"] = self.Omega_Q.bias.to(dtype)
         if self.W_Q is not None:
             tensors["added"] = self.W_Q(x).to(dtype)
-        rotation = self._rotation(x, dtype)
+        rotation = self._rotation(x, dtype, past)
         return tensors if rotation is None else tensors | {"rotation": rotation}
 
-    def _rotation(self, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def _rotation(self, tokens: Tensor, dtype: torch.dtype, past: Past | None) -> Tensor | None:
         if self.positions is None:
             return None
-        return self.positions.rotation(tokens.shape[-2], tokens.to(dtype))
+        return self.positions.rotation(tokens.shape[-2], tokens.to(dtype), 0 if past is None else past.position)
 
     def _terms(
-        self, key: Tensor, rows: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None
+        self, key: Tensor, rows: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None, past: int
     ) -> list[tuple[BiasTerm, Tensor]]:
-        batch, heads, cols, _ = key.shape
-        terms = masks.mask_terms(attn_mask, key_padding_mask, batch=batch, heads=heads, rows=rows, cols=cols, like=key)
+        batch, cols = len(key), past + key.shape[2]
+        terms = masks.mask_terms(
+            attn_mask, key_padding_mask, batch=batch, heads=self.num_heads, rows=rows, cols=cols, like=key, past=past
+        )
         bias = None if self.positions is None else self.positions.bias()
         return terms if bias is None else [*terms, bias]
 
@@ -355,7 +463,9 @@ class ImplicitQueryAttention(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings that are not the default, for `print`."""
         shown = {
+            "num_kv_heads": (self.num_kv_heads, self.num_heads),
             "is_causal": (self.is_causal, False),
+            "window": (self.window, None),
             "self_query": (self.self_query, "output"),
             "normalize_over": (self.normalize_over, "queries"),
             "qk_norm": (self.qk_norm, False),
@@ -367,6 +477,26 @@ class ImplicitQueryAttention(nn.Module):
         parts = [f"{self.embed_dim}, num_heads={self.num_heads}"]
         parts += [f"{name}={value!r}" for name, (value, default) in shown.items() if value != default]
         return ", ".join([*parts, f"solver={self.solver}", f"adjoint={self.adjoint}"])
+
+
+def row_gains(equation: Equation, solution: Solution) -> Tensor:
+    """Return the spectral radius of each row's own Jacobian at the equilibrium of a causal equation, `[B, N]`.
+
+    Args:
+        equation: The equation.
+        solution: Its solution, by any solver.
+    """
+    with torch.no_grad():
+        return ForwardSubstitution().gains(equation.function, equation.args, solution.value, solution.memo)
+
+
+def _padding(past: Past, new: Tensor | None, count: int) -> Tensor | None:
+    """Which columns are hidden, those of the cache first, `[B, P + n]`; None if none are."""
+    if past.hidden is None and new is None:
+        return None
+    batch, length = len(past.value), past.value.shape[-2]
+    held = past.value.new_zeros(batch, length, dtype=torch.bool) if past.hidden is None else past.hidden
+    return torch.cat([held, held.new_zeros(batch, count) if new is None else new], 1)
 
 
 def _make_adjoint(adjoint: str | Adjoint) -> Adjoint:

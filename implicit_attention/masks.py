@@ -15,10 +15,17 @@ from implicit_attention.kernels.spec import BiasTerm
 
 @dataclass(frozen=True)
 class AdditiveMask:
-    """A bias term made from a tensor `[b, h, N or 1, M]`: added if it is float, hiding where True if bool."""
+    """A bias term made from a tensor `[b, h, N or 1, M]`: added if it is float, hiding where True if bool.
+
+    Attributes:
+        first_row: The row that the tensor's first row belongs to.
+    """
+
+    first_row: int = 0
 
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
         """Return the mask of a block as an additive bias `[b, h, r or 1, c]`."""
+        rows = slice(rows.start - self.first_row, rows.stop - self.first_row)
         part = tensor[..., rows, cols] if tensor.shape[-2] > 1 else tensor[..., cols]
         if part.dtype != torch.bool:
             return part
@@ -34,6 +41,7 @@ def mask_terms(
     rows: int,
     cols: int,
     like: Tensor,
+    past: int = 0,
 ) -> list[tuple[BiasTerm, Tensor]]:
     """Check the masks of a call and return them as bias terms with their tensors.
 
@@ -45,6 +53,7 @@ def mask_terms(
         rows: N.
         cols: M.
         like: A tensor with the dtype and device that masks must go with.
+        past: Columns that come before those of the rows.
 
     Returns:
         Terms and their tensors, `[1 or B, 1 or H, 1 or N, M]`.
@@ -66,7 +75,7 @@ def mask_terms(
                 attn_mask,
                 "Its rows are output tokens, its columns the tokens they may see.",
             )
-        found.append((AdditiveMask(), attn_mask.reshape(*lead, rows, cols)))
+        found.append((AdditiveMask(past), attn_mask.reshape(*lead, rows, cols)))
     if key_padding_mask is not None:
         _check_mask("key_padding_mask", key_padding_mask, like)
         if tuple(key_padding_mask.shape) != (batch, cols):

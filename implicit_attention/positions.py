@@ -15,15 +15,16 @@ class Positions(nn.Module, ABC):
     """Base of the position encodings. Rows and columns are counted from the same origin."""
 
     @abstractmethod
-    def rotation(self, length: int, like: Tensor) -> Tensor | None:
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor | None:
         """Return what `rotate` applies to queries and keys, None if they stay as they are.
 
         Args:
             length: Number of tokens.
             like: Tensor whose dtype and device the result takes.
+            first: Position of the first token, a number or `[B]`.
 
         Returns:
-            `[2, length, d / 2]` (cosines and sines) or None.
+            Cosines and sines, `[2, length, d / 2]` or `[2, B, 1, length, d / 2]`, or None.
         """
 
     @abstractmethod
@@ -52,11 +53,12 @@ class Rotary(Positions):
             raise bad_value("head_dim", "even for rotary positions", head_dim, "Change embed_dim or num_heads.")
         self.head_dim, self.base = head_dim, base
 
-    def rotation(self, length: int, like: Tensor) -> Tensor:
-        """Return cosines and sines, `[2, length, d / 2]`."""
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor:
+        """Return cosines and sines, `[2, length, d / 2]` or `[2, B, 1, length, d / 2]`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         i = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=like.device)
         turns = torch.arange(length, dtype=torch.float64, device=like.device)[:, None]
+        turns = turns + (first[:, None, None, None] if isinstance(first, Tensor) else first)
         angles = turns * self.base ** (-i / self.head_dim)
         return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
@@ -69,7 +71,7 @@ class Rotary(Positions):
 
 
 def rotate(t: Tensor, rotation: Tensor) -> Tensor:
-    """Turn `[..., N, d]` by `rotation` `[2, N, d / 2]`."""
+    """Turn `[..., N, d]` by `rotation` `[2, ..., N, d / 2]`."""
     cos, sin = rotation.unbind(0)
     a, b = t.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(t.dtype)
@@ -77,7 +79,8 @@ def rotate(t: Tensor, rotation: Tensor) -> Tensor:
 
 def unrotate(t: Tensor, rotation: Tensor) -> Tensor:
     """Undo `rotate`, which is also its transpose."""
-    return rotate(t, rotation * rotation.new_tensor([1.0, -1.0])[:, None, None])
+    cos, sin = rotation.unbind(0)
+    return rotate(t, torch.stack([cos, -sin]))
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class ALiBi(Positions):
         slopes += [2 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
         self.register_buffer("slopes", torch.tensor(slopes), persistent=False)
 
-    def rotation(self, length: int, like: Tensor) -> None:
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> None:
         """Return None: queries and keys stay as they are."""
 
     def bias(self) -> tuple[BiasTerm, Tensor]:
@@ -152,7 +155,7 @@ class RelativeBias(Positions):
         self.max_distance = max_distance
         self.table = nn.Parameter(torch.zeros(num_heads, 2 * max_distance + 1))
 
-    def rotation(self, length: int, like: Tensor) -> None:
+    def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> None:
         """Return None: queries and keys stay as they are."""
 
     def bias(self) -> tuple[BiasTerm, Tensor]:

@@ -89,7 +89,7 @@ class RowSolution:
     solved: Tensor
 
 
-def solve_rows(problem: RowProblem, tolerance: float) -> RowSolution:
+def solve_rows(problem: RowProblem, tolerance: float, near: Tensor | None = None) -> RowSolution:
     """Solve every row for the root that is reached from p = 1, the start `y = v`.
 
     One head with a linear score: the largest root, by Newton's method in a bracket that holds no other. Several
@@ -100,6 +100,7 @@ def solve_rows(problem: RowProblem, tolerance: float) -> RowSolution:
     Args:
         problem: The problems.
         tolerance: On the residual.
+        near: Roots `[R, H]` of a problem that has hardly changed since, NaN where there is none.
 
     Returns:
         The solution; a row that is not solved says so.
@@ -108,7 +109,9 @@ def solve_rows(problem: RowProblem, tolerance: float) -> RowSolution:
         Chow, Mallet-Paret and Yorke, "Finding zeroes of maps: homotopy methods that are constructive with
         probability one", Math. Comp. 32 (1978).
     """
-    return RowSolver(tolerance).solve(problem)
+    solver = RowSolver(tolerance)
+    solver._root = near
+    return solver.solve(problem)
 
 
 class RowSolver:
@@ -162,6 +165,7 @@ class RowSolver:
         if self._root is None:
             return left
         before, part = self._root[left], problem.rows(left)
+        before = before.nan_to_num(0.5)
         near = (torch.logit(part.target(before), 1e-12) - torch.logit(before, 1e-12)).abs().amax(-1) < self._HARDLY
         after = _newton(part, torch.where(near[:, None], before, 1.0), self.tolerance)
         near &= _judge(part, after, self.tolerance).solved & ((after - before).abs().amax(-1) < self._HARDLY)

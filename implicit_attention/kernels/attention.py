@@ -42,7 +42,7 @@ def attention(
     return out, lse
 
 
-def gradient_of_key(
+def partial_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -53,8 +53,9 @@ def gradient_of_key(
     *,
     seeds: Tensor | None = None,
     terms: tuple[Tensor, ...] = (),
-) -> Tensor:
-    """Return the gradient of the keys of a **part** of a softmax, given the whole's output and log-sum-exp.
+    bias_grad: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a **part** of a softmax, given the whole's output and log-sum-exp.
 
     Args:
         grad: Cotangent of the whole output, `[B, H, N, d_v]`.
@@ -66,14 +67,57 @@ def gradient_of_key(
         spec: The part's call.
         seeds: As in `attention`.
         terms: As in `attention`.
+        bias_grad: Whether to return the terms' gradients too, which the stock kernel does not know.
 
     Returns:
-        `[B, H, M, d]`.
+        Gradients of query, key, value and each term (None unless `bias_grad`).
     """
-    if flash.serves(query, value, spec, None):
+    if not bias_grad and flash.serves(query, value, spec, None):
         narrow = query.dtype
-        return flash.backward(spec, grad.to(narrow), query, key, value, None, out.to(narrow), lse, terms)[1]
-    return chunked.gradient_of_key(spec, seeds, grad, (query, key, value, None, *terms), out, lse)
+        found = flash.backward(spec, grad.to(narrow), query, key, value, None, out.to(narrow), lse, terms)
+        return *found[:3], *(None for _ in terms)
+    return chunked.partial_backward(spec, seeds, grad, (query, key, value, None, *terms), out, lse, bias_grad=bias_grad)
+
+
+def log_sum_exp(
+    query: Tensor,
+    key: Tensor,
+    spec: AttentionSpec,
+    *,
+    terms: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Return the log-sum-exp of the scores, `[B, H, N]`, differentiable once in query, key and terms.
+
+    Args:
+        query: `[B, H, N, d]`.
+        key: `[B, H, M, d]`.
+        spec: As in `attention`, without dropout.
+        terms: As in `attention`.
+    """
+    lse: Tensor = _LogSumExp.apply(spec, query, key, *terms)  # type: ignore[no-untyped-call]
+    return lse
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spec: AttentionSpec, query: Tensor, key: Tensor, *terms: Tensor) -> Tensor:
+        _, lse = attention(query, key, key, spec, terms=terms)
+        ctx.spec = spec
+        ctx.save_for_backward(lse, query, key, *terms)
+        return lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """`d lse = sum_j P_ij d S_ij`: the backward pass of an attention over values 1 / d whose output is 0."""
+        lse, query, key, *terms = ctx.saved_tensors
+        ones = grad[..., None].to(query.dtype).expand_as(query).contiguous()
+        value = torch.full_like(key, 1.0 / key.shape[-1])
+        bias_grad = any(ctx.needs_input_grad[3:])
+        d_query, d_key, _, *d_terms = partial_backward(
+            ones, query, key, value, torch.zeros_like(query), lse, ctx.spec, terms=tuple(terms), bias_grad=bias_grad
+        )
+        return None, d_query, d_key, *d_terms
 
 
 class _Attention(torch.autograd.Function):

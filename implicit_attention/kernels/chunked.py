@@ -32,25 +32,46 @@ def backward(spec: AttentionSpec, seeds: Tensor | None, grad: Tensor, inputs: In
     return tuple(total)
 
 
-def gradient_of_key(
-    spec: AttentionSpec, seeds: Tensor | None, grad: Tensor, inputs: Inputs, out: Tensor, lse: Tensor
-) -> Tensor:
-    """Return the keys' gradient `[B, H, M, d]` where `out` and `lse` belong to a softmax over more columns."""
+def partial_backward(
+    spec: AttentionSpec,
+    seeds: Tensor | None,
+    grad: Tensor,
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    bias_grad: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of query, key, value and terms where `out` and `lse` belong to a softmax over more columns.
+
+    Those of the terms are None unless `bias_grad`.
+    """
     query, key, value, _, *tensors = inputs
     assert query is not None and key is not None and value is not None
-    total = torch.zeros_like(key, dtype=lse.dtype)
+    wide = lse.dtype
+    d_query, d_key, d_value = (torch.zeros_like(t, dtype=wide) for t in (query, key, value))
+    d_terms: list[Tensor | None] = [None] * len(tensors)
     for rows, cols in _chunks(spec, inputs):
-        q, g = query[..., rows, :].to(lse.dtype), grad[..., rows, :].to(lse.dtype)
-        scores = spec.scale * (q @ key[..., cols, :].to(lse.dtype).mT)
+        q, g = query[..., rows, :].to(wide), grad[..., rows, :].to(wide)
+        k, v = key[..., cols, :].to(wide), value[..., cols, :].to(wide)
+        scores = spec.scale * (q @ k.mT)
         bias = _bias(spec, tensors, rows, cols, lse)
         seen = lse[..., rows, None].masked_fill(torch.isneginf(lse[..., rows, None]), 0.0)
         p = torch.exp((scores if bias is None else scores + bias) - seen)
-        slope = g @ value[..., cols, :].to(lse.dtype).mT
+        slope = g @ v.mT
         keep = spec.keep(seeds, query.shape[1], rows, cols, lse)
-        slope = slope if keep is None else slope * keep
+        if keep is not None:
+            slope, kept = slope * keep, p * keep
+        else:
+            kept = p
         slope = p * (slope - (g * out[..., rows, :]).sum(-1, keepdim=True))
-        total[..., cols, :] += spec.scale * (slope.mT @ q)
-    return total
+        d_query[..., rows, :] += spec.scale * (slope @ k)
+        d_key[..., cols, :] += spec.scale * (slope.mT @ q)
+        d_value[..., cols, :] += kept.mT @ g
+        if bias_grad:
+            found = spec.bias_gradient(tuple(t for t in tensors if t is not None), rows, cols, slope)
+            d_terms = [_add(a, b) for a, b in zip(d_terms, found, strict=True)]
+    return d_query, d_key, d_value, *d_terms
 
 
 def double_backward(
@@ -99,7 +120,7 @@ def jvp(spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, tangents: Seq
             scale=spec.scale,
             bias=_bias(spec, tensors, rows, cols, query),
             self_score=None if self_score is None else self_score[..., rows],
-            first_row=rows.start,
+            first_row=rows.start + spec.ahead - cols.start,
         )
         slope = torch.zeros_like(p)
         if dq is not None:
@@ -108,7 +129,7 @@ def jvp(spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, tangents: Seq
             slope = slope + spec.scale * (q @ dk[..., cols, :].mT)
         if self_score is not None:
             own = torch.zeros_like(slope[..., 0]) if d_self is None else d_self[..., rows].to(slope.dtype)
-            slope = torch.diagonal_scatter(slope, own, rows.start, dim1=-2, dim2=-1)
+            slope = torch.diagonal_scatter(slope, own, rows.start + spec.ahead - cols.start, dim1=-2, dim2=-1)
         for term, tangent in zip(spec.terms, d_tensors, strict=True):
             if tangent is not None:
                 slope = slope + term.block(tangent, rows, cols).to(slope.dtype)
@@ -127,7 +148,7 @@ def weights(spec: AttentionSpec, inputs: Inputs) -> Tensor:
     assert query is not None and key is not None
     rows, cols = slice(0, query.shape[-2]), slice(0, key.shape[-2])
     bias = _bias(spec, tensors, rows, cols, query)
-    return reference.weights(query, key, scale=spec.scale, bias=bias, self_score=self_score)[0]
+    return reference.weights(query, key, scale=spec.scale, bias=bias, self_score=self_score, first_row=spec.ahead)[0]
 
 
 def _attend(
@@ -143,7 +164,7 @@ def _attend(
         bias=_bias(spec, tensors, rows, cols, query),
         self_score=None if self_score is None else self_score[..., rows],
         keep=spec.keep(seeds, query.shape[1], rows, cols, query),
-        first_row=rows.start,
+        first_row=rows.start + spec.ahead - cols.start,
     )
 
 

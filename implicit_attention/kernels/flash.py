@@ -23,7 +23,7 @@ def serves(query: Tensor, value: Tensor, spec: AttentionSpec, self_score: Tensor
         and query.numel() > 0
         and value.numel() > 0
         and spec.dropout == 0.0
-        and (self_score is None or not spec.terms)
+        and (self_score is None or spec.plain)
     )
 
 
@@ -39,7 +39,7 @@ def forward(
     query, key, value = _rows_contiguous(query, key, value)
     if self_score is not None:
         return _forward_merging_diagonal(spec, query, key, value, self_score)
-    if not spec.terms:
+    if spec.plain:
         out, lse = _forward(query, key, value, 0.0, spec.is_causal, scale=spec.scale)
         return _visible(out, lse, None)
     outs, lses = [], []
@@ -69,7 +69,7 @@ def backward(
     grad, query, key, value = _rows_contiguous(grad, query, key, value)
     if self_score is not None:
         return _backward_splitting_diagonal(spec, grad, query, key, value, self_score, out, lse)
-    if not spec.terms:
+    if spec.plain:
         dq, dk, dv = _backward(grad, query, key, value, out, lse, 0.0, spec.is_causal, scale=spec.scale)
         return dq, dk, dv, None
     lse = lse.masked_fill(torch.isneginf(lse), 0.0)
@@ -132,9 +132,11 @@ def _backward_splitting_diagonal(
 
 def _bias(spec: AttentionSpec, tensors: tuple[Tensor, ...], rows: slice, cols: slice, query: Tensor) -> Tensor:
     bias = spec.bias(tensors, rows, cols, query)
-    if bias is None:  # cannot be: there are terms
-        raise RuntimeError("the attention call has bias terms that made no bias")
-    return bias.expand(*bias.shape[:2], rows.stop - rows.start, cols.stop)
+    if bias is None:  # a window that hides nothing here
+        return torch.zeros((), dtype=query.dtype, device=query.device).expand(
+            1, 1, rows.stop - rows.start, cols.stop - cols.start
+        )
+    return bias.expand(*bias.shape[:2], rows.stop - rows.start, cols.stop - cols.start)
 
 
 def _visible(out: Tensor, lse: Tensor, unseen: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -33,9 +33,10 @@ class AttentionSpec:
 
     Attributes:
         scale: Factor on the scores `q . k`.
-        is_causal: Row i sees columns j <= i; rows and columns count from the same origin.
+        is_causal: Row i sees columns j <= i, counted from `origin`.
         terms: Additive biases, one tensor each, added after the scaling.
         dropout: Probability with which an attention weight is zeroed; the call then needs `seeds`.
+        window: Row i sees columns j > i - window; None for all.
         origin: Row and column of the first score, for a block of a larger matrix.
     """
 
@@ -43,7 +44,18 @@ class AttentionSpec:
     is_causal: bool = False
     terms: tuple[BiasTerm, ...] = ()
     dropout: float = 0.0
+    window: int | None = None
     origin: tuple[int, int] = (0, 0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores get no bias but a causal mask from the first row and column on."""
+        return not self.terms and self.window is None and not (self.is_causal and self.ahead)
+
+    @property
+    def ahead(self) -> int:
+        """The column on whose diagonal the first row lies."""
+        return self.origin[0] - self.origin[1]
 
     def shifted(self, row: int, col: int) -> "AttentionSpec":
         """Return the call of a block below the diagonal: its rows start at `row`, its columns at `col`."""
@@ -51,6 +63,10 @@ class AttentionSpec:
             raise ValueError(f"a block at row {row}, column {col} lies above the diagonal")
         terms = tuple(_Shifted(term, row, col) for term in self.terms)
         return replace(self, is_causal=False, terms=terms, origin=(self.origin[0] + row, self.origin[1] + col))
+
+    def following(self, past: int) -> "AttentionSpec":
+        """Return the call whose first row stands at column `past`: the columns before it come from a cache."""
+        return replace(self.shifted(past, 0), is_causal=self.is_causal) if past else self
 
     def chunks(self, query: Tensor, key: Tensor, *, systems: int | None = None) -> list[tuple[slice, slice]]:
         """Return (rows, columns they see) so that `systems * rows * columns` stays within a budget.
@@ -62,16 +78,18 @@ class AttentionSpec:
         """
         batch, heads, n, _ = query.shape
         m = key.shape[-2]
-        step = max(MIN_CHUNK, BLOCK_ELEMENTS // max(1, (systems or batch * heads) * m))
+        seen = m if self.window is None else min(m, self.window + 2 * MIN_CHUNK)
+        step = max(MIN_CHUNK, BLOCK_ELEMENTS // max(1, (systems or batch * heads) * seen))
         return list(self._chunks(n, m, step))
 
     def _chunks(self, n: int, m: int, step: int) -> Iterator[tuple[slice, slice]]:
         for start in range(0, n, step):
             stop = min(n, start + step)
-            yield slice(start, stop), slice(0, min(m, stop) if self.is_causal else m)
+            first = 0 if self.window is None else min(m - 1, max(0, start + self.ahead - self.window + 1))
+            yield slice(start, stop), slice(first, min(m, stop + self.ahead) if self.is_causal else m)
 
     def bias(self, tensors: tuple[Tensor, ...], rows: slice, cols: slice, like: Tensor) -> Tensor | None:
-        """Return the sum of all biases and of the causal mask on a block, None if there is neither.
+        """Return the sum of all biases and of the masks (causal, window) on a block, None if there are none.
 
         Args:
             tensors: One tensor per term.
@@ -86,11 +104,48 @@ class AttentionSpec:
         for term, tensor in zip(self.terms, tensors, strict=True):
             block = term.block(tensor, rows, cols).to(like.dtype)
             total = block if total is None else total + block
-        if self.is_causal and cols.stop - 1 > rows.start:
-            hidden = torch.zeros(rows.stop - rows.start, cols.stop - cols.start, dtype=like.dtype, device=like.device)
-            hidden.masked_fill_(_later(rows, cols, like.device), -torch.inf)
-            total = hidden[None, None] if total is None else total + hidden
+        hidden = self._hidden(rows, cols, like.device)
+        if hidden is not None:
+            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+            total = mask[None, None] if total is None else total + mask
         return total
+
+    def bias_gradient(
+        self, tensors: tuple[Tensor, ...], rows: slice, cols: slice, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradient of each term's tensor for the cotangent `grad` `[B, H, r, c]` of a block's bias.
+
+        Args:
+            tensors: One tensor per term.
+            rows: Rows of the block.
+            cols: Columns of the block.
+            grad: Cotangent.
+
+        Returns:
+            One gradient per term, in the dtype of its tensor; None for one that is not float.
+        """
+        found: list[Tensor | None] = []
+        for term, tensor in zip(self.terms, tensors, strict=True):
+            if not tensor.is_floating_point():
+                found.append(None)
+                continue
+            with torch.enable_grad():
+                leaf = tensor.detach().requires_grad_()
+                block = term.block(leaf, rows, cols)
+            (d_tensor,) = torch.autograd.grad(block, leaf, grad.sum_to_size(block.shape).to(block.dtype))
+            found.append(d_tensor)
+        return tuple(found)
+
+    def _hidden(self, rows: slice, cols: slice, device: torch.device) -> Tensor | None:
+        """What the causal mask and the window hide on a block, `[r, c]`, None where that is nothing."""
+        later = self.is_causal and cols.stop - 1 > rows.start + self.ahead
+        past = self.window is not None and rows.stop - 1 + self.ahead - cols.start >= self.window
+        if not (later or past):
+            return None
+        i = torch.arange(rows.start, rows.stop, device=device)[:, None] + self.ahead
+        distance = i - torch.arange(cols.start, cols.stop, device=device)
+        hidden = distance < 0 if later else torch.zeros_like(distance, dtype=torch.bool)
+        return hidden | (distance >= self.window) if self.window is not None else hidden
 
     def keep(self, seeds: Tensor | None, heads: int, rows: slice, cols: slice, like: Tensor) -> Tensor | None:
         """Return the dropout factors of a block, 0 or 1 / (1 - dropout), None without dropout.
@@ -133,11 +188,6 @@ class _Shifted:
             slice(rows.start + self.row, rows.stop + self.row),
             slice(cols.start + self.col, cols.stop + self.col),
         )
-
-
-def _later(rows: slice, cols: slice, device: torch.device) -> Tensor:
-    i = torch.arange(rows.start, rows.stop, device=device)[:, None]
-    return torch.arange(cols.start, cols.stop, device=device) > i
 
 
 def _mix(x: Tensor) -> Tensor:

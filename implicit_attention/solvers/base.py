@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,10 @@ class Solution:
         rel_trace: The same, relative to the largest component of `F(y)`.
         evaluations: How often the map or its Jacobian was applied, to the whole batch at once.
         history: Every iterate, the start first, if it was asked for.
+        gain: Spectral radius of each row's own Jacobian, `[B, N]`, if it was asked for; its maximum is that of the
+            causal map.
+        memo: What a direct solver found on the way and its adjoint needs; for `ForwardSubstitution` the queries
+            at the equilibrium `[B, N, G, d]`, the log-sum-exp `[B, H, N]`, and the queries' inverse norms.
     """
 
     value: Tensor
@@ -41,16 +45,19 @@ class Solution:
     rel_trace: Tensor
     evaluations: int = 0
     history: list[Tensor] | None = None
+    gain: Tensor | None = None
+    memo: tuple[Tensor, ...] = field(default=(), repr=False)
 
     @property
     def stats(self) -> dict[str, Any]:
         """The solve's statistics as plain tensors, under the names torchdeq gives them."""
-        return {
+        found = {
             "abs_trace": self.abs_trace,
             "rel_trace": self.rel_trace,
             "nstep": self.steps,
             "evaluations": self.evaluations,
         }
+        return found if self.gain is None else found | {"sradius": self.gain}
 
     def unbatched(self) -> "Solution":
         """Return the solution of a batch of one without its batch dimension."""
@@ -63,6 +70,7 @@ class Solution:
             rel_trace=self.rel_trace[:, 0],
             evaluations=self.evaluations,
             history=None if self.history is None else [y[0] for y in self.history],
+            gain=None if self.gain is None else self.gain[0],
         )
 
 
@@ -162,38 +170,55 @@ class DirectSolver(Method, ABC):
 
     fallback: "Solver"
 
-    @property
     @abstractmethod
-    def attempts(self) -> int:
-        """How many levels of care `equilibrium` knows."""
-
-    @abstractmethod
-    def equilibrium(
-        self, function: Callable[..., Tensor], args: tuple[Tensor, ...], tolerance: float, attempt: int
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Return the equilibrium, the steps taken per row, and a memo for `adjoint`.
+    def equilibrium(self, function: Callable[..., Tensor], args: tuple[Tensor, ...], dtype: torch.dtype) -> Solution:
+        """Return the equilibrium, with a memo for `adjoint`.
 
         Args:
             function: The map.
             args: Its tensors.
-            tolerance: Absolute tolerance.
-            attempt: 0 at first, higher when the result was not within tolerance.
+            dtype: Of the equilibrium.
         """
 
     @abstractmethod
     def adjoint(
-        self, function: Callable[..., Tensor], args: tuple[Tensor, ...], y: Tensor, grad: Tensor, rtol: float, memo: Any
-    ) -> Tensor:
-        """Return `lam = grad + J^T lam` at the equilibrium `y`.
+        self,
+        function: Callable[..., Tensor],
+        args: tuple[Tensor, ...],
+        y: Tensor,
+        memo: tuple[Tensor, ...],
+        grad: Tensor,
+        needs: tuple[bool, ...],
+    ) -> "AdjointSolution":
+        """Solve `lam = grad + J^T lam` at the equilibrium `y` and return what it gives the map's tensors.
 
         Args:
             function: The map.
             args: Its tensors.
             y: The equilibrium.
-            grad: Cotangent.
-            rtol: Relative tolerance.
-            memo: What `equilibrium` left, or None.
+            memo: What `equilibrium` left; empty if another solver found it.
+            grad: Cotangent of y, finite.
+            needs: For each of `args`, whether its gradient is wanted.
         """
+
+
+@dataclass(frozen=True)
+class AdjointSolution:
+    """The outcome of an adjoint equation that was solved directly.
+
+    Attributes:
+        by_arg: The gradient of each tensor of the map, None where it was not wanted.
+        residual: Of the adjoint equation per sample, `[B]`.
+        converged: Whether that is within tolerance, `[B]`.
+        steps: Most sweeps that a block took.
+        near_singular: Rows with a gain so close to 1 that the gradient is not to be trusted.
+    """
+
+    by_arg: list[Tensor | None]
+    residual: Tensor
+    converged: Tensor
+    steps: int
+    near_singular: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,41 +298,6 @@ def solve(
         if iterates is not None:
             iterates.append(system.unflatten(y))
     return rule.solution(system, y, iterates)
-
-
-def measured(
-    method: Method, value: Tensor, f: Tensor, steps: Tensor, row_ndim: int, *, linear: bool = False
-) -> Solution:
-    """Return the solution for a value that was found directly, with its residual measured.
-
-    Args:
-        method: Whose tolerances apply.
-        value: What was found.
-        f: The map there.
-        steps: Per row, `value.shape[:row_ndim]`.
-        row_ndim: How many leading dimensions count the rows.
-        linear: Whether the map is affine.
-
-    Raises:
-        NonFiniteError: If the residual is not finite.
-    """
-    shape = value.shape[:row_ndim]
-    rows = (shape.numel(), 1)
-    residual, size = _largest((f - value).reshape(*rows, -1), rows), _largest(f, rows)
-    if not bool(torch.isfinite(residual).all()):
-        raise NonFiniteError("the map gave NaN or Inf")
-    rtol, atol = method.tolerances(value.dtype, linear=linear)
-    residual, size = residual.reshape(shape), size.reshape(shape)
-    tiny = torch.finfo(size.dtype).tiny
-    return Solution(
-        value=value,
-        residual=residual,
-        steps=steps,
-        converged=residual <= atol + rtol * size,
-        abs_trace=residual[None],
-        rel_trace=residual[None] / size.clamp_min(tiny),
-        evaluations=1,
-    )
 
 
 def nothing_to_solve(y0: Tensor, row_ndim: int) -> Solution:

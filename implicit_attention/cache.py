@@ -1,0 +1,182 @@
+"""Decoding: what a causal layer remembers of the tokens it has seen. A cache of keys and values in size and in use."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from implicit_attention.errors import Came, bad_value, check_positive
+
+
+class Past(NamedTuple):
+    """The columns before the new tokens.
+
+    Attributes:
+        column: Their side of the scores, `[B, G, P, d]`, normed and rotated: the queries `phi(y_j)` made from their
+            equilibria, or their keys with `normalize_over="keys"`.
+        value: Their values, `[B, G, P, d]`.
+        hidden: Columns that no row sees (padding), `[B, P]`, True = hidden; None if all are seen.
+        position: Position of the first new token: a number, or `[B]` where samples differ.
+    """
+
+    column: Tensor
+    value: Tensor
+    hidden: Tensor | None
+    position: int | Tensor
+
+
+class Cache(Protocol):
+    """What a layer needs of a cache."""
+
+    def past(self) -> Past | None:
+        """Return the columns so far, None if there are none."""
+
+    def append(self, column: Tensor, value: Tensor, hidden: Tensor | None) -> None:
+        """Take the columns of new tokens.
+
+        Args:
+            column: `[B, G, n, d]`.
+            value: `[B, G, n, d]`.
+            hidden: `[B, n]`, True = padding; None if there is none.
+        """
+
+
+class DecodeCache:
+    """Equilibria of past tokens, preallocated: `y = layer(x_new, cache=cache)` continues where the last call ended.
+
+    Equilibria of past tokens never change, so any split of a sequence into calls gives what one call gives. The cache
+    is a constant: gradients flow to the new tokens alone.
+
+    Samples may have different lengths. Padding at the end of a sample's new tokens (`key_padding_mask`) is
+    forgotten: its next token follows its last real one. Inside, samples then end at the same slot, and begin later.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Allocate an empty cache; `layer.make_cache(batch_size, capacity)` knows the other arguments.
+
+        Args:
+            batch_size: B.
+            num_heads: Heads of the layer's values, G.
+            head_dim: d.
+            capacity: Tokens it can hold.
+            device: Of the layer.
+            dtype: Of the layer.
+
+        Raises:
+            TypeError: If a size is no integer.
+            ValueError: If it is not positive.
+        """
+        sizes = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim, "capacity": capacity}
+        for name, size in sizes.items():
+            check_positive(name, size, integer=True)
+        shape = (batch_size, num_heads, capacity, head_dim)
+        self.column = torch.zeros(shape, device=device, dtype=dtype)
+        self.value = torch.zeros_like(self.column)
+        self.hidden: Tensor | None = None
+        self.shift: Tensor | None = None  # [B], slots that a sample was moved towards the end
+        self.used = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens it can hold."""
+        return self.column.shape[2]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens held per sample, padding not counted, `[B]`."""
+        held = torch.full((len(self.column),), self.used, device=self.column.device)
+        return held if self.hidden is None else held - self.hidden[:, : self.used].sum(-1)
+
+    def past(self) -> Past | None:
+        """Return the columns so far, None if there are none."""
+        if self.used == 0:
+            return None
+        held = slice(0, self.used)
+        hidden = None if self.hidden is None else self.hidden[:, held]
+        position = self.used if self.shift is None else self.used - self.shift
+        # .data: a graph that keeps these columns is not disturbed by new ones written behind them.
+        return Past(self.column.data[:, :, held], self.value.data[:, :, held], hidden, position)
+
+    def append(self, column: Tensor, value: Tensor, hidden: Tensor | None) -> None:
+        """Take the columns of new tokens.
+
+        Args:
+            column: `[B, G, n, d]`.
+            value: `[B, G, n, d]`.
+            hidden: `[B, n]`, True = padding; None if there is none.
+
+        Raises:
+            ValueError: If they do not fit; the cache is as before then.
+        """
+        self.check(column)
+        new = slice(self.used, self.used + column.shape[2])
+        self.column[:, :, new], self.value[:, :, new] = column.detach(), value.detach()
+        if hidden is not None and bool(hidden.any()):
+            if self.hidden is None:
+                self.hidden = torch.zeros(len(self.column), self.capacity, dtype=torch.bool, device=self.column.device)
+            self.hidden[:, new] = hidden
+        self.used = new.stop
+        if hidden is not None:
+            self._forget_trailing(hidden)
+
+    def check(self, new: Tensor) -> None:
+        """Refuse new columns `[B, G, n, d]` that do not fit.
+
+        Args:
+            new: The columns.
+
+        Raises:
+            ValueError: If batch, heads, head size, dtype or device differ, or the cache would overflow.
+        """
+        held = self.column
+        for name, i in (("batch size", 0), ("number of value heads", 1), ("head size", 3)):
+            if new.shape[i] != held.shape[i]:
+                raise bad_value("cache", f"of {name} {new.shape[i]}, like the input and the layer",
+                                Came(f"one of {held.shape[i]}"), "Make it with layer.make_cache(...).")  # fmt: skip
+        if new.dtype != held.dtype or new.device != held.device:
+            raise bad_value("cache", f"of {new.dtype} on {new.device}", held, "Make it with layer.make_cache(...).")
+        if self.used + new.shape[2] > self.capacity:
+            raise bad_value(
+                "cache", f"of capacity {self.used + new.shape[2]} or more",
+                Came(f"one of capacity {self.capacity} with {self.used} tokens in it, for {new.shape[2]} more"),
+                "Make a larger one, or reset() it.",
+            )  # fmt: skip
+
+    def _forget_trailing(self, hidden: Tensor) -> None:
+        """Move samples whose new tokens end in padding to the end, over that padding."""
+        trailing = hidden.flip(-1).int().cumprod(-1).sum(-1)  # [B]
+        if not bool(trailing.any()):
+            return
+        slots = torch.arange(self.used, device=trailing.device) - trailing[:, None]  # where each slot's content is now
+        fresh, source = slots < 0, slots.clamp_min(0)
+        index = source[:, None, :, None].expand(-1, self.column.shape[1], -1, self.column.shape[3])
+        held = slice(0, self.used)
+        self.column, self.value = self.column.clone(), self.value.clone()  # graphs may keep the old ones
+        for t in (self.column, self.value):
+            t[:, :, held] = t[:, :, held].gather(2, index)
+        assert self.hidden is not None
+        self.hidden[:, held] = self.hidden[:, held].gather(1, source) | fresh
+        self.shift = trailing if self.shift is None else self.shift + trailing
+
+    def reorder(self, index: Tensor) -> None:
+        """Let sample b continue what sample `index[b]` held, as beam search asks.
+
+        Args:
+            index: `[B]`, int64.
+        """
+        self.column, self.value = self.column[index], self.value[index]
+        self.hidden = None if self.hidden is None else self.hidden[index]
+        self.shift = None if self.shift is None else self.shift[index]
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.used, self.hidden, self.shift = 0, None, None

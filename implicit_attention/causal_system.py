@@ -1,0 +1,235 @@
+"""A causal map with its tensors at hand, in the layout and precision that forward substitution works in."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from implicit_attention.attention_map import AttentionMap
+from implicit_attention.kernels.attention import attention, partial_backward
+from implicit_attention.positions import rotate, unrotate
+
+
+class Queries(NamedTuple):
+    """What the query map makes of outputs.
+
+    Attributes:
+        query: `[B, n, G, d]`, normed and rotated.
+        inverse: `[B, n, G, 1]`, one over the root mean square before the norm; None without a norm.
+    """
+
+    query: Tensor
+    inverse: Tensor | None
+
+
+class Row(NamedTuple):
+    """The tensors of R single rows, each of a sample at a position.
+
+    Attributes:
+        key: `[R, H, d]`, turned back by the row's rotation and scaled: `score = key . query before rotation`.
+        value: `[R, H, d]`.
+        constant: `[R, G, d]`, the part of the query that does not depend on y; None if there is none.
+    """
+
+    key: Tensor
+    value: Tensor
+    constant: Tensor | None
+
+
+@dataclass
+class CausalSystem:
+    """The tensors of a causal map whose rows belong to keys.
+
+    Rows are counted from 0; columns from 0 too, with the `past` ones (a cache) before them. Outputs are
+    `[B, n, H, d]`, queries `[B, n, G, d]` (G groups of heads share queries and values), attention works on
+    `[B, H, n, d]`. Whatever is accumulated is in float32 or wider.
+    """
+
+    function: AttentionMap
+    args: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        """Unpack the tensors."""
+        self.spec = self.function.spec
+        self.tensors = dict(zip(self.function.names, self.args, strict=True))
+        self.key, self.value = self.tensors["key"], self.tensors["value"]
+        self.batch, self.heads, self.length, self.dim = self.key.shape
+        self.groups = self.value.shape[1]
+        self.narrow, self.wide = self.key.dtype, torch.promote_types(self.key.dtype, torch.float32)
+        self.terms = tuple(self.tensors[f"term{i}"] for i in range(len(self.spec.terms)))
+        self.seeds = self.tensors.get("seeds")
+        self.self_score = self.tensors.get("self_score")
+        self.weight, self.bias = self.tensors.get("weight"), self.tensors.get("bias")
+        self.added = self.tensors.get("added")
+        rotation = self.tensors.get("rotation")  # [2, N, d / 2] or [2, B, 1, N, d / 2]
+        if rotation is not None:
+            rotation = rotation[:, None] if rotation.dim() == 3 else rotation[:, :, 0]
+        self.rotation = None if rotation is None else rotation[:, :, :, None]  # [2, 1 or B, N, 1, d / 2]
+        self.past_column, self.past_value = self.tensors.get("past_column"), self.tensors.get("past_value")
+        self.past = 0 if self.past_value is None else self.past_value.shape[-2]
+
+    # Queries from outputs.
+
+    def phi(self, y: Tensor, rows: slice) -> Queries:
+        """Return the queries that outputs `[B, n, H, d]` of some rows make, in the wide dtype."""
+        q = y.flatten(-2).to(self.narrow)
+        if self.weight is not None:
+            q = F.linear(q, self.weight, self.bias)
+        if self.added is not None:
+            q = q + self.added[:, rows]
+        q = q.view(*q.shape[:2], self.groups, self.dim).to(self.wide)
+        inverse = None
+        if self.function.query_map.normalize:
+            inverse = (q * q).mean(-1, keepdim=True).add_(self.function.query_map.eps).rsqrt_()
+            q = q * inverse
+        if self.rotation is not None:
+            q = rotate(q, self.rotation[:, :, rows])
+        return Queries(q.to(self.narrow).to(self.wide), inverse)
+
+    def before_map(self, d_query: Tensor, queries: Queries, rows: slice) -> Tensor:
+        """Return the cotangent of the linear map's output `[B, n, G d]` for that of queries `[B, n, G, d]`."""
+        if queries.inverse is not None:
+            along = (d_query * queries.query).mean(-1, keepdim=True)
+            d_query = torch.addcmul(d_query, queries.query, along, value=-1.0).mul_(queries.inverse)
+        if self.rotation is not None:
+            d_query = unrotate(d_query, self.rotation[:, :, rows])
+        return d_query.flatten(-2)
+
+    def through_map(self, d_made: Tensor) -> Tensor:
+        """Return the cotangent of outputs `[B, n, H, d]` for that of the linear map's output `[B, n, G d]`."""
+        d_y = d_made if self.weight is None else (d_made.to(self.narrow) @ self.weight).to(self.wide)
+        return d_y.view(*d_y.shape[:2], self.heads, self.dim)
+
+    # Single rows, for those whose own column is solved for exactly.
+
+    def row(self, samples: Tensor, positions: Tensor, keep: Tensor | None) -> Row:
+        """Return the tensors of rows `(samples[r], positions[r])`; `keep` `[R, H]` scales the own value."""
+        key = self.key.transpose(1, 2)[samples, positions].to(self.wide) * self.spec.scale
+        if self.rotation is not None:
+            turn = self.rotation.expand(-1, self.batch, -1, -1, -1)[:, samples, positions]
+            key = unrotate(key, turn)
+        value = self.per_head(self.value.transpose(1, 2)[samples, positions].to(self.wide))
+        constant = None if self.bias is None else self.bias.to(self.wide).view(1, self.groups, self.dim)
+        if self.added is not None:
+            own = self.added[samples, positions].to(self.wide).view(-1, self.groups, self.dim)
+            constant = own if constant is None else constant + own
+        return Row(key, value if keep is None else value * keep[..., None], constant)
+
+    def contributions(self, u: Tensor) -> Tensor:
+        """What each head's `u` `[R, H, d]` adds to each group's query before the norm, `[R, G, H, d]`."""
+        if self.weight is None:  # one head, absorbed into the key
+            return u[:, None]
+        made = torch.bmm(u.transpose(0, 1), self._by_head)  # [H, R, G d]
+        return made.view(self.heads, -1, self.groups, self.dim).permute(1, 2, 0, 3)
+
+    @cached_property
+    def _by_head(self) -> Tensor:
+        """Omega_Q by the head it reads, `[H, d, G d]`."""
+        assert self.weight is not None
+        return self.weight.to(self.wide).view(-1, self.heads, self.dim).permute(1, 2, 0).contiguous()
+
+    def per_head(self, t: Tensor) -> Tensor:
+        """`[R, G, ...] -> [R, H, ...]`: what a group's heads share, for each of them."""
+        return t if self.heads == self.groups else t.repeat_interleave(self.heads // self.groups, 1)
+
+    # Attention.
+
+    def block_bias(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """The bias strictly below the diagonal of a block, `-inf` elsewhere, and the diagonal's (None: zero)."""
+        n = rows.stop - rows.start
+        hidden = torch.full((n, n), -torch.inf, dtype=self.wide, device=self.key.device).triu_()
+        at = slice(self.past + rows.start, self.past + rows.stop)
+        bias = replace(self.spec, is_causal=False).bias(self.terms, at, at, hidden)
+        if bias is None:
+            return hidden, None
+        bias = bias.expand(*bias.shape[:2], n, n)
+        return bias + hidden, bias.diagonal(dim1=-2, dim2=-1)
+
+    def keep(self, rows: slice) -> Tensor | None:
+        """The dropout factors of a diagonal block, `[B, H, n, n]`, or None."""
+        at = slice(self.past + rows.start, self.past + rows.stop)
+        like = self.key.new_empty(0, dtype=self.wide)
+        return self.spec.keep(self.seeds, self.heads, at, at, like)
+
+    def below(self, rows: slice, query: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Attend rows to columns that all come before them: `[B, H, r, d]` and `[B, H, r]`.
+
+        Args:
+            rows: The rows.
+            query: Queries of the columns, `[B, G, c, d]`.
+            value: Their values, `[B, G, c, d]`.
+            first: The first column, past ones counted.
+
+        Returns:
+            Output and log-sum-exp.
+        """
+        spec, key = self.spec.shifted(self.past + rows.start, first), self.key[:, :, rows]
+        if self.groups == self.heads:
+            return attention(key, query, value, spec, seeds=self.seeds, terms=self.terms)
+        if spec.plain and not spec.dropout:  # the heads of a group as more rows
+            out, lse = attention(self._folded(key), query, value, spec)
+            return out.reshape(key.shape), lse.reshape(key.shape[:-1])
+        return attention(key, self._expanded(query), self._expanded(value), spec, seeds=self.seeds, terms=self.terms)
+
+    def below_backward(
+        self, grad: Tensor, rows: slice, query: Tensor, value: Tensor, first: int, whole: tuple[Tensor, Tensor],
+        bias_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
+        """Return the gradients of `below` for key, query, value and terms, under the whole softmax.
+
+        Args:
+            grad: Cotangent of the whole output, `[B, H, r, d]`.
+            rows: As in `below`.
+            query: As in `below`.
+            value: As in `below`.
+            first: As in `below`.
+            whole: The rows' whole output `[B, H, r, d]` and log-sum-exp `[B, H, r]`.
+            bias_grad: Whether the terms' gradients are wanted.
+
+        Returns:
+            `[B, H, r, d]`, `[B, G, c, d]`, `[B, G, c, d]`, and one gradient (or None) per term.
+        """
+        spec, key = self.spec.shifted(self.past + rows.start, first), self.key[:, :, rows]
+        out, lse = whole[0], whole[1].contiguous()
+        folds = self.groups != self.heads and spec.plain and not spec.dropout
+        if folds:
+            grad, key, out = self._folded(grad), self._folded(key), self._folded(out)
+            lse = lse.reshape(self.batch, self.groups, -1)
+        elif self.groups != self.heads:
+            query, value = self._expanded(query), self._expanded(value)
+        d_key, d_query, d_value, *d_terms = partial_backward(
+            grad, key, query, value, out, lse, spec, seeds=self.seeds, terms=self.terms, bias_grad=bias_grad
+        )
+        assert d_key is not None and d_query is not None and d_value is not None
+        if folds:
+            d_key = d_key.reshape(self.batch, self.heads, -1, self.dim)
+        elif self.groups != self.heads:
+            d_query, d_value = self._summed(d_query), self._summed(d_value)
+        return d_key, d_query, d_value, tuple(d_terms)
+
+    def whole_lse(self, query: Tensor) -> Tensor:
+        """The log-sum-exp of every row, `[B, H, N]`, for the queries `[B, G, N, d]` of an equilibrium."""
+        value = self._expanded(self.value) if self.groups != self.heads else self.value
+        query = self._expanded(query) if self.groups != self.heads else query
+        diagonal = replace(self.spec.shifted(self.past, self.past), is_causal=True)
+        _, lse = attention(
+            self.key, query, value, diagonal, self_score=self.self_score, seeds=self.seeds, terms=self.terms
+        )
+        if self.past:
+            assert self.past_column is not None and self.past_value is not None
+            _, past = self.below(slice(0, self.length), self.past_column, self.past_value, 0)
+            lse = torch.logaddexp(lse, past)
+        return lse
+
+    def _folded(self, t: Tensor) -> Tensor:
+        """`[B, H, r, d] -> [B, G, (H / G) r, d]`."""
+        return t.reshape(self.batch, self.groups, -1, self.dim)
+
+    def _expanded(self, t: Tensor) -> Tensor:
+        return t.repeat_interleave(self.heads // self.groups, 1)
+
+    def _summed(self, t: Tensor) -> Tensor:
+        return t.reshape(self.batch, self.groups, -1, *t.shape[2:]).sum(2)

@@ -1,0 +1,372 @@
+"""The diagonal blocks of a causal equilibrium and of its adjoint: sweeps over some rows until they settle.
+
+All rows of a block are evaluated together. A row whose weight on its own column hardly depends on its output is
+swept along; the others' own equations are solved exactly (`rows`). After t exact sweeps the first t rows are final,
+whatever the weights, and usually all are by then. The adjoint goes from the last row to the first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from implicit_attention.causal_system import CausalSystem, Queries
+from implicit_attention.errors import NonFiniteError
+from implicit_attention.positions import unrotate
+from implicit_attention.rows import RowProblem, solve_rows
+
+FAR = 0.25  # change of the own weight between y = v and now beyond which a row's root is found by the row solver
+MOST_SWEEPS = 24  # then the block is halved
+PATIENCE = 3  # sweeps after which a row that did not halve its residual is solved exactly
+SAME_ROOT = 1e-2  # change of the own weight that cannot be another root
+NEAR_SINGULAR = 1e-3  # distance of a gain from 1 at which the adjoint is reported
+
+
+@dataclass
+class Block:
+    """A settled block of rows.
+
+    Attributes:
+        y: Outputs `[B, n, H, d]`.
+        queries: What phi makes of them.
+        lse: Log-sum-exp `[B, H, n]`.
+        residual: `max |F(y) - y|` per row, `[B, n]`.
+        size: `max |F(y)|` per row, `[B, n]`.
+        sweeps: How many it took.
+        settled: Whether every row is within tolerance, at the root that is wanted.
+    """
+
+    y: Tensor
+    queries: Queries
+    lse: Tensor
+    residual: Tensor
+    size: Tensor
+    sweeps: int
+    settled: bool
+
+
+class DiagonalBlock:
+    """The keys, values and biases of some rows, as they are in every sweep."""
+
+    def __init__(self, system: CausalSystem, rows: slice) -> None:
+        """Prepare them.
+
+        Args:
+            system: The map.
+            rows: The rows.
+        """
+        self.system, self.rows, self.n = system, rows, rows.stop - rows.start
+        self.shape = (system.batch, system.heads, self.n)
+        self.key = system.key[:, :, rows].to(system.wide).contiguous() * system.spec.scale
+        value = system.value[:, :, rows].to(system.wide)
+        self.folded_key = self.key.view(system.batch * system.groups, -1, system.dim)
+        self.folded_value = value.reshape(system.batch * system.groups, self.n, system.dim)
+        self.strict, self.own_bias = system.block_bias(rows)
+        self.keep = system.keep(rows)
+        self.own_value = system.per_head(value)
+        if self.keep is not None:
+            self.own_value = self.own_value * self.keep.diagonal(dim1=-2, dim2=-1)[..., None]
+        self.given_own = None
+        if system.self_score is not None:
+            self.given_own = self._biased(system.self_score[:, :, rows].to(system.wide))
+
+    def _biased(self, own: Tensor) -> Tensor:
+        return own if self.own_bias is None else own + self.own_bias
+
+    def scores(self, query: Tensor) -> Tensor:
+        """Scores of the block before biases, `[B, H, n, n]`, for queries `[B, n, G, d]`."""
+        columns = query.permute(0, 2, 3, 1).reshape(len(self.folded_value), -1, self.n)
+        return torch.bmm(self.folded_key, columns).view(*self.shape, self.n)
+
+
+class BlockSolver(DiagonalBlock):
+    """Solves the equations of a block, given attention over everything before it."""
+
+    def __init__(self, system: CausalSystem, rows: slice, before: Tensor, before_lse: Tensor) -> None:
+        """Prepare what does not change from sweep to sweep.
+
+        Args:
+            system: The map.
+            rows: The rows.
+            before: Attention over the columns before the block, `[B, H, n, d]`.
+            before_lse: Its log-sum-exp `[B, H, n]`.
+        """
+        super().__init__(system, rows)
+        self.before, self.before_lse = before.contiguous(), before_lse.contiguous()
+        self.exact = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
+        self.roots = torch.full((system.batch, self.n, system.heads), torch.nan, dtype=system.wide).to(self.key.device)
+
+    def settle(self, rtol: float, atol: float) -> Block:
+        """Sweep until every row's residual is within `atol + rtol max|F(y)|`, or `MOST_SWEEPS` are done."""
+        system = self.system
+        limit = MOST_SWEEPS if self.n > 1 else 2 * MOST_SWEEPS
+        start = self._start()
+        y = torch.where(torch.isneginf(self.before_lse)[..., None], self.own_value, self.before)
+        before = y.new_full((system.batch, self.n), torch.inf)
+        for sweep in range(1, limit + 1):
+            queries = system.phi(y.transpose(1, 2), self.rows)
+            a, lse, own = self.attend(queries.query)
+            p = self.own_weight(own, lse)
+            f = torch.lerp(a, self.own_value, p[..., None])
+            residual = (f - y).abs_().amax((1, 3))
+            size = f.abs().amax((1, 3))
+            allowed = size * rtol + atol
+            if sweep == 1 and not bool(torch.isfinite(residual).all()):
+                raise NonFiniteError("the map gave NaN or Inf")
+            within = residual <= allowed
+            if start is not None:
+                self.exact |= ((self.own_weight(start, lse) - p).abs_() > FAR).any(1)
+                if sweep > PATIENCE:
+                    slow = residual > 0.5 * before
+                    self.exact |= ~within & (slow if sweep <= self.n else slow.new_ones(()))
+                if bool(self.exact.any()):
+                    f, same = self._solve_own(a, lse, p, f, 0.1 * float(allowed.min()))
+                    within &= same
+            before = residual
+            settled = bool(within.all())
+            if settled or sweep == limit:
+                break
+            y = f
+        total = torch.logaddexp(lse, own)
+        return Block(y.transpose(1, 2), queries, total, residual, size, sweep, settled)
+
+    def attend(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return attention over all columns but a row's own, its log-sum-exp, and the score of the own column."""
+        scores = self.scores(query)
+        own = self.given_own
+        if own is None:
+            own = self._biased(scores.diagonal(dim1=-2, dim2=-1)).clone()
+        scores += self.strict
+        peak = torch.maximum(scores.amax(-1), self.before_lse).clamp_min_(torch.finfo(scores.dtype).min)
+        weights = scores.sub_(peak[..., None]).exp_()
+        old = (self.before_lse - peak).exp_()
+        total = weights.sum(-1).add_(old)
+        if self.keep is not None:
+            weights = weights * self.keep
+        a = torch.bmm(weights.view(len(self.folded_key), -1, self.n), self.folded_value)
+        a = a.view(*self.shape, -1).addcmul_(old[..., None], self.before)
+        a /= total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]
+        return a, total.log_().add_(peak), own
+
+    def own_weight(self, own: Tensor, lse: Tensor) -> Tensor:
+        """The weight of the own column, `[B, H, n]`; 0 in rows that see nothing."""
+        p = torch.sigmoid(own - lse)
+        return p if self.own_bias is None else p.masked_fill_(torch.isneginf(own), 0.0)
+
+    def _start(self) -> Tensor | None:
+        """Scores of the own column at the start y = v, `[B, H, n]`; None where they are given."""
+        if self.given_own is not None:
+            return None
+        query = self.system.per_head(self.system.phi(self.own_value.transpose(1, 2), self.rows).query.transpose(1, 2))
+        return self._biased((self.key * query).sum(-1))
+
+    def _solve_own(self, a: Tensor, lse: Tensor, p: Tensor, f: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+        """Solve the marked rows' own equations; return the outputs with theirs, and which rows are at the root."""
+        samples, positions = self.exact.nonzero(as_tuple=True)
+        problem, value = self.row_problem(a, lse, samples, positions)
+        near = self.roots[samples, positions]
+        floor = 32 * torch.finfo(a.dtype).eps
+        found = solve_rows(problem, max(tolerance, floor), near)
+        self.roots[samples, positions] = found.p
+        out, same = f.clone(), torch.ones_like(self.exact)
+        rows_a = a.transpose(1, 2)[samples, positions]
+        out.transpose(1, 2)[samples, positions] = torch.lerp(rows_a, value, found.p[..., None])
+        moved = (found.p - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
+        same[samples, positions] = (moved < SAME_ROOT) | ~found.solved
+        return out, same
+
+    def row_problem(self, a: Tensor, lse: Tensor, samples: Tensor, positions: Tensor) -> tuple[RowProblem, Tensor]:
+        """`y = a + p (value - a)`, put through the query map and onto the row's key; and the rows' values."""
+        system = self.system
+        keep = None
+        if self.keep is not None:
+            keep = self.keep.diagonal(dim1=-2, dim2=-1).transpose(1, 2)[samples, positions]
+        key, value, constant = system.row(samples, self.rows.start + positions, keep)
+        made = system.contributions(a.transpose(1, 2)[samples, positions])  # [R, G, H, d]
+        base = made.sum(2) if constant is None else made.sum(2) + constant
+        query = torch.cat([base[:, :, None], system.contributions(value) - made], 2)  # q(p) = query (1, p)
+        score = (system.per_head(query) @ key[..., None])[..., 0]  # [R, H, 1 + H]
+        own_bias = 0.0 if self.own_bias is None else self.own_bias.expand(self.shape)
+        offset = (own_bias - lse).transpose(1, 2)[samples, positions]
+        if self.own_bias is not None:
+            offset = offset.masked_fill(offset.isnan(), -torch.inf)  # -inf + inf: sees neither itself nor others
+        gram = None
+        if system.function.query_map.normalize:
+            gram = query @ query.mT / system.dim
+            gram[..., 0, 0] += system.function.query_map.eps
+            gram = system.per_head(gram)
+        return RowProblem(score[..., 0], score[..., 1:], offset, gram), value
+
+
+@dataclass
+class BlockAdjoint:
+    """The solved adjoint of a block.
+
+    Attributes:
+        lam: `[B, n, H, d]`.
+        d_made: Cotangent of the linear map's output, `[B, n, G d]`.
+        d_key: `[B, H, n, d]`.
+        d_value: `[B, G, n, d]`.
+        slope: Cotangent of the scores with their biases, `[B, H, n, n]`.
+        residual: Of the adjoint equation, `[B]`.
+        sweeps: How many it took.
+        near_singular: Rows with a gain within `NEAR_SINGULAR` of 1.
+    """
+
+    lam: Tensor
+    d_made: Tensor
+    d_key: Tensor
+    d_value: Tensor
+    slope: Tensor
+    residual: Tensor
+    sweeps: int
+    near_singular: int
+
+
+class BlockAdjointSolver(DiagonalBlock):
+    """Solves `lam = g + J^T lam` on a block, given what comes from the rows after it."""
+
+    def __init__(self, system: CausalSystem, rows: slice, y: Tensor, queries: Queries, lse: Tensor) -> None:
+        """Linearise at the equilibrium.
+
+        Args:
+            system: The map.
+            rows: The rows.
+            y: Outputs `[B, n, H, d]`.
+            queries: What phi makes of them.
+            lse: Log-sum-exp `[B, H, n]`.
+        """
+        super().__init__(system, rows)
+        self.y, self.queries = y.transpose(1, 2), queries
+        seen = lse.masked_fill(torch.isneginf(lse), 0.0)
+        scores = self.scores(queries.query)
+        own = self.given_own
+        if own is None:
+            own = self._biased(scores.diagonal(dim1=-2, dim2=-1)).clone()
+        scores += self.strict
+        self.weights = scores.sub_(seen[..., None]).exp_()
+        self.p = (own - seen).exp_()
+        self.weights.diagonal(dim1=-2, dim2=-1).copy_(self.p)
+
+    def solve(self, grad: Tensor, later: Tensor, allowed: Tensor) -> BlockAdjoint:
+        """Sweep until no sample's residual is above `allowed` `[B]`.
+
+        Args:
+            grad: Cotangent of the outputs, `[B, n, H, d]`.
+            later: Cotangent of the queries from the rows after the block, `[B, n, G, d]`.
+            allowed: Tolerance.
+
+        Returns:
+            The solution and the gradients that follow from it.
+        """
+        lam, before = grad, torch.full_like(allowed, torch.inf)
+        own: _OwnColumns | None = None
+        for sweep in range(1, 3 * self.n + MOST_SWEEPS):
+            slope = self._slope(lam)
+            d_query = later + self._d_query(slope, own is not None)
+            d_made = self.system.before_map(d_query, self.queries, self.rows)
+            f = grad + self.system.through_map(d_made)
+            # Once own columns are solved for, f lacks their part, and lam came from the f before.
+            residual = (f - (lam if own is None else own.f)).abs_().amax((1, 2, 3))
+            if bool((residual <= allowed).all()):
+                break
+            stuck = sweep > PATIENCE and (sweep > self.n or bool((residual > 0.5 * before).any()))
+            if own is None and stuck and self.given_own is None:
+                own = _OwnColumns(self)
+                d_made = self.system.before_map(later + self._d_query(slope, True), self.queries, self.rows)
+                f = grad + self.system.through_map(d_made)
+                residual = torch.full_like(residual, torch.inf)
+            before = residual
+            lam = f if own is None else own.solve(f)
+        if own is not None:
+            d_made = self.system.before_map(later + self._d_query(slope, False), self.queries, self.rows)
+        return self._gradients(lam, slope, d_made, residual, sweep, 0 if own is None else own.near_singular)
+
+    def _slope(self, lam: Tensor) -> Tensor:
+        """The cotangent of the scores, `[B, H, n, n]`."""
+        lam = lam.transpose(1, 2)
+        folded = lam.reshape(len(self.folded_value), -1, self.system.dim)
+        slope = torch.bmm(folded, self.folded_value.mT).view(*self.shape, self.n)
+        if self.keep is not None:
+            slope *= self.keep
+        return slope.sub_((lam * self.y).sum(-1, keepdim=True)).mul_(self.weights)
+
+    def _d_query(self, slope: Tensor, strict: bool) -> Tensor:
+        """The cotangent of the block's queries, `[B, n, G, d]`; `strict`: without the own columns' part."""
+        if strict or self.given_own is not None:
+            slope = slope.tril(-1)
+        d_query = torch.bmm(slope.view(len(self.folded_key), -1, self.n).mT, self.folded_key)
+        return d_query.view(self.shape[0], -1, self.n, self.system.dim).transpose(1, 2)
+
+    def _gradients(
+        self, lam: Tensor, slope: Tensor, d_made: Tensor, residual: Tensor, sweeps: int, near_singular: int
+    ) -> BlockAdjoint:
+        system = self.system
+        inner = slope if self.given_own is None else slope.tril(-1)
+        columns = self.queries.query.transpose(1, 2).reshape(len(self.folded_value), self.n, -1)
+        d_key = torch.bmm(inner.view(len(self.folded_key), -1, self.n), columns).mul_(system.spec.scale)
+        kept = self.weights if self.keep is None else self.weights * self.keep
+        rows = lam.transpose(1, 2).reshape(len(self.folded_value), -1, system.dim)
+        d_value = torch.bmm(kept.view(len(self.folded_key), -1, self.n).mT, rows)
+        return BlockAdjoint(
+            lam, d_made, d_key.view(*self.shape, -1), d_value.view(self.shape[0], -1, self.n, system.dim),
+            slope, residual, sweeps, near_singular,
+        )  # fmt: skip
+
+
+class _OwnColumns:
+    """`lam = f + sum_h (grad_y s_h) z_h`, `z_h = u_h . lam_h`: a row's own column is of rank one per head.
+
+    So lam follows from H numbers per row, `(I - M^T) z = (u_h . f_h)` (Woodbury), with M the row's own Jacobian, whose
+    eigenvalues decide whether the equilibrium can be differentiated there.
+    """
+
+    def __init__(self, block: BlockAdjointSolver) -> None:
+        self.block = block
+        self.f: Tensor = block.y
+        self.u = block.p[..., None] * (block.own_value - block.y)  # [B, H, n, d]
+        matrix = own_jacobian(block)
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        self.matrix = eye - matrix.mT
+        self.near_singular = 0
+        suspect = matrix.flatten(2).norm(dim=-1) > 1.0 - NEAR_SINGULAR
+        if bool(suspect.any()):
+            distance = (torch.linalg.eigvals(matrix[suspect]) - 1.0).abs().amin(-1)
+            self.near_singular = int((distance < NEAR_SINGULAR).sum())
+
+    def solve(self, f: Tensor) -> Tensor:
+        """Solve for lam, `[B, n, H, d]`."""
+        block = self.block
+        self.f = f
+        right = (self.u * f.transpose(1, 2)).sum(-1).transpose(1, 2)[..., None]  # [B, n, H, 1]
+        z = torch.linalg.solve_ex(self.matrix, right)[0][..., 0].transpose(1, 2)  # [B, H, n]
+        d_query = (z[..., None] * block.key).view(block.shape[0], block.system.groups, -1, block.n, block.system.dim)
+        d_query = d_query.sum(2).transpose(1, 2)
+        return f + block.system.through_map(block.system.before_map(d_query, block.queries, block.rows))
+
+
+def own_jacobian(block: BlockAdjointSolver) -> Tensor:
+    """The Jacobian of each row's own equation, `[B, n, H, H]`: `M_gh = (d s_g / d y_h) . (v_h - y_h) p_h`.
+
+    Its eigenvalues are those of the row's diagonal block of dF/dy that are not zero.
+
+    Args:
+        block: The rows, linearised at the equilibrium.
+
+    Returns:
+        One matrix per row.
+    """
+    system, batch, n = block.system, block.shape[0], block.n
+    direction = (block.own_value - block.y).transpose(1, 2).reshape(-1, system.heads, system.dim)
+    made = system.contributions(direction)  # [R, G, H, d]
+    key = block.key.transpose(1, 2)
+    query = block.queries.query
+    if system.rotation is not None:
+        turn = system.rotation[:, :, block.rows]
+        key, query = (unrotate(t, turn) for t in (key, query))
+    if block.queries.inverse is not None:
+        query = query.reshape(-1, system.groups, 1, system.dim)
+        made = made - query * (made * query).mean(-1, keepdim=True)
+        made = made * block.queries.inverse.reshape(-1, system.groups, 1, 1)
+    slopes = (system.per_head(made) * key.reshape(-1, system.heads, 1, system.dim)).sum(-1)
+    return slopes.view(batch, n, system.heads, -1) * block.p.transpose(1, 2)[:, :, None]

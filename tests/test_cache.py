@@ -1,0 +1,172 @@
+"""Decoding in chunks gives what one pass gives: values, lengths, padding, windows, every orientation."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from implicit_attention import Anderson, DecodeCache, ForwardSubstitution, ImplicitQueryAttention
+from tests.bridge import make_layer
+
+F64 = torch.float64
+EXACT = ForwardSubstitution(block=4, rtol=1e-14, atol=1e-13)
+LAYERS = {
+    "heads": {"num_heads": 2},
+    "one-head": {"num_heads": 1},
+    "qk_norm-rope": {"num_heads": 2, "qk_norm": True, "positions": "rope", "query_input": True},
+    "groups-rope": {"num_heads": 4, "num_kv_heads": 2, "positions": "rope"},
+    "alibi": {"num_heads": 2, "positions": "alibi", "out_proj": True},
+    "relative-window": {"num_heads": 2, "positions": "relative", "window": 4},
+    "input": {"num_heads": 2, "self_query": "input", "positions": "rope"},
+    "identity": {"num_heads": 2, "values": "identity"},
+    "keys": {"num_heads": 2, "normalize_over": "keys", "query_input": True, "positions": "rope", "solver": "iterate"},
+    "keys-groups": {"num_heads": 4, "num_kv_heads": 1, "normalize_over": "keys", "solver": "iterate"},
+    "anderson": {"num_heads": 2, "solver": "iterate"},
+}
+ITERATE = Anderson(rtol=1e-13, atol=1e-13, max_steps=300)
+
+
+def make(name, n, batch=2, seed=0):
+    options = {"solver": EXACT} | LAYERS[name]
+    if options["solver"] == "iterate":
+        options["solver"] = ITERATE
+    layer = make_layer(8, is_causal=True, seed=seed, **options)
+    x = torch.randn(batch, n, 8, dtype=F64, generator=torch.Generator().manual_seed(seed + 1))
+    return layer, x
+
+
+def close(a, b, tolerance=1e-10):  # both sides are solved to 1e-13, and gains here stay below 0.9
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+@given(name=st.sampled_from(list(LAYERS)), chunks=st.lists(st.integers(1, 7), min_size=1, max_size=5))
+def test_chunks_equal_the_whole(name, chunks):
+    layer, x = make(name, sum(chunks))
+    cache = layer.make_cache(2, sum(chunks))
+    with torch.no_grad():
+        parts = [layer(part, cache=cache) for part in x.split(chunks, 1)]
+        close(torch.cat(parts, 1), layer(x))
+    assert cache.lengths.tolist() == [sum(chunks)] * 2
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_token_by_token(name):
+    layer, x = make(name, 9)
+    cache = layer.make_cache(2, 12)
+    with torch.no_grad():
+        parts = [layer(x[:, :4], cache=cache), *(layer(x[:, i : i + 1], cache=cache) for i in range(4, 9))]
+        close(torch.cat(parts, 1), layer(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_samples_of_different_lengths(name):
+    """Padding at the end of a chunk is forgotten: each sample goes on as if it were alone."""
+    layer, x = make(name, 12, batch=3)
+    counts = torch.tensor([[4, 2, 1], [3, 3, 3], [1, 2, 0], [2, 1, 3]])  # real tokens of each chunk, by sample
+    cache, seen = layer.make_cache(3, 40), [[], [], []]
+    with torch.no_grad():
+        for chunk in counts:
+            width = max(1, int(chunk.max()))
+            new, hidden = torch.randn(3, width, 8, dtype=F64), torch.ones(3, width, dtype=torch.bool)
+            for b, count in enumerate(chunk.tolist()):
+                done = sum(len(part) for part in seen[b])
+                new[b, :count], hidden[b, :count] = x[b, done : done + count], False
+            y = layer(new, cache=cache, key_padding_mask=hidden)
+            for b, count in enumerate(chunk.tolist()):
+                seen[b].append(y[b, :count])
+        assert cache.lengths.tolist() == counts.sum(0).tolist()
+        for b in range(3):
+            found = torch.cat(seen[b])
+            close(found, layer(x[b : b + 1, : len(found)])[0])
+
+
+@pytest.mark.parametrize("name", ["heads", "qk_norm-rope", "alibi", "keys"])
+def test_padding_at_the_start(name):
+    layer, x = make(name, 9)
+    hidden = torch.zeros(2, 9, dtype=torch.bool)
+    hidden[0, :3] = True
+    cache = layer.make_cache(2, 9)
+    with torch.no_grad():
+        y = torch.cat(
+            [layer(x[:, s], cache=cache, key_padding_mask=hidden[:, s]) for s in (slice(0, 5), slice(5, 9))], 1
+        )
+        close(y[1], layer(x[1:])[0])
+        close(y[0, 3:], layer(x[:1, 3:])[0])
+
+
+def test_masks_and_weights_see_past_columns_first():
+    layer, x = make("heads", 9)
+    mask = torch.rand(9, 9, generator=torch.Generator().manual_seed(3)) < 0.4
+    cache = layer.make_cache(2, 9)
+    with torch.no_grad():
+        whole, weights = layer(x, attn_mask=mask, need_weights=True)
+        layer(x[:, :6], attn_mask=mask[:6, :6], cache=cache)
+        y, last = layer(x[:, 6:], attn_mask=mask[6:], cache=cache, need_weights=True)
+    close(y, whole[:, 6:])
+    close(last, weights[:, 6:])
+
+
+def test_gradients_take_the_past_as_constant():
+    layer, x = make("qk_norm-rope", 9)
+    x = x.requires_grad_()
+    found = []
+    for solver in (EXACT, ITERATE):
+        layer.solver = solver
+        cache = layer.make_cache(2, 9)
+        layer(x[:, :5].detach(), cache=cache)
+        y = layer(x[:, 5:], cache=cache)
+        found.append(torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()]))
+    for a, b in zip(*found, strict=True):
+        close(a, b, 1e-9)
+    assert not found[0][0][:, :5].any()
+
+
+def test_reorder_and_reset():
+    layer, x = make("qk_norm-rope", 7)
+    cache = layer.make_cache(2, 7)
+    with torch.no_grad():
+        layer(x[:, :4], cache=cache)
+        cache.reorder(torch.tensor([1, 1]))
+        y = layer(x[1:, 4:].expand(2, -1, -1), cache=cache)
+        close(y, layer(x[1:])[:, 4:].expand(2, -1, -1))
+        cache.reset()
+        close(layer(x, cache=cache), layer(x))
+
+
+def test_unbatched():
+    layer, x = make("heads", 6, batch=1)
+    cache = layer.make_cache(1, 6)
+    with torch.no_grad():
+        y = torch.cat([layer(x[0, :2], cache=cache), layer(x[0, 2:], cache=cache)])
+        close(y, layer(x[0]))
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing():
+    layer, x = make("heads", 4)
+    cache = layer.make_cache(2, 5)
+    layer(x, cache=cache)
+    before = cache.column.clone()
+    for bad, match in (
+        (x, "capacity 8 or more"),
+        (x[:1, :1], "batch size 1"),
+        (x[:, :1].expand(2, 1, 8)[[0, 1, 0]], "batch size 3"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            layer(bad, cache=cache)
+    with pytest.raises(TypeError, match="`key_padding_mask` must be bool"):
+        layer(x[:, :1], cache=cache, key_padding_mask=torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="NaN"):
+        layer(torch.full_like(x[:, :1], torch.nan), cache=cache)
+    assert cache.used == 4
+    assert torch.equal(cache.column, before)
+    bidirectional = ImplicitQueryAttention(8)
+    with pytest.raises(ValueError, match="is_causal=True"):
+        bidirectional.make_cache(1, 4)
+    with pytest.raises(ValueError, match="is_causal=True"):
+        bidirectional(torch.randn(1, 2, 8), cache=DecodeCache(1, 1, 8, 4))
+    with pytest.raises(ValueError, match="number of value heads 2"):
+        layer(x[:, :1], cache=DecodeCache(2, 1, 4, 9, dtype=F64))
+    with pytest.raises(ValueError, match="float64"):
+        layer(x[:, :1], cache=DecodeCache(2, 2, 4, 9))
+    with pytest.raises(ValueError, match="`capacity`"):
+        DecodeCache(1, 1, 1, 0)

@@ -8,13 +8,12 @@ except ImportError as error:
     ) from error
 
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
-from implicit_attention.hf.modeling import (
+from implicit_attention.hf.heads import (
     ImplicitAttentionForCausalLM,
     ImplicitAttentionForMaskedLM,
     ImplicitAttentionForSequenceClassification,
-    ImplicitAttentionModel,
-    ImplicitAttentionPreTrainedModel,
 )
+from implicit_attention.hf.modeling import ImplicitAttentionModel, ImplicitAttentionPreTrainedModel
 from implicit_attention.hf.outputs import SolverStats
 
 transformers.AutoConfig.register(ImplicitAttentionConfig.model_type, ImplicitAttentionConfig, exist_ok=True)

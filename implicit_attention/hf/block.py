@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from implicit_attention import ImplicitQueryAttention
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
+from implicit_attention.hf.equilibrium import solve
 from implicit_attention.hf.ordinary import OrdinaryAttention
 from implicit_attention.hf.outputs import layer_stats
 from implicit_attention.hf.settings import make_adjoint, make_positions, make_solver
@@ -102,13 +103,7 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
         layer = self.attention
         if isinstance(layer, OrdinaryAttention):
             return *layer(x, hidden, cache, need_weights=need_weights), None
-        if cache is not None:
-            raise NotImplementedError("Implicit blocks cannot decode from a cache yet: call with use_cache=False.")
-        solution = layer.solve(x, key_padding_mask=hidden)
-        weights = None
-        if need_weights:
-            equation = layer.equation(x, key_padding_mask=hidden)
-            weights = equation.function.weights(solution.value, *equation.args)
+        solution, weights = solve(layer, x, hidden, cache, self.layer_idx, need_weights=need_weights)
         y = solution.value if layer.out_proj is None else layer.out_proj(solution.value)
         return y, weights, layer_stats(solution)
 

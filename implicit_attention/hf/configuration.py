@@ -116,6 +116,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
                     "config", "made of names that ImplicitAttentionConfig knows", Came(f"`{name}`"),
                     f"The options are {', '.join(field.name for field in fields(self))}.",
                 )  # fmt: skip
+        if self.layer_types is not None:
+            _check_names("layer_types", self.layer_types)
         super().__post_init__(**kwargs)
         check_positive("num_hidden_layers", self.num_hidden_layers, integer=True)
         check_positive("hidden_size", self.hidden_size, integer=True)
@@ -156,8 +158,7 @@ class ImplicitAttentionConfig(PreTrainedConfig):
 
     def _validate_layers(self) -> None:
         types = self.layer_types
-        if not isinstance(types, list) or not all(isinstance(name, str) for name in types):
-            raise bad_type("layer_types", 'a list of "implicit" and "attention", one for each block', types)
+        _check_names("layer_types", types)
         for name in types:
             check_choice("layer_types", name, (*LAYER_TYPES, "attention"))
         if len(types) != self.num_hidden_layers:
@@ -168,3 +169,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         if self.window is not None and not self.is_causal:
             raise bad_value("window", "None unless is_causal=True", self.window,
                             "A window reaches back from a token; without a causal mask there is no back.")  # fmt: skip
+
+
+def _check_names(argument: str, names: object) -> None:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise bad_type(argument, 'a list of "implicit" and "attention", one for each block', names)

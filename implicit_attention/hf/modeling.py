@@ -1,13 +1,13 @@
-"""The models: embedding, blocks, a last norm, and the usual heads."""
+"""The model without a head: embedding, blocks and a last norm."""
 
-from typing import TypeVar
+from os import PathLike
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import ModelOutput
 
 from implicit_attention import ALiBi, ImplicitQueryAttention, RelativeBias
@@ -16,9 +16,6 @@ from implicit_attention.hf.block import ImplicitAttentionBlock
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.ordinary import OrdinaryAttention
 from implicit_attention.hf.outputs import (
-    ImplicitCausalLMOutput,
-    ImplicitClassifierOutput,
-    ImplicitMaskedLMOutput,
     ImplicitModelOutput,
     stack_stats,
 )
@@ -37,6 +34,29 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ImplicitAttentionBlock"]
     _supports_context_parallel = False
     accepts_loss_kwargs = True
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> Self:
+        """Load a model as transformers does, but from safetensors alone: a pickle can run code.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or name of a repository.
+            *model_args: As in `PreTrainedModel.from_pretrained`.
+            **kwargs: As there.
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            ValueError: If `use_safetensors=False`.
+            OSError: If there is no such file.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise bad_value("use_safetensors", "True", False, "Pickled weights can run code: save them anew.")
+        loaded: Self = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -101,7 +121,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         cache = self._cache(cache, use_cache)
         past = 0 if cache is None else int(cache.get_seq_length())
         hidden = _hidden(attention_mask, x.shape[0], past + x.shape[1])
-        show_weights = _or(output_attentions, self.config.output_attentions)
+        show_weights = either(output_attentions, self.config.output_attentions)
         states, weights, stats = [x], [], []
         for block in self.layers:
             x, block_weights, block_stats = block(x, hidden, cache=cache, output_attentions=show_weights)
@@ -112,11 +132,11 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         out = ImplicitModelOutput(
             last_hidden_state=x,
             cache=cache,
-            hidden_states=tuple(states) if _or(output_hidden_states, self.config.output_hidden_states) else None,
+            hidden_states=tuple(states) if either(output_hidden_states, self.config.output_hidden_states) else None,
             attentions=tuple(weights) if show_weights else None,
             solver_stats=stack_stats(stats),
         )
-        return _returned(out, return_dict, self.config)
+        return returned(out, return_dict, self.config)
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to be used, a new one if one is wanted and none is given."""
@@ -124,245 +144,11 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             raise bad_value("cache", "None unless is_causal=True", Came(type(cache).__name__),
                             "Without a causal mask, old equilibria change with every new token.")  # fmt: skip
         decodes = self.config.is_causal and "implicit" not in self.config.layer_types
-        wanted = _or(use_cache, self.config.use_cache and decodes and not self.training)
+        wanted = either(use_cache, self.config.use_cache and decodes and not self.training)
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if cache is None and wanted and not checkpointing:
             return DynamicCache(config=self.config)
         return cache
-
-
-class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationMixin):
-    """A language model: the next token from those before."""
-
-    _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: ImplicitAttentionConfig) -> None:
-        """Make the model with new weights.
-
-        Args:
-            config: What it is made of, with `is_causal=True`.
-
-        Raises:
-            ValueError: If the configuration is not causal.
-        """
-        super().__init__(config)
-        if not config.is_causal:
-            raise bad_value("is_causal", "True for a causal language model", config.is_causal)
-        self.model = ImplicitAttentionModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> ImplicitCausalLMOutput | Output:
-        """Return logits, and the loss if labels are given.
-
-        Args:
-            input_ids: As in `ImplicitAttentionModel.forward`, like all that is not named below.
-            attention_mask: As there.
-            cache: As there.
-            inputs_embeds: As there.
-            labels: Tokens `[B, n]` to be predicted, each from those before it (they are shifted here); -100 counts
-                for nothing.
-            use_cache: As there.
-            output_attentions: As there.
-            output_hidden_states: As there.
-            return_dict: As there.
-            logits_to_keep: How many of the last tokens get logits, all if 0; or which.
-            num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
-
-        Returns:
-            Output with `loss`, `logits` `[B, n, vocab_size]` and `solver_stats`.
-
-        Raises:
-            TypeError: If a tensor is of the wrong type.
-            ValueError: If inputs are missing, doubled, or do not fit.
-        """
-        out = self.model(
-            input_ids, attention_mask, cache, inputs_embeds, use_cache, output_attentions, output_hidden_states, True
-        )
-        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
-        return _returned(
-            ImplicitCausalLMOutput(
-                loss=loss,
-                logits=logits,
-                cache=out.cache,
-                hidden_states=out.hidden_states,
-                attentions=out.attentions,
-                solver_stats=out.solver_stats,
-            ),
-            return_dict,
-            self.config,
-        )
-
-
-class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
-    """A bidirectional model that fills in masked tokens."""
-
-    _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: ImplicitAttentionConfig) -> None:
-        """Make the model with new weights.
-
-        Args:
-            config: What it is made of, with `is_causal=False`.
-
-        Raises:
-            ValueError: If the configuration is causal.
-        """
-        super().__init__(config)
-        if config.is_causal:
-            raise bad_value("is_causal", "False for a masked language model", config.is_causal,
-                            "It fills in tokens from both sides.")  # fmt: skip
-        self.model = ImplicitAttentionModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> ImplicitMaskedLMOutput | Output:
-        """Return logits, and the loss if labels are given.
-
-        Args:
-            input_ids: As in `ImplicitAttentionModel.forward`, like all that is not named below.
-            attention_mask: As there.
-            inputs_embeds: As there.
-            labels: `[B, n]`, the tokens that were masked, -100 elsewhere.
-            output_attentions: As there.
-            output_hidden_states: As there.
-            return_dict: As there.
-            num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
-
-        Returns:
-            Output with `loss`, `logits` `[B, n, vocab_size]` and `solver_stats`.
-
-        Raises:
-            TypeError: If a tensor is of the wrong type.
-            ValueError: If inputs are missing, doubled, or do not fit.
-        """
-        out = self.model(
-            input_ids, attention_mask, None, inputs_embeds, False, output_attentions, output_hidden_states, True
-        )
-        logits = self.lm_head(out.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
-        return _returned(
-            ImplicitMaskedLMOutput(
-                loss=loss,
-                logits=logits,
-                hidden_states=out.hidden_states,
-                attentions=out.attentions,
-                solver_stats=out.solver_stats,
-            ),
-            return_dict,
-            self.config,
-        )
-
-
-class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedModel):
-    """One label, or one vector of scores, for a sequence.
-
-    A causal model is read at its last token that is not padding, the only one that sees all others; a
-    bidirectional one by the mean over its tokens.
-    """
-
-    def __init__(self, config: ImplicitAttentionConfig) -> None:
-        """Make the model with new weights.
-
-        Args:
-            config: What it is made of, with `num_labels`.
-        """
-        super().__init__(config)
-        self.num_labels = int(config.num_labels or 2)
-        self.model = ImplicitAttentionModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> ImplicitClassifierOutput | Output:
-        """Return scores, and the loss if labels are given.
-
-        Args:
-            input_ids: As in `ImplicitAttentionModel.forward`, like all that is not named below.
-            attention_mask: As there; if None, tokens equal to `pad_token_id` at the end of a row are padding.
-            inputs_embeds: As there.
-            labels: `[B]` int64, or as `config.problem_type` says.
-            output_attentions: As there.
-            output_hidden_states: As there.
-            return_dict: As there.
-            num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
-
-        Returns:
-            Output with `loss`, `logits` `[B, num_labels]` and `solver_stats`.
-
-        Raises:
-            TypeError: If a tensor is of the wrong type.
-            ValueError: If inputs are missing, doubled, or do not fit.
-        """
-        out = self.model(
-            input_ids, attention_mask, None, inputs_embeds, False, output_attentions, output_hidden_states, True
-        )
-        logits = self.score(self._pool(out.last_hidden_state, attention_mask))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return _returned(
-            ImplicitClassifierOutput(
-                loss=loss,
-                logits=logits,
-                hidden_states=out.hidden_states,
-                attentions=out.attentions,
-                solver_stats=out.solver_stats,
-            ),
-            return_dict,
-            self.config,
-        )
-
-    def _pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """`[B, n, D] -> [B, D]`."""
-        if attention_mask is None:
-            return x[:, -1] if self.config.is_causal else x.mean(1)
-        seen = attention_mask.to(x.device) != 0
-        if not self.config.is_causal:
-            return (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp_min(1)
-        last = (torch.arange(x.shape[1], device=x.device) * seen).argmax(-1)
-        return x[torch.arange(len(x), device=x.device), last]
 
 
 def _hidden(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -378,9 +164,11 @@ def _hidden(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | 
     return hidden if torch.compiler.is_compiling() or bool(hidden.any()) else None
 
 
-def _or(value: bool | None, default: bool | None) -> bool:
+def either(value: bool | None, default: bool | None) -> bool:
+    """Return a flag of a call, or where it is None the configuration's."""
     return bool(default if value is None else value)
 
 
-def _returned(out: M, return_dict: bool | None, config: ImplicitAttentionConfig) -> M | Output:
-    return out if _or(return_dict, config.return_dict) else out.to_tuple()
+def returned(out: M, return_dict: bool | None, config: ImplicitAttentionConfig) -> M | Output:
+    """Return an output as it is, or as the tuple of what in it is not None."""
+    return out if either(return_dict, config.return_dict) else out.to_tuple()

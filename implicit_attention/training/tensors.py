@@ -81,13 +81,19 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
         RunError: If they belong to another model.
     """
     parameters = dict(_parameters(model))
+    known: dict[str, set[str]] = {name: set() for name in parameters}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(_SEPARATOR)
         parameter = parameters.get(name)
         if parameter is None or (tensor.dim() and tensor.shape != parameter.shape):
             raise RunError(f"{source} is of another model: it has {full_name} of shape {tuple(tensor.shape)}")
+        known[name].add(key)
         # A count of steps stays where it is; torch moves it only for optimizers that want it elsewhere.
         optimizer.state[parameter][key] = _spread(tensor, parameter).clone() if tensor.dim() else tensor.clone()
+    # Before the first step an optimizer knows nothing; then as much of one parameter as of any other.
+    most = max(known.values(), key=len, default=set())
+    if poor := [name for name in known if known[name] != most]:
+        raise RunError(f"{source} is of another model: it lacks {poor[0]}{_SEPARATOR}{min(most - known[poor[0]])}")
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

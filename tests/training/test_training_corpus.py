@@ -138,7 +138,7 @@ def test_a_python_without_its_source_is_told(monkeypatch):
         raise FileNotFoundError("no source of the standard library in /x: this Python was installed without it")
 
     monkeypatch.setattr(corpus, "standard_library_files", absent)
-    with pytest.raises(RunError, match="installed without it. Name a text of your own with --data."):
+    with pytest.raises(RunError, match=r"installed without it\. Name a text of your own with --data\."):
         corpus.read("default")
 
 

@@ -53,7 +53,18 @@ def test_a_setting_that_cannot_be_is_named(flags, sentence):
 
 def test_resuming_keeps_what_the_data_order_and_the_model_depend_on():
     run = dataclasses.asdict(Settings())
-    for name in ("data", "preset", "attention", "self_query", "length", "embed_dim", "layers", "heads", "seed", "batch_size"):
+    for name in (
+        "data",
+        "preset",
+        "attention",
+        "self_query",
+        "length",
+        "embed_dim",
+        "layers",
+        "heads",
+        "seed",
+        "batch_size",
+    ):
         assert FIELDS[name].metadata["fixed"]
     assert resolve({"length": 128, "learning_rate": 1e-4}, None, run).learning_rate == 1e-4
     with pytest.raises(RunError, match="length: 64 contradicts the run that is resumed, which has 128: leave it out"):
@@ -80,7 +91,10 @@ def test_yaml_is_data_with_the_names_of_the_flags(tmp_path):
         (b"- steps", "must hold a mapping from settings to values, but holds list."),
         (b"1: 2", "must hold a mapping from settings to values, but holds dict."),
         (b"steps: [", "is not a YAML file of settings: "),
-        (b"steps: !!python/object/apply:os.getpid []", "is not a YAML file of settings: could not determine a constructor"),
+        (
+            b"steps: !!python/object/apply:os.getpid []",
+            "is not a YAML file of settings: could not determine a constructor",
+        ),
         (b"\xff\xfe\xfd", "is not a YAML file of settings: "),
         (b"steps: 2024-13-45", "is not a YAML file of settings: "),
     ],

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from implicit_attention import maps
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 from implicit_attention.solvers import DirectSolver, Method, Solution, Solver, solve
-from implicit_attention.solvers.base import nothing_to_solve
+from implicit_attention.solvers.base import AdjointSolution, nothing_to_solve
 
 
 class Report(Protocol):
@@ -21,8 +21,8 @@ class Report(Protocol):
     def __call__(self, solution: Solution, name: str) -> None:
         """Take note of every solve and of what was solved."""
 
-    def near_singular(self, rows: int, of: int) -> None:
-        """Take note of rows whose gain is so close to 1 that their gradient is not to be trusted."""
+    def adjoint(self, found: AdjointSolution, grad: Tensor) -> None:
+        """Take note of an adjoint equation that was solved directly, for the cotangent `grad`."""
 
 
 @dataclass(frozen=True)
@@ -292,12 +292,7 @@ class _Run:
     ) -> list[Tensor | None]:
         with torch.autocast(y.device.type, enabled=False):
             found = solver.adjoint(self.problem.function, args, y, memo, grad, self.needs)
-        steps = torch.full_like(found.residual, found.steps, dtype=torch.long)
-        none = found.residual[None]
-        solution = Solution(grad, found.residual, steps, found.converged, none, none)
-        self.problem.report(solution, "adjoint equation")
-        if found.near_singular:
-            self.problem.report.near_singular(found.near_singular, y.shape[:-1].numel())
+        self.problem.report.adjoint(found, grad)
         return found.by_arg
 
     def _composable_backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:

@@ -1,8 +1,12 @@
 """Where iteration meets gradients: `fixed_point` for any map, and what is said when a solve fails."""
 
+import itertools
 import warnings
+import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from implicit_attention import maps
@@ -16,6 +20,7 @@ from implicit_attention.errors import (
     check_positive,
 )
 from implicit_attention.solvers import Anderson, Solution, Solver
+from implicit_attention.solvers.base import AdjointSolution
 
 _ADVICE = {
     "equilibrium": "Raise max_steps or the tolerances, damp (Picard(damping=0.5)), or use NewtonKrylov().",
@@ -24,20 +29,40 @@ _ADVICE = {
 }
 
 
+_HANDLES = itertools.count(1)
+_REPORTS: "weakref.WeakValueDictionary[int, FailureReport]" = weakref.WeakValueDictionary()
+
+
 @dataclass
 class FailureReport:
     """Says once, in the way that was asked for, that a solve missed its tolerance.
 
     Attributes:
         on_failure: "warn" (once for each of equilibrium and adjoint), "raise" or "ignore".
+        handle: Its number.
     """
 
     on_failure: str = "warn"
     _said: set[str] = field(default_factory=set, repr=False)
+    handle: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse an unknown mode."""
         check_choice("on_failure", self.on_failure, ("warn", "raise", "ignore"))
+        self._register()
+
+    def _register(self) -> None:
+        self.handle = next(_HANDLES)
+        _REPORTS[self.handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # a copy speaks for another layer
+        self._register()
+
+    @staticmethod
+    def of(handle: int) -> "FailureReport":
+        """Return the report with a handle, which is how a compiled graph names it; one that warns if it is gone."""
+        return _REPORTS.get(handle) or FailureReport()
 
     def __call__(self, solution: Solution, name: str) -> None:
         """Report a solution if it failed.
@@ -60,6 +85,21 @@ class FailureReport:
             f"{_ADVICE[name]}"
         )
         self._say(message, name)
+
+    def adjoint(self, found: AdjointSolution, grad: Tensor) -> None:
+        """Report an adjoint equation that was solved directly, if it failed or its gradient is not to be trusted.
+
+        Args:
+            found: The outcome.
+            grad: Cotangent of the equilibrium, `[B, N, D]`.
+
+        Raises:
+            ConvergenceError: If `on_failure` is "raise".
+        """
+        steps, none = torch.full_like(found.residual, found.steps, dtype=torch.long), found.residual[None]
+        self(Solution(grad, found.residual, steps, found.converged, none, none), "adjoint equation")
+        if found.near_singular:
+            self.near_singular(found.near_singular, grad.shape[:-1].numel())
 
     def near_singular(self, rows: int, of: int) -> None:
         """Report rows where the derivative of the equilibrium does not exist to working precision.

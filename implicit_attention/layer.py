@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from implicit_attention import maps, masks
+from implicit_attention import maps, masks, operator
 from implicit_attention.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
 from implicit_attention.attention_map import AttentionMap, QueryMap, merge_heads, rms_norm, split_heads
 from implicit_attention.cache import Cache, DecodeCache, Past
@@ -216,7 +216,8 @@ class ImplicitQueryAttention(nn.Module):
             self._append(cache, equation, solution, key_padding_mask)
         y = solution.value
         out = y if self.out_proj is None else self.out_proj(y)
-        if self.out_proj is not None and not maps.transforms_active() and not bool(torch.isfinite(out).all()):
+        looks = not maps.transforms_active() and not torch.compiler.is_compiling()
+        if self.out_proj is not None and looks and not bool(torch.isfinite(out).all()):
             raise non_finite(dict(self.named_parameters()))
         if not need_weights:
             return out if batched else out[0]
@@ -329,6 +330,9 @@ class ImplicitQueryAttention(nn.Module):
 
     def _solve(self, equation: Equation, named: dict[str, Tensor | None], *, history: bool = False) -> Solution:
         function = equation.function
+        if torch.compiler.is_compiling() and not history and operator.serves(self.solver, self.adjoint, function):
+            assert isinstance(self.solver, ForwardSubstitution)
+            return operator.solve(self.solver, function, equation.args, equation.start.dtype, self._report.handle)
         problem = Problem(function, self.solver, function.system_ndim, function.row_ndim, self._report)
         try:
             return self.adjoint(problem, equation.start, equation.args, history=history)

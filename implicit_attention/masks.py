@@ -5,6 +5,7 @@ In the layer a boolean mask says **True = hidden**, as in `nn.MultiheadAttention
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,22 @@ class AdditiveMask:
 
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
         """Return the mask of a block as an additive bias `[b, h, r or 1, c]`."""
-        rows = slice(rows.start - self.first_row, rows.stop - self.first_row)
-        part = tensor[..., rows, cols] if tensor.shape[-2] > 1 else tensor[..., cols]
+        part = tensor[self._part(tensor, rows, cols)]
         if part.dtype != torch.bool:
             return part
         return torch.zeros(part.shape, device=part.device).masked_fill(part, -torch.inf)
+
+    def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
+        """Return the gradient of a float mask for that of a block."""
+        found = torch.zeros_like(tensor, dtype=grad.dtype)
+        part = self._part(tensor, rows, cols)
+        found[part] = grad.sum_to_size(found[part].shape)
+        return found
+
+    def _part(self, tensor: Tensor, rows: slice, cols: slice) -> tuple[Any, ...]:
+        if tensor.shape[-2] == 1:
+            return ..., cols
+        return ..., slice(rows.start - self.first_row, rows.stop - self.first_row), cols
 
 
 def mask_terms(

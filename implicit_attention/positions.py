@@ -84,20 +84,41 @@ def unrotate(t: Tensor, rotation: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _DistanceSlope:
+class DistanceSlope:
+    """A bias term: a slope per head times the distance."""
+
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
         """`-slope_h |i - j|` for slopes `[1, H]`."""
         return -tensor[..., None, None] * _offsets(rows, cols, tensor.device).abs()
 
+    def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
+        """Return the gradient of the slopes, `[1, H]`."""
+        return -(grad * _offsets(rows, cols, tensor.device).abs()).sum((0, 2, 3))[None]
+
 
 @dataclass(frozen=True)
-class _OffsetTable:
+class OffsetTable:
+    """A bias term: a table per head, looked up by offset.
+
+    Attributes:
+        max_distance: Offsets beyond it share the table's last entries.
+    """
+
     max_distance: int
 
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
         """Look up `i - j`, clipped to the table, in `[1, H, 2 max_distance + 1]`."""
-        offsets = _offsets(rows, cols, tensor.device).clamp(-self.max_distance, self.max_distance)
-        return tensor[..., offsets + self.max_distance]
+        return tensor[..., self._columns(rows, cols, tensor.device)]
+
+    def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
+        """Return the gradient of the table, `[1, H, 2 max_distance + 1]`."""
+        found = torch.zeros_like(tensor, dtype=grad.dtype)
+        columns = self._columns(rows, cols, tensor.device).flatten()
+        return found.index_add_(-1, columns, grad.sum(0, keepdim=True).flatten(-2))
+
+    def _columns(self, rows: slice, cols: slice, device: torch.device) -> Tensor:
+        offsets = _offsets(rows, cols, device)
+        return offsets.clamp(-self.max_distance, self.max_distance) + self.max_distance
 
 
 def _offsets(rows: slice, cols: slice, device: torch.device) -> Tensor:
@@ -132,7 +153,7 @@ class ALiBi(Positions):
 
     def bias(self) -> tuple[BiasTerm, Tensor]:
         """Return the distance penalty and the slopes `[1, H]`."""
-        return _DistanceSlope(), self.slopes[None]
+        return DistanceSlope(), self.slopes[None]
 
 
 class RelativeBias(Positions):
@@ -160,7 +181,7 @@ class RelativeBias(Positions):
 
     def bias(self) -> tuple[BiasTerm, Tensor]:
         """Return the look-up and the table `[1, H, 2 max_distance + 1]`."""
-        return _OffsetTable(self.max_distance), self.table[None]
+        return OffsetTable(self.max_distance), self.table[None]
 
     def extra_repr(self) -> str:
         """Return the settings, for `print`."""

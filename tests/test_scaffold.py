@@ -32,6 +32,7 @@ ORDER = [
     "causal_system",
     "diagonal",
     "forward_substitution",
+    "operator",
     "inputs",
     "seed",
     "layer",

@@ -26,6 +26,19 @@ class BiasTerm(Protocol):
             `[b, h, r, c]`, each of b, h, r either full or 1; `-inf` hides an entry.
         """
 
+    def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
+        """Return the gradient of the tensor for a cotangent of `block`: its transpose, as the term is linear.
+
+        Args:
+            tensor: As in `block`.
+            rows: As in `block`.
+            cols: As in `block`.
+            grad: `[B, H, r, c]`.
+
+        Returns:
+            Like `tensor`, in the dtype of `grad`.
+        """
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -122,18 +135,12 @@ class AttentionSpec:
             grad: Cotangent.
 
         Returns:
-            One gradient per term, in the dtype of its tensor; None for one that is not float.
+            One gradient per term, in the dtype of `grad`; None for a tensor that is not float.
         """
         found: list[Tensor | None] = []
         for term, tensor in zip(self.terms, tensors, strict=True):
-            if not tensor.is_floating_point():
-                found.append(None)
-                continue
-            with torch.enable_grad():
-                leaf = tensor.detach().requires_grad_()
-                block = term.block(leaf, rows, cols)
-            (d_tensor,) = torch.autograd.grad(block, leaf, grad.sum_to_size(block.shape).to(block.dtype))
-            found.append(d_tensor)
+            real = tensor.is_floating_point()
+            found.append(term.pull(tensor, rows, cols, grad) if real else None)
         return tuple(found)
 
     def _hidden(self, rows: slice, cols: slice, device: torch.device) -> Tensor | None:
@@ -183,8 +190,13 @@ class _Shifted:
     col: int
 
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
-        return self.term.block(
-            tensor,
+        return self.term.block(tensor, *self._moved(rows, cols))
+
+    def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
+        return self.term.pull(tensor, *self._moved(rows, cols), grad)
+
+    def _moved(self, rows: slice, cols: slice) -> tuple[slice, slice]:
+        return (
             slice(rows.start + self.row, rows.stop + self.row),
             slice(cols.start + self.col, cols.stop + self.col),
         )

@@ -1,0 +1,128 @@
+"""The layer under torch.compile(fullgraph=True): same values, same gradients, same reports as without."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from implicit_attention import (
+    ConvergenceError,
+    ConvergenceWarning,
+    ForwardSubstitution,
+    Implicit,
+    Picard,
+    diagonal,
+    operator,
+)
+from implicit_attention.fixed_point import FailureReport
+from tests.bridge import make_layer
+
+LAYERS = {
+    "one-head": {},
+    "qk_norm-rope": {"num_heads": 4, "qk_norm": True, "positions": "rope", "out_proj": True},
+    "input-relative": {"num_heads": 4, "self_query": "input", "positions": "relative"},
+    "groups-window-alibi": {"num_heads": 4, "num_kv_heads": 2, "window": 5, "positions": "alibi", "query_input": True},
+    "bias": {"num_heads": 2, "bias": True},
+}
+
+
+def make(options, **more):
+    layer = make_layer(8, is_causal=True, **{"solver": ForwardSubstitution(block=4)} | options | more)
+    return layer, torch.randn(2, 13, 8, dtype=torch.float64, requires_grad=True)
+
+
+def gradients(layer, x, y):
+    return torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_compiles_as_a_whole(options):
+    layer, x = make(options)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    hidden = torch.zeros(2, 13, dtype=torch.bool)
+    hidden[0, :3] = True
+    for inputs in ({}, {"key_padding_mask": hidden}, {"attn_mask": torch.randn(13, 13, dtype=torch.float64)}):
+        y, z = layer(x, **inputs), compiled(x, **inputs)
+        assert torch.equal(y, z)
+        for a, b in zip(gradients(layer, x, y), gradients(layer, x, z), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_compiles_with_dropout_and_other_lengths():
+    layer, x = make({"num_heads": 2}, dropout=0.2)
+    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), x.detach()
+    for n in (13, 9, 6):
+        assert bool(torch.isfinite(compiled(x[:, :n])).all())
+    layer.eval()
+    for n in (13, 9, 6):
+        assert torch.equal(compiled(x[:, :n]), layer(x[:, :n]))
+
+
+def test_a_solution_comes_through():
+    layer, x = make({"num_heads": 2})
+    found = torch.compile(layer.solve, fullgraph=True, backend="aot_eager")(x)
+    expected = layer.solve(x)
+    assert torch.equal(found.steps, expected.steps)
+    assert torch.equal(found.converged, expected.converged)
+    torch.testing.assert_close(found.residual, expected.residual)
+    torch.testing.assert_close(found.rel_trace, expected.rel_trace)
+
+
+def test_inductor_takes_it():
+    layer, x = make({"num_heads": 2, "qk_norm": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
+        y = torch.compile(layer, fullgraph=True)(x)
+    torch.testing.assert_close(y, layer(x), rtol=1e-9, atol=1e-9)
+
+
+def test_failures_are_reported_from_compiled_code(monkeypatch):
+    monkeypatch.setattr(diagonal, "MOST_SWEEPS", 1)
+    options = {"num_heads": 2, "on_failure": "warn", "solver": ForwardSubstitution(rtol=1e-15, atol=1e-15)}
+    layer, x = make(options, gain=20.0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with pytest.warns(ConvergenceWarning, match="equilibrium was not solved"):
+        compiled(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(x)  # said once
+    strict, x = make(options | {"on_failure": "raise"})
+    with pytest.raises(ConvergenceError):
+        torch.compile(strict, fullgraph=True, backend="aot_eager")(x)
+
+
+def test_copies_report_for_themselves():
+    layer, _ = make({"num_heads": 2})
+    other = copy.deepcopy(layer)
+    assert other._report.handle != layer._report.handle
+    assert FailureReport.of(other._report.handle) is other._report
+    handle = other._report.handle
+    del other
+    assert FailureReport.of(handle).on_failure == "warn"
+
+
+def test_other_solvers_and_adjoints_go_their_own_way():
+    layer, x = make({"num_heads": 2})
+    function = layer.equation(x).function
+    assert operator.serves(layer.solver, layer.adjoint, function)
+    assert not operator.serves(Picard(), layer.adjoint, function)
+    assert not operator.serves(layer.solver, Implicit(Picard()), function)
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_operator_keeps_its_promises(options):
+    """Schema, shapes of the fake, autograd registration, and tracing, by torch's own checks."""
+    layer, x = make(options)
+    function, args, _ = layer.equation(x)
+    names = ",".join(function.names)
+    kinds = ",".join(operator._KINDS[type(term)] for term in function.spec.terms)
+    plain = (function.spec.scale, function.spec.window or 0, 0.0, function.query_map.num_heads, layer.qk_norm)
+    leaves = [a.detach().requires_grad_() for a in args]
+    call = (leaves, torch.float64, names, kinds, *plain, 4, 1e-10, 1e-10, layer._report.handle)
+    torch.library.opcheck(operator._forward, call)

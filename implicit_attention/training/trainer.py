@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,10 @@ class ByteTrainer(Trainer):
                 f"step {self.state.global_step + 1}: the gradient is {float(norm)}, and the step was not taken"
             )
         return norm
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Do not wait with it until a batch's last part: gradients that wait are whole, not in shards."""
+        return nullcontext()
 
     # Evaluation
 

@@ -1,4 +1,4 @@
-"""Is an equilibrium stable, and is it the only one? Two figures that tell."""
+"""Is an equilibrium stable, and is it the only one? Figures that tell, and a penalty that keeps it so."""
 
 from typing import TypedDict, Unpack
 
@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from implicit_attention import linear
-from implicit_attention.errors import Came, bad_value
-from implicit_attention.layer import Equation, ImplicitQueryAttention
+from implicit_attention.causal_system import CausalSystem
+from implicit_attention.diagonal import own_jacobian
+from implicit_attention.errors import Came, bad_value, check_positive
+from implicit_attention.forward_substitution import radius
+from implicit_attention.kernels.attention import log_sum_exp
+from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.maps import Linearization
+from implicit_attention.preparation import Equation
 
 _BLOCK_ELEMENTS = 1 << 22  # distances alive at once
+_ROWS = 64  # rows whose biases are looked at together
 
 
 class Inputs(TypedDict, total=False):
@@ -28,18 +34,19 @@ class Inputs(TypedDict, total=False):
 
 
 def spectral_radius(
-    layer: ImplicitQueryAttention, x: Tensor, *, iterations: int = 50, **inputs: Unpack[Inputs]
+    layer: ImplicitQueryAttention, x: Tensor, *, iterations: int | None = None, **inputs: Unpack[Inputs]
 ) -> Tensor:
-    r"""Estimate `max |eigenvalue of dF/dy|` at the equilibrium, by the power iteration on `(dF/dy)^T`.
+    r"""Return `max |eigenvalue of dF/dy|` at the equilibrium.
 
     Below 1, plain iteration converges to the equilibrium from nearby; where an eigenvalue is 1 the gradient
-    does not exist. With a causal mask the estimate needs more iterations than there are tokens: until then it
-    shows how a perturbation grows along the sequence, which can be far above the radius.
+    does not exist. Exact under a causal mask, where dF/dy is block triangular: the largest gain of a row
+    (`layer.solve(x, gains=True)`). Otherwise an estimate by the power iteration on `(dF/dy)^T`.
 
     Args:
         layer: The layer; its equilibrium is solved for with its own solver, and reported as usual.
         x: Input `[B, N, D]`, or `[N, D]` as a batch of one.
-        iterations: Products with the Jacobian, at least 1.
+        iterations: Products with the Jacobian, at least 1 (50 if None); none are taken under a causal mask over
+            queries.
         **inputs: The other inputs of `layer.solve`: `context`, `attn_mask`, `key_padding_mask`.
 
     Returns:
@@ -48,12 +55,17 @@ def spectral_radius(
 
     Raises:
         TypeError: As `layer.solve`.
-        ValueError: As `layer.solve`, or if the layer is in training mode with dropout, or `iterations` < 1.
+        ValueError: As `layer.solve`, or if the layer is in training mode with dropout, or `iterations` is below 1
+            or has no effect.
         ConvergenceError: As `layer.solve`.
     """
-    if iterations < 1:
-        raise bad_value("iterations", "an integer >= 1", iterations)
+    iterations = _power_iterations(layer, iterations)
     equation = _equation(layer, x, inputs)
+    if layer.triangular:
+        with torch.no_grad():
+            solution = layer.solve(x if x.dim() == 3 else x[None], gains=True, **inputs)
+        assert solution.gain is not None
+        return solution.gain.amax(1)
     with torch.no_grad():
         y = layer.solve(x, **inputs).value.reshape(equation.start.shape)
     function, args = equation.function, equation.args
@@ -68,6 +80,84 @@ def spectral_radius(
     generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it is
     start = torch.randn(y.shape, generator=generator).to(y.device, wide).reshape(systems.numel(), -1)
     return linear.spectral_radius(product, start, iterations=iterations).reshape(systems)
+
+
+def _power_iterations(layer: ImplicitQueryAttention, iterations: int | None) -> int:
+    if layer.triangular and iterations is not None:
+        raise bad_value("iterations", "None for a causal layer", iterations, "Its radius is exact, without iterating.")
+    if iterations is not None and iterations < 1:
+        raise bad_value("iterations", "an integer >= 1", iterations)
+    return 50 if iterations is None else iterations
+
+
+def row_gains(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]) -> Tensor:
+    r"""Return how much each row of a causal equilibrium feeds itself: the spectral radius of its own Jacobian.
+
+    With one head that is `|p (1 - p) beta|`. Their maximum is the spectral radius of the whole map. The same as
+    `layer.solve(x, gains=True).gain`, but **differentiable** in parameters and inputs, at the price of one more
+    attention pass.
+
+    Args:
+        layer: A causal layer whose rows belong to keys.
+        x: Input `[B, N, D]`, or `[N, D]` as a batch of one.
+        **inputs: The other inputs of `layer.solve`.
+
+    Returns:
+        `[B, N]`, in float32 or wider.
+
+    Raises:
+        TypeError: As `layer.solve`.
+        ValueError: As `layer.solve`; or if the layer is not causal, or has active dropout.
+        ConvergenceError: As `layer.solve`.
+    """
+    _refuse_dropout(layer)
+    if not layer.triangular:
+        raise bad_value("layer", 'one with is_causal=True and normalize_over="queries"', layer,
+                        "Use spectral_radius.")  # fmt: skip
+    x = x if x.dim() == 3 else x[None]
+    equation, y = layer.equation(x, **inputs), layer.solve(x, **inputs).value
+    system = CausalSystem(equation.function, equation.args)
+    y = y.to(system.wide).view(*y.shape[:2], system.heads, system.dim)
+    if system.self_score is not None:
+        return torch.zeros_like(y[:, :, 0, 0])
+    everything = slice(0, system.length)
+    queries = system.phi(y, everything)
+    query = system.per_head(queries.query.transpose(1, 2).to(system.narrow))
+    lse = log_sum_exp(system.key, query, system.spec, terms=system.terms)
+    lse = lse.masked_fill(torch.isneginf(lse), torch.inf)  # rows that see nothing have no weight on themselves
+    own = (system.key * query).sum(-1) * system.spec.scale
+    own_bias = [_own_bias(system, i) for i in range(0, system.length, _ROWS)]
+    p = torch.exp(own + torch.cat(own_bias, -1) - lse)
+    return radius(own_jacobian(system, everything, y, queries, p))
+
+
+def gain_penalty(layer: ImplicitQueryAttention, x: Tensor, *, limit: float = 0.9, **inputs: Unpack[Inputs]) -> Tensor:
+    """Return the mean over rows of `max(gain - limit, 0)^2`, to be added to a loss.
+
+    It keeps a causal equilibrium away from where its gradient blows up (gain 1) and costs nothing below the limit.
+
+    Args:
+        layer: A causal layer whose rows belong to keys.
+        x: Input `[B, N, D]`.
+        limit: The gain from which on rows are penalised.
+        **inputs: The other inputs of `layer.solve`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError: As `row_gains`.
+        ValueError: As `row_gains`, or if the limit is not positive.
+        ConvergenceError: As `layer.solve`.
+    """
+    check_positive("limit", limit)
+    return (row_gains(layer, x, **inputs) - limit).clamp_min(0.0).square().mean()
+
+
+def _own_bias(system: CausalSystem, first: int) -> Tensor:
+    rows = slice(first, min(first + _ROWS, system.length))
+    own = system.block_bias(rows)[1]
+    return system.key.new_zeros(1, 1, rows.stop - first) if own is None else own
 
 
 def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]) -> Tensor:
@@ -108,6 +198,12 @@ def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack
 
 
 def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> Equation:
+    _refuse_dropout(layer)
+    with torch.no_grad():
+        return layer.equation(x, **inputs)
+
+
+def _refuse_dropout(layer: ImplicitQueryAttention) -> None:
     if layer.training and layer.dropout:
         raise bad_value(
             "layer",
@@ -115,8 +211,6 @@ def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> Equat
             Came(f"one in training mode with dropout={layer.dropout}"),
             "Call layer.eval() first.",
         )
-    with torch.no_grad():
-        return layer.equation(x, **inputs)
 
 
 def _pulled_norm(key: Tensor, weight: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from implicit_attention.rows import RowProblem, solve_rows
 
 FAR = 0.25  # change of the own weight between y = v and now beyond which a row's root is found by the row solver
 MOST_SWEEPS = 24  # then the block is halved
-PATIENCE = 3  # sweeps after which a row that did not halve its residual is solved exactly
+PATIENCE = 8  # sweeps after which a row that still settles slowly is solved exactly
+SLOW = 0.7  # ratio of residuals from sweep to sweep that is slow
 SAME_ROOT = 1e-2  # change of the own weight that cannot be another root
 NEAR_SINGULAR = 1e-3  # distance of a gain from 1 at which the adjoint is reported
 
@@ -66,7 +67,7 @@ class DiagonalBlock:
         self.own_value = system.per_head(value)
         if self.keep is not None:
             self.own_value = self.own_value * self.keep.diagonal(dim1=-2, dim2=-1)[..., None]
-        self.given_own = None
+        self.given_own: Tensor | None = None
         if system.self_score is not None:
             self.given_own = self._biased(system.self_score[:, :, rows].to(system.wide))
 
@@ -93,16 +94,31 @@ class BlockSolver(DiagonalBlock):
         """
         super().__init__(system, rows)
         self.before, self.before_lse = before.contiguous(), before_lse.contiguous()
-        self.exact = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
+        self.slow = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
+        self.solved = torch.zeros_like(self.slow)  # rows whose own equation was solved in some sweep
         self.roots = torch.full((system.batch, self.n, system.heads), torch.nan, dtype=system.wide).to(self.key.device)
 
     def settle(self, rtol: float, atol: float) -> Block:
-        """Sweep until every row's residual is within `atol + rtol max|F(y)|`, or `MOST_SWEEPS` are done."""
+        """Sweep until every row's residual is within `atol + rtol max|F(y)|`, or `MOST_SWEEPS` are done.
+
+        Samples stop for themselves: what one returns does not depend on the others.
+
+        Args:
+            rtol: Relative tolerance.
+            atol: Absolute tolerance.
+
+        Returns:
+            The block, which may be unsettled.
+
+        Raises:
+            NonFiniteError: If the map gives NaN or Inf.
+        """
         system = self.system
         limit = MOST_SWEEPS if self.n > 1 else 2 * MOST_SWEEPS
         start = self._start()
         y = torch.where(torch.isneginf(self.before_lse)[..., None], self.own_value, self.before)
         before = y.new_full((system.batch, self.n), torch.inf)
+        done = torch.zeros(system.batch, dtype=torch.bool, device=y.device)
         for sweep in range(1, limit + 1):
             queries = system.phi(y.transpose(1, 2), self.rows)
             a, lse, own = self.attend(queries.query)
@@ -114,26 +130,33 @@ class BlockSolver(DiagonalBlock):
             if sweep == 1 and not bool(torch.isfinite(residual).all()):
                 raise NonFiniteError("the map gave NaN or Inf")
             within = residual <= allowed
+            ready = within.all(1) & ~done
             if start is not None:
-                self.exact |= ((self.own_weight(start, lse) - p).abs_() > FAR).any(1)
+                far = ((self.own_weight(start, lse) - p).abs_() > FAR).any(1)
                 if sweep > PATIENCE:
-                    slow = residual > 0.5 * before
-                    self.exact |= ~within & (slow if sweep <= self.n else slow.new_ones(()))
-                if bool(self.exact.any()):
-                    f, same = self._solve_own(a, lse, p, f, 0.1 * float(allowed.min()))
-                    within &= same
+                    self.slow |= ~within & (residual > SLOW * before) if sweep <= self.n else ~within
+                marked = self.slow & ~done[:, None] | far & ~self.solved | (far | self.solved) & ready[:, None]
+                if bool(marked.any()):
+                    f, same = self._solve_own(marked, a, lse, p, f, 0.1 * float(allowed.min()))
+                    ready &= same  # at the root that is wanted
             before = residual
-            settled = bool(within.all())
-            if settled or sweep == limit:
+            done |= ready
+            if bool(done.all()) or sweep == limit:
                 break
-            y = f
+            y = torch.where(done[:, None, None, None], y, f)
         total = torch.logaddexp(lse, own)
-        return Block(y.transpose(1, 2), queries, total, residual, size, sweep, settled)
+        return Block(y.transpose(1, 2), queries, total, residual, size, sweep, bool(done.all()))
+
+    def own_score(self, query: Tensor) -> Tensor:
+        """Scores of the own column, `[B, H, n]`, for queries `[B, n, G, d]`."""
+        return self._biased((self.key * self.system.per_head(query.transpose(1, 2))).sum(-1))
 
     def attend(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return attention over all columns but a row's own, its log-sum-exp, and the score of the own column."""
-        scores = self.scores(query)
         own = self.given_own
+        if self.n == 1:  # as in decoding: all other columns come before
+            return self.before, self.before_lse, self.own_score(query) if own is None else own
+        scores = self.scores(query)
         if own is None:
             own = self._biased(scores.diagonal(dim1=-2, dim2=-1)).clone()
         scores += self.strict
@@ -157,23 +180,24 @@ class BlockSolver(DiagonalBlock):
         """Scores of the own column at the start y = v, `[B, H, n]`; None where they are given."""
         if self.given_own is not None:
             return None
-        query = self.system.per_head(self.system.phi(self.own_value.transpose(1, 2), self.rows).query.transpose(1, 2))
-        return self._biased((self.key * query).sum(-1))
+        return self.own_score(self.system.phi(self.own_value.transpose(1, 2), self.rows).query)
 
-    def _solve_own(self, a: Tensor, lse: Tensor, p: Tensor, f: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-        """Solve the marked rows' own equations; return the outputs with theirs, and which rows are at the root."""
-        samples, positions = self.exact.nonzero(as_tuple=True)
+    def _solve_own(
+        self, marked: Tensor, a: Tensor, lse: Tensor, p: Tensor, f: Tensor, tolerance: float
+    ) -> tuple[Tensor, Tensor]:
+        """Solve the marked rows' own equations; return the outputs with theirs, and which samples were at the root."""
+        samples, positions = marked.nonzero(as_tuple=True)
         problem, value = self.row_problem(a, lse, samples, positions)
-        near = self.roots[samples, positions]
         floor = 32 * torch.finfo(a.dtype).eps
-        found = solve_rows(problem, max(tolerance, floor), near)
+        found = solve_rows(problem, max(tolerance, floor), self.roots[samples, positions])
         self.roots[samples, positions] = found.p
-        out, same = f.clone(), torch.ones_like(self.exact)
-        rows_a = a.transpose(1, 2)[samples, positions]
+        self.solved |= marked
+        out, rows_a = f.clone(), a.transpose(1, 2)[samples, positions]
         out.transpose(1, 2)[samples, positions] = torch.lerp(rows_a, value, found.p[..., None])
         moved = (found.p - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
-        same[samples, positions] = (moved < SAME_ROOT) | ~found.solved
-        return out, same
+        jumped = torch.zeros_like(marked)
+        jumped[samples, positions] = (moved > SAME_ROOT) & found.solved
+        return out, ~jumped.any(1)
 
     def row_problem(self, a: Tensor, lse: Tensor, samples: Tensor, positions: Tensor) -> tuple[RowProblem, Tensor]:
         """`y = a + p (value - a)`, put through the query map and onto the row's key; and the rows' values."""
@@ -260,27 +284,34 @@ class BlockAdjointSolver(DiagonalBlock):
             The solution and the gradients that follow from it.
         """
         lam, before = grad, torch.full_like(allowed, torch.inf)
+        done = torch.zeros_like(allowed, dtype=torch.bool)  # samples stop for themselves
         own: _OwnColumns | None = None
         for sweep in range(1, 3 * self.n + MOST_SWEEPS):
             slope = self._slope(lam)
-            d_query = later + self._d_query(slope, own is not None)
-            d_made = self.system.before_map(d_query, self.queries, self.rows)
-            f = grad + self.system.through_map(d_made)
+            f = self._pulled(grad, later, slope, own is not None)
             # Once own columns are solved for, f lacks their part, and lam came from the f before.
             residual = (f - (lam if own is None else own.f)).abs_().amax((1, 2, 3))
-            if bool((residual <= allowed).all()):
+            residual = torch.where(done, before, residual)
+            done |= residual <= allowed
+            if bool(done.all()):
                 break
-            stuck = sweep > PATIENCE and (sweep > self.n or bool((residual > 0.5 * before).any()))
-            if own is None and stuck and self.given_own is None:
+            slow = sweep > PATIENCE and bool((~done & (residual > (SLOW * before if sweep <= self.n else 0.0))).any())
+            if own is None and slow and self.given_own is None:
                 own = _OwnColumns(self)
-                d_made = self.system.before_map(later + self._d_query(slope, True), self.queries, self.rows)
-                f = grad + self.system.through_map(d_made)
-                residual = torch.full_like(residual, torch.inf)
+                f = self._pulled(grad, later, slope, True)
+                residual = torch.where(done, residual, torch.inf)
             before = residual
-            lam = f if own is None else own.solve(f)
-        if own is not None:
-            d_made = self.system.before_map(later + self._d_query(slope, False), self.queries, self.rows)
+            lam = torch.where(done[:, None, None, None], lam, f if own is None else own.solve(f))
+        d_made = self._d_made(later, slope, False)
         return self._gradients(lam, slope, d_made, residual, sweep, 0 if own is None else own.near_singular)
+
+    def _d_made(self, later: Tensor, slope: Tensor, strict: bool) -> Tensor:
+        """The cotangent of the linear map's output, `[B, n, G d]`."""
+        return self.system.before_map(later + self._d_query(slope, strict), self.queries, self.rows)
+
+    def _pulled(self, grad: Tensor, later: Tensor, slope: Tensor, strict: bool) -> Tensor:
+        """`g + J^T lam`, without the own columns if `strict`."""
+        return grad + self.system.through_map(self._d_made(later, slope, strict))
 
     def _slope(self, lam: Tensor) -> Tensor:
         """The cotangent of the scores, `[B, H, n, n]`."""
@@ -325,7 +356,7 @@ class _OwnColumns:
         self.block = block
         self.f: Tensor = block.y
         self.u = block.p[..., None] * (block.own_value - block.y)  # [B, H, n, d]
-        matrix = own_jacobian(block)
+        matrix = own_jacobian(block.system, block.rows, block.y.transpose(1, 2), block.queries, block.p)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         self.matrix = eye - matrix.mT
         self.near_singular = 0
@@ -345,28 +376,35 @@ class _OwnColumns:
         return f + block.system.through_map(block.system.before_map(d_query, block.queries, block.rows))
 
 
-def own_jacobian(block: BlockAdjointSolver) -> Tensor:
+def own_jacobian(system: CausalSystem, rows: slice, y: Tensor, queries: Queries, p: Tensor) -> Tensor:
     """The Jacobian of each row's own equation, `[B, n, H, H]`: `M_gh = (d s_g / d y_h) . (v_h - y_h) p_h`.
 
-    Its eigenvalues are those of the row's diagonal block of dF/dy that are not zero.
+    Its eigenvalues are those of the row's diagonal block of dF/dy that are not zero. Differentiable.
 
     Args:
-        block: The rows, linearised at the equilibrium.
+        system: The map.
+        rows: The rows.
+        y: Their outputs at the equilibrium, `[B, n, H, d]`.
+        queries: What phi makes of them.
+        p: The weight of each row's own column, `[B, H, n]`.
 
     Returns:
         One matrix per row.
     """
-    system, batch, n = block.system, block.shape[0], block.n
-    direction = (block.own_value - block.y).transpose(1, 2).reshape(-1, system.heads, system.dim)
-    made = system.contributions(direction)  # [R, G, H, d]
-    key = block.key.transpose(1, 2)
-    query = block.queries.query
+    p = p.transpose(1, 2)
+    key = system.key[:, :, rows].to(system.wide).transpose(1, 2) * system.spec.scale
+    value = system.per_head(system.value[:, :, rows].to(system.wide)).transpose(1, 2)
+    keep = system.keep(rows)
+    if keep is not None:
+        value = value * keep.diagonal(dim1=-2, dim2=-1).transpose(1, 2)[..., None]
+    made = system.contributions((value - y).reshape(-1, system.heads, system.dim))  # [R, G, H, d]
+    query = queries.query
     if system.rotation is not None:
-        turn = system.rotation[:, :, block.rows]
+        turn = system.rotation[:, :, rows]
         key, query = (unrotate(t, turn) for t in (key, query))
-    if block.queries.inverse is not None:
+    if queries.inverse is not None:
         query = query.reshape(-1, system.groups, 1, system.dim)
         made = made - query * (made * query).mean(-1, keepdim=True)
-        made = made * block.queries.inverse.reshape(-1, system.groups, 1, 1)
+        made = made * queries.inverse.reshape(-1, system.groups, 1, 1)
     slopes = (system.per_head(made) * key.reshape(-1, system.heads, 1, system.dim)).sum(-1)
-    return slopes.view(batch, n, system.heads, -1) * block.p.transpose(1, 2)[:, :, None]
+    return slopes.view(*p.shape, system.heads) * p[:, :, None]

@@ -120,11 +120,18 @@ class ForwardSubstitution(DirectSolver):
             return at.y.new_zeros(at.y.shape[:2])
         found = []
         for low in range(0, system.length, self.block):
-            block = at.block(slice(low, min(low + self.block, system.length)))
-            matrix = own_jacobian(block)
-            found.append(torch.linalg.eigvals(matrix).abs().amax(-1) if system.heads > 1 else matrix[..., 0, 0].abs())
+            rows = slice(low, min(low + self.block, system.length))
+            found.append(radius(own_jacobian(system, rows, at.y[:, rows], at.queries(rows), at.block(rows).p)))
         whole: Tensor = torch.cat(found, 1)
         return whole
+
+
+def radius(matrix: Tensor) -> Tensor:
+    """Return the spectral radius of matrices `[..., H, H]`, differentiable where the largest eigenvalue is simple."""
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0, 0].abs()
+    largest: Tensor = torch.linalg.eigvals(matrix).abs().amax(-1)
+    return largest
 
 
 def _causal(function: Callable[..., Tensor]) -> AttentionMap:
@@ -162,16 +169,18 @@ class _Forward:
     def __init__(self, system: CausalSystem, rtol: float, atol: float) -> None:
         self.system, self.rtol, self.atol = system, rtol, atol
         new, shape = system.key.new_zeros, (system.batch, system.length)
-        self.y = new(*shape, system.heads, system.dim, dtype=system.wide)
         self.query = new(*shape, system.groups, system.dim)
         normed = system.function.query_map.normalize
         self.inverse = new(*shape, system.groups, 1, dtype=system.wide) if normed else new(0)
-        self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
         self.residual, self.size = new(*shape, dtype=system.wide), new(*shape, dtype=system.wide)
         self.sweeps = new(*shape, dtype=torch.long)
         if system.past:
             assert system.past_column is not None and system.past_value is not None
-            self._merge(slice(0, system.length), system.past_column, system.past_value, 0)
+            out, self.lse = system.below(slice(0, system.length), system.past_column, system.past_value, 0)
+            self.y = out.to(system.wide).transpose(1, 2).contiguous()
+        else:
+            self.y = new(*shape, system.heads, system.dim, dtype=system.wide)
+            self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:

@@ -1,15 +1,14 @@
 """The layer: implicit-query attention solved to its equilibrium, with all its options."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from implicit_attention import maps, masks, operator
+from implicit_attention import maps, operator
 from implicit_attention.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
-from implicit_attention.attention_map import AttentionMap, QueryMap, merge_heads, rms_norm, split_heads
-from implicit_attention.cache import Cache, DecodeCache, Past
+from implicit_attention.cache import Cache, DecodeCache
 from implicit_attention.errors import (
     Came,
     NonFiniteError,
@@ -20,28 +19,13 @@ from implicit_attention.errors import (
 )
 from implicit_attention.fixed_point import FailureReport
 from implicit_attention.forward_substitution import ForwardSubstitution
-from implicit_attention.inputs import check_input, non_finite
-from implicit_attention.kernels import AttentionSpec
-from implicit_attention.kernels.spec import BiasTerm
-from implicit_attention.positions import Positions, make_positions, rotate
+from implicit_attention.inputs import non_finite
+from implicit_attention.positions import Positions, make_positions
+from implicit_attention.preparation import Equation, prepare
 from implicit_attention.solvers import Anderson, DirectSolver, Method, Solution
 
 _NO_CACHE = "Without a causal mask later tokens change the equilibria of earlier ones."
 _ADJOINTS = {"implicit": Implicit, "unrolled": Unrolled, "phantom": Phantom}
-
-
-class Equation(NamedTuple):
-    """The fixed-point equation that a layer solves for given inputs: `y = function(y, *args)`.
-
-    Attributes:
-        function: The map.
-        args: Its tensors, differentiable in the layer's parameters and inputs.
-        start: Where solvers start, the values `[B, N, D]`.
-    """
-
-    function: AttentionMap
-    args: tuple[Tensor, ...]
-    start: Tensor
 
 
 class ImplicitQueryAttention(nn.Module):
@@ -209,7 +193,7 @@ class ImplicitQueryAttention(nn.Module):
             ValueError: If a shape, dtype or device does not fit, or an input or weight holds NaN or Inf.
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
-        equation, batched = self._equation(x, context, attn_mask, key_padding_mask, cache)
+        equation, batched = prepare(self, x, context, attn_mask, key_padding_mask, cache)
         named = {"x": x, "context": context, "attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         solution = self._solve(equation, named)
         if cache is not None:
@@ -260,7 +244,7 @@ class ImplicitQueryAttention(nn.Module):
         if gains and not self.triangular:
             raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
                             "Use diagnostics.spectral_radius.")  # fmt: skip
-        equation, batched = self._equation(x, context, attn_mask, key_padding_mask, cache)
+        equation, batched = prepare(self, x, context, attn_mask, key_padding_mask, cache)
         named = {"x": x, "context": context, "attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         solution = self._solve(equation, named, history=history)
         if cache is not None:
@@ -291,7 +275,7 @@ class ImplicitQueryAttention(nn.Module):
             TypeError: As `forward`.
             ValueError: As `forward`.
         """
-        return self._equation(x, context, attn_mask, key_padding_mask, cache)[0]
+        return prepare(self, x, context, attn_mask, key_padding_mask, cache)[0]
 
     def make_cache(self, batch_size: int, capacity: int) -> DecodeCache:
         """Return an empty cache for this layer.
@@ -353,117 +337,6 @@ class ImplicitQueryAttention(nn.Module):
             raise bad_value("solver", '"auto" or a solver object such as Picard()', solver)
         return ForwardSubstitution() if self.triangular and not isinstance(self.adjoint, Unrolled) else Anderson()
 
-    def _equation(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        cache: Cache | None,
-    ) -> tuple[Equation, bool]:
-        """Check the inputs and prepare everything that does not depend on y."""
-        x, context, key_padding_mask, batched = self._check(x, context, key_padding_mask)
-        source = x if context is None else context
-        by_keys, groups = self.normalize_over == "queries", self.num_kv_heads
-        key = split_heads(self.W_K(source), self.num_heads if by_keys else groups)
-        dtype = key.dtype
-        value = split_heads(self._values(source, dtype), groups)
-        past = None if cache is None else self._past(cache, context, value, key_padding_mask)
-        if self.temperature is not None:
-            key = rms_norm(key) * self.temperature[:, None, None].to(dtype)
-        tensors = self._query_tensors(x, dtype, past)
-        rotation = self._rotation(source, dtype, past)
-        if rotation is not None:
-            key = rotate(key, rotation)
-        if set(tensors) == {"weight"} and self.num_heads == 1 and not self.qk_norm:
-            key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
-        tensors |= {"key": key, "value": value}
-        if past is not None:
-            tensors |= {"past_column": past.column, "past_value": past.value}
-            key_padding_mask = _padding(past, key_padding_mask, x.shape[-2])
-        # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
-        own = value if context is None else split_heads(self._values(x, dtype), groups)
-        start = merge_heads(own.repeat_interleave(self.num_heads // groups, 1)).clone()
-        query_map = QueryMap(groups if by_keys else self.num_heads, self.qk_norm)
-        if self.self_query == "input":
-            queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
-            queries = queries.repeat_interleave(self.num_heads // groups, 1)
-            tensors["self_score"] = (key * queries).sum(-1) * self.scale
-        before = 0 if past is None else past.value.shape[-2]
-        terms = self._terms(key, x.shape[-2], attn_mask, key_padding_mask, before)
-        tensors |= {f"term{i}": tensor for i, (_, tensor) in enumerate(terms)}
-        dropout = self.dropout if self.training else 0.0
-        if dropout:
-            tensors["seeds"] = torch.randint(2**62, x.shape[:1], device=x.device)
-        spec = AttentionSpec(self.scale, self.is_causal, tuple(term for term, _ in terms), dropout, self.window)
-        function = AttentionMap(spec, query_map, by_keys, tuple(tensors))
-        return Equation(function, tuple(tensors.values()), start), batched
-
-    def _past(
-        self, cache: Cache, context: Tensor | None, value: Tensor, key_padding_mask: Tensor | None
-    ) -> Past | None:
-        """Refuse a cache that does not fit before anything is solved; return what it holds."""
-        if not self.is_causal:
-            raise bad_value(
-                "cache", "None unless is_causal=True", Came("a cache"), "Later tokens would change earlier ones."
-            )
-        if context is not None:
-            raise bad_value("cache", "None next to a context", Came("a cache"), "The context stands in its place.")
-        if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-            raise bad_type("key_padding_mask", "bool with a cache", key_padding_mask)
-        if isinstance(cache, DecodeCache):
-            cache.check(value)
-        return cache.past()
-
-    def _values(self, source: Tensor, dtype: torch.dtype) -> Tensor:
-        return source.to(dtype) if self.Omega_V is None else self.Omega_V(source).to(dtype)
-
-    def _query_tensors(self, x: Tensor, dtype: torch.dtype, past: Past | None) -> dict[str, Tensor]:
-        """The tensors of phi, by name."""
-        tensors = {"weight": self.Omega_Q.weight.to(dtype)}
-        if self.Omega_Q.bias is not None:
-            tensors["bias"] = self.Omega_Q.bias.to(dtype)
-        if self.W_Q is not None:
-            tensors["added"] = self.W_Q(x).to(dtype)
-        rotation = self._rotation(x, dtype, past)
-        return tensors if rotation is None else tensors | {"rotation": rotation}
-
-    def _rotation(self, tokens: Tensor, dtype: torch.dtype, past: Past | None) -> Tensor | None:
-        if self.positions is None:
-            return None
-        return self.positions.rotation(tokens.shape[-2], tokens.to(dtype), 0 if past is None else past.position)
-
-    def _terms(
-        self, key: Tensor, rows: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None, past: int
-    ) -> list[tuple[BiasTerm, Tensor]]:
-        batch, cols = len(key), past + key.shape[2]
-        terms = masks.mask_terms(
-            attn_mask, key_padding_mask, batch=batch, heads=self.num_heads, rows=rows, cols=cols, like=key, past=past
-        )
-        bias = None if self.positions is None else self.positions.bias()
-        return terms if bias is None else [*terms, bias]
-
-    def _check(
-        self, x: Tensor, context: Tensor | None, key_padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
-        """Refuse inputs that do not fit; return them with a batch dimension, and whether they had one."""
-        check_input("x", x, self.W_K.weight, self.embed_dim)
-        if context is not None:
-            check_input("context", context, self.W_K.weight, self.embed_dim)
-            if self.normalize_over != "keys":
-                raise bad_value("context", 'None unless normalize_over="keys"', context,
-                                "Rows that belong to keys have no query side of their own to attend from.")  # fmt: skip
-            if context.dim() != x.dim() or context.shape[:-2] != x.shape[:-2]:
-                raise bad_value("context", f"batched like x, {tuple(x.shape)}", context)
-            if self.is_causal and context.shape[-2] != x.shape[-2]:
-                raise bad_value("context", f"as long as x ({x.shape[-2]}) in a causal layer", context,
-                                "Rows and columns are aligned at the first token.")  # fmt: skip
-        if x.dim() == 3:
-            return x, context, key_padding_mask, True
-        if isinstance(key_padding_mask, Tensor) and key_padding_mask.dim() == 1:
-            key_padding_mask = key_padding_mask[None]
-        return x[None], None if context is None else context[None], key_padding_mask, False
-
     def extra_repr(self) -> str:
         """Return the settings that are not the default, for `print`."""
         shown = {
@@ -492,15 +365,6 @@ def row_gains(equation: Equation, solution: Solution) -> Tensor:
     """
     with torch.no_grad():
         return ForwardSubstitution().gains(equation.function, equation.args, solution.value, solution.memo)
-
-
-def _padding(past: Past, new: Tensor | None, count: int) -> Tensor | None:
-    """Which columns are hidden, those of the cache first, `[B, P + n]`; None if none are."""
-    if past.hidden is None and new is None:
-        return None
-    batch, length = len(past.value), past.value.shape[-2]
-    held = past.value.new_zeros(batch, length, dtype=torch.bool) if past.hidden is None else past.hidden
-    return torch.cat([held, held.new_zeros(batch, count) if new is None else new], 1)
 
 
 def _make_adjoint(adjoint: str | Adjoint) -> Adjoint:

@@ -56,6 +56,8 @@ def score_bias(layer, x, context, attn_mask, key_padding_mask):
     if attn_mask is not None:
         part = additive(attn_mask)
         parts.append(part if part.ndim == 2 else part.reshape(B, H, N, M))
+    if layer.window is not None:
+        parts.append(np.where(offsets(N, M) >= layer.window, -np.inf, 0.0))
     if key_padding_mask is not None:
         parts.append(additive(key_padding_mask)[:, None, None, :])
     return sum(parts, total) if parts else None

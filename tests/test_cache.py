@@ -106,19 +106,30 @@ def test_masks_and_weights_see_past_columns_first():
     close(last, weights[:, 6:])
 
 
-def test_gradients_take_the_past_as_constant():
-    layer, x = make("qk_norm-rope", 9)
-    x = x.requires_grad_()
+@given(
+    name=st.sampled_from(["heads", "one-head", "qk_norm-rope", "groups-rope", "relative-window", "input", "identity"]),
+    past=st.integers(1, 7),
+    chunks=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+    padded=st.booleans(),
+)
+def test_gradients_take_the_past_as_constant(name, past, chunks, padded):
+    """Against another solver with its own adjoint, on the last chunk; earlier ones are in the cache."""
+    n = past + sum(chunks)
+    layer, x = make(name, n)
+    hidden = torch.zeros(2, n, dtype=torch.bool)
+    hidden[0, : past // 2] = padded
     found = []
     for solver in (EXACT, ITERATE):
         layer.solver = solver
-        cache = layer.make_cache(2, 9)
-        layer(x[:, :5].detach(), cache=cache)
-        y = layer(x[:, 5:], cache=cache)
-        found.append(torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()]))
+        leaf, cache, start = x.clone().requires_grad_(), layer.make_cache(2, n), 0
+        for count in (past, *chunks):
+            part = slice(start, start + count)
+            y = layer(leaf[:, part], cache=cache, key_padding_mask=hidden[:, part])
+            start += count
+        found.append((y, *torch.autograd.grad(y.sin().sum(), [leaf, *layer.parameters()], allow_unused=True)))
+        assert not found[-1][1][:, : n - chunks[-1]].any()
     for a, b in zip(*found, strict=True):
-        close(a, b, 1e-9)
-    assert not found[0][0][:, :5].any()
+        close(torch.zeros(()) if a is None else a, torch.zeros(()) if b is None else b, 1e-9)
 
 
 def test_reorder_and_reset():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from implicit_attention import Anderson, ImplicitQueryAttention, diagnostics
+from implicit_attention import Anderson, ForwardSubstitution, ImplicitQueryAttention, diagnostics
+from tests.bridge import make_layer
 
 D, H = 8, 2
 
@@ -42,10 +43,72 @@ def radii_by_brute_force(layer, x, **inputs):
 def test_spectral_radius_is_that_of_the_whole_jacobian(options):
     layer, x = make(gain=3.0, **options)
     expected = radii_by_brute_force(layer, x)
-    found = diagnostics.spectral_radius(layer, x, iterations=4000)
+    found = diagnostics.spectral_radius(layer, x, **({} if layer.triangular else {"iterations": 4000}))
     assert found.shape == expected.shape
     # The geometric mean over the last half of the iterations leaves O(1 / iterations) of the start.
-    torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-8 if layer.triangular else 5e-3, atol=1e-6)
+
+
+CAUSAL = {
+    "one-head": {"num_heads": 1},
+    "qk_norm-rope": {"num_heads": 2, "qk_norm": True, "positions": "rope", "query_input": True},
+    "relative-bias": {"num_heads": 2, "positions": "relative", "bias": True},
+    "groups-window": {"num_heads": 4, "num_kv_heads": 2, "window": 3},
+    "input": {"num_heads": 2, "self_query": "input"},
+}
+
+
+@pytest.mark.parametrize("options", CAUSAL.values(), ids=CAUSAL)
+def test_gains_of_rows_are_exact_and_differentiable(options):
+    layer = make_layer(D, is_causal=True, gain=3.0, solver=ForwardSubstitution(rtol=1e-14, atol=1e-13), **options)
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    hidden = torch.zeros(2, 5, dtype=torch.bool)
+    hidden[0, :2] = True
+    solution = layer.solve(x, key_padding_mask=hidden, gains=True)
+    function, args, _ = layer.equation(x, key_padding_mask=hidden)
+    y = solution.value.detach()
+    jacobian = torch.autograd.functional.jacobian(lambda t: function(t, *args), y)
+    for b in range(2):
+        for i in range(5):
+            expected = torch.linalg.eigvals(jacobian[b, i, :, b, i]).abs().max()
+            torch.testing.assert_close(solution.gain[b, i], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(diagnostics.row_gains(layer, x, key_padding_mask=hidden), solution.gain)
+    torch.testing.assert_close(solution.stats["sradius"], solution.gain)
+    module = _Gains(layer)
+    parameters = dict(module.named_parameters())
+
+    def gains(x, *values):
+        return torch.func.functional_call(module, dict(zip(parameters, values, strict=True)), (x, hidden))
+
+    if layer.self_query == "output":
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *parameters.values())]
+        assert torch.autograd.gradcheck(gains, leaves, fast_mode=True, atol=1e-6)
+
+
+class _Gains(torch.nn.Module):
+    """The layer's gains, as a function of its parameters."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, hidden):
+        return diagnostics.row_gains(self.layer, x, key_padding_mask=hidden)
+
+
+def test_the_penalty_keeps_gains_below_its_limit():
+    layer = make_layer(D, 2, is_causal=True, gain=8.0, solver="auto", on_failure="warn")
+    x = torch.randn(4, 8, D, dtype=torch.float64)
+    before = layer.solve(x, gains=True).gain.max().item()
+    assert before > 0.5
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for _ in range(100):
+        optimizer.zero_grad()
+        penalty = diagnostics.gain_penalty(layer, x, limit=0.3)
+        penalty.backward()
+        optimizer.step()
+    assert layer.solve(x, gains=True).gain.max().item() < 0.6 * before
+    assert diagnostics.gain_penalty(layer, x, limit=1e6).item() == 0.0
 
 
 def test_spectral_radius_takes_masks_and_leaves_the_random_state_alone():
@@ -112,7 +175,7 @@ def test_the_bound_bounds_the_map_between_any_two_points(options):
         b = a + size * torch.randn_like(start)
         change = (function(a, *args) - function(b, *args)).norm(dim=-1).amax(-1)
         assert (change <= bound * (a - b).norm(dim=-1).amax(-1)).all()
-    radius = diagnostics.spectral_radius(layer, x, iterations=500)
+    radius = diagnostics.spectral_radius(layer, x, **({} if layer.triangular else {"iterations": 500}))
     assert (radius.reshape(3, -1).amax(-1) <= bound * 1.01).all()
 
 
@@ -133,3 +196,10 @@ def test_refusals():
     assert torch.isfinite(diagnostics.spectral_radius(layer.eval(), x)).all()
     with pytest.raises(ValueError, match="`iterations`"):
         diagnostics.spectral_radius(layer, x, iterations=0)
+    causal, _ = make(is_causal=True)
+    with pytest.raises(ValueError, match=r"`iterations` must be None for a causal layer"):
+        diagnostics.spectral_radius(causal, x, iterations=5)
+    with pytest.raises(ValueError, match=r"`layer`.*is_causal"):
+        diagnostics.row_gains(layer, x)
+    with pytest.raises(ValueError, match=r"`gains`"):
+        layer.solve(x, gains=True)

@@ -6,7 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from implicit_attention import Anderson, ForwardSubstitution, Implicit, ImplicitQueryAttention, NewtonKrylov
+from implicit_attention import (
+    Anderson,
+    ConvergenceWarning,
+    ForwardSubstitution,
+    Implicit,
+    ImplicitQueryAttention,
+    NewtonKrylov,
+)
 from implicit_attention.rows import RowProblem, solve_rows
 from tests import oracle
 from tests.bridge import make_layer
@@ -229,3 +236,28 @@ def test_rows_of_several_heads_are_solved_or_flagged(heads, normed):
     assert torch.equal(found.solved, actual <= 1e-12)
     assert int((~found.solved).sum()) == 0
     assert bool(((found.p >= 0) & (found.p <= 1)).all())
+
+
+def test_a_gradient_at_a_fold_is_reported():
+    """Where two roots meet the gain is 1 and the derivative does not exist; the gradient there comes with a warning."""
+    layer = make_layer(1, is_causal=True, scale=1.0, on_failure="warn", solver=ForwardSubstitution(atol=1e-14))
+    with torch.no_grad():
+        for parameter, value in ((layer.Omega_Q.weight, 8.0), (layer.W_K.weight, 1.0), (layer.Omega_V.weight, 1.0)):
+            parameter.fill_(value)  # p = sigmoid(16 p + bias), of which two roots meet near bias = -12.5
+    x = torch.tensor([[[-1.0], [1.0]]], dtype=F64, requires_grad=True)
+    mask = torch.zeros(2, 2, dtype=F64)
+
+    def solved(bias):
+        mask[1, 1] = bias
+        return layer.solve(x, attn_mask=mask, gains=True)
+
+    low, high = -13.0, -12.0
+    for _ in range(36):
+        middle = (low + high) / 2
+        low, high = (low, middle) if solved(middle).value[0, 1, 0].item() > 0 else (middle, high)
+    solution = solved(high)
+    assert abs(solution.gain[0, 1].item() - 1.0) < 1e-3
+    with pytest.warns(ConvergenceWarning, match=r"gradient is not to be trusted: 1 of 2 rows have a gain within 1e-3"):
+        solution.value.sum().backward()
+    layer = make_layer(4, 2, is_causal=True, on_failure="raise")  # an ordinary one says nothing
+    layer(torch.randn(2, 9, 4, dtype=F64)).sum().backward()

@@ -35,6 +35,7 @@ ORDER = [
     "operator",
     "inputs",
     "seed",
+    "preparation",
     "layer",
     "diagnostics",
     "plots",

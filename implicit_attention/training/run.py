@@ -67,6 +67,8 @@ class Result:
 def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> Plan:
     """Decide what to do, and make sure of the directory.
 
+    Under an `accelerate launch` that is to use FSDP, `fsdp` is on.
+
     Args:
         flags: Settings from the command line.
         file: Settings from a file.
@@ -78,6 +80,8 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
     Raises:
         RunError: If the settings do not fit, or the directory does not.
     """
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        flags = {"fsdp": True, **flags}  # and `training.sharding` does it, on every device, instead of accelerate
     settings = resolve(flags, file)
     found = storage.checkpoints(settings.directory)
     if not resume:

@@ -363,3 +363,36 @@ def test_evaluation_is_the_same_for_any_size_of_batch(tmp_path):
 def test_the_history_is_in_the_checkpoint(finished):
     chosen, result = finished
     assert curve(kept_history(chosen.directory)) == curve(result.history)[:-1], "all but the last evaluation"
+
+
+def test_recomputed_blocks_give_the_same_losses(tmp_path, finished):
+    again = train(settings(tmp_path, checkpointing=True))
+    for a, b in zip(curve(again.history), curve(finished[1].history), strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-6)
+
+
+def test_bfloat16_comes_close_and_keeps_its_weights_in_float32(tmp_path, finished):
+    chosen = settings(tmp_path, bf16=True)
+    near = train(chosen)
+    losses, others = ([e["loss"] for e in h if "loss" in e] for h in (near.history, finished[1].history))
+    assert losses == pytest.approx(others, rel=0.02)
+    assert losses != others
+    assert {t.dtype for t in load_file(chosen.directory / checkpoint.WEIGHTS).values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_losses_and_checkpoints(tmp_path, finished):
+    chosen = settings(tmp_path, compile=True)
+    compiled = train(chosen)
+    for a, b in zip(curve(compiled.history), curve(finished[1].history), strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5)
+    assert (
+        load_file(chosen.directory / checkpoint.WEIGHTS).keys()
+        == load_file(finished[0].directory / checkpoint.WEIGHTS).keys()
+    )
+
+
+def test_accelerate_launch_with_fsdp_means_the_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert run.plan({"out": str(tmp_path)}, {}, resume=False).settings.fsdp
+    assert not run.plan({"out": str(tmp_path)}, {}, resume=False).settings.fsdp, "accelerate must not see it again"

@@ -24,8 +24,7 @@ def main(steps: int = 200) -> float:
         out.loss.backward()
         optimizer.step()
         if step % 20 == 0 or step == steps:
-            stats = out.solver_stats
-            print(f"step {step:4d}  loss {out.loss:.3f}  solver: {stats.steps.max()} sweeps, residual {stats.residual.max():.0e}")  # fmt: skip
+            print(f"step {step:4d}  loss {out.loss:.3f}  solver: {out.solver_stats.steps.max()} sweeps")
 
     with torch.no_grad():
         bits = model.eval()(held_out, labels=held_out).loss.item() / math.log(2)

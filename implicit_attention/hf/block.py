@@ -1,6 +1,6 @@
 """One block of the models: norm, attention, norm, gated MLP, with residual connections."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from implicit_attention import ImplicitQueryAttention
+from implicit_attention.hf.caching import LayerCache
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.equilibrium import solve
 from implicit_attention.hf.ordinary import OrdinaryAttention
@@ -80,7 +81,13 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
         self.mlp = GatedMLP(size, width)
 
     def forward(
-        self, x: Tensor, hidden: Tensor | None = None, cache: Cache | None = None, *, output_attentions: bool = False
+        self,
+        x: Tensor,
+        hidden: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        output_attentions: bool = False,
+        output_gains: bool = False,
     ) -> BlockOutput:
         """Return the block's output.
 
@@ -89,23 +96,23 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
             hidden: `[B, P + n]`, True where a token is padding.
             cache: The P tokens before.
             output_attentions: Also return the attention matrix.
+            output_gains: Also measure gains.
 
         Returns:
             Output, weights and statistics.
         """
-        y, weights, stats = self._attend(self.attention_norm(x), hidden, cache, output_attentions)
+        layer, stats = self.attention, None
+        normed = self.attention_norm(x)
+        if isinstance(layer, OrdinaryAttention):
+            y, weights = layer(normed, hidden, cache, need_weights=output_attentions)
+        else:
+            held = None if cache is None else LayerCache(cache, self.layer_idx, hidden)
+            new = hidden if hidden is None or held is None else hidden[:, held.length :]
+            solution, weights = solve(layer, normed, new, held, need_weights=output_attentions, gains=output_gains)
+            y = solution.value if layer.out_proj is None else layer.out_proj(solution.value)
+            stats = layer_stats(solution)
         x = x + y
         return BlockOutput(x + self.mlp(self.mlp_norm(x)), weights, stats)
-
-    def _attend(
-        self, x: Tensor, hidden: Tensor | None, cache: Cache | None, need_weights: bool
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor] | None]:
-        layer = self.attention
-        if isinstance(layer, OrdinaryAttention):
-            return *layer(x, hidden, cache, need_weights=need_weights), None
-        solution, weights = solve(layer, x, hidden, cache, self.layer_idx, need_weights=need_weights)
-        y = solution.value if layer.out_proj is None else layer.out_proj(solution.value)
-        return y, weights, layer_stats(solution)
 
 
 def implicit_attention(
@@ -121,12 +128,12 @@ def implicit_attention(
         TypeError: If an option is of the wrong type.
         ValueError: If an option is out of range, or without effect next to the others.
     """
-    new: dict[str, Any] = {"num_kv_heads": config.num_key_value_heads, "window": config.window}
     head_dim = config.hidden_size // config.num_attention_heads
     return ImplicitQueryAttention(
         config.hidden_size,
         config.num_attention_heads,
-        **{name: value for name, value in new.items() if value is not None},
+        num_kv_heads=config.num_key_value_heads,
+        window=config.window,
         is_causal=config.is_causal,
         self_query=config.self_query,
         normalize_over=config.normalize_over,

@@ -54,6 +54,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         rms_norm_eps: Added to the mean square in the norms between layers.
         initializer_range: Standard deviation of new weights.
         use_cache: Whether causal models return their cache unless they are told otherwise.
+        output_gains: Whether calls measure `solver_stats.gain` unless they are told otherwise; it costs a tenth to
+            a fifth of a forward pass.
         tie_word_embeddings: Whether the language-model head is the embedding itself.
         pad_token_id: Token that fills up a batch.
         bos_token_id: Token that begins a text.
@@ -95,6 +97,7 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True
+    output_gains: bool = False
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -149,7 +152,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
                 check_positive(name, getattr(self, name), integer=True)
         for name in ("rms_norm_eps", "initializer_range"):
             check_positive(name, getattr(self, name))
-        for name in ("is_causal", "query_input", "qk_norm", "out_proj", "bias", "use_cache", "tie_word_embeddings"):
+        for name in ("is_causal", "query_input", "qk_norm", "out_proj", "bias", "use_cache", "output_gains",
+                     "tie_word_embeddings"):  # fmt: skip
             check_choice(name, getattr(self, name), (True, False))
         self._validate_layers()
         make_solver(self.solver)

@@ -1,5 +1,7 @@
 """The models with their heads: next token, masked token, one label for a sequence."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
@@ -33,6 +35,15 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
+        """Return the mask that `generate` hands to `forward` with a static cache: the one that came, `[B, P + n]`.
+
+        Args:
+            attention_mask: 1 where a token is to be attended to.
+            **others: What other models make larger masks from.
+        """
+        return attention_mask
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -43,6 +54,7 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_gains: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -59,6 +71,7 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
             use_cache: As there.
             output_attentions: As there.
             output_hidden_states: As there.
+            output_gains: As there.
             return_dict: As there.
             logits_to_keep: How many of the last tokens get logits, all if 0; or which.
             num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
@@ -71,8 +84,9 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
             ValueError: If inputs are missing, doubled, or do not fit.
         """
         out = self.model(
-            input_ids, attention_mask, cache, inputs_embeds, use_cache, output_attentions, output_hidden_states, True
-        )
+            input_ids, attention_mask, cache, inputs_embeds, use_cache,
+            output_attentions, output_hidden_states, output_gains, True,
+        )  # fmt: skip
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -123,6 +137,7 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_gains: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> ImplicitMaskedLMOutput | Output:
@@ -135,6 +150,7 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
             labels: `[B, n]`, the tokens that were masked, -100 elsewhere.
             output_attentions: As there.
             output_hidden_states: As there.
+            output_gains: As there.
             return_dict: As there.
             num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
 
@@ -146,8 +162,9 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
             ValueError: If inputs are missing, doubled, or do not fit.
         """
         out = self.model(
-            input_ids, attention_mask, None, inputs_embeds, False, output_attentions, output_hidden_states, True
-        )
+            input_ids, attention_mask, None, inputs_embeds, False,
+            output_attentions, output_hidden_states, output_gains, True,
+        )  # fmt: skip
         logits = self.lm_head(out.last_hidden_state)
         loss = None
         if labels is not None:
@@ -194,6 +211,7 @@ class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedMode
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_gains: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> ImplicitClassifierOutput | Output:
@@ -206,6 +224,7 @@ class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedMode
             labels: `[B]` int64, or as `config.problem_type` says.
             output_attentions: As there.
             output_hidden_states: As there.
+            output_gains: As there.
             return_dict: As there.
             num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
 
@@ -217,8 +236,9 @@ class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedMode
             ValueError: If inputs are missing, doubled, or do not fit.
         """
         out = self.model(
-            input_ids, attention_mask, None, inputs_embeds, False, output_attentions, output_hidden_states, True
-        )
+            input_ids, attention_mask, None, inputs_embeds, False,
+            output_attentions, output_hidden_states, output_gains, True,
+        )  # fmt: skip
         logits = self.score(self._pool(out.last_hidden_state, attention_mask))
         loss = None
         if labels is not None:

@@ -5,7 +5,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
@@ -94,6 +94,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_gains: bool | None = None,
         return_dict: bool | None = None,
     ) -> ImplicitModelOutput | Output:
         """Return the last hidden states.
@@ -106,6 +107,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             use_cache: Whether to return a cache; the configuration's `use_cache` if None.
             output_attentions: Whether to return the attention matrices at the equilibria.
             output_hidden_states: Whether to return what every block is given.
+            output_gains: Whether to measure `solver_stats.gain`; the configuration's `output_gains` if None.
             return_dict: Whether to return an output with names, or a tuple of what is not None.
 
         Returns:
@@ -120,11 +122,17 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(cache, use_cache)
         past = 0 if cache is None else int(cache.get_seq_length())
+        if isinstance(cache, StaticCache) and past + x.shape[1] > cache.get_max_length():
+            raise bad_value("cache", f"of max_cache_len {past + x.shape[1]} or more",
+                            Came(f"one of {cache.get_max_length()}"))  # fmt: skip
         hidden = _hidden(attention_mask, x.shape[0], past + x.shape[1])
         show_weights = either(output_attentions, self.config.output_attentions)
         states, weights, stats = [x], [], []
+        gains = either(output_gains, self.config.output_gains)
         for block in self.layers:
-            x, block_weights, block_stats = block(x, hidden, cache=cache, output_attentions=show_weights)
+            x, block_weights, block_stats = block(
+                x, hidden, cache=cache, output_attentions=show_weights, output_gains=gains
+            )
             states.append(x)
             weights.append(block_weights)
             stats += [] if block_stats is None else [block_stats]
@@ -143,8 +151,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         if cache is not None and not self.config.is_causal:
             raise bad_value("cache", "None unless is_causal=True", Came(type(cache).__name__),
                             "Without a causal mask, old equilibria change with every new token.")  # fmt: skip
-        decodes = self.config.is_causal and "implicit" not in self.config.layer_types
-        wanted = either(use_cache, self.config.use_cache and decodes and not self.training)
+        wanted = either(use_cache, self.config.use_cache and self.config.is_causal and not self.training)
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if cache is None and wanted and not checkpointing:
             return DynamicCache(config=self.config)

@@ -106,6 +106,19 @@ def test_statistics_count_implicit_layers_only():
     assert not stats.residual.requires_grad
 
 
+def test_gains_are_measured_if_they_are_asked_for():
+    model, tokens = tiny.make(ImplicitAttentionModel), tiny.tokens()
+    assert model(tokens).solver_stats.gain is None
+    found = model(tokens, output_gains=True, output_hidden_states=True)
+    for i, (block, x) in enumerate(zip(model.layers, found.hidden_states, strict=False)):
+        gain = block.attention.solve(block.attention_norm(x), gains=True).gain
+        assert found.solver_stats.gain[i].item() == pytest.approx(gain.max().item(), rel=1e-12)
+    model.config.output_gains = True
+    torch.testing.assert_close(model(tokens).solver_stats.gain, found.solver_stats.gain)
+    both_ways = tiny.make(ImplicitAttentionModel, is_causal=False, initializer_range=0.1)
+    assert both_ways(tokens, output_gains=True).solver_stats.gain is None  # no row has a gain of its own
+
+
 def test_statistics_show_what_did_not_converge():
     lazy = {"name": "picard", "max_steps": 1}
     model = tiny.make(solver=lazy, on_failure="ignore", self_query="output")

@@ -135,7 +135,6 @@ def write_on(
             max_new_tokens=count or room,
             suppress_tokens=list(range(END, VOCABULARY)),  # training never uses them
             streamer=_Bytes(write),
-            use_cache=False,
             **options,
         )
     return bytes(made[0, len(prompt) :].tolist())

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class ByteTrainer(Trainer):
             )
         return norm
 
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+    def _defer_fsdp_gradient_reduction(self) -> Any:
         """Do not wait with it until a batch's last part: gradients that wait are whole, not in shards."""
         return nullcontext()
 

@@ -171,3 +171,13 @@ def test_a_terminal_gets_whole_characters_and_cannot_be_controlled():
     assert shown[:5] == ["", "é", "é", "é", "é☃"]
     write(b"")
     assert screen.getvalue() == "é☃\n\t\ufffd␛[2J␡\ufffd\ufffd\ufffd\n"
+
+
+def test_the_cache_changes_no_byte(directory):
+    model = load(directory)
+    model.config.max_position_embeddings = 300
+    texts = []
+    for cached in (True, False):
+        model.generation_config.use_cache = cached
+        texts.append(write_on(model, b"line 12", 256, Choice(greedy=True), lambda content: None))
+    assert texts[0] == texts[1]

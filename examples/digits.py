@@ -27,9 +27,10 @@ class DigitTransformer(nn.Module):
             is_causal=False,
             positions=None,
             tie_word_embeddings=False,
+            initializer_range=0.1,
         )
         self.embed = nn.Linear(4, size)
-        self.positions = nn.Parameter(0.02 * torch.randn(16, size))
+        self.positions = nn.Parameter(0.5 * torch.randn(16, size))
         self.encoder = ImplicitAttentionModel(config)
         self.head = nn.Linear(size, 10)
 
@@ -39,14 +40,15 @@ class DigitTransformer(nn.Module):
         return self.head(out.last_hidden_state.mean(1)), out.solver_stats.steps
 
 
-def main(steps: int = 300) -> float:
+def main(steps: int = 150) -> float:
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images.reshape(-1, 8, 8) / 16, labels, test_size=0.25, random_state=0)
     train_x, test_x = (torch.tensor(part, dtype=torch.float32) for part in parts[:2])
     train_y, test_y = (torch.tensor(part) for part in parts[2:])
     model = DigitTransformer()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(1, steps + 1):
         chosen = torch.randint(len(train_x), (64,))
         scores, solver_steps = model(train_x[chosen])
@@ -54,7 +56,8 @@ def main(steps: int = 300) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0 or step == steps:
+        schedule.step()
+        if step % 30 == 0 or step == steps:
             print(f"step {step:4d}  loss {loss:.3f}  solver: {solver_steps.max()} steps")
     with torch.no_grad():
         accuracy = (model.eval()(test_x)[0].argmax(-1) == test_y).float().mean().item()
@@ -64,5 +67,5 @@ def main(steps: int = 300) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--steps", type=int, default=150, help="training steps")
     main(parser.parse_args().steps)

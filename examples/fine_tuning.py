@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionForCausalLM
 from implicit_attention.tasks.text import standard_library, windows
@@ -58,7 +59,9 @@ def pretrained(steps: int, folder: str) -> None:
     model.save_pretrained(folder)
 
 
-def main(steps: int = 100) -> float:
+def main(steps: int = 60) -> float:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         pretrained(steps, folder)
@@ -84,5 +87,5 @@ def main(steps: int = 100) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100, help="steps of pretraining, and of fine-tuning")
+    parser.add_argument("--steps", type=int, default=60, help="steps of pretraining, and of fine-tuning")
     main(parser.parse_args().steps)

@@ -12,13 +12,13 @@ from implicit_attention.tasks.text import standard_library, windows
 def main(steps: int = 200) -> float:
     torch.manual_seed(0)
     text, generator = standard_library(2_000_000), torch.Generator().manual_seed(0)
-    train, held_out = text[:-100_000], windows(text[-100_000:], 16, 128, generator).long()
+    train, held_out = text[:-100_000], windows(text[-100_000:], 8, 128, generator).long()
 
     config = ImplicitAttentionConfig(vocab_size=256, hidden_size=128, num_hidden_layers=1, num_heads=4)
     model = ImplicitAttentionForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     for step in range(1, steps + 1):
-        tokens = windows(train, 16, 128, generator).long()
+        tokens = windows(train, 8, 128, generator).long()
         out = model(tokens, labels=tokens)
         optimizer.zero_grad()
         out.loss.backward()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tests.oracle_roots import STEP, Array, Map, complex_step, largest_root, root_from, scanned_root
+from tests.oracle_roots import STEP, Array, Map, complex_step, largest_root, root_from, row_root
 from tests.oracle_seed import seed_backward, seed_forward, softmax
 
 __all__ = [
@@ -234,8 +234,9 @@ def gradient(problem: Problem, y_star: Array, grad_y: Array, wrt: Sequence[str] 
 def solve_rows(problem: Problem, tol: float = 1e-13) -> Array:
     """A causal equilibrium [B,N,D] by forward substitution, each row's own unknown starting at y_i = v_i.
 
-    Over queries y_i = (1-p) a_i + p v_i per head, p the weight of the row's own column. One head: the largest
-    root; H heads: Newton's from p = 1, else the curve's. Over keys the unknown is y_i, of D dimensions.
+    Over queries y_i = (1-p) a_i + p v_i per head, p the weight of the row's own column. One head with linear phi: the
+    largest root; else the root that Picard's iteration contracts to from p = 1, else damped Newton's, else the
+    curve's (``row_root``). Over keys the unknown is y_i, of D dimensions.
     """
     if not problem.is_causal:
         raise ValueError("solve_rows needs is_causal=True")
@@ -285,10 +286,8 @@ def _query_row(one: Problem, y: Array, i: int, tol: float) -> Array:
     one_p = np.ones((1, h))
     if one.self_query == "input":
         p = mix(v[None, :, i].reshape(1, -1))[0]
-    elif h > 1 or not (visible[:, :i].any() and visible[0, i]):  # without past or self, p is 1 or 0
-        p = root_from(lambda p: mix(state(p)), one_p[0], tol)
-    elif one.qk_norm:
-        p = np.array([scanned_root(lambda t: t - mix(state(t[:, None]))[:, 0])])
+    elif h > 1 or one.qk_norm or not (visible[:, :i].any() and visible[0, i]):  # without past or self, p is 1 or 0
+        p = row_root(lambda p: mix(state(p)), h, tol)[0]
     else:  # one head, linear phi: the score is alpha + beta p
         alpha, whole = (float(own(state(t * one_p))[0, 0, 0]) for t in (0.0, 1.0))
         log_norm = np.logaddexp.reduce(past[0, 0][visible[0, :i]])

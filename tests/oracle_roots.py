@@ -41,9 +41,11 @@ def newton(f: Map, u: Array, tol: float, max_steps: int = 100) -> Array | None:
 
 
 def follow_curve(f: Map, u0: Array, tol: float, max_steps: int = 5000) -> Array:
-    """The zero curve of G(u, t) = u - (1-t) u0 - t f(u) from (u0, 0) to t = 1, by pseudo-arclength.
+    """The zero curve of G(u, t) = u - (1-t) u0 - t f(u) from (u0, 0) to its first arrival at t = 1, by pseudo-arclength.
 
-    For bounded f and almost every u0 the curve exists and arrives (Chow, Mallet-Paret and Yorke 1978).
+    For bounded f and almost every u0 the curve exists and arrives (Chow, Mallet-Paret and Yorke 1978). The heading is
+    the null vector of G's Jacobian that makes a positive determinant with it, all the way: a step that lands on a
+    piece that runs the other way shows as a turn.
     """
 
     def value(z: Array) -> Array:
@@ -53,28 +55,32 @@ def follow_curve(f: Map, u0: Array, tol: float, max_steps: int = 5000) -> Array:
         u, t = z[:-1], z[-1]
         return np.column_stack([np.eye(u.size) - t * complex_step(f, u), u0 - f(u[None])[0]])
 
+    def heading(z: Array) -> Array:
+        jacobian = slope(z)
+        null = np.linalg.svd(jacobian)[2][-1]
+        return np.asarray(null * np.linalg.slogdet(np.vstack([jacobian, null]))[0])
+
     z, length = np.append(u0, 0.0), 0.05
-    heading = np.append(np.zeros_like(u0), 1.0)
+    ahead = heading(z)
     for _ in range(max_steps):
         if length < 1e-12:
             break
-        tangent = np.linalg.svd(slope(z))[2][-1]
-        tangent = tangent * np.sign(tangent @ heading)
-        guess = new = z + length * tangent
+        guess = new = z + length * ahead
         for _ in range(5):
-            off = np.append(value(new), tangent @ (new - guess))
-            new = new - np.linalg.solve(np.vstack([slope(new), tangent]), off)
-        turn, moved = np.linalg.svd(slope(new))[2][-1], np.linalg.norm(new - z)
-        if np.abs(value(new)).max() > 1e-10 or abs(turn @ tangent) < 0.95 or moved > 2 * length:
+            off = np.append(value(new), ahead @ (new - guess))
+            new = new - np.linalg.solve(np.vstack([slope(new), ahead]), off)
+        turned, moved = heading(new), np.linalg.norm(new - guess)
+        passed = ahead[-1] > 0 > turned[-1] and z[-1] + 1.1 * length * ahead[-1] >= 1  # t may have gone to 1 and back
+        if np.abs(value(new)).max() > 1e-10 or turned @ ahead < 0.97 or moved > 0.2 * length or passed:
             length /= 2
             continue
         if new[-1] >= 1:
             root = newton(f, z[:-1] + (new - z)[:-1] * (1 - z[-1]) / (new - z)[-1], tol)
-            if root is not None:
+            if root is not None and np.abs(root - new[:-1]).max() <= 2 * length:
                 return root
             length /= 2
             continue
-        z, heading, length = new, tangent, min(1.5 * length, 0.5)
+        z, ahead, length = new, turned, min(1.5 * length, 0.1)
     raise RuntimeError("no root found: Newton and the homotopy curve both failed")
 
 
@@ -82,6 +88,60 @@ def root_from(f: Map, u0: Array, tol: float) -> Array:
     """A root of u = f(u): Newton's from u0 where it succeeds, else the curve's."""
     root = newton(f, u0, tol)
     return follow_curve(f, u0, tol) if root is None else root
+
+
+def contracted_root(f: Map, u0: Array, tol: float) -> Array | None:
+    """The root that u <- f(u) contracts to, judged by three steps; None where it does not.
+
+    Each step has to be at most half the one before (largest component; steps within ``tol`` pass), and plain Newton,
+    kept in [0, 1], has to get from there to a root within the length of the third.
+    """
+    steps, u = [], u0
+    for _ in range(3):
+        new = f(u[None])[0]
+        steps.append(np.abs(new - u).max())
+        u = new
+    if steps[1] > max(steps[0] / 2, tol) or steps[2] > max(steps[1] / 2, tol):
+        return None
+    start = u
+    for _ in range(8):
+        r = f(u[None])[0] - u
+        if np.abs(r).max() <= tol:
+            break
+        u = (u + np.linalg.solve(np.eye(u.size) - complex_step(f, u), r)).clip(0, 1)
+        if np.abs(u - start).max() > max(steps[2], tol):
+            return None
+    return u if np.abs(f(u[None])[0] - u).max() <= tol else None
+
+
+def damped_root(f: Map, u0: Array, tol: float) -> Array | None:
+    """Newton's root from u0 in [0, 1]^n: steps of length 1, 1/2 or 1/4, the first at which the residual falls enough."""
+    u = u0
+    for _ in range(20):
+        r = f(u[None])[0] - u
+        if np.abs(r).max() <= tol:
+            break
+        step = np.linalg.solve(np.eye(u.size) - complex_step(f, u), r)
+        trials = [(length, (u + length * step).clip(0, 1)) for length in (1.0, 0.5, 0.25)]
+        fit = [v for s, v in trials if np.abs(f(v[None])[0] - v).max() <= (1 - s / 4) * np.abs(r).max()]
+        if not fit:
+            return None
+        u = fit[0]
+    return u if np.abs(f(u[None])[0] - u).max() <= tol else None
+
+
+def row_root(f: Map, size: int, tol: float) -> tuple[Array, str]:
+    """The root of a row's equation p = f(p) that is reached from p = 1, and how it was reached.
+
+    The one that Picard's iteration contracts to ("picard"); where it does not, damped Newton's ("newton"); where that
+    stalls, the first arrival of the homotopy curve ("curve").
+    """
+    ones = np.ones(size)
+    for way, method in (("picard", contracted_root), ("newton", damped_root)):
+        root = method(f, ones, tol)
+        if root is not None:
+            return root, way
+    return follow_curve(f, ones, tol), "curve"
 
 
 def sigmoid(u: Array) -> Array:
@@ -97,22 +157,32 @@ def bisect(g: Callable[[float], float], lo: float, hi: float) -> float:
     return hi
 
 
-def largest_root(c: float, beta: float) -> float:
-    """Largest root of g(p) = p - sigmoid(c + beta p) on [0, 1], bracketed between the turning points of g.
+def largest_roots(c: Array, beta: Array) -> Array:
+    """Largest roots of g(p) = p - sigmoid(c + beta p) on [0, 1], [R], bisected between the turning points of g.
 
     g(0) < 0 < g(1); for beta > 4, g falls only between p- and p+, where sigmoid' = 1 / beta.
     """
 
-    def g(p: float) -> float:
-        return p - float(sigmoid(np.array(c + beta * p)))
+    def g(p: Array) -> Array:
+        return np.asarray(p - sigmoid(c + beta * p))
 
-    if beta <= 4:
-        return bisect(g, 0.0, 1.0)
-    logit = 2 * np.arctanh(np.sqrt(1 - 4 / beta))
-    p_minus, p_plus = (-logit - c) / beta, (logit - c) / beta
-    if p_plus < 1 and (p_plus <= 0 or g(p_plus) <= 0):
-        return bisect(g, max(p_plus, 0.0), 1.0)
-    return bisect(g, 0.0, min(p_minus, 1.0))
+    logit = 2 * np.arctanh(np.sqrt(1 - 4 / np.maximum(beta, 4)))
+    p_minus, p_plus = ((s * logit - c) / np.maximum(beta, 4) for s in (-1, 1))
+    right = (beta > 4) & (p_plus < 1) & ((p_plus <= 0) | (g(p_plus) <= 0))
+    lo = np.where(right, np.maximum(p_plus, 0), 0.0)
+    hi = np.where((beta > 4) & ~right, np.minimum(p_minus, 1), 1.0)
+    for _ in range(1100):  # as many doublings as there are floats in [0, 1]
+        mid = (lo + hi) / 2
+        if not ((lo < mid) & (mid < hi)).any():
+            break
+        low = g(mid) <= 0
+        lo, hi = np.where(low, mid, lo), np.where(low, hi, mid)
+    return hi
+
+
+def largest_root(c: float, beta: float) -> float:
+    """`largest_roots` of one equation."""
+    return float(largest_roots(np.array([c]), np.array([beta]))[0])
 
 
 def scanned_root(g: Map) -> float:

@@ -14,7 +14,6 @@ from implicit_attention import (
     ImplicitQueryAttention,
     NewtonKrylov,
 )
-from implicit_attention.rows import RowProblem, solve_rows
 from tests import oracle
 from tests.bridge import make_layer
 
@@ -199,43 +198,6 @@ def test_refused_where_it_cannot_work():
     layer = ImplicitQueryAttention(8, adjoint=Implicit(ForwardSubstitution()), solver=NewtonKrylov())
     with pytest.raises(ValueError, match=r"`solver`.*iterates on the whole map"):
         layer(torch.randn(2, 3, 8)).sum().backward()
-
-
-def test_one_head_rows_all_solved():
-    """Offsets up to 50, slopes up to 100: all to 1e-12, and the root is the largest."""
-    g = torch.Generator().manual_seed(0)
-    beta = (torch.rand(100_000, 1, 1, dtype=F64, generator=g) * 2 - 1) * 100
-    offset = (torch.rand(100_000, 1, dtype=F64, generator=g) * 2 - 1) * 50
-    found = solve_rows(RowProblem(torch.zeros_like(offset), beta, offset), 1e-12)
-    assert bool(found.solved.all())
-    grid = torch.linspace(1.0, 0.0, 20_001, dtype=F64)
-    some = slice(0, 1000)
-    above = torch.sigmoid(offset[some] + beta[some, 0] * grid) >= grid
-    largest = grid[above.int().argmax(1)]
-    assert float((found.p[some, 0] - largest).abs().max()) < 1e-4
-
-
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("heads", [2, 4, 8])
-def test_rows_of_several_heads_are_solved_or_flagged(heads, normed):
-    g = torch.Generator().manual_seed(heads)
-    count, spread = 500, 5.0
-
-    def normal(*shape):
-        return torch.randn(*shape, dtype=F64, generator=g)
-
-    gram = None
-    if normed:
-        factors = normal(count, heads, heads + 1, 8)
-        gram = factors @ factors.mT / 8
-    problem = RowProblem(
-        normal(count, heads) * spread, normal(count, heads, heads) * spread, normal(count, heads), gram
-    )
-    found = solve_rows(problem, 1e-12)
-    actual = (problem.target(found.p) - found.p).abs().amax(-1)
-    assert torch.equal(found.solved, actual <= 1e-12)
-    assert int((~found.solved).sum()) == 0
-    assert bool(((found.p >= 0) & (found.p <= 1)).all())
 
 
 def test_a_gradient_at_a_fold_is_reported():

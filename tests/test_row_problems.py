@@ -1,4 +1,4 @@
-"""DESIGN.md fact 5: two equations of a single row, embedded as causal layers, and who can solve them.
+"""Two equations of a single row, embedded as causal layers, and who can solve them.
 
 `p = sigmoid(3.5 - 10 p)` has one root, 0.393, which repels Picard's iteration; `p = sigmoid(-3 + 6 p)` has stable
 roots near 0.071 and 0.929, of which the seed's start p = 1 leads to the second.

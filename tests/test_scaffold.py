@@ -28,6 +28,8 @@ ORDER = [
     "positions",
     "attention_map",
     "cache",
+    "row_problem",
+    "curve",
     "rows",
     "causal_system",
     "diagonal",

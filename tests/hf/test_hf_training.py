@@ -178,14 +178,14 @@ def test_training_lowers_the_loss():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cls", "options"),
+    ("cls", "options", "fullgraph"),
     [
-        (ImplicitAttentionForCausalLM, MIXED),
-        (ImplicitAttentionForMaskedLM, {"is_causal": False, "initializer_range": 0.1}),
+        (ImplicitAttentionForCausalLM, MIXED, True),
+        (ImplicitAttentionForMaskedLM, {"is_causal": False, "initializer_range": 0.1}, False),
     ],
     ids=["causal", "masked"],
 )
-def test_compiled_is_what_eager_is(cls, options):
+def test_compiled_is_what_eager_is(cls, options, fullgraph):
     model, tokens = tiny.make(cls, dtype=torch.float32, **options), tiny.tokens()
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
@@ -196,7 +196,7 @@ def test_compiled_is_what_eager_is(cls, options):
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler itself, about torch's own ways
-        compiled = torch.compile(model)
+        compiled = torch.compile(model, fullgraph=fullgraph)
         out = compiled(tokens, mask, labels=tokens)
         out.loss.backward()
     torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=1e-4)

@@ -185,7 +185,10 @@ def arguments(settings: Settings) -> TrainingArguments:
             f"but is {settings.batch_size}."
         )
     if settings.fsdp and world == 1:
-        raise RunError("fsdp: needs several processes: torchrun --nproc-per-node 2 -m implicit_attention.cli train ...")
+        raise RunError(
+            "fsdp: needs several processes: torchrun --nproc-per-node 2 -m implicit_attention.cli train ..., or "
+            "--no-fsdp to go on in one"
+        )
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
         raise RunError("device: no CUDA device was found: use --device cpu.")

@@ -7,6 +7,7 @@ default.
 import contextlib
 import dataclasses
 import difflib
+import os
 import sys
 import types
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ class Settings:
     steps: int = _setting(1500, "Optimizer steps of the whole run.", "Training", low=1)
     seed: int = _setting(0, "Seed of weights, data order and dropout.", "Training", low=0, high=2**32 - 1, fixed=True)
     batch_size: int = _setting(
-        32, "Sequences in an optimizer step, all processes together.", "Training", low=1, fixed=True
+        8, "Sequences in an optimizer step, all processes together.", "Training", low=1, fixed=True
     )
     accumulate: int = _setting(
         1, "Parts that a batch is computed in, one after another, to save memory.", "Training", low=1
@@ -153,6 +154,8 @@ def resolve(
     for name, value in said.items():
         _known(name)
         said[name] = _check(name, value)
+    if said.get("data", "default") != "default":
+        said["data"] = os.path.abspath(said["data"])  # a run may be resumed from elsewhere
     if run is not None:
         _check_agreement(said, run)
     known = {name: value for name, value in (run or {}).items() if name in FIELDS}

@@ -22,6 +22,14 @@ def test_presets_can_be(preset):
     assert resolve({"preset": preset}).preset == preset
 
 
+def test_the_text_is_found_again_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = dataclasses.asdict(resolve({"data": "text"}))
+    assert run["data"] == str(tmp_path / "text")
+    assert resolve({"data": "./text"}, None, run).data == run["data"]
+    assert resolve({"data": "default"}).data == "default"
+
+
 def test_two_runs_do_not_share_a_directory_by_default():
     names = {str(resolve({"attention": a, "seed": s}).directory) for a in ("implicit", "ordinary") for s in (0, 1)}
     assert len(names) == 4
@@ -42,7 +50,7 @@ def test_two_runs_do_not_share_a_directory_by_default():
         ({"preset": "huge"}, "preset: must be one of tiny, small, base, but is 'huge'."),
         ({"leaning_rate": 1.0}, "unknown setting 'leaning_rate': did you mean 'learning_rate'?"),
         ({"heads": 3}, "heads: must divide embed_dim into parts of even size, but embed_dim is 128 and heads 3."),
-        ({"accumulate": 5}, "accumulate: must divide batch_size, but batch_size is 32 and accumulate 5."),
+        ({"accumulate": 5}, "accumulate: must divide batch_size, but batch_size is 8 and accumulate 5."),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(flags, sentence):

@@ -205,7 +205,9 @@ def _largest_root(problem: RowProblem, tolerance: float) -> _Found:
         low = torch.where(above, peak, low)
         high = torch.where(bent & ~above & (peak > 0.0), ((-turn - c) / steep).clamp(0.0, 1.0), high)
     size_of_terms = beta.abs() + c.abs().masked_fill(c.isinf(), 0.0)
-    aim = (0.25 * torch.finfo(c.dtype).eps * (4.0 + size_of_terms)).clamp_min(0.1 * tolerance)  # rounding allows no less
+    aim = (0.25 * torch.finfo(c.dtype).eps * (4.0 + size_of_terms)).clamp_min(
+        0.1 * tolerance
+    )  # rounding allows no less
     p, before = high, torch.full_like(high, torch.inf)
     for _ in range(_BRACKET_STEPS):
         value = torch.sigmoid(torch.addcmul(c, beta, p))

@@ -19,7 +19,7 @@ from implicit_attention.errors import Came, bad_type, bad_value, check_positive
 from implicit_attention.solvers import NewtonKrylov, Solution, Solver
 from implicit_attention.solvers.base import AdjointSolution, DirectSolver
 
-_TILE = 1024  # rows and columns of one call below the diagonal in the backward pass: bounds what it allocates
+_TILE = 512  # rows and columns of one call below the diagonal in the backward pass: bounds what it allocates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +248,8 @@ class _Backward:
         self.system, self.at = system, _At(system, y, memo)
         self.grad = grad.reshape(self.at.y.shape)
         self.needs = dict(zip(system.function.names, needs, strict=True))
-        self.allowed = rtol * grad.abs().amax((1, 2)).to(system.wide)
+        largest: Tensor = torch.linalg.vector_norm(grad.flatten(1), torch.inf, -1)
+        self.allowed = rtol * largest.to(system.wide)
         self.bias_grad = any(need for name, need in self.needs.items() if name.startswith("term"))
         new, shape = torch.zeros, (system.batch, system.length)
         where: dict[str, Any] = {"dtype": system.wide, "device": y.device}
@@ -269,11 +270,15 @@ class _Backward:
         middle = _halves(low, high, block)
         self.descend(middle, high, block)
         for rows, cols in _below(self.system, low, middle, high, _TILE):
-            query, value = self.at.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
-            d_query, d_value = self._pull(rows, query, value, self.system.past + cols.start)
-            self.d_query[:, cols].transpose(1, 2).add_(d_query)
-            self.d_value[:, :, cols] += d_value
+            self._carry(rows, cols)
         self.descend(low, middle, block)
+
+    def _carry(self, rows: slice, cols: slice) -> None:
+        """From solved rows to the columns before them."""
+        query, value = self.at.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
+        d_query, d_value = self._pull(rows, query, value, self.system.past + cols.start)
+        self.d_query[:, cols].transpose(1, 2).add_(d_query)
+        self.d_value[:, :, cols] += d_value
 
     def _pull(self, rows: slice, query: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
         whole = (self.at.y[:, rows].transpose(1, 2), self.at.lse[:, :, rows])

@@ -72,7 +72,7 @@ class Settings:
     steps: int = _setting(1500, "Optimizer steps of the whole run.", "Training", low=1)
     seed: int = _setting(0, "Seed of weights, data order and dropout.", "Training", low=0, high=2**32 - 1, fixed=True)
     batch_size: int = _setting(
-        8, "Sequences in an optimizer step, all processes together.", "Training", low=1, fixed=True
+        12, "Sequences in an optimizer step, all processes together.", "Training", low=1, fixed=True
     )
     accumulate: int = _setting(
         1, "Parts that a batch is computed in, one after another, to save memory.", "Training", low=1

@@ -396,3 +396,11 @@ def test_accelerate_launch_with_fsdp_means_the_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert run.plan({"out": str(tmp_path)}, {}, resume=False).settings.fsdp
     assert not run.plan({"out": str(tmp_path)}, {}, resume=False).settings.fsdp, "accelerate must not see it again"
+
+
+def test_means_over_several_steps_do_not_show_where_a_run_was_cut(tmp_path):
+    whole = train(settings(tmp_path, log_every=4, attention="ordinary", out=str(tmp_path / "whole")))
+    chosen = settings(tmp_path, log_every=4, attention="ordinary")
+    with pytest.raises(Cut):
+        train(chosen, callbacks=[CutAfter(3)])
+    assert curve(train(chosen, resume=True).history) == curve(whole.history)

@@ -50,7 +50,7 @@ def test_two_runs_do_not_share_a_directory_by_default():
         ({"preset": "huge"}, "preset: must be one of tiny, small, base, but is 'huge'."),
         ({"leaning_rate": 1.0}, "unknown setting 'leaning_rate': did you mean 'learning_rate'?"),
         ({"heads": 3}, "heads: must divide embed_dim into parts of even size, but embed_dim is 128 and heads 3."),
-        ({"accumulate": 5}, "accumulate: must divide batch_size, but batch_size is 8 and accumulate 5."),
+        ({"accumulate": 5}, "accumulate: must divide batch_size, but batch_size is 12 and accumulate 5."),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(flags, sentence):

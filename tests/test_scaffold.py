@@ -33,6 +33,7 @@ ORDER = [
     "rows",
     "causal_system",
     "diagonal",
+    "native",
     "forward_substitution",
     "operator",
     "inputs",
@@ -47,7 +48,7 @@ ORDER = [
     "training",
     "cli",
 ]
-LAZY = ["triton", "transformers", "matplotlib", "typer", "rich", "accelerate", "tensorboard", "yaml"]
+LAZY = ["triton", "numba", "transformers", "matplotlib", "typer", "rich", "accelerate", "tensorboard", "yaml"]
 
 
 def module_name(path: Path) -> str:

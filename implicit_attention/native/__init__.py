@@ -3,7 +3,11 @@
 Importing this room does not import numba; `engine`, which does, is imported where it is used.
 """
 
+import logging
+import threading
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -12,6 +16,21 @@ from implicit_attention.errors import Came, bad_value
 
 KERNELS = ("auto", "torch", "numba")
 _WORTH_IT = 8  # rows; preparing the kernels costs more than fewer rows do (a decoded token is one)
+
+
+def kernels() -> Any:
+    """Return the room with the compiled kernels; the first time on a machine compiles them, and says so."""
+    told = threading.Timer(
+        5.0,
+        logging.getLogger("implicit_attention").warning,
+        ["Compiling the kernels of kernel='numba' for this processor: once, a minute or two; then they are kept."],
+    )
+    told.daemon = True
+    told.start()
+    try:
+        return import_module("implicit_attention.native.engine")
+    finally:
+        told.cancel()
 
 
 def chosen(kernel: str, system: CausalSystem) -> str:

@@ -5,9 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import bidirectional, imports
+from benchmarks import bidirectional, causal, decode, hard, imports
 
-BENCHMARKS = {"bidirectional": bidirectional, "imports": imports}
+BENCHMARKS = {"bidirectional": bidirectional, "causal": causal, "decode": decode, "hard": hard, "imports": imports}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,17 +9,17 @@ from torch.profiler import ProfilerActivity, profile
 Run = Callable[[], object]
 
 
-def interleaved_seconds(runs: Mapping[str, Run], repeats: int) -> dict[str, list[float]]:
+def interleaved_seconds(runs: Mapping[str, Run], repeats: int, *, warm: bool = False) -> dict[str, list[float]]:
     """Time every run in turn, again and again: what else the machine does then hits all of them alike.
 
-    One untimed round goes first.
+    One untimed round goes first, unless the runs are warm already.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(repeats + 1):
+    for round_ in range(repeats + (not warm)):
         for name, run in runs.items():
             begun = time.perf_counter()
             run()
-            if round_:
+            if warm or round_:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
 
@@ -42,13 +42,20 @@ def added_peak_bytes(run: Run) -> int:
     earlier run left behind, and does not depend on what the C library gives back.
     """
     run()  # what is allocated once and kept is not the pass's own
+    return peak_and_seconds(run)[0]
+
+
+def peak_and_seconds(run: Run) -> tuple[int, float]:
+    """The same for a single run, which may be the first, and how long it took under the profiler."""
+    begun = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
+        seconds = time.perf_counter() - begun
     held = peak = 0
     for event in sorted(_allocations(recorded), key=lambda e: e[0]):
         held += event[1]
         peak = max(peak, held)
-    return peak
+    return peak, seconds
 
 
 def _allocations(recorded: profile) -> list[tuple[int, int]]:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from implicit_attention.native.engine import AdjointKernel, ForwardKernel
 
 HANDED_OVER = 4  # rows that the compiled kernel gives up on together
-_TILE = 1024  # rows and columns of one call below the diagonal in the backward pass: bounds what it allocates
+_TILE, _TILES = 512, 8  # one call below the diagonal in the backward pass: at least so many rows and columns, at most
+# such a part of all; bounds what it allocates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,9 @@ class ForwardSubstitution(DirectSolver):
 
     Attributes:
         block: Rows of a diagonal block; one that does not settle is halved, down to single rows.
-        kernel: What computes the diagonal blocks: "torch", "numba" (compiled, for float32 and float64 on the CPU
-            without dropout), or "auto": numba where it is installed and serves. See `kernel_for`.
+        kernel: What computes the diagonal blocks: "torch"; "numba" (the extra `cpu`; float32 and float64 on the CPU
+            without dropout), several times faster, but compiled for a minute or two when it is first used on a
+            machine; or "auto": numba where it is installed and serves. See `kernel_for`.
         fallback: What solves the equations that have no causal structure to go by: adjoints that are
             differentiated again or taken under torch.func transforms.
 
@@ -44,7 +46,7 @@ class ForwardSubstitution(DirectSolver):
     """
 
     block: int = 64
-    kernel: str = "auto"
+    kernel: str = "torch"
     fallback: Solver = field(default_factory=NewtonKrylov)
 
     def __post_init__(self) -> None:
@@ -206,11 +208,9 @@ class _Forward:
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
         self.compiled: ForwardKernel | None = None
         if native.chosen(solver.kernel, system) == "numba":
-            from implicit_attention.native import engine
-
             into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
             block = min(solver.block, system.length)
-            self.compiled = engine.ForwardKernel(system, into, block, self.rtol, self.atol)
+            self.compiled = native.kernels().ForwardKernel(system, into, block, self.rtol, self.atol)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -298,8 +298,10 @@ class _Backward:
     ) -> None:  # fmt: skip
         self.system, self.at = system, _At(system, y, memo)
         self.grad, rtol = grad.reshape(self.at.y.shape), solver.tolerances(y.dtype, linear=True)[0]
+        self.tile = max(_TILE, system.length // _TILES)
         self.needs = dict(zip(system.function.names, needs, strict=True))
-        self.allowed = rtol * grad.abs().amax((1, 2)).to(system.wide)
+        largest: Tensor = torch.linalg.vector_norm(grad.flatten(1), torch.inf, -1)
+        self.allowed = rtol * largest.to(system.wide)
         self.bias_grad = any(need for name, need in self.needs.items() if name.startswith("term"))
         new, shape = torch.zeros, (system.batch, system.length)
         where: dict[str, Any] = {"dtype": system.wide, "device": y.device}
@@ -314,11 +316,9 @@ class _Backward:
         self.sweeps, self.near_singular = 0, 0
         self.compiled: AdjointKernel | None = None
         if native.chosen(solver.kernel, system) == "numba" and not self.bias_grad:  # it keeps no slopes of biases
-            from implicit_attention.native import engine
-
             at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
             block = min(solver.block, system.length)
-            self.compiled = engine.AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
+            self.compiled = native.kernels().AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -326,12 +326,16 @@ class _Backward:
             return
         middle = _halves(low, high, block)
         self.descend(middle, high, block)
-        for rows, cols in _below(self.system, low, middle, high, _TILE):
-            query, value = self.at.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
-            d_query, d_value = self._pull(rows, query, value, self.system.past + cols.start)
-            self.d_query[:, cols].transpose(1, 2).add_(d_query)
-            self.d_value[:, :, cols] += d_value
+        for rows, cols in _below(self.system, low, middle, high, self.tile):
+            self._carry(rows, cols)
         self.descend(low, middle, block)
+
+    def _carry(self, rows: slice, cols: slice) -> None:
+        """From solved rows to the columns before them."""
+        query, value = self.at.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
+        d_query, d_value = self._pull(rows, query, value, self.system.past + cols.start)
+        self.d_query[:, cols].transpose(1, 2).add_(d_query)
+        self.d_value[:, :, cols] += d_value
 
     def _pull(self, rows: slice, query: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
         whole = (self.at.y[:, rows].transpose(1, 2), self.at.lse[:, :, rows])

@@ -3,7 +3,9 @@
 Importing this room does not import numba; `engine`, which does, is imported where it is used.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -12,6 +14,11 @@ from implicit_attention.errors import Came, bad_value
 
 KERNELS = ("auto", "torch", "numba")
 _WORTH_IT = 8  # rows; preparing the kernels costs more than fewer rows do (a decoded token is one)
+
+
+def kernels() -> Any:
+    """Return the room that calls the compiled kernels; it needs numba."""
+    return import_module("implicit_attention.native.engine")
 
 
 def chosen(kernel: str, system: CausalSystem) -> str:

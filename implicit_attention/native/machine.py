@@ -2,6 +2,10 @@
 
 import ctypes
 import hashlib
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,12 +37,26 @@ def kernel(function: Any) -> Any:
     @cache
     def compile_it() -> Any:
         signature = types.void(types.CPointer(types.int64))
-        try:
-            return cfunc(signature, cache=True)(function)
-        except RuntimeError:  # no folder that can be written to
-            return cfunc(signature)(function)
+        with _telling():
+            try:
+                return cfunc(signature, cache=True)(function)
+            except RuntimeError:  # no folder that can be written to
+                return cfunc(signature)(function)
 
     return compile_it
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Log what is going on where it takes long."""
+    text = "Compiling a kernel of kernel='numba' for this processor: once, for up to a minute; then it is kept."
+    timer = threading.Timer(5.0, logging.getLogger("implicit_attention").warning, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _digest() -> str:

@@ -1,0 +1,176 @@
+"""docs/causal.md and its picture, made from docs/data/*.json: `python -m benchmarks.page`.
+
+So that the page and the figures cannot disagree: no figure is typed into it.
+"""
+
+import json
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import CONTESTANTS
+from benchmarks.report import PASSES
+
+DOCS = Path(__file__).parent.parent / "docs"
+TITLES = {"causal": "Time and memory", "decode": "Decoding", "hard": "Hard weights"}
+HELD = {True: "holds", False: "**missed**"}
+Result = dict[str, Any]
+
+
+def load() -> dict[str, Result]:
+    """What has been measured, by benchmark."""
+    paths = {name: DOCS / "data" / f"{name}.json" for name in TITLES}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def page(results: dict[str, Result]) -> str:
+    """The whole page."""
+    parts = [
+        "# What a causal equilibrium costs",
+        "<!-- Made by `python -m benchmarks.page` from docs/data/*.json: measure again and make it anew. -->",
+        "Under a causal mask `ForwardSubstitution` solves the equation row by row, and computes attention between "
+        "blocks of rows once. So its price is counted in ordinary attention passes: times and memory are ratios to "
+        "`torch.nn.functional.scaled_dot_product_attention(is_causal=True)` on the same shapes, run in the same "
+        "process, in turn. Keys and values are given to everybody; making queries from the output is part of the work. "
+        'The diagonal blocks are computed with `kernel="auto"`, compiled where the extra `cpu` is installed, as here.',
+    ]
+    for name, title in TITLES.items():
+        parts += [f"## {title}", *section(name, results.get(name))]
+    return "\n\n".join(wrapped(part) for part in parts) + "\n"
+
+
+def wrapped(part: str) -> str:
+    """Prose in lines of 120; tables and lists as they are."""
+    if part.startswith(("|", "-", "!", "<", "#")):
+        return part
+    return textwrap.fill(part, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def section(name: str, result: Result | None) -> list[str]:
+    if result is None:
+        return ["Not measured yet."]
+    if not result["correct"]:
+        return [machine(result), result["verdict"]]
+    make = {"causal": causal_section, "decode": decode_section, "hard": hard_section}[name]
+    return [machine(result), *make(result), *target_list(result)]
+
+
+def causal_section(result: Result) -> list[str]:
+    parts = ["![Time and memory against the number of tokens](images/causal.png)"]
+    head = ["contestant", "forward", "forward + backward", "memory, forward", "memory, both", "largest residual"]
+    for shape in result["shapes"]:
+        parts.append(f"**N = {shape['length']}, batch {shape['batch']}** (medians of {shape['repeats']})")
+        parts.append(table(head, [causal_row(name, row) for name, row in shape["rows"].items()]))
+        parts += [f"Not run: {CONTESTANTS[name].label}; {why}." for name, why in shape["left_out"].items()]
+        if "memory_by_tolerance" in shape:
+            parts.append(tolerance_sentence(shape["memory_by_tolerance"]))
+    parts += [f"Not run: {CONTESTANTS[name].label}; {why}" for name, why in result["absent"].items()]
+    parts.append(
+        f"Tolerance {result['tolerance']:g}. *Forward* runs without autograd; *forward + backward* has a random "
+        "cotangent and gives the gradients of keys, values and Omega_Q (for SDPA of q, k, v). *Memory* is how far "
+        "what tensors hold rises above its level before the pass. The *largest residual* of any component of any row "
+        "is measured apart from the contestant, in float64, and **bold** where the tolerance was not reached. "
+        "torchdeq's measure is a norm over the whole sample, under which single rows may stay far from their "
+        f"equilibrium. *Once*: a pass of more than {result['slow_seconds']:g} seconds, measured once. Before anything "
+        f"was timed, outputs and gradients were checked against float64 at N = {result['gate']['shape'][1]}."
+    )
+    return parts
+
+
+def causal_row(name: str, row: Result) -> list[str]:
+    times = [f"{row[p]['time_ratio']:.2f}" + (" (once)" if row[p]["once_because_slow"] else "") for p in PASSES]
+    memory = [f"{row[p]['memory_ratio']:.2f}" for p in PASSES]
+    residual = f"{row['largest_residual']:.1e}" if "largest_residual" in row else ""
+    if not row.get("reached_tolerance", True):
+        residual = f"**{residual}**"
+    return [CONTESTANTS[name].label, *times, *memory, residual]
+
+
+def tolerance_sentence(figures: dict[str, dict[str, int]]) -> str:
+    listed = ", ".join(f"{b['forward_backward'] / 2**20:.1f} MiB at {tolerance}" for tolerance, b in figures.items())
+    return f"Memory of the equilibrium, forward + backward, by tolerance: {listed}."
+
+
+def decode_section(result: Result) -> list[str]:
+    head = ["one step", "milliseconds", "of SDPA's", "of an attention layer's"]
+    rows = [
+        [name, f"{1e3 * r['median_seconds']:.2f}", f"{r['ratio_to_sdpa']:.2f}", f"{r['ratio_to_attention_layer']:.2f}"]
+        for name, r in result["rows"].items()
+    ]
+    text = (
+        f"One new token for each of {result['batch']} samples, after {result['context']} tokens: a decode step. "
+        f"Medians of {result['repeats']}, tolerance {result['tolerance']:g}. The solve without projections is the "
+        "difference between two runs, round by round."
+    )
+    return [text, table(head, rows)]
+
+
+def hard_section(result: Result) -> list[str]:
+    parts = [
+        "Scores of a large standard deviation, by the temperature (with `qk_norm`) or by the weights of keys and "
+        f"queries (without). *Picard* is the residual that plain iteration is left with after {result['picard_steps']} "
+        "steps. Times are relative to random weights, at the tolerance of the float32 residual. Residuals are the "
+        "largest of any row, measured apart from the library by one application of the map in the same dtype."
+    ]
+    head = ["weights", "scores' std", "Picard", "forward", "forward + backward"]
+    head += [f"residual, {dtype}" for dtype in ("float32", "float64")] + ["rows flagged"]
+    for setting in result["settings"]:
+        norm = "with" if setting["qk_norm"] else "without"
+        parts.append(f"**N = {setting['length']}, batch {setting['batch']}, {norm} `qk_norm`**")
+        parts.append(table(head, [hard_row(name, row) for name, row in setting["rows"].items()]))
+    return parts + [sweep_sentence(dtype, swept) for dtype, swept in result["sweep"].items()]
+
+
+def hard_row(name: str, row: Result) -> list[str]:
+    times = [f"{row[p]['time_ratio']:.2f}" for p in PASSES]
+    residuals = [f"{row['residuals'][dtype]['largest_residual']:.1e}" for dtype in ("float32", "float64")]
+    flagged = sum(figures["flagged"] for figures in row["residuals"].values())
+    return [name, f"{row['score_std']:.2f}", f"{row['picard_residual']:.1e}", *times, *residuals, str(flagged)]
+
+
+def sweep_sentence(dtype: str, swept: Result) -> str:
+    values = {key: sorted({cell[key] for cell in swept["cells"]}) for key in ("scale", "num_heads", "length")}
+    listed = {key: ", ".join(f"{v:g}" for v in found) for key, found in values.items()}
+    return (
+        f"{', '.join(swept['scaled'])} scaled by {listed['scale']}; {listed['num_heads']} heads; {listed['length']} "
+        f"tokens; embed {swept['embed_dim']}, {swept['seeds']} seeds of each, {dtype}, tolerance "
+        f"{swept['tolerance']:g}: of {swept['rows']} rows {swept['flagged']} were reported as failed, and "
+        f"{swept['silent_failures']} were above tolerance without a report."
+    )
+
+
+def target_list(result: Result) -> list[str]:
+    lines = [
+        f"- {t['what']}: {t['measured']:.3g}, target at most {t['at_most']:.3g}, {HELD[t['holds']]}"
+        for t in result["targets"]
+    ]
+    return ["\n".join(lines)] if lines else []
+
+
+def machine(result: Result) -> str:
+    versions = result["versions"]
+    extra = f", torchdeq {versions['torchdeq']}" if versions.get("torchdeq") else ""
+    return (
+        f"Measured on {result['processor']}, {result['threads']} threads, {result['system']}, PyTorch "
+        f"{versions['torch']}{extra}; {result['dtype']}, embed {result['embed_dim']}, {result['num_heads']} heads."
+    )
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Write the page and the picture."""
+    from benchmarks import plotting
+
+    results = load()
+    (DOCS / "causal.md").write_text(page(results), encoding="utf-8")
+    if results.get("causal", {}).get("correct"):
+        plotting.figure(results["causal"]).savefig(DOCS / "images" / "causal.png")
+
+
+if __name__ == "__main__":
+    main()

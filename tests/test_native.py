@@ -203,3 +203,28 @@ def test_compiles_without_warnings():
         warnings.simplefilter("error")
         run("numba", inputs(1, 20), 1e-8)
     assert "numba" in sys.modules
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_saturated_rows_are_solved_or_said(dtype):
+    """Scores of thousands: weights of exactly 0 and 1, where an own equation divides by zero."""
+    tol = 1e-4 if dtype == torch.float32 else 1e-10
+    for seed in range(4):
+        torch.manual_seed(seed)
+        solver = ForwardSubstitution(rtol=tol, atol=tol, kernel="numba")
+        layer = ImplicitQueryAttention(64, 2, is_causal=True, solver=solver, on_failure="ignore").to(dtype)
+        with torch.no_grad():
+            layer.Omega_Q.weight.mul_(30.0)
+            layer.W_K.weight.mul_(30.0)
+            for batch in (1, 2, 5):
+                x = torch.randn(batch, 130, 64, dtype=dtype)
+                solution = layer.solve(x)
+                function, args, _ = layer.equation(x)
+                wide = tuple(t.double() if t.is_floating_point() else t for t in args)
+                y = solution.value.double()
+                f = function(y, *wide)
+                residual, size = (f - y).abs().amax(-1), f.abs().amax(-1)
+                # Scores are rounded to eps times their size, here up to a few thousand.
+                rounding = 4e3 * torch.finfo(dtype).eps * size
+                assert bool((~solution.converged | (residual <= tol * (1.0 + size) + rounding)).all())
+                assert int((~solution.converged).sum()) <= 1

@@ -21,7 +21,8 @@ LANES = 64 if llvm.get_host_cpu_features().get("avx512f") else 32  # bytes of a 
 
 def compiled(fastmath: Any) -> Any:
     """Decorate a function to be compiled into the kernels that call it."""
-    return njit(fastmath=fastmath)
+    # Division by zero gives infinity: an exception cannot leave a C callback, which would stop half-way in silence.
+    return njit(fastmath=fastmath, error_model="numpy")
 
 
 def kernel(function: Any) -> Any:
@@ -39,9 +40,9 @@ def kernel(function: Any) -> Any:
         signature = types.void(types.CPointer(types.int64))
         with _telling():
             try:
-                return cfunc(signature, cache=True)(function)
+                return cfunc(signature, cache=True, error_model="numpy")(function)
             except RuntimeError:  # no folder that can be written to
-                return cfunc(signature)(function)
+                return cfunc(signature, error_model="numpy")(function)
 
     return compile_it
 

@@ -121,6 +121,7 @@ def measure_setting(
             row[p]["time_ratio"] = row[p]["median_seconds"] / seconds[RANDOM, p]["median_seconds"]
         row["score_std"] = case.map.score_std(entrants[name].forward(), case.tensors)
         row["picard_residual"] = picard_residual(case)
+        row["reported"] = entrants[name].failures
         row["residuals"] = {short(t): residual(layers[name], x, t, absolute(limit)) for t, limit in LIMITS.items()}
         rows[name] = row
     return {"length": length, "batch": batch, "qk_norm": qk_norm, "rows": rows}

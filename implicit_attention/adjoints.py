@@ -259,19 +259,19 @@ class _Run:
         """Return the gradients of `args`: first order from the kept graph, higher orders by recursion."""
         if torch.is_grad_enabled() or maps.transforms_active():
             return self._composable_backward(y, args, grad)
-        broken = ~torch.isfinite(grad).flatten(1).all(-1) if grad.dim() > 1 else ~torch.isfinite(grad)
-        poison = torch.where(broken, torch.nan, 0.0).to(grad.dtype).reshape(-1, *[1] * (grad.dim() - 1))
-        grad = torch.where(poison.isnan(), 0.0, grad)  # NaN in a sample's cotangent: NaN in its gradients alone
+        # NaN in a sample's cotangent: NaN in its gradients alone.
+        broken = ~torch.isfinite(torch.linalg.vector_norm(grad.reshape(len(grad), -1), torch.inf, -1))
+        any_broken = bool(broken.any())
+        by_sample = broken.reshape(-1, *[1] * (grad.dim() - 1))
+        grad = grad.masked_fill(by_sample, 0.0) if any_broken else grad
         if isinstance(self.adjoint_solver, DirectSolver):
             by_arg = self._substitute_adjoint(self.adjoint_solver, y, args, memo, grad)
-            return (
-                [_poisoned(g, a, broken) for g, a in zip(by_arg, args, strict=True)] if bool(broken.any()) else by_arg
-            )
+            return [_poisoned(g, a, broken) for g, a in zip(by_arg, args, strict=True)] if any_broken else by_arg
         kept = self.linearization
         if kept is None or not torch.equal(kept.y, y):
             kept = maps.Linearization(self.problem.function, y, args, self.needs)
         lam, by_arg = self._iterate_adjoint(kept, grad)
-        return kept.vjp(lam + poison)[1] if bool(broken.any()) else by_arg
+        return kept.vjp(lam.masked_fill(by_sample, torch.nan))[1] if any_broken else by_arg
 
     def _iterate_adjoint(self, linearization: maps.Linearization, grad: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         last: tuple[Tensor, list[Tensor | None]] | None = None
@@ -358,11 +358,14 @@ class _ImplicitFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.run, _, *args = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         ctx.count = len(args)
         ctx.save_for_backward(output[0], *args, *output[_FIGURES:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return tuple(None for _ in ctx.needs_input_grad)
         y, *saved = ctx.saved_tensors
         args, memo = tuple(saved[: ctx.count]), tuple(saved[ctx.count :])
         return (None, None, *ctx.run.backward(y, args, memo, grad))

@@ -120,7 +120,7 @@ def _step(walk: _Walk, pace: Pace) -> None:
     right = guess.new_zeros(*guess.shape, 2)
     right[:, :-1, 0], right[:, -1, 1] = value, 1.0
     first, tangent = system.solve(right).unbind(-1)
-    off = (slope @ first[:, :-1, None])[..., 0].masked_fill(walk.problem.offset.isinf(), 0.0)
+    off = (slope @ first[:, :-1, None])[..., 0]
     u = guess - first
     value, slope, weight, missing = _curve(walk.problem, u)
     along = torch.addcmul(tangent[:, :-1], missing, tangent[:, -1:])
@@ -212,7 +212,7 @@ def _land(problem: RowProblem, before: Tensor, after: Tensor, pace: Pace) -> Ten
         moved = torch.where(arrived, moved, _largest(step))
         if not bool((moved > _ARRIVED).any()):
             break
-    off = (problem.score(p) - problem.score(start)).masked_fill(problem.offset.isinf(), 0.0)
+    off = problem.score(p) - problem.score(start)
     good = (moved <= 1e-10) & (_largest(p - start) <= _largest(after - before)) & (_largest(off) <= 4.0 * pace.nats)
     good &= system.positive()  # as it is where the curve first rises through t = 1
     return torch.where(good[:, None], p, torch.nan)

@@ -137,7 +137,8 @@ class BlockSolver(DiagonalBlock):
                     self.slow |= ~within & (residual > SLOW * before) if sweep <= self.n else ~within
                 marked = self.slow & ~done[:, None] | far & ~self.solved | (far | self.solved) & ready[:, None]
                 if bool(marked.any()):
-                    f, same = self._solve_own(marked, a, lse, p, f, 0.1 * float(allowed.min()))
+                    thorough = sweep > PATIENCE or bool(ready.any())  # before, rows may still become easier
+                    f, same = self._solve_own(marked, a, lse, p, f, 0.1 * float(allowed.min()), thorough)
                     ready &= same  # at the root that is wanted
             before = residual
             done |= ready
@@ -183,20 +184,21 @@ class BlockSolver(DiagonalBlock):
         return self.own_score(self.system.phi(self.own_value.transpose(1, 2), self.rows).query)
 
     def _solve_own(
-        self, marked: Tensor, a: Tensor, lse: Tensor, p: Tensor, f: Tensor, tolerance: float
+        self, marked: Tensor, a: Tensor, lse: Tensor, p: Tensor, f: Tensor, tolerance: float, thorough: bool
     ) -> tuple[Tensor, Tensor]:
         """Solve the marked rows' own equations; return the outputs with theirs, and which samples were at the root."""
         samples, positions = marked.nonzero(as_tuple=True)
         problem, value = self.row_problem(a, lse, samples, positions)
         floor = 32 * torch.finfo(a.dtype).eps
-        found = solve_rows(problem, max(tolerance, floor), self.roots[samples, positions])
-        self.roots[samples, positions] = found.p
-        self.solved |= marked
+        found = solve_rows(problem, max(tolerance, floor), self.roots[samples, positions], thorough=thorough)
+        done = found.solved
+        samples, positions, root = samples[done], positions[done], found.p[done]
+        self.roots[samples, positions], self.solved[samples, positions] = root, True
         out, rows_a = f.clone(), a.transpose(1, 2)[samples, positions]
-        out.transpose(1, 2)[samples, positions] = torch.lerp(rows_a, value, found.p[..., None])
-        moved = (found.p - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
+        out.transpose(1, 2)[samples, positions] = torch.lerp(rows_a, value[done], root[..., None])
+        moved = (root - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
         jumped = torch.zeros_like(marked)
-        jumped[samples, positions] = (moved > SAME_ROOT) & found.solved
+        jumped[samples, positions] = moved > SAME_ROOT
         return out, ~jumped.any(1)
 
     def row_problem(self, a: Tensor, lse: Tensor, samples: Tensor, positions: Tensor) -> tuple[RowProblem, Tensor]:

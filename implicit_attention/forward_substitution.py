@@ -7,19 +7,25 @@ recursion backwards.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from implicit_attention import native
 from implicit_attention.attention_map import AttentionMap
 from implicit_attention.causal_system import CausalSystem, Queries
 from implicit_attention.diagonal import BlockAdjointSolver, BlockSolver, own_jacobian
-from implicit_attention.errors import Came, bad_type, bad_value, check_positive
+from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 from implicit_attention.solvers import NewtonKrylov, Solution, Solver
 from implicit_attention.solvers.base import AdjointSolution, DirectSolver
 
-_TILE = 1024  # rows and columns of one call below the diagonal in the backward pass: bounds what it allocates
+if TYPE_CHECKING:
+    from implicit_attention.native.engine import AdjointKernel, ForwardKernel
+
+HANDED_OVER = 4  # rows that the compiled kernel gives up on together
+_TILE, _TILES = 512, 8  # one call below the diagonal in the backward pass: at least so many rows and columns, at most
+# such a part of all; bounds what it allocates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,9 @@ class ForwardSubstitution(DirectSolver):
 
     Attributes:
         block: Rows of a diagonal block; one that does not settle is halved, down to single rows.
+        kernel: What computes the diagonal blocks: "torch"; "numba" (the extra `cpu`; float32 and float64 on the CPU
+            without dropout), several times faster, but compiled for a minute or two when it is first used on a
+            machine; or "auto": numba where it is installed and serves. See `kernel_for`.
         fallback: What solves the equations that have no causal structure to go by: adjoints that are
             differentiated again or taken under torch.func transforms.
 
@@ -37,12 +46,14 @@ class ForwardSubstitution(DirectSolver):
     """
 
     block: int = 64
+    kernel: str = "torch"
     fallback: Solver = field(default_factory=NewtonKrylov)
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
         check_positive("block", self.block, integer=True)
+        check_choice("kernel", self.kernel, native.KERNELS)
         if not isinstance(self.fallback, Solver):
             raise bad_type("fallback", "an iterative solver such as NewtonKrylov()", self.fallback)
 
@@ -59,15 +70,14 @@ class ForwardSubstitution(DirectSolver):
             NonFiniteError: If it gives NaN or Inf.
         """
         system = CausalSystem(_causal(function), args)
-        rtol, atol = self.tolerances(dtype)
-        forward = _Forward(system, rtol, atol)
+        forward = _Forward(system, self, dtype)
         forward.descend(0, system.length, self.block)
         residual, size = forward.residual, forward.size
         return Solution(
             value=forward.y.flatten(-2).to(dtype),
             residual=residual,
             steps=forward.sweeps,
-            converged=residual <= atol + rtol * size,
+            converged=residual <= forward.atol + forward.rtol * size,
             abs_trace=residual[None],
             rel_trace=residual[None] / size.clamp_min(torch.finfo(size.dtype).tiny),
             evaluations=int(forward.sweeps.max()),
@@ -97,9 +107,24 @@ class ForwardSubstitution(DirectSolver):
             The gradients, and how well the equation was solved.
         """
         system = CausalSystem(_causal(function), args)
-        backward = _Backward(system, y, memo, grad, needs, self.tolerances(y.dtype, linear=True)[0])
+        backward = _Backward(system, y, memo, grad, needs, self)
         backward.descend(0, system.length, self.block)
         return backward.solution()
+
+    def kernel_for(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
+        """Return what computes the diagonal blocks of a map, "torch" or "numba".
+
+        Numba hands rows that its Newton's method does not solve to torch, and leaves the gradients of biases to it.
+
+        Args:
+            function: As in `equilibrium`.
+            args: As in `equilibrium`.
+
+        Raises:
+            ImportError: If numba is asked for and missing.
+            ValueError: If it is asked for and cannot compute the map.
+        """
+        return native.chosen(self.kernel, CausalSystem(_causal(function), args))
 
     def gains(
         self, function: Callable[..., Tensor], args: tuple[Tensor, ...], y: Tensor, memo: tuple[Tensor, ...]
@@ -166,8 +191,8 @@ def _below(system: CausalSystem, low: int, middle: int, high: int, tile: int) ->
 class _Forward:
     """The recursion. In rows that are not solved yet, `y` and `lse` hold attention over the columns before them."""
 
-    def __init__(self, system: CausalSystem, rtol: float, atol: float) -> None:
-        self.system, self.rtol, self.atol = system, rtol, atol
+    def __init__(self, system: CausalSystem, solver: ForwardSubstitution, dtype: torch.dtype) -> None:
+        self.system, (self.rtol, self.atol) = system, solver.tolerances(dtype)
         new, shape = system.key.new_zeros, (system.batch, system.length)
         self.query = new(*shape, system.groups, system.dim)
         normed = system.function.query_map.normalize
@@ -177,10 +202,15 @@ class _Forward:
         if system.past:
             assert system.past_column is not None and system.past_value is not None
             out, self.lse = system.below(slice(0, system.length), system.past_column, system.past_value, 0)
-            self.y = out.to(system.wide).transpose(1, 2).contiguous()
+            self.y, self.lse = out.to(system.wide).transpose(1, 2).contiguous(), self.lse.contiguous()
         else:
             self.y = new(*shape, system.heads, system.dim, dtype=system.wide)
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
+        self.compiled: ForwardKernel | None = None
+        if native.chosen(solver.kernel, system) == "numba":
+            into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
+            block = min(solver.block, system.length)
+            self.compiled = native.kernels().ForwardKernel(system, into, block, self.rtol, self.atol)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -203,11 +233,32 @@ class _Forward:
         before.copy_(total)
 
     def _settle(self, rows: slice) -> None:
+        if self.compiled is None:
+            self._settle_eagerly(rows)
+            return
+        while rows.start < rows.stop:
+            done = self.compiled.settle(rows)
+            hard = slice(done, min(done + HANDED_OVER, rows.stop))  # the kernel gives up on these: to torch
+            self._attend_within(slice(rows.start, done), slice(done, rows.stop))
+            self._settle_eagerly(hard)
+            rows = slice(hard.stop, rows.stop)
+            self._attend_within(hard, rows)
+
+    def _attend_within(self, cols: slice, rows: slice) -> None:
+        if cols.start < cols.stop and rows.start < rows.stop:
+            query, value = self.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
+            self._merge(rows, query, value, self.system.past + cols.start)
+
+    def _settle_eagerly(self, rows: slice) -> None:
+        n = rows.stop - rows.start
+        if n == 0:
+            return
         before, lse = self.y[:, rows].transpose(1, 2), self.lse[:, :, rows]
         found = BlockSolver(self.system, rows, before, lse).settle(self.rtol, self.atol)
-        n = rows.stop - rows.start
         if not found.settled and n > 1:
+            compiled, self.compiled = self.compiled, None
             self.descend(rows.start, rows.stop, (n + 1) // 2)
+            self.compiled = compiled
             return
         self.y[:, rows], self.query[:, rows], self.lse[:, :, rows] = found.y, found.queries.query, found.lse
         if found.queries.inverse is not None:
@@ -243,12 +294,14 @@ class _Backward:
 
     def __init__(
         self, system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...], grad: Tensor, needs: tuple[bool, ...],
-        rtol: float,
+        solver: ForwardSubstitution,
     ) -> None:  # fmt: skip
         self.system, self.at = system, _At(system, y, memo)
-        self.grad = grad.reshape(self.at.y.shape)
+        self.grad, rtol = grad.reshape(self.at.y.shape), solver.tolerances(y.dtype, linear=True)[0]
+        self.tile = max(_TILE, system.length // _TILES)
         self.needs = dict(zip(system.function.names, needs, strict=True))
-        self.allowed = rtol * grad.abs().amax((1, 2)).to(system.wide)
+        largest: Tensor = torch.linalg.vector_norm(grad.flatten(1), torch.inf, -1)
+        self.allowed = rtol * largest.to(system.wide)
         self.bias_grad = any(need for name, need in self.needs.items() if name.startswith("term"))
         new, shape = torch.zeros, (system.batch, system.length)
         where: dict[str, Any] = {"dtype": system.wide, "device": y.device}
@@ -261,6 +314,11 @@ class _Backward:
         self.d_terms: list[Tensor | None] = [None] * len(system.terms)
         self.residual = new(system.batch, **where)
         self.sweeps, self.near_singular = 0, 0
+        self.compiled: AdjointKernel | None = None
+        if native.chosen(solver.kernel, system) == "numba" and not self.bias_grad:  # it keeps no slopes of biases
+            at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
+            block = min(solver.block, system.length)
+            self.compiled = native.kernels().AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -268,12 +326,16 @@ class _Backward:
             return
         middle = _halves(low, high, block)
         self.descend(middle, high, block)
-        for rows, cols in _below(self.system, low, middle, high, _TILE):
-            query, value = self.at.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
-            d_query, d_value = self._pull(rows, query, value, self.system.past + cols.start)
-            self.d_query[:, cols].transpose(1, 2).add_(d_query)
-            self.d_value[:, :, cols] += d_value
+        for rows, cols in _below(self.system, low, middle, high, self.tile):
+            self._carry(rows, cols)
         self.descend(low, middle, block)
+
+    def _carry(self, rows: slice, cols: slice) -> None:
+        """From solved rows to the columns before them."""
+        query, value = self.at.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
+        d_query, d_value = self._pull(rows, query, value, self.system.past + cols.start)
+        self.d_query[:, cols].transpose(1, 2).add_(d_query)
+        self.d_value[:, :, cols] += d_value
 
     def _pull(self, rows: slice, query: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
         whole = (self.at.y[:, rows].transpose(1, 2), self.at.lse[:, :, rows])
@@ -291,8 +353,11 @@ class _Backward:
                 self.d_terms[i] = part if before is None else before + part
 
     def _solve(self, rows: slice) -> None:
-        system, block = self.system, self.at.block(rows)
-        found = block.solve(self.grad[:, rows].to(system.wide), self.d_query[:, rows], self.allowed)
+        system, found = self.system, None if self.compiled is None else self.compiled.solve(rows)
+        diagonal = found is not None  # of slope, that is all there is
+        if found is None:
+            grad, later = self.grad[:, rows].to(system.wide), self.d_query[:, rows]
+            found = self.at.block(rows).solve(grad, later, self.allowed)
         self.residual = torch.maximum(self.residual, found.residual)
         self.sweeps = max(self.sweeps, found.sweeps)
         self.near_singular += found.near_singular
@@ -307,7 +372,9 @@ class _Backward:
         if "added" in self.rest:
             self.rest["added"][:, rows] = found.d_made
         if "self_score" in self.rest:
-            self.rest["self_score"][:, :, rows] = found.slope.diagonal(dim1=-2, dim2=-1)
+            self.rest["self_score"][:, :, rows] = (
+                found.slope[..., 0] if diagonal else found.slope.diagonal(dim1=-2, dim2=-1)
+            )
         if self.bias_grad:
             at = slice(system.past + rows.start, system.past + rows.stop)
             self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))

@@ -34,6 +34,7 @@ class _Description(NamedTuple):
         query_heads: Heads of the queries.
         normalize: Whether queries are normed.
         block: Of the solver.
+        kernel: Of the solver.
         rtol: Of the solver.
         atol: Of the solver.
         report: Handle of the layer's report.
@@ -47,6 +48,7 @@ class _Description(NamedTuple):
     query_heads: int
     normalize: bool
     block: int
+    kernel: str
     rtol: float
     atol: float
     report: int
@@ -62,7 +64,7 @@ class _Description(NamedTuple):
 
     def solver(self) -> ForwardSubstitution:
         """The solver again."""
-        return ForwardSubstitution(block=self.block, rtol=self.rtol, atol=self.atol or None)
+        return ForwardSubstitution(block=self.block, kernel=self.kernel, rtol=self.rtol, atol=self.atol or None)
 
 
 def _term(kind: str, tensor: Tensor, past: int) -> BiasTerm:
@@ -108,6 +110,7 @@ def solve(
         function.query_map.num_heads,
         function.query_map.normalize,
         solver.block,
+        solver.kernel,
         rtol,
         atol,
         report,
@@ -127,11 +130,12 @@ def _forward(
     query_heads: int,
     normalize: bool,
     block: int,
+    kernel: str,
     rtol: float,
     atol: float,
     report: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, rtol, atol, report)
+    d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, kernel, rtol, atol, report)
     with torch.autocast(tensors[0].device.type, enabled=False):
         found = d.solver().equilibrium(d.function(tensors), tuple(tensors), dtype)
     FailureReport.of(report)(found, "equilibrium")
@@ -142,7 +146,7 @@ def _forward(
 @_forward.register_fake
 def _(
     tensors: list[Tensor], dtype: torch.dtype, names: str, kinds: str, scale: float, window: int, dropout: float,
-    query_heads: int, normalize: bool, block: int, rtol: float, atol: float, report: int,
+    query_heads: int, normalize: bool, block: int, kernel: str, rtol: float, atol: float, report: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     named = dict(zip(names.split(","), tensors, strict=True))
     key, groups = named["key"], named["value"].shape[1]
@@ -176,11 +180,12 @@ def _adjoint(
     query_heads: int,
     normalize: bool,
     block: int,
+    kernel: str,
     rtol: float,
     atol: float,
     report: int,
 ) -> list[Tensor]:
-    d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, rtol, 0.0, report)
+    d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, kernel, rtol, 0.0, report)
     with torch.autocast(y.device.type, enabled=False):
         found = d.solver().adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
     FailureReport.of(report).adjoint(found, grad)
@@ -191,7 +196,7 @@ def _adjoint(
 @_adjoint.register_fake
 def _(
     grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], names: str, kinds: str,
-    scale: float, window: int, dropout: float, query_heads: int, normalize: bool, block: int, rtol: float,
+    scale: float, window: int, dropout: float, query_heads: int, normalize: bool, block: int, kernel: str, rtol: float,
     atol: float, report: int,
 ) -> list[Tensor]:  # fmt: skip
     return [t.new_empty(t.shape) for t in tensors]

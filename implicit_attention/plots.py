@@ -105,6 +105,35 @@ def recall(curves: Mapping[str, Mapping[int, float]], *, guess: float | None = N
     return figure
 
 
+def learning(curves: Mapping[str, Mapping[int, float]], *, quantity: str = "bits per byte") -> "Figure":
+    """Draw a loss against training steps.
+
+    Args:
+        curves: By name, the loss by training step.
+        quantity: What the vertical axis shows.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is nothing to draw.
+    """
+    if not any(curves.values()):
+        raise bad_value("curves", "a loss for at least one step", "none")
+    figure = _figure(8, 4.5)
+    (axes,) = _row(figure, 1)
+    for (name, curve), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
+        sparse = len(curve) <= 30
+        style: dict[str, Any] = {"marker": "o" if sparse else None, "markersize": 5, "linewidth": 2 if sparse else 1}
+        axes.plot(list(curve), list(curve.values()), color=colour, label=name, **style)
+    # The first steps fall from a height beside which nothing later could be told apart.
+    late = [height for curve in curves.values() for step, height in curve.items() if 10 * step >= max(curve)]
+    axes.set(xlabel="training step", ylabel=quantity, ylim=(0.98 * min(late), 1.05 * max(late)))
+    axes.legend(frameon=False)
+    return figure
+
+
 def attention(maps: Mapping[str, Tensor], *, tokens: Sequence[str] | None = None) -> "Figure":
     """Draw attention matrices side by side, on one scale of colour.
 

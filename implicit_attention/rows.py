@@ -58,7 +58,8 @@ def solve_rows(
         near: Roots `[R, H]` of problems that have hardly changed since, NaN in rows that have none: such a row keeps
             its branch if its scores changed by less than 0.01 and Newton's iteration arrives within 0.01. Not needed,
             nor used, for one head with a linear score.
-        thorough: Whether to go as far as 3, which takes the longest; otherwise rows that need it are left unsolved.
+        thorough: Whether to go as far as 2 and 3, which take the longest; otherwise rows that need them are left
+            unsolved.
 
     Returns:
         The solution; a row that is not solved says so.
@@ -71,25 +72,22 @@ def solve_rows(
         if problem.alpha.shape[-1] == 1 and problem.gram is None:
             found = _largest_root(problem, tolerance)
         elif near is None:
-            found = _finish(_settle(problem, tolerance), problem, tolerance, thorough)
+            found = _settle(problem, tolerance)
         else:
             found = _improve(_continue(problem, tolerance, near), problem, tolerance, [_settle])
-            found = _finish(found, problem, tolerance, thorough)
-        p, residual = found
+        p, residual = _finish(found, problem, tolerance) if thorough else found
         p = torch.where(problem.offset.isinf(), problem.offset.sigmoid(), p)  # 0 or 1, without rounding
         return RowSolution(p, residual, residual <= tolerance)
 
 
-def _finish(found: _Found, problem: RowProblem, tolerance: float, thorough: bool) -> _Found:
+def _finish(found: _Found, problem: RowProblem, tolerance: float) -> _Found:
     """Solve what is left in float64."""
     p, residual = found
     left = (~(residual <= tolerance)).nonzero()[:, 0]
     if not len(left):
         return found
     hard = problem.rows(left).double()
-    methods: list[_Method] = [_damped_newton]
-    if thorough:
-        methods += [partial(_curve, pace=BRISK), partial(_curve, pace=CAREFUL)]
+    methods: list[_Method] = [_damped_newton, partial(_curve, pace=BRISK), partial(_curve, pace=CAREFUL)]
     if p.dtype == torch.float64:
         done, _ = _improve((p[left], residual[left]), hard, tolerance, methods)
     else:
@@ -205,9 +203,8 @@ def _largest_root(problem: RowProblem, tolerance: float) -> _Found:
         low = torch.where(above, peak, low)
         high = torch.where(bent & ~above & (peak > 0.0), ((-turn - c) / steep).clamp(0.0, 1.0), high)
     size_of_terms = beta.abs() + c.abs().masked_fill(c.isinf(), 0.0)
-    aim = (0.25 * torch.finfo(c.dtype).eps * (4.0 + size_of_terms)).clamp_min(
-        0.1 * tolerance
-    )  # rounding allows no less
+    rounding = 0.25 * torch.finfo(c.dtype).eps * (4.0 + size_of_terms)
+    aim = rounding.clamp_min(0.1 * tolerance)
     p, before = high, torch.full_like(high, torch.inf)
     for _ in range(_BRACKET_STEPS):
         value = torch.sigmoid(torch.addcmul(c, beta, p))

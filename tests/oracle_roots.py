@@ -41,7 +41,7 @@ def newton(f: Map, u: Array, tol: float, max_steps: int = 100) -> Array | None:
 
 
 def follow_curve(f: Map, u0: Array, tol: float, max_steps: int = 5000) -> Array:
-    """The zero curve of G(u, t) = u - (1-t) u0 - t f(u) from (u0, 0) to its first arrival at t = 1, by pseudo-arclength.
+    """The zero curve of G(u, t) = u - (1-t) u0 - t f(u) from (u0, 0) to its first arrival at t = 1.
 
     For bounded f and almost every u0 the curve exists and arrives (Chow, Mallet-Paret and Yorke 1978). The heading is
     the null vector of G's Jacobian that makes a positive determinant with it, all the way: a step that lands on a
@@ -115,7 +115,7 @@ def contracted_root(f: Map, u0: Array, tol: float) -> Array | None:
 
 
 def damped_root(f: Map, u0: Array, tol: float) -> Array | None:
-    """Newton's root from u0 in [0, 1]^n: steps of length 1, 1/2 or 1/4, the first at which the residual falls enough."""
+    """Newton's root from u0 in [0, 1]^n: steps of length 1, 1/2 or 1/4, the first that is good enough."""
     u = u0
     for _ in range(20):
         r = f(u[None])[0] - u

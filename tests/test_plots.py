@@ -76,3 +76,15 @@ def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'implicit-attention\[plot\]'"):
         plots.recall({"a": {1: 0.5}})
+
+
+def test_learning_draws_each_curve_and_scales_to_what_comes_late():
+    curves = {"training": {s: 8.0 / s for s in range(1, 101)}, "held out": {50: 0.3, 100: 0.2}}
+    (axes,) = plots.learning(curves).axes
+    assert [line.get_label() for line in axes.lines] == list(curves)
+    assert list(axes.lines[1].get_ydata()) == [0.3, 0.2]
+    low, high = axes.get_ylim()
+    assert low < 0.08
+    assert 0.8 < high < 1.0, "the first tenth may lie above the picture"
+    with pytest.raises(ValueError, match="at least one step"):
+        plots.learning({"training": {}})

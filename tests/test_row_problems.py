@@ -20,7 +20,7 @@ from implicit_attention import (
     fixed_point,
 )
 from tests import oracle
-from tests.bridge import array, close, problem_of
+from tests.bridge import array, close, make_layer, problem_of
 from tests.oracle_roots import bisect, largest_root, scanned_root, sigmoid
 
 REPELLING, THREE_ROOTS = (3.5, -10.0), (-3.0, 6.0)
@@ -126,6 +126,19 @@ def test_gradient_at_the_root(c, beta):
     s = p * (1 - p)
     assert float(layer.W_Q.weight.grad[1, 1]) == pytest.approx(s / (1 - beta * s), rel=1e-8)
     assert float(layer.Omega_Q.weight.grad[1, 1]) == pytest.approx(p * s / (1 - beta * s), rel=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"qk_norm": True, "num_heads": 1}], ids=str)
+def test_hard_layers_find_the_roots_of_the_oracle(options):
+    """Several heads, or a norm: row by row, the oracle takes Picard's root, else damped Newton's, else the curve's."""
+    layer = make_layer(8, is_causal=True, gain=10.0, solver="auto", **({"num_heads": 2} | options))
+    if layer.temperature is not None:
+        torch.nn.init.constant_(layer.temperature, 4.0)
+    x = torch.randn(2, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = layer.solve(x)
+    assert bool(found.converged.all())
+    close(found.value, oracle.solve_rows(problem_of(layer, x)), 1e-9)
 
 
 def test_a_failing_adjoint_is_reported_too():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from implicit_attention.curve import BRISK, CAREFUL, follow_curve
+from implicit_attention.curve import BRISK, CAREFUL, _land, follow_curve
 from implicit_attention.rows import RowProblem, gains, solve_rows
 from tests.oracle_roots import complex_step, largest_roots, row_root, scanned_root, sigmoid
 
@@ -134,6 +134,41 @@ def test_roots_are_the_oracles(normed):
             ways.append(way)
             np.testing.assert_allclose(found.p[row], root, atol=1e-9, err_msg=f"{heads} heads, row {row}: {way}")
     assert set(ways) == {"picard", "newton", "curve"}
+
+
+TELLING = {  # rows where another ratio, reach, length, least decrease, clamp or order would lead to another root
+    "H2-linear": (
+        linear(20_000, 2, 5.0, seed=11),
+        [553, 1095, 1620, 3036, 1438, 2228, 1547, 3252, 7909, 8704, 307, 451, 256, 912],
+    ),
+    "H4-linear": (
+        linear(20_000, 4, 10.0, seed=13),
+        [193, 198, 3370, 7527, 454, 1018, 1, 148, 488, 1369, 147, 260, 41, 108, 4, 42, 65, 84],
+    ),
+    "H2-normed": (
+        normed(20_000, 2, 8.0, seed=15),
+        [219, 764, 3674, 5700, 1865, 2367, 1471, 5973, 673, 717, 16, 213],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_roots_are_the_oracles_where_rules_matter(name):
+    problem, rows = TELLING[name]
+    problem = problem.rows(torch.tensor(rows))
+    found = solved(problem, 1e-12)
+    expected = np.stack([row_root(function(problem, row), found.p.shape[1], 1e-13)[0] for row in range(len(rows))])
+    np.testing.assert_allclose(found.p, expected, atol=1e-9)
+
+
+def test_an_arrival_where_t_falls_is_refused():
+    """Of the roots 0.071, 0.5 and 0.929 of `p = sigmoid(-3 + 6 p)`, the middle one is no curve's first arrival."""
+    beta, offset = torch.full((2, 1, 1), 6.0, dtype=F64), torch.full((2, 1), -3.0, dtype=F64)
+    problem = RowProblem(torch.zeros(2, 1, dtype=F64), beta, offset)
+    before, after = torch.tensor([[[0.94, 0.98], [0.6, 0.9]], [[0.92, 1.02], [0.4, 1.1]]], dtype=F64)
+    landed = _land(problem, before, after, BRISK)
+    assert float(landed[0, 0]) == pytest.approx(0.92928, abs=1e-5)
+    assert bool(landed[1].isnan())
 
 
 @each_kind

@@ -33,6 +33,7 @@ ORDER = [
     "rows",
     "causal_system",
     "diagonal",
+    "native",
     "forward_substitution",
     "operator",
     "inputs",
@@ -44,9 +45,10 @@ ORDER = [
     "__init__",
     "hf",
     "tasks",
+    "training",
     "cli",
 ]
-LAZY = ["triton", "transformers", "matplotlib", "typer", "rich"]
+LAZY = ["triton", "numba", "transformers", "matplotlib", "typer", "rich", "accelerate", "tensorboard", "yaml"]
 
 
 def module_name(path: Path) -> str:
@@ -111,6 +113,12 @@ def test_import_leaves_optional_packages_alone():
     assert not set(LAZY) & set(loaded)
 
 
+def test_a_command_loads_what_it_needs_alone():
+    loaded = run_python("import sys, implicit_attention.cli.app; print(*sys.modules)").split()
+    assert "typer" in loaded
+    assert not {"transformers", "accelerate", "tensorboard", "yaml"} & set(loaded)
+
+
 def test_version_is_the_same_everywhere():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert implicit_attention.__version__ == version
@@ -121,6 +129,7 @@ def test_constraints_pin_every_dependency_exactly():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["plot"], *extras["cli"], *extras["dev"]]
-    assert {line.split(">=")[0] for line in wanted} <= set(pins)
+    wanted = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    names = {line.split(">=")[0] for line in wanted if not line.startswith("implicit-attention[")}
+    assert names <= set(pins)
     assert not [pin for pin in pins.values() if "+" in pin], "local versions exist on one machine only"

@@ -1,11 +1,14 @@
 """The list of commands."""
 
+import inspect
 from typing import Annotated
 
 import typer
 
 from implicit_attention import __version__
 from implicit_attention.cli.demo import demo
+from implicit_attention.cli.generate import generate
+from implicit_attention.cli.train import train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,7 +17,10 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
+for command in (demo, train, generate):
+    # A docstring's lines are as long as the source wants them; a page's paragraphs, as the terminal does.
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    app.command(help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(command)
 
 
 def _version(wanted: bool) -> None:

@@ -2,7 +2,7 @@
 
 from implicit_attention.tasks.models import OrdinaryAttention, TokenModel
 from implicit_attention.tasks.recall import Recall, RecallBatch
-from implicit_attention.tasks.text import standard_library, windows
+from implicit_attention.tasks.text import standard_library, standard_library_files, windows
 from implicit_attention.tasks.training import Step, train
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Step",
     "TokenModel",
     "standard_library",
+    "standard_library_files",
     "train",
     "windows",
 ]

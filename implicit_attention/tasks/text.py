@@ -30,16 +30,31 @@ def standard_library(limit: int | None = None) -> Tensor:
     """
     if limit is not None:
         check_positive("limit", limit, integer=True)
-    root = Path(sysconfig.get_path("stdlib"))
     text = bytearray()
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        if not _LEFT_OUT.intersection(path.relative_to(root).parts):
-            text += path.read_bytes()
+    for path in standard_library_files()[1]:
+        text += path.read_bytes()
         if limit is not None and len(text) >= limit:
             break
-    if not text:
-        raise FileNotFoundError(f"no source of the standard library in {root}: this Python was installed without it")
     return torch.frombuffer(text, dtype=torch.uint8)[:limit].clone()
+
+
+def standard_library_files() -> tuple[Path, list[Path]]:
+    """Return where the running interpreter's standard library is, and its files in the order of their paths.
+
+    Tests, installed packages and empty files are left out.
+
+    Returns:
+        The directory, and the files in and below it.
+
+    Raises:
+        FileNotFoundError: If the interpreter keeps no source of its library.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    found = sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix())
+    files = [p for p in found if not _LEFT_OUT.intersection(p.relative_to(root).parts) and p.stat().st_size]
+    if not files:
+        raise FileNotFoundError(f"no source of the standard library in {root}: this Python was installed without it")
+    return root, files
 
 
 def windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:

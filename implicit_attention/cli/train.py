@@ -1,0 +1,146 @@
+"""`implicit-attention train`: a language model from a text, on one machine or many."""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from implicit_attention import plots
+from implicit_attention.cli import output
+from implicit_attention.cli.environment import environment
+from implicit_attention.cli.faults import first_process, one_line
+from implicit_attention.training.faults import unwritable
+from implicit_attention.training.settings import FIELDS, PRESETS, Settings, plain_type, read_yaml
+
+if TYPE_CHECKING:
+    from implicit_attention.training.run import Result
+
+CURVE, SUMMARY = "loss.png", "summary.json"
+
+
+def train(*, config: Path | None, resume: bool, **flags: Any) -> None:
+    """Train a language model on bytes, and tell how many bits per byte it needs for text it has not seen.
+
+    [bold]implicit-attention train[/bold] learns the source of Python's standard library, in minutes on two CPU cores.
+    The same with [bold]--attention ordinary[/bold] is the model to compare with.
+
+    A setting comes from its flag; else from the --config file, YAML with the flags' names, such as
+    [bold]learning_rate: 0.001[/bold]; else from the preset.
+
+    The run's directory gets checkpoints, TensorBoard logs, loss.png, summary.json and the model, which
+    [bold]implicit-attention generate[/bold] and transformers' from_pretrained load. A run that was cut off,
+    by whatever, goes on with [bold]--resume --out DIR[/bold] as if nothing had happened.
+
+    On several devices: [bold]torchrun --nproc-per-node 8 -m implicit_attention.cli train ...[/bold], or the same under
+    accelerate launch; --fsdp shards the weights. Press Ctrl-C to stop.
+    """
+    with one_line("train"):
+        from implicit_attention.training import run
+
+        said = {name: value for name, value in flags.items() if value is not None}
+        plan = run.plan(said, read_yaml(config) if config else {}, resume=resume)
+        settings = plan.settings
+        if first_process():
+            _prepare(settings.directory)
+        console = Console(stderr=True)
+        try:
+            result = _run(run.run, plan, console)
+        except KeyboardInterrupt:
+            _interrupted(settings)
+        if result is not None:
+            _report(settings, result)
+
+
+def _prepare(directory: Path) -> None:
+    try:
+        output.prepare(directory, (CURVE, SUMMARY))
+    except OSError as error:
+        raise unwritable("--out", directory, error) from None
+
+
+def _run(run: Callable[..., "Result | None"], plan: Any, console: Console) -> "Result | None":
+    if not first_process():
+        return run(plan, say=lambda sentence: None)
+    from implicit_attention.cli.progress import Display
+
+    with Display(console) as display:
+        return run(plan, say=display.say, callbacks=[display.callback()])
+
+
+def _interrupted(settings: Settings) -> None:
+    if first_process():
+        print(f"\nstopped; go on with: implicit-attention train --resume --out {settings.directory}", file=sys.stderr)
+    raise typer.Exit(130) from None
+
+
+def _report(settings: Settings, result: "Result") -> None:
+    """Write the curve and the summary, and print the line that the run was made for."""
+    curves = {
+        "training": _curve(result.history, "bits_per_byte"),
+        "held out (sample)": _curve(result.history, "eval_bits_per_byte"),
+        "held out": _curve(result.history, "final_bits_per_byte"),
+    }
+    summary = {**environment(), "settings": asdict(settings), **asdict(result)}
+    directory = settings.directory
+    try:
+        output.write_figure(directory / CURVE, plots.learning({n: c for n, c in curves.items() if c}))
+        output.write(directory / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise unwritable("--out", directory, error) from None
+    print(
+        f"held out: {result.bits_per_byte:.4f} bits per byte ({settings.attention}, {settings.preset}, "
+        f"{settings.steps} steps, seed {settings.seed}, {result.parameters:,} weights, "
+        f"{result.held_out_bytes:,} bytes); the model is in {directory}"
+    )
+
+
+def _curve(history: Any, name: str) -> dict[int, float]:
+    return {entry["step"]: entry[name] for entry in history if name in entry}
+
+
+def _option(name: str) -> inspect.Parameter:
+    """One flag, from what the settings say about it; None where it is not given."""
+    field = FIELDS[name]
+    kind, words = plain_type(name)
+    flag = f"--{name.replace('_', '-')}"
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        help=field.metadata["help"] + escape(f" [default: {_defaults(name)}]"),
+        rich_help_panel=field.metadata["panel"],
+        show_default=False,
+        metavar="|".join(words) or field.metadata["metavar"],
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _defaults(name: str) -> str:
+    """A default as the help page shows it, with those of the presets where they differ."""
+    default = FIELDS[name].default
+    others = {preset: values[name] for preset, values in PRESETS.items() if values.get(name, default) != default}
+    if name == "out":
+        return "runs/PRESET-ATTENTION-seedSEED"
+    shown = {False: "no", True: "yes"}.get(default, default) if isinstance(default, bool) else default
+    return ", ".join([f"{shown}", *(f"{value} with {preset}" for preset, value in others.items())])
+
+
+_CONFIG = typer.Option("--config", help="YAML file with settings.", rich_help_panel="Run", metavar="FILE.yaml")
+_RESUME = typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel="Run")
+_PARAMETERS = [
+    *map(_option, FIELDS),
+    inspect.Parameter(
+        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, _CONFIG]
+    ),
+    inspect.Parameter("resume", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _RESUME]),
+]
+# Typer reads the signature: every setting becomes a flag, so that flags, YAML file and checkpoints cannot differ.
+train.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
+train.__annotations__ = {parameter.name: parameter.annotation for parameter in _PARAMETERS}

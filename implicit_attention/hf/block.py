@@ -1,0 +1,156 @@
+"""One block of the models: norm, attention, norm, gated MLP, with residual connections."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from implicit_attention import ImplicitQueryAttention
+from implicit_attention.hf.caching import LayerCache
+from implicit_attention.hf.configuration import ImplicitAttentionConfig
+from implicit_attention.hf.equilibrium import solve
+from implicit_attention.hf.ordinary import OrdinaryAttention
+from implicit_attention.hf.outputs import layer_stats
+from implicit_attention.hf.settings import make_adjoint, make_positions, make_solver
+
+
+class BlockOutput(NamedTuple):
+    """What a block returns.
+
+    Attributes:
+        hidden_states: `[B, n, D]`.
+        weights: Attention matrix `[B, H, n, P + n]`, if it was asked for.
+        stats: Statistics of the solve, None in an ordinary block.
+    """
+
+    hidden_states: Tensor
+    weights: Tensor | None
+    stats: dict[str, Tensor] | None
+
+
+class GatedMLP(nn.Module):
+    """`W_down (silu(W_gate x) * W_up x)`.
+
+    Reference:
+        Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202 (2020).
+    """
+
+    def __init__(self, size: int, width: int) -> None:
+        """Make the MLP.
+
+        Args:
+            size: Size D of a token.
+            width: Size of the layer inside.
+        """
+        super().__init__()
+        self.gate = nn.Linear(size, width, bias=False)
+        self.up = nn.Linear(size, width, bias=False)
+        self.down = nn.Linear(width, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output `[..., D]`."""
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+class ImplicitAttentionBlock(GradientCheckpointingLayer):
+    """A pre-norm block, implicit or ordinary; an ordinary one's MLP is wider if its attention has fewer weights."""
+
+    def __init__(self, config: ImplicitAttentionConfig, layer_idx: int) -> None:
+        """Make the block.
+
+        Args:
+            config: The model's configuration.
+            layer_idx: Which entry of `config.layer_types`, and of a cache, belongs to it.
+        """
+        super().__init__()
+        size, width = config.hidden_size, config.intermediate_size
+        self.layer_idx = layer_idx
+        self.attention_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.attention: ImplicitQueryAttention | OrdinaryAttention
+        if config.layer_types[layer_idx] == "implicit":
+            self.attention = implicit_attention(config)
+        else:
+            self.attention = OrdinaryAttention(config, layer_idx)
+            fewer = _count(implicit_attention(config, device="meta")) - _count(self.attention)
+            width += round(fewer / (3 * size))
+        self.mlp_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.mlp = GatedMLP(size, width)
+
+    def forward(
+        self,
+        x: Tensor,
+        hidden: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        output_attentions: bool = False,
+        output_gains: bool = False,
+    ) -> BlockOutput:
+        """Return the block's output.
+
+        Args:
+            x: `[B, n, D]`.
+            hidden: `[B, P + n]`, True where a token is padding.
+            cache: The P tokens before.
+            output_attentions: Also return the attention matrix.
+            output_gains: Also measure gains.
+
+        Returns:
+            Output, weights and statistics.
+        """
+        layer, stats = self.attention, None
+        normed = self.attention_norm(x)
+        if isinstance(layer, OrdinaryAttention):
+            y, weights = layer(normed, hidden, cache, need_weights=output_attentions)
+        else:
+            held = None if cache is None else LayerCache(cache, self.layer_idx, hidden)
+            new = hidden if hidden is None or held is None else hidden[:, held.length :]
+            solution, weights = solve(layer, normed, new, held, need_weights=output_attentions, gains=output_gains)
+            y = solution.value if layer.out_proj is None else layer.out_proj(solution.value)
+            stats = layer_stats(solution)
+        x = x + y
+        return BlockOutput(x + self.mlp(self.mlp_norm(x)), weights, stats)
+
+
+def implicit_attention(
+    config: ImplicitAttentionConfig, device: torch.device | str | None = None
+) -> ImplicitQueryAttention:
+    """Return the implicit layer that a configuration describes.
+
+    Args:
+        config: The configuration.
+        device: Device of its parameters.
+
+    Raises:
+        TypeError: If an option is of the wrong type.
+        ValueError: If an option is out of range, or without effect next to the others.
+    """
+    head_dim = config.hidden_size // config.num_attention_heads
+    return ImplicitQueryAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        window=config.window,
+        is_causal=config.is_causal,
+        self_query=config.self_query,
+        normalize_over=config.normalize_over,
+        query_input=config.query_input,
+        qk_norm=config.qk_norm,
+        positions=make_positions(config.positions, config.num_attention_heads, head_dim),
+        values=config.values,
+        out_proj=config.out_proj,
+        bias=config.bias,
+        dropout=config.dropout,
+        scale=config.scale,
+        solver=make_solver(config.solver),
+        adjoint=make_adjoint(config.adjoint),
+        on_failure=config.on_failure,
+        device=device,
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,180 @@
+"""The configuration of the models: every option of the layer, as plain JSON values."""
+
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+from transformers.configuration_utils import remap_legacy_layer_types
+
+from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
+from implicit_attention.hf.settings import make_adjoint, make_solver
+
+LAYER_TYPES = ("implicit", "full_attention")
+
+# What else may stand in a config.json: written by transformers itself, or by tools around it.
+_ALSO = {"auto_map", "experts_implementation", "model_type", "num_labels", "output_attentions", "per_layer_config",
+         "quantization_config", "tie_last_hidden_states", "torch_dtype", "transformers_weights",
+         "attn_implementation", "name_or_path"}  # fmt: skip
+
+
+class ImplicitAttentionConfig(PreTrainedConfig):
+    """What an implicit-attention model is made of; every value is plain JSON.
+
+    Names of `ImplicitQueryAttention` are understood too: `embed_dim` is `hidden_size`, `num_heads` is
+    `num_attention_heads`, `num_kv_heads` is `num_key_value_heads`. A name that is not known is an error, and so is
+    a value that does not fit or would have no effect.
+
+    Attributes:
+        vocab_size: Number of different tokens.
+        hidden_size: Size D of a token inside the model, a multiple of `num_attention_heads`.
+        intermediate_size: Width of the gated MLP; about 8 D / 3, a multiple of 32, if None.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Heads H of each attention layer.
+        num_key_value_heads: Heads of queries-from-outputs and values (ordinary blocks: of keys and values), shared
+            by groups of the others; H if None.
+        layer_types: For each block "implicit", or "attention" for an ordinary one of the same size
+            (transformers' own name for it, "full_attention", is what is kept); all implicit if None.
+        max_position_embeddings: Longest sequence the model is meant for; nothing is allocated for it.
+        is_causal: Token i sees tokens j <= i. `ImplicitAttentionForMaskedLM` needs False, generation True.
+        window: Token i sees the last `window` tokens alone, itself included; all if None.
+        self_query: As in `ImplicitQueryAttention`.
+        normalize_over: As in `ImplicitQueryAttention`.
+        query_input: As in `ImplicitQueryAttention`; if None, what is known to work: only without a causal mask.
+        qk_norm: As in `ImplicitQueryAttention`; if None, what is known to work: only with a causal mask.
+        positions: None, "rope", "alibi", "relative", or such as `{"name": "rope", "base": 500000.0}`.
+        values: As in `ImplicitQueryAttention`.
+        out_proj: As in `ImplicitQueryAttention`.
+        bias: As in `ImplicitQueryAttention`; the MLP has none.
+        dropout: Probability of dropping an attention weight in training.
+        scale: As in `ImplicitQueryAttention`.
+        solver: "auto", "anderson", "broyden", "forward_substitution", "newton_krylov", "picard", or such as
+            `{"name": "anderson", "max_steps": 30}`.
+        adjoint: "implicit", "phantom", "unrolled", or such as `{"name": "phantom", "steps": 3}`.
+        on_failure: As in `ImplicitQueryAttention`.
+        rms_norm_eps: Added to the mean square in the norms between layers.
+        initializer_range: Standard deviation of new weights.
+        use_cache: Whether causal models return their cache unless they are told otherwise.
+        output_gains: Whether calls measure `solver_stats.gain` unless they are told otherwise; it costs a tenth to
+            a fifth of a forward pass.
+        tie_word_embeddings: Whether the language-model head is the embedding itself.
+        pad_token_id: Token that fills up a batch.
+        bos_token_id: Token that begins a text.
+        eos_token_id: Token, or tokens, that end it.
+    """
+
+    model_type = "implicit_attention"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "solver_stats"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "embed_dim": "hidden_size",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+    }
+
+    # None where no None is allowed: `__post_init__` fills these in.
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = None  # type: ignore[assignment]
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    layer_types: list[str] = None  # type: ignore[assignment]
+    max_position_embeddings: int = 2048
+    is_causal: bool = True
+    window: int | None = None
+    self_query: str = "output"
+    normalize_over: str = "queries"
+    query_input: bool = None  # type: ignore[assignment]
+    qk_norm: bool = None  # type: ignore[assignment]
+    positions: str | dict[str, Any] | None = "rope"
+    values: str = "linear"
+    out_proj: bool = True
+    bias: bool = False
+    dropout: float = 0.0
+    scale: float | None = None
+    solver: str | dict[str, Any] = "auto"
+    adjoint: str | dict[str, Any] = "implicit"
+    on_failure: str = "warn"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    output_gains: bool = False
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what was left open, and refuse what does not fit.
+
+        Args:
+            **kwargs: What is no field: transformers' own settings; anything else is an error.
+
+        Raises:
+            TypeError: If a value is of the wrong type.
+            ValueError: If a name is unknown, or a value does not fit.
+        """
+        for name in kwargs:
+            if name not in _ALSO and name not in self.attribute_map and not name.startswith("_"):
+                raise bad_value(
+                    "config", "made of names that ImplicitAttentionConfig knows", Came(f"`{name}`"),
+                    f"The options are {', '.join(field.name for field in fields(self))}.",
+                )  # fmt: skip
+        if self.layer_types is not None:
+            _check_names("layer_types", self.layer_types)
+        super().__post_init__(**kwargs)
+        check_positive("num_hidden_layers", self.num_hidden_layers, integer=True)
+        check_positive("hidden_size", self.hidden_size, integer=True)
+        open_values = {
+            "layer_types": ["implicit"] * self.num_hidden_layers,
+            "intermediate_size": max(1, round(8 * self.hidden_size / 3 / 32)) * 32,
+            "qk_norm": self.is_causal,
+            "query_input": not self.is_causal,
+        }
+        for name, value in open_values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Refuse values that do not fit; called for a new config and before one is saved.
+
+        The layers' own options are checked by the layers themselves, when a model is made.
+
+        Raises:
+            TypeError: If a value is of the wrong type.
+            ValueError: If it does not fit.
+        """
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "max_position_embeddings"):  # fmt: skip
+            check_positive(name, getattr(self, name), integer=True)
+        for name in ("num_key_value_heads", "window"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name), integer=True)
+        for name in ("rms_norm_eps", "initializer_range"):
+            check_positive(name, getattr(self, name))
+        for name in ("is_causal", "query_input", "qk_norm", "out_proj", "bias", "use_cache", "output_gains",
+                     "tie_word_embeddings"):  # fmt: skip
+            check_choice(name, getattr(self, name), (True, False))
+        self._validate_layers()
+        make_solver(self.solver)
+        make_adjoint(self.adjoint)
+        self.validate_token_ids()
+
+    def _validate_layers(self) -> None:
+        types = self.layer_types
+        _check_names("layer_types", types)
+        for name in types:
+            check_choice("layer_types", name, (*LAYER_TYPES, "attention"))
+        if len(types) != self.num_hidden_layers:
+            raise bad_value(
+                "layer_types", f"of length num_hidden_layers={self.num_hidden_layers}", Came(f"{len(types)} entries")
+            )
+        self.layer_types = remap_legacy_layer_types(types) or types
+        if self.window is not None and not self.is_causal:
+            raise bad_value("window", "None unless is_causal=True", self.window,
+                            "A window reaches back from a token; without a causal mask there is no back.")  # fmt: skip
+
+
+def _check_names(argument: str, names: object) -> None:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise bad_type(argument, 'a list of "implicit" and "attention", one for each block', names)

@@ -1,0 +1,266 @@
+"""The models with their heads: next token, masked token, one label for a sequence."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import slice_logits_to_keep
+
+from implicit_attention.errors import bad_value
+from implicit_attention.hf.configuration import ImplicitAttentionConfig
+from implicit_attention.hf.modeling import ImplicitAttentionModel, ImplicitAttentionPreTrainedModel, Output, returned
+from implicit_attention.hf.outputs import ImplicitCausalLMOutput, ImplicitClassifierOutput, ImplicitMaskedLMOutput
+
+
+class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationMixin):
+    """A language model: the next token from those before."""
+
+    _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ImplicitAttentionConfig) -> None:
+        """Make the model with new weights.
+
+        Args:
+            config: What it is made of, with `is_causal=True`.
+
+        Raises:
+            ValueError: If the configuration is not causal.
+        """
+        super().__init__(config)
+        if not config.is_causal:
+            raise bad_value("is_causal", "True for a causal language model", config.is_causal)
+        self.model = ImplicitAttentionModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
+        """Return the mask that `generate` hands to `forward` with a static cache: the one that came, `[B, P + n]`.
+
+        Args:
+            attention_mask: 1 where a token is to be attended to.
+            **others: What other models make larger masks from.
+        """
+        return attention_mask
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_gains: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> ImplicitCausalLMOutput | Output:
+        """Return logits, and the loss if labels are given.
+
+        Args:
+            input_ids: As in `ImplicitAttentionModel.forward`, like all that is not named below.
+            attention_mask: As there.
+            cache: As there.
+            inputs_embeds: As there.
+            labels: Tokens `[B, n]` to be predicted, each from those before it (they are shifted here); -100 counts
+                for nothing.
+            use_cache: As there.
+            output_attentions: As there.
+            output_hidden_states: As there.
+            output_gains: As there.
+            return_dict: As there.
+            logits_to_keep: How many of the last tokens get logits, all if 0; or which.
+            num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
+
+        Returns:
+            Output with `loss`, `logits` `[B, n, vocab_size]` and `solver_stats`.
+
+        Raises:
+            TypeError: If a tensor is of the wrong type.
+            ValueError: If inputs are missing, doubled, or do not fit.
+        """
+        out = self.model(
+            input_ids, attention_mask, cache, inputs_embeds, use_cache,
+            output_attentions, output_hidden_states, output_gains, True,
+        )  # fmt: skip
+        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return returned(
+            ImplicitCausalLMOutput(
+                loss=loss,
+                logits=logits,
+                cache=out.cache,
+                hidden_states=out.hidden_states,
+                attentions=out.attentions,
+                solver_stats=out.solver_stats,
+            ),
+            return_dict,
+            self.config,
+        )
+
+
+class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
+    """A bidirectional model that fills in masked tokens."""
+
+    _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ImplicitAttentionConfig) -> None:
+        """Make the model with new weights.
+
+        Args:
+            config: What it is made of, with `is_causal=False`.
+
+        Raises:
+            ValueError: If the configuration is causal.
+        """
+        super().__init__(config)
+        if config.is_causal:
+            raise bad_value("is_causal", "False for a masked language model", config.is_causal,
+                            "It fills in tokens from both sides.")  # fmt: skip
+        self.model = ImplicitAttentionModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_gains: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> ImplicitMaskedLMOutput | Output:
+        """Return logits, and the loss if labels are given.
+
+        Args:
+            input_ids: As in `ImplicitAttentionModel.forward`, like all that is not named below.
+            attention_mask: As there.
+            inputs_embeds: As there.
+            labels: `[B, n]`, the tokens that were masked, -100 elsewhere.
+            output_attentions: As there.
+            output_hidden_states: As there.
+            output_gains: As there.
+            return_dict: As there.
+            num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
+
+        Returns:
+            Output with `loss`, `logits` `[B, n, vocab_size]` and `solver_stats`.
+
+        Raises:
+            TypeError: If a tensor is of the wrong type.
+            ValueError: If inputs are missing, doubled, or do not fit.
+        """
+        out = self.model(
+            input_ids, attention_mask, None, inputs_embeds, False,
+            output_attentions, output_hidden_states, output_gains, True,
+        )  # fmt: skip
+        logits = self.lm_head(out.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return returned(
+            ImplicitMaskedLMOutput(
+                loss=loss,
+                logits=logits,
+                hidden_states=out.hidden_states,
+                attentions=out.attentions,
+                solver_stats=out.solver_stats,
+            ),
+            return_dict,
+            self.config,
+        )
+
+
+class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedModel):
+    """One label, or one vector of scores, for a sequence.
+
+    A causal model is read at its last token that is not padding, the only one that sees all others; a
+    bidirectional one by the mean over its tokens.
+    """
+
+    def __init__(self, config: ImplicitAttentionConfig) -> None:
+        """Make the model with new weights.
+
+        Args:
+            config: What it is made of, with `num_labels`.
+        """
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 2)
+        self.model = ImplicitAttentionModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_gains: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> ImplicitClassifierOutput | Output:
+        """Return scores, and the loss if labels are given.
+
+        Args:
+            input_ids: As in `ImplicitAttentionModel.forward`, like all that is not named below.
+            attention_mask: As there.
+            inputs_embeds: As there.
+            labels: `[B]` int64, or as `config.problem_type` says.
+            output_attentions: As there.
+            output_hidden_states: As there.
+            output_gains: As there.
+            return_dict: As there.
+            num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
+
+        Returns:
+            Output with `loss`, `logits` `[B, num_labels]` and `solver_stats`.
+
+        Raises:
+            TypeError: If a tensor is of the wrong type.
+            ValueError: If inputs are missing, doubled, or do not fit.
+        """
+        out = self.model(
+            input_ids, attention_mask, None, inputs_embeds, False,
+            output_attentions, output_hidden_states, output_gains, True,
+        )  # fmt: skip
+        logits = self.score(self._pool(out.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return returned(
+            ImplicitClassifierOutput(
+                loss=loss,
+                logits=logits,
+                hidden_states=out.hidden_states,
+                attentions=out.attentions,
+                solver_stats=out.solver_stats,
+            ),
+            return_dict,
+            self.config,
+        )
+
+    def _pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """`[B, n, D] -> [B, D]`."""
+        if attention_mask is None:
+            return x[:, -1] if self.config.is_causal else x.mean(1)
+        seen = attention_mask.to(x.device) != 0
+        if not self.config.is_causal:
+            return (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp_min(1)
+        last = (torch.arange(x.shape[1], device=x.device) * seen).argmax(-1)
+        return x[torch.arange(len(x), device=x.device), last]

@@ -1,0 +1,97 @@
+"""What the models return: transformers' own outputs, with the statistics of the solves."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils.generic import ModelOutput
+
+from implicit_attention.solvers import Solution
+
+
+@dataclass
+class SolverStats(ModelOutput):
+    """How the equilibria were found: one entry per implicit layer, `[L]`, from the first to the last.
+
+    Attributes:
+        steps: Most steps (for the causal engine: sweeps) that any token took.
+        residual: Largest absolute residual `|F(y) - y|` of any token, in float32 or wider.
+        unconverged: Share of the systems (tokens, or samples without a causal mask) above their tolerance.
+        gain: Largest gain of any token's own equation, where the solver reports it: near 1, gradients become
+            ill-conditioned.
+    """
+
+    steps: Tensor | None = None
+    residual: Tensor | None = None
+    unconverged: Tensor | None = None
+    gain: Tensor | None = None
+
+
+@dataclass
+class ImplicitModelOutput(BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast` with statistics.
+
+    Attributes:
+        solver_stats: One entry per implicit layer; None if there is none.
+    """
+
+    solver_stats: SolverStats | None = None
+
+
+@dataclass
+class ImplicitCausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` with statistics.
+
+    Attributes:
+        solver_stats: One entry per implicit layer; None if there is none.
+    """
+
+    solver_stats: SolverStats | None = None
+
+
+@dataclass
+class ImplicitMaskedLMOutput(MaskedLMOutput):
+    """`MaskedLMOutput` with statistics.
+
+    Attributes:
+        solver_stats: One entry per implicit layer; None if there is none.
+    """
+
+    solver_stats: SolverStats | None = None
+
+
+@dataclass
+class ImplicitClassifierOutput(SequenceClassifierOutputWithPast):
+    """`SequenceClassifierOutputWithPast` with statistics.
+
+    Attributes:
+        solver_stats: One entry per implicit layer; None if there is none.
+    """
+
+    solver_stats: SolverStats | None = None
+
+
+def layer_stats(solution: Solution) -> dict[str, Tensor]:
+    """Return one layer's statistics as scalars, by the names of `SolverStats`."""
+    found = {
+        "steps": solution.steps.amax(),
+        "residual": solution.residual.amax(),
+        "unconverged": (~solution.converged).float().mean(),
+    }
+    gain = getattr(solution, "gain", None)
+    if gain is not None:
+        found["gain"] = gain.amax()
+    return {name: value.detach() for name, value in found.items()}
+
+
+def stack_stats(layers: list[dict[str, Tensor]]) -> SolverStats | None:
+    """Return the statistics of all implicit layers, None if there are none."""
+    if not layers:
+        return None
+    return SolverStats(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})

@@ -1,0 +1,121 @@
+"""Solvers, gradients and positions as plain JSON values: a name, or a name with its settings."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from typing import Any, TypeVar
+
+from implicit_attention import (
+    ALiBi,
+    Anderson,
+    Broyden,
+    ForwardSubstitution,
+    Implicit,
+    NewtonKrylov,
+    Phantom,
+    Picard,
+    RelativeBias,
+    Rotary,
+    Unrolled,
+)
+from implicit_attention.adjoints import Adjoint
+from implicit_attention.errors import Came, bad_type, bad_value
+from implicit_attention.positions import Positions
+from implicit_attention.solvers import Method
+
+T = TypeVar("T")
+Setting = str | Mapping[str, Any]
+
+_SOLVERS: dict[str, type[Method]] = {
+    "anderson": Anderson,
+    "broyden": Broyden,
+    "forward_substitution": ForwardSubstitution,
+    "newton_krylov": NewtonKrylov,
+    "picard": Picard,
+}
+_ADJOINTS: dict[str, type[Adjoint]] = {"implicit": Implicit, "phantom": Phantom, "unrolled": Unrolled}
+_POSITIONS: dict[str, type[Positions]] = {"alibi": ALiBi, "relative": RelativeBias, "rope": Rotary}
+
+
+def make_solver(setting: Setting) -> str | Method:
+    """Return the solver that a setting describes.
+
+    Args:
+        setting: "auto", a solver's name, or a mapping with `name` and that solver's own settings, such as
+            `{"name": "anderson", "max_steps": 30}`. A solver inside a solver is such a setting too.
+
+    Returns:
+        "auto", or the solver.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If a name or a setting is unknown or out of range.
+    """
+    return setting if setting == "auto" else _make("solver", setting, _SOLVERS, also=("auto",))
+
+
+def make_adjoint(setting: Setting) -> Adjoint:
+    """Return the gradient method that a setting describes.
+
+    Args:
+        setting: "implicit", "phantom", "unrolled", or a mapping with `name` and that method's own settings, such
+            as `{"name": "implicit", "solver": {"name": "anderson"}}`.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If a name or a setting is unknown or out of range.
+    """
+    return _make("adjoint", setting, _ADJOINTS)
+
+
+def make_positions(setting: Setting | None, num_heads: int, head_dim: int) -> Positions | None:
+    """Return the position encoding that a setting describes, a new one with weights of its own.
+
+    Args:
+        setting: None, "alibi", "relative", "rope", or a mapping with `name` and that encoding's own settings,
+            such as `{"name": "rope", "base": 500000.0}`.
+        num_heads: Heads of the layer.
+        head_dim: Size of a head.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If a name or a setting is unknown or out of range.
+    """
+    if setting is None:
+        return None
+    given = {"alibi": {"num_heads": num_heads}, "relative": {"num_heads": num_heads}, "rope": {"head_dim": head_dim}}
+    return _make("positions", setting, _POSITIONS, given)
+
+
+def _make(
+    argument: str,
+    setting: object,
+    known: Mapping[str, Callable[..., T]],
+    given: Mapping[str, Mapping[str, Any]] | None = None,
+    also: tuple[str, ...] = (),
+) -> T:
+    choices = f"one of {', '.join(map(repr, [*also, *known]))}, or a mapping with such a `name` and its settings"
+    if isinstance(setting, str):
+        setting = {"name": setting}
+    if not isinstance(setting, Mapping):
+        raise bad_type(argument, choices, setting)
+    name = setting.get("name")
+    options = {key: value for key, value in setting.items() if key != "name"}
+    if not isinstance(name, str) or name not in known:
+        raise bad_value(argument, choices, Came(repr(dict(setting))))
+    fixed = (given or {}).get(name, {})
+    allowed = sorted(_settings_of(known[name]) - set(fixed))
+    for key, value in options.items():
+        if key not in allowed:
+            raise bad_value(
+                argument, f"a setting of {name!r} among {', '.join(map(repr, allowed)) or 'none'}", Came(repr(key))
+            )
+        if key in ("solver", "fallback") and value is not None:
+            options[key] = _make(f"{argument}.{key}", value, _SOLVERS)
+    return known[name](**fixed, **options)
+
+
+def _settings_of(thing: Callable[..., object]) -> set[str]:
+    if is_dataclass(thing):
+        return {field.name for field in fields(thing) if field.init}
+    return set(signature(thing).parameters)

@@ -1,0 +1,416 @@
+"""The compiled adjoint of one diagonal block; `README.md` beside this file derives it.
+
+Rows are solved four at a time, from the last to the first. A sweep that changes the queries' cotangents by so little
+that `|J^T delta| <= |delta| max_c |Omega_Q[:, c]|` is within tolerance needs no product with Omega_Q to show it.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from implicit_attention.native.forward import R, _add, _copy, _fill, _largest_difference, _unturn, dot
+from implicit_attention.native.machine import (
+    call,
+    exact,
+    exp_of,
+    fast,
+    float32_at,
+    float64_at,
+    kernel,
+    pointer_like,
+    shifted,
+    tile4,
+)
+
+MOST_SWEEPS = 24  # a row that needs more wants its own equation solved
+
+(
+    KEY, VALUE, WEIGHT, TURN, Y, QUERY, INVERSE, LSE, GRAD, LATER, ALLOWED, STRICT, GIVEN, SCRATCH, NUMBERS,
+    LAM, MADE, D_KEY, D_VALUE, OWN, RESIDUAL, SWEEPS, STATUS, BARRIER, THREAD,
+    KEY_B, KEY_H, KEY_N, VALUE_B, VALUE_G, VALUE_N, TURN_B, TURN_HALF, STRICT_B, STRICT_H, SLOT,
+    GRAD_B, GRAD_N, GRAD_H,
+    TEAM, BATCH, HEADS, GROUPS, LENGTH, DIM, PADDED, WIDTH, VECTOR, FIRST, STOP, BLOCK, COUNT,
+) = range(52)  # fmt: skip
+SCALE, NORM, ZERO, ONE, INFINITY, INVERSE_DIM = range(6)
+
+
+class Tensors(NamedTuple):
+    """Pointers to tensors, and to one thread's or team's scratch."""
+
+    key: Any
+    value: Any
+    weight: Any  # [H, G d, padded]
+    turn: Any
+    y: Any  # [B, N, H, d]
+    query: Any  # [B, N, G, d]
+    inverse: Any  # [B, N, G]
+    lse: Any  # [B, H, N]
+    grad: Any
+    later: Any  # [B, N, G, d]
+    allowed: Any  # [B]
+    strict: Any
+    given: Any
+    numbers: Any
+    lam: Any  # [B, n, H, d]
+    made: Any  # [B, n, G d]
+    d_key: Any  # [B, H, n, d]
+    d_value: Any  # [B, G, n, d]
+    own: Any  # [B, H, n]
+    residual: Any  # [B]
+    # Scratch
+    keys: Any  # [H, n + R, padded], scaled
+    keys_t: Any  # [H, d, width]
+    lams: Any  # [H, n + R, padded]
+    lams_t: Any  # [H, d, width]
+    queries: Any  # [G, n + R, padded]
+    weights: Any  # [H, R, width]: softmax weights of the rows on four columns
+    slopes: Any  # [H, n + R, width]: transposed
+    along: Any  # [H, n + R]: lam . y
+    from_later: Any  # [G, R, padded]
+    now: Any  # [H, R, padded]: lam of the four rows
+    out: Any  # [H, R, padded]
+    before: Any  # [R, G d]: the linear map's cotangent
+    after: Any  # [R, G d]
+    pairs: Any  # [H, R, R]: weights of the four rows on each other
+    errors: Any  # [H]
+    moves: Any  # [G, R]
+
+
+def scratch_sizes(heads: int, groups: int, dim: int, padded: int, width: int, block: int) -> tuple[int, ...]:
+    """Return the elements of each part of the scratch, in the order of `Tensors`."""
+    rows = block + R
+    return (
+        heads * rows * padded, heads * dim * width, heads * rows * padded, heads * dim * width,
+        groups * rows * padded, heads * R * width, heads * rows * width, heads * rows, groups * R * padded,
+        heads * R * padded, heads * R * padded, R * groups * dim, R * groups * dim, heads * R * R, heads, groups * R,
+    )  # fmt: skip
+
+
+@exact
+def _tensors(c: Any, f: Any, slot: int) -> Tensors:
+    heads, groups, d, padded, width, rows = c[HEADS], c[GROUPS], c[DIM], c[PADDED], c[WIDTH], c[BLOCK] + R
+    keys = shifted(pointer_like(f, c[SCRATCH]), slot * c[SLOT])
+    keys_t = shifted(keys, heads * rows * padded)
+    lams = shifted(keys_t, heads * d * width)
+    lams_t = shifted(lams, heads * rows * padded)
+    queries = shifted(lams_t, heads * d * width)
+    weights = shifted(queries, groups * rows * padded)
+    slopes = shifted(weights, heads * R * width)
+    along = shifted(slopes, heads * rows * width)
+    from_later = shifted(along, heads * rows)
+    now = shifted(from_later, groups * R * padded)
+    out = shifted(now, heads * R * padded)
+    before = shifted(out, heads * R * padded)
+    after = shifted(before, R * groups * d)
+    pairs = shifted(after, R * groups * d)
+    errors = shifted(pairs, heads * R * R)
+    moves = shifted(errors, heads)
+    return Tensors(
+        pointer_like(f, c[KEY]), pointer_like(f, c[VALUE]), pointer_like(f, c[WEIGHT]), pointer_like(f, c[TURN]),
+        pointer_like(f, c[Y]), pointer_like(f, c[QUERY]), pointer_like(f, c[INVERSE]), pointer_like(f, c[LSE]),
+        pointer_like(f, c[GRAD]), pointer_like(f, c[LATER]), pointer_like(f, c[ALLOWED]), pointer_like(f, c[STRICT]),
+        pointer_like(f, c[GIVEN]), f, pointer_like(f, c[LAM]), pointer_like(f, c[MADE]), pointer_like(f, c[D_KEY]),
+        pointer_like(f, c[D_VALUE]), pointer_like(f, c[OWN]), pointer_like(f, c[RESIDUAL]), keys, keys_t, lams,
+        lams_t, queries, weights, slopes, along, from_later, now, out, before, after, pairs, errors, moves,
+    )  # fmt: skip
+
+
+@fast
+def _take(c: Any, t: Any, b: int, g: int) -> None:
+    """Copy a group's keys, scaled, and queries into padded rows, keys also transposed."""
+    n, d, padded, width, f = c[STOP] - c[FIRST], c[DIM], c[PADDED], c[WIDTH], t.numbers
+    rows, shared = c[BLOCK] + R, c[HEADS] // c[GROUPS]
+    for j in range(n):
+        q = shifted(t.queries, (g * rows + j) * padded)
+        _copy(q, shifted(t.query, ((b * c[LENGTH] + c[FIRST] + j) * c[GROUPS] + g) * d), d)
+        _fill(shifted(q, d), padded - d, f[ZERO])
+    for h in range(g * shared, (g + 1) * shared):
+        columns = shifted(t.keys_t, h * d * width)
+        for j in range(n):
+            key = shifted(t.keys, (h * rows + j) * padded)
+            source = shifted(t.key, b * c[KEY_B] + h * c[KEY_H] + (c[FIRST] + j) * c[KEY_N])
+            for k in range(d):
+                key[k] = source[k] * f[SCALE]
+                columns[k * width + j] = key[k]
+            _fill(shifted(key, d), padded - d, f[ZERO])
+
+
+@fast
+def _bias(c: Any, t: Any, b: int, h: int, i: int, j: int) -> Any:
+    if c[STRICT] == 0:
+        return t.numbers[ZERO]
+    return t.strict[b * c[STRICT_B] + h * c[STRICT_H] + i * (c[STOP] - c[FIRST]) + j]
+
+
+@fast
+def _seen(c: Any, t: Any, b: int, h: int, i: int) -> Any:
+    """The row's log-sum-exp; 0 where it sees nothing."""
+    lse = t.lse[(b * c[HEADS] + h) * c[LENGTH] + c[FIRST] + i]
+    return t.numbers[ZERO] if lse == -t.numbers[INFINITY] else lse
+
+
+@fast
+def _attended_later(c: Any, t: Any, b: int, g: int, h: int, s: int) -> None:
+    """Weights and slopes of the rows from `s + R` on, which are solved, on the columns `s .. s + R`."""
+    n, d, width, f, first = c[STOP] - c[FIRST], c[DIM], c[WIDTH], t.numbers, s + R
+    rows = c[BLOCK] + R
+    weights, slopes = shifted(t.weights, h * R * width), shifted(t.slopes, (h * rows + s) * width)
+    q = shifted(t.query, ((b * c[LENGTH] + c[FIRST] + s) * c[GROUPS] + g) * d)
+    v = shifted(t.value, b * c[VALUE_B] + g * c[VALUE_G] + (c[FIRST] + s) * c[VALUE_N])
+    for i in range(first - first % c[VECTOR], n, c[VECTOR]):
+        keys, lams = shifted(t.keys_t, h * d * width + i), shifted(t.lams_t, h * d * width + i)
+        tile4(shifted(weights, i), width, q, c[GROUPS] * d, 1, keys, width, d)
+        tile4(shifted(slopes, i), width, v, c[VALUE_N], 1, lams, width, d)
+    lse = shifted(t.lse, (b * c[HEADS] + h) * c[LENGTH] + c[FIRST])
+    along = shifted(t.along, h * rows)
+    for j in range(R):
+        p, slope = shifted(weights, j * width), shifted(slopes, j * width)
+        if c[STRICT] != 0:
+            for i in range(first, n):
+                p[i] += _bias(c, t, b, h, i, s + j)
+        for i in range(first, n):
+            off = f[ZERO] if lse[i] == -f[INFINITY] else lse[i]
+            p[i] = exp_of(p[i] - off)
+            slope[i] = p[i] * (slope[i] - along[i])
+
+
+@fast
+def _start(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
+    """What later rows give the queries; the rows' weights on each other; lam = grad."""
+    n, d, padded, width, heads, f = c[STOP] - c[FIRST], c[DIM], c[PADDED], c[WIDTH], c[HEADS], t.numbers
+    rows, shared, first = c[BLOCK] + R, heads // c[GROUPS], s + m
+    for j in range(R):
+        total = shifted(t.from_later, (g * R + j) * padded)
+        _fill(total, padded, f[ZERO])
+        if j < m:
+            _copy(total, shifted(t.later, ((b * c[LENGTH] + c[FIRST] + s + j) * c[GROUPS] + g) * d), d)
+    for h in range(g * shared, (g + 1) * shared):
+        if first < n:
+            _attended_later(c, t, b, g, h, s)
+            out, keys = shifted(t.out, h * R * padded), shifted(t.keys, (h * rows + first) * padded)
+            slopes = shifted(t.slopes, (h * rows + s) * width + first)
+            for k in range(0, padded, c[VECTOR]):
+                tile4(shifted(out, k), padded, slopes, width, 1, shifted(keys, k), padded, n - first)
+            for j in range(m):
+                _add(shifted(t.from_later, (g * R + j) * padded), d, shifted(out, j * padded), f[ONE])
+        for i in range(m):
+            key, seen = shifted(t.keys, (h * rows + s + i) * padded), _seen(c, t, b, h, s + i)
+            for j in range(i + 1):
+                score = dot(key, shifted(t.queries, (g * rows + s + j) * padded), d, f[ZERO])
+                if j == i and c[GIVEN] != 0:
+                    score = t.given[(b * heads + h) * c[LENGTH] + c[FIRST] + s + i]
+                t.pairs[(h * R + i) * R + j] = exp_of(score + _bias(c, t, b, h, s + i, s + j) - seen)
+            now = shifted(t.now, (h * R + i) * padded)
+            _copy(now, shifted(t.grad, b * c[GRAD_B] + (c[FIRST] + s + i) * c[GRAD_N] + h * c[GRAD_H]), d)
+
+
+@fast
+def _pull(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
+    """From the rows' lam to the cotangent of what Omega_Q made; how far that moved."""
+    d, padded, width, heads, f = c[DIM], c[PADDED], c[WIDTH], c[HEADS], t.numbers
+    rows, shared, size = c[BLOCK] + R, heads // c[GROUPS], c[GROUPS] * d
+    for h in range(g * shared, (g + 1) * shared):
+        for i in range(m):
+            now = shifted(t.now, (h * R + i) * padded)
+            y = shifted(t.y, ((b * c[LENGTH] + c[FIRST] + s + i) * heads + h) * d)
+            along = dot(now, y, d, f[ZERO])
+            t.along[h * rows + s + i] = along
+            for j in range(i + 1):
+                v = shifted(t.value, b * c[VALUE_B] + g * c[VALUE_G] + (c[FIRST] + s + j) * c[VALUE_N])
+                slope = t.pairs[(h * R + i) * R + j] * (dot(now, v, d, f[ZERO]) - along)
+                t.slopes[(h * rows + s + j) * width + s + i] = slope
+    for j in range(m):
+        after, before = shifted(t.after, j * size + g * d), shifted(t.before, j * size + g * d)
+        _copy(before, after, d)
+        _copy(after, shifted(t.from_later, (g * R + j) * padded), d)
+        for h in range(g * shared, (g + 1) * shared):
+            for i in range(j if c[GIVEN] == 0 else j + 1, m):
+                slope = t.slopes[(h * rows + s + j) * width + s + i]
+                _add(after, d, shifted(t.keys, (h * rows + s + i) * padded), slope)
+        row = c[FIRST] + s + j
+        if c[INVERSE] != 0:
+            at = (b * c[LENGTH] + row) * c[GROUPS] + g
+            q = shifted(t.queries, (g * rows + s + j) * padded)
+            along, inverse = dot(after, q, d, f[ZERO]) * f[INVERSE_DIM], t.inverse[at]
+            for k in range(d):
+                after[k] = (after[k] - along * q[k]) * inverse
+        if c[TURN] != 0:
+            cos = shifted(t.turn, b * c[TURN_B] + row * (d // 2))
+            _unturn(after, cos, shifted(cos, c[TURN_HALF]), d // 2)
+        moved_row = f[ZERO]
+        for k in range(d):
+            moved_row += (after[k] - before[k]) * (after[k] - before[k])
+        t.moves[g * R + j] = moved_row
+    for j in range(m, R):
+        _fill(shifted(t.after, j * size + g * d), d, f[ZERO])
+
+
+@fast
+def _push(c: Any, t: Any, b: int, h: int, s: int, m: int) -> None:
+    """`grad + Omega_Q^T ...`, into `out`; how far that is from lam."""
+    d, padded, f, size = c[DIM], c[PADDED], t.numbers, c[GROUPS] * c[DIM]
+    out = shifted(t.out, h * R * padded)
+    if c[WEIGHT] == 0:
+        for j in range(m):
+            _copy(shifted(out, j * padded), shifted(t.after, j * size), d)
+    else:
+        weight = shifted(t.weight, h * size * padded)
+        for k in range(0, padded, c[VECTOR]):
+            tile4(shifted(out, k), padded, t.after, size, 1, shifted(weight, k), padded, size)
+    worst = f[ZERO]
+    for j in range(m):
+        row = shifted(out, j * padded)
+        _add(row, d, shifted(t.grad, b * c[GRAD_B] + (c[FIRST] + s + j) * c[GRAD_N] + h * c[GRAD_H]), f[ONE])
+        error = _largest_difference(row, shifted(t.now, (h * R + j) * padded), d)
+        worst = error if not error <= worst else worst
+    t.errors[h] = worst
+
+
+@exact
+def _bound(c: Any, t: Any, m: int) -> Any:
+    """At most the residual, by Cauchy and Schwarz."""
+    worst = t.numbers[ZERO]
+    for j in range(m):
+        total = t.numbers[ZERO]
+        for g in range(c[GROUPS]):
+            total += t.moves[g * R + j]
+        worst = total if not total <= worst else worst
+    return t.numbers[NORM] * math.sqrt(worst)
+
+
+@exact
+def _wait(c: Any) -> None:
+    if c[TEAM] > 1:
+        call(c[BARRIER])
+
+
+@exact
+def _solve_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int) -> tuple[int, Any]:
+    """Solve a few rows; return the sweeps (0: not solved) and the residual."""
+    padded, heads, infinity = c[PADDED], c[HEADS], t.numbers[INFINITY]
+    shared, allowed = heads // c[GROUPS], t.allowed[b]
+    for g in range(low, high):
+        _start(c, t, b, g, s, m)
+    _wait(c)
+    for sweep in range(1, MOST_SWEEPS + 1):
+        for g in range(low, high):
+            _pull(c, t, b, g, s, m)
+        _wait(c)
+        if sweep > 1:
+            bound = _bound(c, t, m)
+            if bound <= allowed:
+                return sweep, bound
+        for h in range(low * shared, high * shared):
+            _push(c, t, b, h, s, m)
+        _wait(c)
+        error = t.numbers[ZERO]
+        for h in range(heads):
+            error = t.errors[h] if not t.errors[h] <= error else error
+        if error <= allowed:
+            return sweep, error
+        if not error < infinity:
+            break
+        for h in range(low * shared, high * shared):
+            _copy(shifted(t.now, h * R * padded), shifted(t.out, h * R * padded), m * padded)
+    return 0, infinity
+
+
+@fast
+def _finish(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
+    """Hand over lam and the gradients of the rows' values; keep what earlier rows need."""
+    n, d, padded, width, heads, f = c[STOP] - c[FIRST], c[DIM], c[PADDED], c[WIDTH], c[HEADS], t.numbers
+    rows, shared, size = c[BLOCK] + R, heads // c[GROUPS], c[GROUPS] * d
+    for j in range(m):
+        at = (b * n + s + j) * size + g * d
+        _copy(shifted(t.made, at), shifted(t.after, j * size + g * d), d)
+        _fill(shifted(t.d_value, ((b * c[GROUPS] + g) * n + s + j) * d), d, f[ZERO])
+    for h in range(g * shared, (g + 1) * shared):
+        columns = shifted(t.lams_t, h * d * width + s)
+        for i in range(m):
+            now, kept = shifted(t.now, (h * R + i) * padded), shifted(t.lams, (h * rows + s + i) * padded)
+            _copy(kept, now, d)
+            _fill(shifted(kept, d), padded - d, f[ZERO])
+            _copy(shifted(t.lam, ((b * n + s + i) * heads + h) * d), now, d)
+            for k in range(d):
+                columns[k * width + i] = now[k]
+            t.own[(b * heads + h) * n + s + i] = t.slopes[(h * rows + s + i) * width + s + i]
+            for j in range(m):
+                t.weights[(h * R + j) * width + s + i] = t.pairs[(h * R + i) * R + j] if j <= i else f[ZERO]
+                if j > i or (j == i and c[GIVEN] != 0):
+                    t.slopes[(h * rows + s + j) * width + s + i] = f[ZERO]
+        out, weights = shifted(t.out, h * R * padded), shifted(t.weights, h * R * width + s)
+        lams = shifted(t.lams, (h * rows + s) * padded)
+        for k in range(0, padded, c[VECTOR]):
+            tile4(shifted(out, k), padded, weights, width, 1, shifted(lams, k), padded, n - s)
+        for j in range(m):
+            at = ((b * c[GROUPS] + g) * n + s + j) * d
+            _add(shifted(t.d_value, at), d, shifted(out, j * padded), f[ONE])
+
+
+@fast
+def _key_gradients(c: Any, t: Any, b: int, g: int, h: int) -> None:
+    n, d, padded, width, heads, f = c[STOP] - c[FIRST], c[DIM], c[PADDED], c[WIDTH], c[HEADS], t.numbers
+    rows = c[BLOCK] + R
+    out = shifted(t.out, h * R * padded)
+    for s in range(0, n, R):
+        m = min(R, n - s)
+        slopes, queries = shifted(t.slopes, h * rows * width + s), shifted(t.queries, g * rows * padded)
+        for k in range(0, padded, c[VECTOR]):
+            tile4(shifted(out, k), padded, slopes, 1, width, shifted(queries, k), padded, s + m)
+        for i in range(m):
+            d_key, row = shifted(t.d_key, ((b * heads + h) * n + s + i) * d), shifted(out, i * padded)
+            for k in range(d):
+                d_key[k] = row[k] * f[SCALE]
+
+
+@exact
+def _sample(c: Any, t: Any, b: int, low: int, high: int, leads: bool, sweeps: Any) -> bool:
+    """Solve a sample's rows; whether all are."""
+    n, shared = c[STOP] - c[FIRST], c[HEADS] // c[GROUPS]
+    worst, most = t.numbers[ZERO], 0
+    for g in range(low, high):
+        _take(c, t, b, g)
+    for s in range((n - 1) // R * R, -1, -R):
+        m = min(R, n - s)
+        count, residual = _solve_rows(c, t, b, low, high, s, m)
+        if count == 0:
+            return False
+        worst, most = max(worst, residual), max(most, count)
+        for g in range(low, high):
+            _finish(c, t, b, g, s, m)
+    for g in range(low, high):
+        for h in range(g * shared, (g + 1) * shared):
+            _key_gradients(c, t, b, g, h)
+    if leads:
+        t.residual[b], sweeps[b] = worst, most
+    return True
+
+
+@exact
+def _block(c: Any, f: Any) -> None:
+    """This thread's part of the block: some samples, or some groups of all samples."""
+    thread = call(c[THREAD]) if c[COUNT] > 1 else 0
+    sweeps, status = pointer_like(c, c[SWEEPS]), pointer_like(c, c[STATUS])
+    if c[TEAM] == 1:
+        t = _tensors(c, f, thread)
+        for b in range(thread, c[BATCH], c[COUNT]):
+            status[b] = 1 if _sample(c, t, b, 0, c[GROUPS], True, sweeps) else 0
+    else:
+        t = _tensors(c, f, 0)
+        low, high = c[GROUPS] * thread // c[TEAM], c[GROUPS] * (thread + 1) // c[TEAM]
+        for b in range(c[BATCH]):
+            done = _sample(c, t, b, low, high, thread == 0, sweeps)
+            _wait(c)
+            if thread == 0:
+                status[b] = 1 if done else 0
+
+
+@kernel
+def adjoint32(c: Any) -> None:
+    """The kernel in float32."""
+    _block(c, float32_at(c[NUMBERS]))
+
+
+@kernel
+def adjoint64(c: Any) -> None:
+    """The kernel in float64."""
+    _block(c, float64_at(c[NUMBERS]))

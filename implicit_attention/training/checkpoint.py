@@ -1,0 +1,201 @@
+"""Checkpoints: safetensors and JSON, no pickle; written whole or not at all; the same for every way to distribute.
+
+checkpoint-250/
+  config.json generation_config.json model.safetensors     the model, as transformers saves it
+  tokenizer.json tokenizer_config.json
+  optimizer.safetensors                                    moments and counts, by the parameters' names
+  random.safetensors                                       the generators' states, a row for each process
+  trainer_state.json                                       the step, and the curves so far
+  run.json                                                 the settings, and which data they were used on
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+from implicit_attention.training.faults import RunError, reason, unreadable
+from implicit_attention.training.files import remove_directory, whole_directory, whole_files
+
+WEIGHTS, OPTIMIZER, RANDOM = "model.safetensors", "optimizer.safetensors", "random.safetensors"
+STATE, RUN = "trainer_state.json", "run.json"
+_ONE_FILE = 1 << 60  # bytes, so that transformers does not split the weights
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Return the checkpoints of a run, the oldest first.
+
+    Args:
+        directory: The run's.
+
+    Raises:
+        RunError: If the directory cannot be read.
+    """
+    try:
+        found = {int(match[1]): path for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))}
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise unreadable("--out", directory, error) from None
+    return [found[step] for step in sorted(found)]
+
+
+def save(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: TrainerState,
+    run: Mapping[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then remove the oldest of those that are too many.
+
+    Args:
+        directory: The run's.
+        model: The model, whose configuration is saved.
+        tokenizer: Its tokenizer.
+        tensors: By file: `WEIGHTS`, `OPTIMIZER` and `RANDOM`.
+        state: The Trainer's.
+        run: What `run.json` holds.
+        keep: How many checkpoints stay, this one among them.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        OSError: If it cannot be written; then nothing of it is there, and no other was removed.
+    """
+    path = directory / f"checkpoint-{state.global_step}"
+    with whole_directory(path) as new:
+        _save_model(new, model, tokenizer, tensors[WEIGHTS])
+        for name in (OPTIMIZER, RANDOM):
+            _save_tensors(dict(tensors[name]), new / name)
+        state.save_to_json(str(new / STATE))
+        (new / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    for old in checkpoints(directory)[:-keep]:
+        remove_directory(old)
+    return path
+
+
+def save_model(
+    directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor]
+) -> None:
+    """Write a trained model into the directory of its run, from where `from_pretrained` loads it.
+
+    Args:
+        directory: The run's, which exists.
+        model: The model, whose configuration is saved.
+        tokenizer: Its tokenizer.
+        weights: Its weights, whole.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with whole_files(directory) as new:
+        _save_model(new, model, tokenizer, weights)
+
+
+def _save_model(
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor]
+) -> None:
+    cached = model.config.use_cache
+    model.config.use_cache = True  # the Trainer turns it off; whoever loads the model wants to generate
+    try:
+        model.save_pretrained(path, state_dict=dict(weights), max_shard_size=_ONE_FILE)
+    except SafetensorError as error:  # how safetensors reports a full disk, among others
+        raise OSError(reason(error)) from error
+    finally:
+        model.config.use_cache = cached
+    tokenizer.save_pretrained(path)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(reason(error)) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors.
+
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        Its tensors by name, on the CPU.
+
+    Raises:
+        RunError: If it cannot be read, or is damaged.
+    """
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise unreadable("the checkpoint", path, error) from None
+    except (SafetensorError, ValueError) as error:
+        raise damaged(path, error) from None
+
+
+def load_run(checkpoint: Path) -> dict[str, Any]:
+    """Read how the run of a checkpoint was started.
+
+    Args:
+        checkpoint: Its directory.
+
+    Returns:
+        What `save` was given as `run`, which has `settings` and `fingerprint`; and `done`, the steps taken.
+
+    Raises:
+        RunError: If it cannot be read, or is damaged.
+    """
+    content, state = load_json(checkpoint / RUN), load_json(checkpoint / STATE)
+    if not (isinstance(content.get("settings"), dict) and isinstance(content.get("fingerprint"), str)):
+        raise damaged(checkpoint / RUN, KeyError("settings and fingerprint"))
+    if not isinstance(state.get("global_step"), int):
+        raise damaged(checkpoint / STATE, KeyError("global_step"))
+    return {**content, "done": state["global_step"]}
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object.
+
+    Raises:
+        RunError: If it cannot be read, or is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable("the checkpoint", path, error) from None
+    except ValueError as error:
+        raise damaged(path, error) from None
+    if not isinstance(content, dict):
+        raise damaged(path, TypeError("no object"))
+    return content
+
+
+def damaged(path: Path, error: Exception) -> RunError:
+    """Return the fault of a file of a checkpoint that is not what it should be.
+
+    Args:
+        path: The file.
+        error: What was noticed.
+    """
+    return RunError(
+        f"{path} is damaged ({reason(error)}): remove {path.parent} to go on from the checkpoint before it, "
+        "if there is one"
+    )

@@ -1,0 +1,198 @@
+"""Text to learn from and text held out: any files, as bytes, with nothing decoded and nothing downloaded."""
+
+import hashlib
+import mmap
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from implicit_attention.tasks.text import standard_library_files
+from implicit_attention.training.faults import RunError, unreadable
+
+HELD_OUT = 10  # one file, or one byte, of this many is held out
+_SAMPLES, _SAMPLE = 64, 1 << 16  # parts of a large file that its fingerprint looks at
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text in two parts.
+
+    Attributes:
+        name: Where it comes from, for people.
+        training: `[n]`, uint8.
+        held_out: `[m]`, uint8.
+        fingerprint: Differs when the text does.
+    """
+
+    name: str
+    training: Tensor
+    held_out: Tensor
+    fingerprint: str
+
+
+def read(data: str) -> Corpus:
+    """Read the text that `--data` names.
+
+    Of several files, a tenth by a hash of their names is held out, whole files, so that the split does not change
+    when others come or go. Of a single file, which is mapped into memory and not read at once, its last tenth is.
+
+    Args:
+        data: A file; a directory, of which every file is read but hidden ones; or "default".
+
+    Returns:
+        The text.
+
+    Raises:
+        RunError: If there is none, or it cannot be read.
+    """
+    if data == "default":
+        try:
+            root, files = standard_library_files()
+        except FileNotFoundError as error:
+            raise RunError(f"{error}. Name a text of your own with --data.") from None
+        return _from_files("the source of Python's standard library", root, files)
+    path = Path(data)
+    try:
+        path.stat()
+    except OSError as error:
+        raise unreadable("--data", path, error) from None
+    if path.is_dir():
+        files = _files_in(path)
+        return _from_files(data, path, files) if len(files) > 1 else _from_file(data, files[0])
+    if not path.is_file():
+        raise RunError(f"cannot read --data {path}: it is neither a file nor a directory")
+    return _from_file(data, path)
+
+
+def _files_in(directory: Path) -> list[Path]:
+    """The files in a directory and below it in the order of their names, hidden ones left out."""
+
+    def refuse(error: OSError) -> None:
+        raise unreadable("--data", Path(error.filename), error)
+
+    found: list[Path] = []
+    for folder, folders, names in os.walk(directory, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        found += (path for path in paths if path.is_file() or path.is_symlink())
+    if not found:
+        raise RunError(f"--data {directory} holds no file to learn from (hidden files are left out)")
+    return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
+
+
+def _from_files(name: str, root: Path, files: Iterable[Path]) -> Corpus:
+    hashes = {
+        path: hashlib.sha256(path.relative_to(root).as_posix().encode("utf-8", "surrogateescape")) for path in files
+    }
+    held_out = {path for path, digest in hashes.items() if int(digest.hexdigest(), 16) % HELD_OUT == 0}
+    if not held_out or len(held_out) == len(hashes):
+        held_out = {min(hashes, key=lambda path: hashes[path].hexdigest())}
+    parts = bytearray(), bytearray()
+    fingerprint = hashlib.sha256()
+    for path, digest in hashes.items():
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise unreadable("--data", path, error) from None
+        parts[path in held_out].extend(content)
+        fingerprint.update(digest.digest() + hashlib.sha256(content).digest())
+    training, kept = (torch.frombuffer(part, dtype=torch.uint8) if part else _NOTHING for part in parts)
+    return Corpus(name, training, kept, fingerprint.hexdigest())
+
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+def _from_file(name: str, path: Path) -> Corpus:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except OSError as error:
+        raise unreadable("--data", path, error) from None
+    if not size:
+        raise RunError(f"--data {path} is empty: there is nothing to learn from")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch: the memory is read-only. It is, and nothing here writes.
+        text = torch.frombuffer(content, dtype=torch.uint8)
+    fingerprint = hashlib.sha256(str(size).encode())
+    for start in range(0, size, max(_SAMPLE, size // _SAMPLES)):
+        fingerprint.update(content[start : start + _SAMPLE])
+    border = size - max(1, size // HELD_OUT)
+    return Corpus(name, text[:border], text[border:], fingerprint.hexdigest())
+
+
+class RandomWindows(Dataset[dict[str, Tensor]]):
+    """Windows at random places: the i-th is decided by the seed and i alone, whoever asks for it, and when."""
+
+    def __init__(self, text: Tensor, length: int, *, count: int, seed: int) -> None:
+        """Make the data set.
+
+        Args:
+            text: `[n]`, uint8, at least `length` bytes.
+            length: Bytes in a window, N.
+            count: Number of windows.
+            seed: Decides the places.
+
+        Raises:
+            RunError: If the text is shorter than a window.
+        """
+        _check_length("learn from", text, length)
+        self.text, self.length, self.count, self.seed = text, length, count, seed
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return a window: `input_ids` and `labels`, both `[N]`, int64."""
+        digest = hashlib.blake2b(f"{self.seed}:{index}".encode(), digest_size=8).digest()
+        return _item(self.text, int.from_bytes(digest, "little") % (len(self.text) - self.length + 1), self.length)
+
+
+class HeldOutWindows(Dataset[dict[str, Tensor]]):
+    """Windows in a row, each beginning with the last byte of the one before it: every byte is predicted once."""
+
+    def __init__(self, text: Tensor, length: int, *, limit: int) -> None:
+        """Make the data set.
+
+        Args:
+            text: `[n]`, uint8, at least `length` bytes.
+            length: Bytes in a window, N.
+            limit: Windows at most; of more, some are taken at even distances.
+
+        Raises:
+            RunError: If the text is shorter than a window.
+        """
+        _check_length("hold out", text, length)
+        self.text, self.length = text, length
+        available = (len(text) - 1) // (length - 1)
+        count = min(available, limit)
+        self.starts = [i * available // count * (length - 1) for i in range(count)]
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return a window: `input_ids` and `labels`, both `[N]`, int64."""
+        return _item(self.text, self.starts[index], self.length)
+
+
+def _item(text: Tensor, start: int, length: int) -> dict[str, Tensor]:
+    window = text[start : start + length].long()
+    return {"input_ids": window, "labels": window}
+
+
+def _check_length(purpose: str, text: Tensor, length: int) -> None:
+    if len(text) < length:
+        raise RunError(
+            f"--data has too little text: {len(text)} bytes to {purpose}, but a sequence has {length}: "
+            "give it more text, or shorten the sequences with --length"
+        )

@@ -1,0 +1,75 @@
+"""How well the equilibria of a run are solved, and what to do where they are not."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEAR_ONE = 0.95  # gain from which 1 / (1 - gain) amplifies gradients twentyfold
+
+
+@dataclass
+class Health:
+    """The statistics of the forward passes since they were last asked for.
+
+    Attributes:
+        warned: What was reported already; each is reported once.
+    """
+
+    warned: set[str] = field(default_factory=set)
+    _worst: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, outputs: Any) -> None:
+        """Take the statistics of one forward pass, without waiting for the device.
+
+        Args:
+            outputs: What the model returned: its `solver_stats`, if any, has `[L]` figures for L implicit layers.
+        """
+        stats = getattr(outputs, "solver_stats", None)
+        for name in ("steps", "residual", "unconverged", "gain"):
+            value = getattr(stats, name, None)
+            if value is not None:
+                new = value.detach().float().amax()  # amax passes NaN on
+                old = self._worst.get(name)
+                self._worst[name] = new if old is None else torch.maximum(old, new)
+
+    def figures(self) -> dict[str, float]:
+        """Return the worst of what was taken since the last call, and begin anew.
+
+        Returns:
+            Of `solver_steps`, `residual`, `unconverged` (the share of a layer's rows that missed the tolerance)
+            and `gain` those that the model reports.
+        """
+        names = {"steps": "solver_steps"}
+        figures = {names.get(name, name): float(value) for name, value in self._worst.items()}
+        self._worst.clear()
+        return figures
+
+    def warnings(self, figures: dict[str, float], step: int) -> list[str]:
+        """Return a sentence about each thing that is wrong for the first time.
+
+        Args:
+            figures: What `figures` returned.
+            step: The training step.
+
+        Returns:
+            Each with what to do.
+        """
+        found = {}
+        if figures.get("unconverged", 0) > 0:
+            found["unconverged"] = (
+                f"step {step}: up to {figures['unconverged']:.2%} of a layer's rows missed the solver's tolerance "
+                f"(largest residual {figures['residual']:.1e}), so their gradients are not exact. If it goes on, lower "
+                "--learning-rate, raise --weight-decay, or train with --self-query input, which always has a solution."
+            )
+        gain = figures.get("gain", 0)
+        if not gain < NEAR_ONE:
+            found["gain"] = (
+                f"step {step}: the largest gain of a row's equation is {gain:.3f}; at 1 its equilibrium has no "
+                "gradient, and near it gradients are large and noisy. If the loss becomes unsteady, lower "
+                "--learning-rate or --clip, or train with --self-query input, where every gain is 0."
+            )
+        new = [sentence for kind, sentence in found.items() if kind not in self.warned]
+        self.warned.update(found)
+        return new

@@ -1,0 +1,32 @@
+"""The model that a run trains: the settings as a configuration."""
+
+from transformers import set_seed
+
+from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionForCausalLM
+from implicit_attention.training.settings import Settings
+from implicit_attention.training.tokenizer import END, PAD, VOCABULARY
+
+
+def build(settings: Settings) -> ImplicitAttentionForCausalLM:
+    """Return a new model, its weights drawn from the seed.
+
+    Args:
+        settings: The settings of a run. Its two kinds of attention give models of as many weights.
+
+    Returns:
+        The model, on the CPU.
+    """
+    kind = {"implicit": "implicit", "ordinary": "attention"}[settings.attention]
+    config = ImplicitAttentionConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=settings.embed_dim,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        layer_types=[kind] * settings.layers,
+        max_position_embeddings=settings.length,
+        self_query=settings.self_query,
+        pad_token_id=PAD,
+        eos_token_id=END,
+    )
+    set_seed(settings.seed)
+    return ImplicitAttentionForCausalLM(config)

@@ -1,0 +1,256 @@
+"""A run from its settings to its result."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
+
+from implicit_attention.errors import ConvergenceWarning, NonFiniteError
+from implicit_attention.training import checkpoint as storage
+from implicit_attention.training import corpus, files
+from implicit_attention.training.faults import RunError, reason, unwritable
+from implicit_attention.training.model import build
+from implicit_attention.training.settings import Settings, resolve
+from implicit_attention.training.tensorboard import TensorBoard
+from implicit_attention.training.tokenizer import byte_tokenizer
+from implicit_attention.training.trainer import ByteTrainer, Checkpoints
+
+SAMPLE, FINAL = 512, 4096  # held-out windows at most: in an evaluation on the way, and at the end
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do.
+
+    Attributes:
+        settings: Its settings. Its directory must exist.
+        resumed: The checkpoint it goes on from, None if it begins.
+        done: Steps taken already.
+        fingerprint: Of the data that the run was begun with, None if it begins.
+    """
+
+    settings: Settings
+    resumed: Path | None = None
+    done: int = 0
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        bits_per_byte: On held-out text.
+        held_out_bytes: How many bytes that was measured on.
+        parameters: Weights of the model.
+        history: What was logged, as transformers keeps it: a dictionary for each time.
+        data: Where the text came from.
+        training_bytes: How much of it there was to learn from.
+    """
+
+    bits_per_byte: float
+    held_out_bytes: int
+    parameters: int
+    history: Sequence[Mapping[str, Any]]
+    data: str
+    training_bytes: int
+
+
+def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> Plan:
+    """Decide what to do, and make sure of the directory.
+
+    Under an `accelerate launch` that is to use FSDP, `fsdp` is on.
+
+    Args:
+        flags: Settings from the command line.
+        file: Settings from a file.
+        resume: Whether to go on with the run in the directory.
+
+    Returns:
+        The plan.
+
+    Raises:
+        RunError: If the settings do not fit, or the directory does not.
+    """
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        flags = {"fsdp": True, **flags}  # and `training.sharding` does it, on every device, instead of accelerate
+    settings = resolve(flags, file)
+    found = storage.checkpoints(settings.directory)
+    if not resume:
+        if found:
+            raise RunError(
+                f"--out {settings.directory} holds a run already ({found[-1].name}): go on with it by --resume, or "
+                "choose another --out"
+            )
+        return Plan(settings)
+    if not found:
+        raise RunError(f"--out {settings.directory} holds no checkpoint to resume from: leave out --resume to begin")
+    content = storage.load_run(found[-1])
+    settings = resolve({**flags, "out": str(settings.directory)}, file, content["settings"])
+    if settings.steps < content["done"]:
+        raise RunError(
+            f"steps: the run in {settings.directory} is at step {content['done']} already, beyond {settings.steps}"
+        )
+    return Plan(settings, found[-1], content["done"], content["fingerprint"])
+
+
+def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[TrainerCallback] = ()) -> Result | None:
+    """Train, evaluate, and leave the model in the directory of the run.
+
+    Under `torchrun` or `accelerate launch` every process calls this, and works on its part of each batch.
+
+    Args:
+        plan: What to do.
+        say: Tells the user a sentence.
+        callbacks: See every event of the first process.
+
+    Returns:
+        What came of it; None on all processes but the first.
+
+    Raises:
+        RunError: If it cannot be done; the last checkpoint is as it was.
+    """
+    settings = plan.settings
+    disable_progress_bar()  # of transformers' own
+    first = int(os.environ.get("RANK", "0")) == 0
+    text = corpus.read(settings.data)
+    if plan.fingerprint not in (None, text.fingerprint):
+        raise RunError(
+            f"--data {settings.data} has changed since the run in {settings.directory} began: it cannot go on"
+        )
+    with _explained(settings), warnings.catch_warnings(), ExitStack() as stack:
+        # `health` tells of it, with the step and with what to do.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        trainer = _trainer(settings, text, say)
+        trainer.add_callback(Checkpoints(trainer, fresh=plan.resumed is None))
+        if first:
+            files.remove_unfinished(settings.directory)
+            board = stack.enter_context(TensorBoard(settings.directory / "tensorboard", done=plan.done))
+            for callback in (board, *callbacks):
+                trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(plan.resumed) if plan.resumed else None)
+        trainer.save_result()
+        held_out = corpus.HeldOutWindows(text.held_out, settings.length, limit=FINAL)
+        metrics = trainer.evaluate(held_out, metric_key_prefix="final")
+    parameters = sum(int(parameter.numel()) for parameter in trainer.model.parameters())
+    history, figures = trainer.state.log_history, (metrics["final_bits_per_byte"], int(metrics["final_bytes"]))
+    trainer.end()
+    return Result(*figures, parameters, history, text.name, len(text.training)) if first else None
+
+
+def _trainer(settings: Settings, text: corpus.Corpus, say: Callable[[str], None]) -> ByteTrainer:
+    windows = corpus.RandomWindows(
+        text.training, settings.length, count=settings.steps * settings.batch_size, seed=settings.seed
+    )
+    trainer = ByteTrainer(
+        build(settings),
+        arguments(settings),
+        fsdp=settings.fsdp,
+        keep=settings.keep,
+        run={"settings": asdict(settings), "fingerprint": text.fingerprint},
+        say=say,
+        train_dataset=windows,
+        eval_dataset=corpus.HeldOutWindows(text.held_out, settings.length, limit=SAMPLE),
+        processing_class=byte_tokenizer(settings.length),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def arguments(settings: Settings) -> TrainingArguments:
+    """Return transformers' settings of a run.
+
+    Args:
+        settings: Ours.
+
+    Returns:
+        The arguments of a `Trainer`.
+
+    Raises:
+        RunError: If they do not fit this machine, or the number of processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    part, rest = divmod(settings.batch_size, world * settings.accumulate)
+    if rest:
+        raise RunError(
+            f"batch_size: must be a multiple of accumulate x processes = {settings.accumulate} x {world}, "
+            f"but is {settings.batch_size}."
+        )
+    if settings.fsdp and world == 1:
+        raise RunError(
+            "fsdp: needs several processes: torchrun --nproc-per-node 2 -m implicit_attention.cli train ..., or "
+            "--no-fsdp to go on in one"
+        )
+    cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not cuda:
+        raise RunError("device: no CUDA device was found: use --device cpu.")
+    return TrainingArguments(
+        output_dir=str(settings.directory),
+        max_steps=settings.steps,
+        per_device_train_batch_size=part,
+        per_device_eval_batch_size=part,
+        gradient_accumulation_steps=settings.accumulate,
+        train_sampling_strategy="sequential",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.99,
+        max_grad_norm=settings.clip,
+        logging_strategy="steps",
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        seed=settings.seed,
+        use_cpu=settings.device == "cpu" or not cuda,
+        bf16=settings.bf16,
+        torch_compile=settings.compile,
+        activation_checkpointing=settings.checkpointing,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=cuda and settings.device != "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+    )
+
+
+@contextmanager
+def _explained(settings: Settings) -> Iterator[None]:
+    """Put what can go wrong inside a step in one line, with what to do."""
+    try:
+        yield
+    except RunError as fault:
+        if str(fault).startswith("step "):
+            raise RunError(f"{fault}. {_last_good(settings)}") from None
+        raise
+    except ValueError as error:
+        if not isinstance(error.__cause__, NonFiniteError):
+            raise
+        raise RunError(f"the weights are no longer finite: {reason(error)} {_last_good(settings)}") from None
+    except OSError as error:
+        raise unwritable("--out", settings.directory, error) from None
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of memory ({reason(error)}): raise --accumulate, or use --bf16, --checkpointing or, on several "
+            "devices, --fsdp"
+        ) from None
+
+
+def _last_good(settings: Settings) -> str:
+    found = storage.checkpoints(settings.directory)
+    kept = (
+        f"{found[-1]} is the last good checkpoint: go on from it with --resume and a" if found else "Begin again with a"
+    )
+    return f"{kept} --learning-rate below {settings.learning_rate:g}"

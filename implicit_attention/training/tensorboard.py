@@ -1,0 +1,47 @@
+"""What a run logs, as curves in TensorBoard."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_PARTS = {"eval_": "held out (sample)", "final_": "held out"}
+
+
+class TensorBoard(TrainerCallback):
+    """Writes every figure that is logged, until it is left: transformers' own ends before the last evaluation."""
+
+    def __init__(self, directory: Path, *, done: int) -> None:
+        """Begin to write.
+
+        Args:
+            directory: Where the logs go.
+            done: Steps that the run goes on from; what a killed run logged beyond them is not shown.
+
+        Raises:
+            OSError: If they cannot be written.
+        """
+        self.writer = SummaryWriter(str(directory), purge_step=done + 1 if done else None)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what is left, and end."""
+        self.writer.close()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write the figures of a log entry."""
+        for name, value in (logs or {}).items():
+            prefix = next((prefix for prefix in _PARTS if name.startswith(prefix)), "")
+            self.writer.add_scalar(f"{_PARTS.get(prefix, 'training')}/{name[len(prefix) :]}", value, state.global_step)
+        self.writer.flush()

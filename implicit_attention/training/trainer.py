@@ -1,0 +1,282 @@
+"""The Trainer: transformers' own, with checkpoints that survive anything and figures in bits per byte."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from implicit_attention.training import checkpoint as storage
+from implicit_attention.training.corpus import HeldOutWindows
+from implicit_attention.training.faults import RunError, unwritable
+from implicit_attention.training.health import Health
+from implicit_attention.training.sharding import shard
+from implicit_attention.training.tensors import (
+    load_model_tensors,
+    load_optimizer_tensors,
+    model_tensors,
+    optimizer_tensors,
+)
+
+LOG_2 = math.log(2)
+
+
+class ByteTrainer(Trainer):
+    """Trains a model on bytes.
+
+    Next to transformers' own, it logs bits per byte, tokens per second and how well the equilibria are solved;
+    stops before a step whose gradient is not finite; and keeps its checkpoints in the form of `training.checkpoint`,
+    which one process, several, and sharded weights (`fsdp`) all write and read.
+    """
+
+    # What Trainer leaves open is decided here.
+    model: PreTrainedModel
+    optimizer: Optimizer
+    lr_scheduler: LambdaLR
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        fsdp: bool,
+        keep: int,
+        run: Mapping[str, Any],
+        say: Callable[[str], None],
+        **others: Any,
+    ) -> None:
+        """Make the Trainer.
+
+        Args:
+            model: The model.
+            args: transformers' settings of the run.
+            fsdp: Shard the model over the processes.
+            keep: Checkpoints kept.
+            run: Remembered in each checkpoint.
+            say: Tells the user a sentence.
+            **others: `train_dataset`, `eval_dataset`, `processing_class` and `callbacks`, as for `Trainer`.
+        """
+        super().__init__(model, args, **others)
+        self.health = Health()
+        self._keep, self._run, self._say = keep, run, say
+        self._tokens, self._since = 0, 0.0
+        if fsdp:
+            shard(self.model, bf16=args.bf16)
+            # As for a model that transformers itself has sharded: not to be wrapped or sharded again.
+            self.is_distributed_loading_by_transformers = True
+
+    # Figures
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss, and take notice of how the equilibria were found."""
+        if not self._tokens:
+            self._since = time.perf_counter()
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.health.add(outputs)
+        self._tokens += inputs["input_ids"].numel() * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log figures; those of training steps with bits per byte, speed and solver statistics."""
+        if "loss" in logs:
+            seconds = time.perf_counter() - self._since
+            logs |= {"bits_per_byte": logs["loss"] / LOG_2, "tokens_per_second": self._tokens / seconds}
+            figures = self._everyones(self.health.figures())
+            logs |= figures
+            for sentence in self.health.warnings(figures, self.state.global_step):
+                self._say(sentence)
+            self._tokens = 0
+        super().log(logs, start_time)
+
+    def _everyones(self, figures: dict[str, float]) -> dict[str, float]:
+        """The largest of each figure over all processes."""
+        if self.args.world_size == 1 or not figures:
+            return figures
+        mine = torch.tensor(list(figures.values()), device=self.args.device)
+        largest = self.accelerator.gather(mine[None]).amax(0)
+        return dict(zip(figures, largest.tolist(), strict=True))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient's norm, the same on every process; stop here if it is no number."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not math.isfinite(norm):
+            raise RunError(
+                f"step {self.state.global_step + 1}: the gradient is {float(norm)}, and the step was not taken"
+            )
+        return norm
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        """Do not wait with it until a batch's last part: gradients that wait are whole, not in shards."""
+        return nullcontext()
+
+    # Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return the loss and the bits per byte on `HeldOutWindows`, each byte counted once.
+
+        The same for any number of processes: transformers' own loop weighs an incomplete last batch like a full one.
+        """
+        windows = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert isinstance(windows, HeldOutWindows)
+        total, count = self._sum_losses(windows)
+        metrics = {
+            f"{metric_key_prefix}_loss": total / count,
+            f"{metric_key_prefix}_bits_per_byte": total / count / LOG_2,
+            f"{metric_key_prefix}_bytes": count,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _sum_losses(self, windows: HeldOutWindows) -> tuple[float, int]:
+        """The sum of the losses of all bytes that are predicted, in nats, and their number."""
+        size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
+        # Sharded weights are gathered by all processes together: each takes as many batches, the last perhaps empty.
+        batches = range(0, len(windows), size)
+        mine = [batches[i] if i < len(batches) else None for i in range(rank, -(-len(batches) // world) * world, world)]
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        for start in mine:
+            chosen = range(start, min(start + size, len(windows))) if start is not None else range(1)
+            tokens = torch.stack([windows[i]["input_ids"] for i in chosen]).to(self.args.device)
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+            if start is not None:
+                total += loss.double().sum()
+        self.model.train()
+        return float(self.accelerator.reduce(total, "sum")), len(windows) * (windows.length - 1)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint. Every process takes part in gathering it, the first writes."""
+        del model, trial
+        tensors = {
+            storage.WEIGHTS: model_tensors(self.model),
+            storage.OPTIMIZER: optimizer_tensors(self.model, self.optimizer),
+            storage.RANDOM: self._random_states(),
+        }
+        self.on_first_process(lambda directory: storage.save(
+            directory, self.model, self.processing_class, tensors, self.state, self._run, keep=self._keep
+        ))  # fmt: skip
+
+    def save_result(self) -> None:
+        """Write the model into the directory of the run. Every process takes part in gathering it.
+
+        Raises:
+            RunError: If it cannot be written.
+        """
+        weights = model_tensors(self.model)
+        self.on_first_process(lambda directory: storage.save_model(
+            directory, self.model, self.processing_class, weights
+        ))  # fmt: skip
+
+    def on_first_process(self, write: Callable[[Path], object]) -> None:
+        """Write something on the first process; raise on all of them if that fails.
+
+        Args:
+            write: Is given the directory of the run.
+
+        Raises:
+            RunError: If it cannot be written.
+        """
+        directory = Path(self.args.output_dir or ".")
+        fault = None
+        if self.args.process_index == 0:
+            try:
+                write(directory)
+            except OSError as error:
+                fault = unwritable("--out", directory, error)
+        failed = torch.tensor(float(fault is not None), device=self.args.device)
+        if float(self.accelerator.reduce(failed, "sum")):
+            raise fault or RunError(f"cannot write to --out {directory}: the first process says why")
+
+    def _random_states(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.args.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.args.device)
+        everyones = {name: self.accelerator.gather(state[None].to(self.args.device)) for name, state in states.items()}
+        return {name: state.cpu() for name, state in everyones.items()}  # [processes, bytes]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights."""
+        path = Path(resume_from_checkpoint, storage.WEIGHTS)
+        load_model_tensors(self.model if model is None else model, storage.load_tensors(path), str(path))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer's moments, and put the learning rate where its schedule, perhaps a new one, has it."""
+        if checkpoint is None:
+            return
+        path = Path(checkpoint, storage.OPTIMIZER)
+        load_optimizer_tensors(self.model, self.optimizer, storage.load_tensors(path), str(path))
+        scheduler, step = self.lr_scheduler, self.state.global_step
+        rates = [rate * shape(step) for rate, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler.load_state_dict(
+            {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+        )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load this process's generators, if as many processes wrote the checkpoint; else keep what the seed gave."""
+        if checkpoint is None:
+            return
+        states = storage.load_tensors(Path(checkpoint, storage.RANDOM))
+        rank, kind = self.args.process_index, self.args.device.type
+        if len(states["cpu"]) == self.args.world_size:
+            torch.set_rng_state(states["cpu"][rank].clone())  # torch reads a view out of bounds
+            if kind == "cuda" and "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"][rank].clone(), self.args.device)
+
+
+class Checkpoints(TrainerCallback):
+    """When a run's checkpoints are written, beyond the usual times."""
+
+    def __init__(self, trainer: ByteTrainer, *, fresh: bool) -> None:
+        """Make it.
+
+        Args:
+            trainer: Writes them.
+            fresh: Whether the run begins: then it gets a checkpoint before its first step, and can be resumed always.
+        """
+        self.trainer, self.fresh = trainer, fresh
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the first checkpoint."""
+        if self.fresh:
+            self.trainer._save_checkpoint(self.trainer.model, None)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Log where there is a checkpoint, so that later figures are the same whether or not the run was cut there."""
+        control.should_log |= control.should_save
+        return control

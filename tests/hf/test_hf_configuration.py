@@ -1,0 +1,164 @@
+"""The configuration: plain JSON there and back, every option reaches the layer, what is wrong is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from implicit_attention import Anderson, ForwardSubstitution, Implicit, NewtonKrylov, Phantom, Picard, Rotary, Unrolled
+from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionModel
+from tests.hf import tiny
+
+EVERYTHING = {
+    "layer_types": ["implicit", "full_attention"],
+    "self_query": "input",
+    "query_input": True,
+    "qk_norm": False,
+    "positions": {"name": "rope", "base": 50.0},
+    "values": "identity",
+    "out_proj": False,
+    "bias": True,
+    "dropout": 0.25,
+    "scale": 0.3,
+    "solver": {"name": "forward_substitution", "block": 16, "fallback": {"name": "newton_krylov", "restart": 9}},
+    "adjoint": {"name": "implicit", "solver": {"name": "picard", "damping": 0.5, "max_steps": 99}},
+    "on_failure": "ignore",
+    "tie_word_embeddings": False,
+    "pad_token_id": 1,
+    "eos_token_id": [2, 3],
+}
+
+
+def test_round_trip(tmp_path):
+    config = tiny.config(**EVERYTHING)
+    config.save_pretrained(tmp_path)
+    json.loads((tmp_path / "config.json").read_text())
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is ImplicitAttentionConfig
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert {name: getattr(loaded, name) for name in EVERYTHING} == EVERYTHING
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("flag", [True, False])
+def test_flags_that_depend_on_causality_are_saved_as_they_are(tmp_path, is_causal, flag):
+    tiny.config(is_causal=is_causal, qk_norm=flag, query_input=flag).save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert (loaded.qk_norm, loaded.query_input) == (flag, flag)
+
+
+def test_every_option_reaches_the_layer():
+    layer = ImplicitAttentionModel(tiny.config(**EVERYTHING)).layers[0].attention
+    assert (layer.embed_dim, layer.num_heads, layer.is_causal) == (32, 4, True)
+    assert (layer.self_query, layer.normalize_over, layer.query_input, layer.qk_norm) == (
+        "input",
+        "queries",
+        True,
+        False,
+    )
+    assert isinstance(layer.positions, Rotary)
+    assert layer.positions.base == 50.0
+    assert (layer.values, layer.out_proj, layer.dropout, layer.scale) == ("identity", None, 0.25, 0.3)
+    assert layer.W_K.bias is not None
+    assert layer.solver == ForwardSubstitution(block=16, fallback=NewtonKrylov(restart=9))
+    assert layer.adjoint == Implicit(Picard(damping=0.5, max_steps=99))
+    assert layer.on_failure == "ignore"
+
+
+@pytest.mark.parametrize(
+    ("solver", "adjoint", "expected"),
+    [
+        ("auto", "implicit", (ForwardSubstitution(), Implicit())),
+        ("anderson", "unrolled", (Anderson(), Unrolled())),
+        ({"name": "picard", "rtol": 1e-3}, {"name": "phantom", "steps": 2}, (Picard(rtol=1e-3), Phantom(steps=2))),
+        ({"name": "newton_krylov"}, {"name": "implicit", "solver": None}, (NewtonKrylov(), Implicit())),
+    ],
+)
+def test_solver_and_adjoint_settings(solver, adjoint, expected):
+    layer = ImplicitAttentionModel(tiny.config(solver=solver, adjoint=adjoint)).layers[0].attention
+    assert (layer.solver, layer.adjoint) == expected
+
+
+def test_layers_share_no_positions():
+    layers = ImplicitAttentionModel(tiny.config(positions="relative")).layers
+    assert layers[0].attention.positions.table is not layers[1].attention.positions.table
+
+
+def test_names_of_the_layer_are_understood():
+    config = ImplicitAttentionConfig(embed_dim=48, num_heads=6, num_kv_heads=2)
+    assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (48, 6, 2)
+    assert config.intermediate_size == 128
+
+
+def test_ordinary_blocks_go_by_both_names():
+    assert tiny.config(layer_types=["attention", "implicit"]).layer_types == ["full_attention", "implicit"]
+    assert tiny.config(num_hidden_layers=3).layer_types == ["implicit"] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_sise": 3}, r"made of names that ImplicitAttentionConfig knows, but got `hidden_sise`. The options"),
+        ({"temperature": 0.5}, "`temperature`"),
+        ({"vocab_size": "50"}, "`vocab_size` must be an integer > 0"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` must be an integer > 0"),
+        ({"qk_norm": 1}, "`qk_norm` must be one of True, False"),
+        ({"layer_types": ["implicit", "explicit"]}, "`layer_types` must be one of 'implicit'"),
+        ({"layer_types": ["implicit"]}, "`layer_types` must be of length num_hidden_layers=2, but got 1 entries"),
+        ({"layer_types": "implicit"}, "`layer_types` must be a list"),
+        ({"window": 3, "is_causal": False}, "`window` must be None unless is_causal=True"),
+        ({"window": 0}, "`window` must be an integer > 0"),
+        ({"solver": "andersen"}, "`solver` must be one of 'auto', 'anderson'"),
+        ({"solver": 3}, "`solver` must be one of 'auto', 'anderson'"),
+        ({"solver": {"name": "anderson", "max_step": 3}}, "a setting of 'anderson' among 'atol', .*but got 'max_step'"),
+        ({"solver": {"max_steps": 3}}, "mapping with such a `name`"),
+        ({"solver": {"name": "picard", "damping": 2.0}}, r"`damping` must be in \(0, 1\]"),
+        ({"adjoint": {"name": "implicit", "solver": "newton"}}, "`adjoint.solver` must be one of 'anderson'"),
+        ({"adjoint": "exact"}, "`adjoint` must be one of 'implicit', 'phantom', 'unrolled'"),
+        ({"rms_norm_eps": -1.0}, "`rms_norm_eps` must be a number > 0"),
+    ],
+)  # fmt: skip
+def test_bad_config(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        tiny.config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_attention_heads": 5}, "`num_heads` must be a divisor of embed_dim=32"),
+        ({"self_query": "x"}, "`self_query` must be one of"),
+        ({"normalize_over": "x"}, "`normalize_over` must be one of"),
+        ({"values": "x"}, "`values` must be one of"),
+        ({"positions": "x"}, "`positions` must be one of 'alibi', 'relative', 'rope'"),
+        ({"positions": {"name": "rope", "bass": 1}}, "a setting of 'rope' among 'base', but got 'bass'"),
+        ({"dropout": 1.0}, r"`dropout` must be a number in \[0, 1\)"),
+        ({"scale": 0.0}, "`scale` must be a number > 0"),
+        ({"on_failure": "x"}, "`on_failure` must be one of"),
+        ({"is_causal": False, "self_query": "input"}, '`self_query` must be "output" unless is_causal=True'),
+    ],
+)
+@pytest.mark.parametrize("kind", ["implicit", "attention"])
+def test_bad_layer_option(options, message, kind):
+    """An ordinary block refuses what an implicit one does: its options are the same."""
+    with pytest.raises((ValueError, TypeError), match=message):
+        ImplicitAttentionModel(tiny.config(layer_types=[kind] * 2, **options))
+
+
+def test_a_config_changed_for_the_worse_is_not_saved(tmp_path):
+    config = tiny.config()
+    config.window = -1
+    with pytest.raises(ValueError, match="`window`"):
+        config.save_pretrained(tmp_path)
+
+
+def test_unknown_attention_implementation_is_an_error():
+    with pytest.raises(ValueError, match="does not support Flash Attention 2"):
+        ImplicitAttentionModel(tiny.config(attn_implementation="flash_attention_2"))
+
+
+def test_positions_have_weights_only_where_they_should():
+    names = dict(ImplicitAttentionModel(tiny.config(positions="alibi")).named_parameters())
+    assert not [name for name in names if "positions" in name]
+    assert torch.is_tensor(ImplicitAttentionModel(tiny.config(positions="alibi")).layers[0].attention.positions.slopes)

@@ -2,19 +2,21 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
 
 
-def interleaved_seconds(runs: Mapping[str, Run], repeats: int, *, warm: bool = False) -> dict[str, list[float]]:
+def interleaved_seconds(runs: Mapping[Key, Run], repeats: int, *, warm: bool = False) -> dict[Key, list[float]]:
     """Time every run in turn, again and again: what else the machine does then hits all of them alike.
 
     One untimed round goes first, unless the runs are warm already.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[Key, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + (not warm)):
         for name, run in runs.items():
             begun = time.perf_counter()

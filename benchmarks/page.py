@@ -111,10 +111,12 @@ def hard_section(result: Result) -> list[str]:
         "Scores of a large standard deviation, by the temperature (with `qk_norm`) or by the weights of keys and "
         f"queries (without). *Picard* is the residual that plain iteration is left with after {result['picard_steps']} "
         "steps. Times are relative to random weights, at the tolerance of the float32 residual. Residuals are the "
-        "largest of any row, measured apart from the library by one application of the map in the same dtype."
+        "largest of any row, measured apart from the library by one application of the map in the same dtype. "
+        "*Flagged* are rows that the library reported as not solved, in either dtype; *reported* is what the timed "
+        "passes said, gradients included."
     ]
     head = ["weights", "scores' std", "Picard", "forward", "forward + backward"]
-    head += [f"residual, {dtype}" for dtype in ("float32", "float64")] + ["rows flagged"]
+    head += [f"residual, {dtype}" for dtype in ("float32", "float64")] + ["flagged", "reported"]
     for setting in result["settings"]:
         norm = "with" if setting["qk_norm"] else "without"
         parts.append(f"**N = {setting['length']}, batch {setting['batch']}, {norm} `qk_norm`**")
@@ -126,7 +128,8 @@ def hard_row(name: str, row: Result) -> list[str]:
     times = [f"{row[p]['time_ratio']:.2f}" for p in PASSES]
     residuals = [f"{row['residuals'][dtype]['largest_residual']:.1e}" for dtype in ("float32", "float64")]
     flagged = sum(figures["flagged"] for figures in row["residuals"].values())
-    return [name, f"{row['score_std']:.2f}", f"{row['picard_residual']:.1e}", *times, *residuals, str(flagged)]
+    said = ", ".join(f"{what}: {count}" for what, count in row["reported"].items()) or "nothing"
+    return [name, f"{row['score_std']:.2f}", f"{row['picard_residual']:.1e}", *times, *residuals, str(flagged), said]
 
 
 def sweep_sentence(dtype: str, swept: Result) -> str:

@@ -193,7 +193,7 @@ def torchdeq(solver: str) -> Callable[[Case, float], Entrant]:
             deq.train(torch.is_grad_enabled())  # in eval mode it prepares no gradient
 
             (y,), _ = deq(lambda y: iteration(case, y, key, value, weight), merged(value).detach())
-            return y  # type: ignore[no-any-return]
+            return y
 
         return Entrant(case, case.leaves("key", "value", "weight"), attend)
 

@@ -323,6 +323,14 @@ def test_near_roots_may_be_saturated_in_float32():
     assert float(kept.float().mean()) > 0.95
 
 
+def test_the_last_bit_of_a_saturated_weight_does_not_cost_the_branch():
+    beta = torch.diag(torch.tensor([0.0, 6.0])).expand(3, 2, 2)
+    problem = RowProblem(torch.zeros(3, 2), beta, torch.tensor([16.6, -3.0]).expand(3, 2))
+    ulp = 2.0**-24
+    near = torch.tensor([[1.0, 0.07072], [1.0 - ulp, 0.07072], [1.0 - 2 * ulp, 0.07072]])
+    assert float(solved(problem, 1e-5, near=near).p[:, 1].max()) < 0.1
+
+
 # Derivatives
 
 

@@ -107,7 +107,7 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
             y, weights = layer(normed, hidden, cache, need_weights=output_attentions)
         else:
             held = None if cache is None else LayerCache(cache, self.layer_idx, hidden)
-            new = hidden if hidden is None or held is None else hidden[:, held.length :]
+            new = hidden if held is None else held.new_hidden
             y, weights, stats = solve(layer, normed, new, held, need_weights=output_attentions, gains=output_gains)
             y = y if layer.out_proj is None else layer.out_proj(y)
         x = x + y

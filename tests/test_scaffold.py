@@ -40,6 +40,7 @@ ORDER = [
     "seed",
     "preparation",
     "layer",
+    "decoding",
     "diagnostics",
     "plots",
     "__init__",

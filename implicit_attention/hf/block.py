@@ -13,7 +13,7 @@ from implicit_attention.hf.caching import LayerCache
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.equilibrium import solve
 from implicit_attention.hf.ordinary import OrdinaryAttention
-from implicit_attention.hf.outputs import layer_stats
+from implicit_attention.hf.outputs import Stats
 from implicit_attention.hf.settings import make_adjoint, make_positions, make_solver
 
 
@@ -28,7 +28,7 @@ class BlockOutput(NamedTuple):
 
     hidden_states: Tensor
     weights: Tensor | None
-    stats: dict[str, Tensor] | None
+    stats: Stats | None
 
 
 class GatedMLP(nn.Module):
@@ -107,10 +107,9 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
             y, weights = layer(normed, hidden, cache, need_weights=output_attentions)
         else:
             held = None if cache is None else LayerCache(cache, self.layer_idx, hidden)
-            new = hidden if hidden is None or held is None else hidden[:, held.length :]
-            solution, weights = solve(layer, normed, new, held, need_weights=output_attentions, gains=output_gains)
-            y = solution.value if layer.out_proj is None else layer.out_proj(solution.value)
-            stats = layer_stats(solution)
+            new = hidden if held is None else held.new_hidden
+            y, weights, stats = solve(layer, normed, new, held, need_weights=output_attentions, gains=output_gains)
+            y = y if layer.out_proj is None else layer.out_proj(y)
         x = x + y
         return BlockOutput(x + self.mlp(self.mlp_norm(x)), weights, stats)
 

@@ -1,5 +1,6 @@
 """transformers' caches as the layer's own: queries made from equilibria stand in the place of keys."""
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
@@ -36,6 +37,14 @@ class LayerCache:
         """
         self.cache, self.layer_idx, self.hidden = cache, layer_idx, hidden
         self.length = int(cache.get_seq_length(layer_idx))
+
+    @property
+    def new_hidden(self) -> Tensor | None:
+        """Which of the new tokens are padding, `[B, n]`; None if none is, as when a batch is continued."""
+        if self.hidden is None:
+            return None
+        new = self.hidden[:, self.length :]
+        return new if torch.compiler.is_compiling() or bool(new.any()) else None
 
     def past(self) -> Past | None:
         """Return the columns so far, None if there are none.

@@ -1,14 +1,29 @@
 """One solve of an implicit layer inside a model: with a transformers cache, and with adapters on its query map."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from implicit_attention import ImplicitQueryAttention
+from implicit_attention.decoding import decode
 from implicit_attention.hf.caching import LayerCache
-from implicit_attention.solvers import Solution
+from implicit_attention.hf.outputs import Stats, decoded_stats, layer_stats
+
+
+class Solved(NamedTuple):
+    """What a block needs of a solve.
+
+    Attributes:
+        value: The equilibrium before `out_proj`, `[B, n, D]`.
+        weights: The attention matrix `[B, H, n, P + n]`, if it was asked for.
+        stats: The layer's part of `SolverStats`.
+    """
+
+    value: Tensor
+    weights: Tensor | None
+    stats: Stats
 
 
 def solve(
@@ -19,8 +34,8 @@ def solve(
     *,
     need_weights: bool = False,
     gains: bool = False,
-) -> tuple[Solution, Tensor | None]:
-    """Return the equilibrium before `out_proj`, and the attention matrix if it is asked for.
+) -> Solved:
+    """Return the equilibrium.
 
     Args:
         layer: The layer.
@@ -28,31 +43,46 @@ def solve(
         hidden: `[B, n]`, True where a new token is padding; None if none is.
         cache: Holds the P tokens before, and is given the new ones.
         need_weights: Also return the attention matrix.
-        gains: Measure `Solution.gain`, where the layer has it.
+        gains: Measure gains, where the layer has them.
 
     Returns:
-        The solution, and `[B, H, n, P + n]` or None.
+        The equilibrium, with what was asked for.
     """
-    call, arguments = _Solve(layer), (x, hidden, cache, need_weights, gains and layer.triangular)
     query_map: nn.Module = layer.Omega_Q
-    replaced = {} if isinstance(query_map, nn.Linear) else _effective_weight(query_map)
-    out: tuple[Solution, Tensor | None] = functional_call(call, replaced, arguments) if replaced else call(*arguments)
+    arguments = (x, hidden, cache, need_weights, gains and layer.triangular)
+    if isinstance(query_map, nn.Linear):
+        return _solve(layer, *arguments)
+    out: Solved = functional_call(_Solve(layer), _effective_weight(query_map), arguments)
     return out
 
 
+def _solve(
+    layer: ImplicitQueryAttention,
+    x: Tensor,
+    hidden: Tensor | None,
+    cache: LayerCache | None,
+    need_weights: bool,
+    gains: bool,
+) -> Solved:
+    if cache is not None and hidden is None and not (need_weights or gains):
+        decoded = decode(layer, x, cache)
+        if decoded is not None:
+            return Solved(decoded.value, None, decoded_stats(decoded))
+    equation = layer.equation(x, key_padding_mask=hidden, cache=cache) if need_weights else None
+    solution = layer.solve(x, key_padding_mask=hidden, cache=cache, gains=gains)
+    weights = None if equation is None else equation.function.weights(solution.value, *equation.args)
+    return Solved(solution.value, weights, layer_stats(solution))
+
+
 class _Solve(nn.Module):
+    """`_solve` as a module, so that a parameter of its layer can be replaced."""
+
     def __init__(self, layer: ImplicitQueryAttention) -> None:
         super().__init__()
         self.layer = layer
 
-    def forward(
-        self, x: Tensor, hidden: Tensor | None, cache: LayerCache | None, need_weights: bool, gains: bool
-    ) -> tuple[Solution, Tensor | None]:
-        equation = self.layer.equation(x, key_padding_mask=hidden, cache=cache) if need_weights else None
-        solution = self.layer.solve(x, key_padding_mask=hidden, cache=cache, gains=gains)
-        if equation is None:
-            return solution, None
-        return solution, equation.function.weights(solution.value, *equation.args)
+    def forward(self, *arguments: Any) -> Solved:
+        return _solve(self.layer, *arguments)
 
 
 def _effective_weight(linear: Any) -> dict[str, Tensor]:

@@ -76,9 +76,9 @@ class OrdinaryAttention(nn.Module):
         if self.temperature is not None:
             query = rms_norm(query) * self.temperature[:, None, None].to(query.dtype)
             key = rms_norm(key)
-        rotation = None if self.positions is None else self.positions.rotation(past + x.shape[1], x)
+        rotation = None if self.positions is None else self.positions.rotation(x.shape[1], x, past)
         if rotation is not None:
-            query, key = rotate(query, rotation[:, past:]), rotate(key, rotation[:, past:])
+            query, key = rotate(query, rotation), rotate(key, rotation)
         return query, key, value
 
     def _bias(self, x: Tensor, hidden: Tensor | None, past: int) -> Tensor | None:

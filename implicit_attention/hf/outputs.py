@@ -12,7 +12,10 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import ModelOutput
 
+from implicit_attention.decoding import Decoded
 from implicit_attention.solvers import Solution
+
+Stats = dict[str, Tensor | float]  # of one layer, by the names of `SolverStats`
 
 
 @dataclass
@@ -77,21 +80,29 @@ class ImplicitClassifierOutput(SequenceClassifierOutputWithPast):
     solver_stats: SolverStats | None = None
 
 
-def layer_stats(solution: Solution) -> dict[str, Tensor]:
-    """Return one layer's statistics as scalars, by the names of `SolverStats`."""
-    found = {
+def layer_stats(solution: Solution) -> Stats:
+    """Return one layer's part of `SolverStats`, by name."""
+    found: Stats = {
         "steps": solution.steps.amax(),
-        "residual": solution.residual.amax(),
+        "residual": solution.residual.amax().detach(),
         "unconverged": (~solution.converged).float().mean(),
     }
-    gain = getattr(solution, "gain", None)
-    if gain is not None:
-        found["gain"] = gain.amax()
-    return {name: value.detach() for name, value in found.items()}
+    return found if solution.gain is None else found | {"gain": solution.gain.amax().detach()}
 
 
-def stack_stats(layers: list[dict[str, Tensor]]) -> SolverStats | None:
+def decoded_stats(decoded: Decoded) -> Stats:
+    """Return the same for tokens that took the short way."""
+    return {"steps": decoded.steps, "residual": decoded.residual, "unconverged": 0.0}
+
+
+def stack_stats(layers: list[Stats], device: torch.device) -> SolverStats | None:
     """Return the statistics of all implicit layers, None if there are none."""
     if not layers:
         return None
-    return SolverStats(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
+    return SolverStats(**{name: _stacked([layer[name] for layer in layers], device) for name in layers[0]})
+
+
+def _stacked(values: list[Tensor | float], device: torch.device) -> Tensor:
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([torch.as_tensor(value, device=device) for value in values])
+    return torch.tensor(values, device=device)

@@ -6,7 +6,13 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
-from implicit_attention.hf import ImplicitAttentionForCausalLM, ImplicitAttentionForMaskedLM, ImplicitAttentionModel
+from implicit_attention.decoding import decode
+from implicit_attention.hf import (
+    ImplicitAttentionForCausalLM,
+    ImplicitAttentionForMaskedLM,
+    ImplicitAttentionModel,
+    equilibrium,
+)
 from tests.hf import tiny
 
 TIGHT = {"rtol": 1e-13, "atol": 1e-13}
@@ -154,6 +160,47 @@ def test_generation_from_embeddings():
     settings = {"max_new_tokens": 6, "do_sample": False}
     embedded = model.get_input_embeddings()(tokens)
     assert torch.equal(model.generate(inputs_embeds=embedded, **settings), model.generate(tokens, **settings)[:, 5:])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_new_tokens_take_the_short_way(padded, monkeypatch):
+    """With `self_query="input"` no token is hard."""
+    taken = []
+
+    def recorded(layer, x, cache):
+        out = decode(layer, x, cache)
+        taken.extend([out] if x.shape[1] == 1 else [])
+        return out
+
+    monkeypatch.setattr(equilibrium, "decode", recorded)
+    model, tokens = tiny.make(self_query="input"), tiny.tokens(2, 5)
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[0, :2] = 0
+    model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert len(taken) == 5 * model.config.num_hidden_layers
+    assert all(out is not None for out in taken)
+
+
+def test_bfloat16_decodes():
+    model, tokens = tiny.make(dtype=torch.bfloat16, layer_types=["implicit", "attention"]), tiny.tokens(2, 9)
+    with torch.no_grad():
+        full = model(tokens).logits[:, -1].float()
+        cache = model(tokens[:, :8]).cache
+        last = model(tokens[:, 8:], cache=cache).logits[:, -1].float()
+    assert cache.layers[0].keys.dtype == torch.bfloat16
+    assert (last - full).norm() < 0.05 * full.norm()
+
+
+def test_outputs_of_generation():
+    model, tokens = tiny.make(), tiny.tokens(1, 5)
+    out = model.generate(
+        tokens, max_new_tokens=3, do_sample=False, return_dict_in_generate=True,
+        output_attentions=True, output_hidden_states=True, output_logits=True,
+    )  # fmt: skip
+    assert [len(step) for step in out.attentions] == [2, 2, 2]
+    assert out.attentions[2][0].shape == (1, 4, 1, 7)
+    assert out.hidden_states[2][0].shape == (1, 1, 32)
 
 
 def test_a_conversation_goes_on_from_its_cache():

@@ -1,0 +1,237 @@
+r"""One new token after a cache, in few operations: what a decode step costs is their number, not their size.
+
+All other columns come before the token, so attention over them, `a` with log-sum-exp `l`, is computed once, and what
+is left are H numbers, the weights `p` of the token on itself (`rows`): `y = a + p (v - a)`. The query is linear in p
+before its norm, so the query map is applied to a and v alone, and the iteration `p <- sigmoid(score(p) - l)`
+works on H numbers. From p = 1, the start `y = v`, it is Picard's; where each of its steps is at most half as long as
+the one before, its limit is the root that `rows.solve_rows` returns. Any other token is left to the solver.
+"""
+
+from functools import lru_cache
+from math import inf
+from operator import le
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from implicit_attention.attention_map import NORM_EPS, split_heads
+from implicit_attention.cache import Cache, Past
+from implicit_attention.forward_substitution import ForwardSubstitution
+from implicit_attention.kernels import AttentionSpec, chunked, flash
+from implicit_attention.layer import ImplicitQueryAttention
+from implicit_attention.masks import AdditiveMask
+from implicit_attention.positions import rotate
+
+_MOST_STEPS = 20
+
+
+class _Token(NamedTuple):
+    """The new token of each sample, in float32 or wider."""
+
+    key: Tensor  # scaled, before its rotation, [B, H, d]
+    a: Tensor  # attention over the columns before, [B, H, d]
+    lse: Tensor  # its log-sum-exp [B, H]
+    step: Tensor  # its value less a, [B, H, d]
+
+
+class _Root(NamedTuple):
+    """Where a token's equation is solved."""
+
+    p: Tensor  # [B, H, 1]
+    query: Tensor  # before its rotation, [B, G, 1, d]
+    moved: Tensor | None  # by how much a further step would move p, [B, H, 1]; None: not at all
+    steps: int
+
+
+class Decoded(NamedTuple):
+    """New tokens whose equations are solved to tolerance.
+
+    Attributes:
+        value: Equilibrium before `out_proj`, `[B, 1, D]`.
+        residual: Largest `|F(y) - y|` of any sample.
+        steps: Steps taken.
+    """
+
+    value: Tensor
+    residual: float
+    steps: int
+
+
+def decode(layer: ImplicitQueryAttention, x: Tensor, cache: Cache) -> Decoded | None:
+    """Return the equilibrium of one new token per sample, and add it to the cache; None if it needs the solver.
+
+    Then nothing has been added, and `layer.solve(x, cache=cache)` is what to call.
+
+    Args:
+        layer: The layer.
+        x: New tokens, none of them padding, `[B, 1, D]`.
+        cache: The tokens before.
+
+    Returns:
+        The outputs with their residual, or None.
+    """
+    past = cache.past() if serves(layer, x) else None
+    if past is None:
+        return None
+    rotation = None if layer.positions is None else layer.positions.rotation(1, x, past.position)
+    value, token = _prepare(layer, x, past, rotation)
+    tolerance = layer.solver.tolerances(x.dtype)
+    root = (_given if layer.self_query == "input" else _iterate)(layer, x, value, token, tolerance)
+    if root is None:
+        return None
+    y = torch.addcmul(token.a, root.p, token.step).flatten(1)[:, None]
+    sizes = y.abs().amax((1, 2)).tolist()
+    residuals = [0.0] * len(sizes)
+    if root.moved is not None:
+        residuals = (root.moved * token.step).abs_().amax((1, 2)).tolist()
+    # Written so that NaN is not within tolerance: the solver will say what is wrong.
+    if not all(r <= tolerance[0] * size + tolerance[1] < inf for r, size in zip(residuals, sizes, strict=True)):
+        return None
+    column = root.query if rotation is None else rotate(root.query, rotation)
+    cache.append(column.to(value.dtype), value, None)
+    return Decoded(y.to(x.dtype), max(residuals), root.steps)
+
+
+def serves(layer: ImplicitQueryAttention, x: Tensor) -> bool:
+    """Return whether `decode` has a way for this layer and input.
+
+    Args:
+        layer: The layer.
+        x: New tokens.
+    """
+    absorbed = layer.num_heads == 1 and not layer.qk_norm  # the solver puts Omega_Q into the keys
+    return (
+        x.dim() == 3
+        and x.shape[1] == 1
+        and not torch.is_grad_enabled()
+        and not (layer.training and layer.dropout)
+        and layer.triangular
+        and layer.window != 1
+        and isinstance(layer.solver, ForwardSubstitution)
+        and not absorbed
+        and (layer.positions is None or layer.positions.bias() is None)
+    )
+
+
+def _prepare(layer: ImplicitQueryAttention, x: Tensor, past: Past, rotation: Tensor | None) -> tuple[Tensor, _Token]:
+    """Return the new value `[B, G, 1, d]`, and the token."""
+    heads, groups = layer.num_heads, layer.num_kv_heads
+    key = split_heads(layer.W_K(x), heads)
+    wide = torch.promote_types(key.dtype, torch.float32)
+    value = split_heads(x if layer.Omega_V is None else layer.Omega_V(x), groups).to(key.dtype)
+    if layer.temperature is not None:
+        key = _normed(key.to(wide)).to(key.dtype) * layer.temperature[:, None, None].to(key.dtype)
+    a, lse = _attend(layer, key if rotation is None else rotate(key, rotation), past)
+    a = a[:, :, 0].to(wide)
+    step = _per_head(value[:, :, 0], heads).to(wide) - a
+    return value, _Token(key[:, :, 0].to(wide) * layer.scale, a, lse[..., 0], step)
+
+
+def _attend(layer: ImplicitQueryAttention, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+    """Attend the new rows `[B, H, 1, d]` to the columns before; also their log-sum-exp `[B, H, 1]`."""
+    column, value, hidden = past.column, past.value, past.hidden
+    if layer.window is not None:
+        first = max(0, column.shape[2] + 1 - layer.window)
+        column, value = column[:, :, first:], value[:, :, first:]
+        hidden = None if hidden is None else hidden[:, first:]
+    spec = AttentionSpec(layer.scale)
+    terms: tuple[Tensor, ...] = ()
+    query = key.reshape(len(key), column.shape[1], -1, key.shape[-1])  # the heads of a group as more rows
+    if hidden is not None:
+        spec, terms = AttentionSpec(layer.scale, terms=(AdditiveMask(),)), (hidden[:, None, None, :],)
+    if flash.serves(query, value, spec, None):
+        out, lse = flash.forward(spec, query, column, value, None, terms)
+    else:
+        out, lse = chunked.forward(spec, None, (query, column, value, None, *terms))
+    return out.reshape(key.shape), lse.reshape(key.shape[:-1])
+
+
+def _given(
+    layer: ImplicitQueryAttention, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]
+) -> _Root:
+    """With `self_query="input"` the own score is that of the start, and nothing is left to be solved."""
+    start = _per_head(value, layer.num_heads)
+    own = (token.key * _per_head(_phi(layer, x, start)[:, :, 0], layer.num_heads)).sum(-1)
+    p = torch.sigmoid(own - token.lse)[..., None]
+    return _Root(p, _phi(layer, x, torch.addcmul(token.a, p, token.step)), None, 1)
+
+
+def _phi(layer: ImplicitQueryAttention, x: Tensor, y: Tensor) -> Tensor:
+    """The queries made from outputs `[B, H, d]`, before their rotation, `[B, G, 1, d]`, in the dtype of `token`."""
+    made = F.linear(y.flatten(1).to(x.dtype), layer.Omega_Q.weight, layer.Omega_Q.bias)
+    if layer.W_Q is not None:
+        made = made + layer.W_Q(x)[:, 0]
+    made = made.view(len(x), layer.num_kv_heads, 1, layer.head_dim)
+    made = made.to(torch.promote_types(made.dtype, torch.float32))
+    return _normed(made) if layer.qk_norm else made
+
+
+def _iterate(
+    layer: ImplicitQueryAttention, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]
+) -> _Root | None:
+    """Iterate from p = 1 until a step is within tolerance; None where steps do not halve. `e` stands for `(1, p)`."""
+    batch, heads, dim = token.a.shape
+    groups = layer.num_kv_heads
+    made = _linear_query(layer, x, token, value.dtype)  # [B G, 1 + H, d]
+    forms = torch.bmm(token.key.view(batch * groups, -1, dim), made.mT).view(batch, heads, 1 + heads)
+    if layer.qk_norm:  # of each group's query, the mean square with eps is `e square e`
+        square = torch.baddbmm(_first(1 + heads, made.dtype, made.device), made, made.mT, alpha=1 / dim)
+        forms = torch.cat([forms, square.view(batch, -1, 1 + heads)], 1)
+    allowed = tolerance[0] * token.a.abs().amax((1, 2)) + tolerance[1]  # of y, judged by a; `decode` looks again
+    limits = (allowed / token.step.abs().amax((1, 2))).tolist()  # of p
+    e, minus, inverse = token.lse.new_ones(batch, 1 + heads, 1), -token.lse, None
+    p, halves = e[:, 1:, 0], [inf] * batch
+    for step in range(1, _MOST_STEPS + 1):
+        values = torch.bmm(forms, e)
+        score = values[:, :heads, 0]
+        if layer.qk_norm:
+            inverse = torch.bmm(values[:, heads:].view(batch, groups, 1 + heads), e).rsqrt_()  # [B, G, 1]
+            shape = (batch, groups, heads // groups)
+            new = torch.addcmul(minus.view(shape), score.reshape(shape), inverse).sigmoid_().view(batch, heads)
+        else:
+            new = torch.sigmoid(score + minus)
+        moved = (new - p).abs_()
+        lengths = moved.amax(-1).tolist()
+        if all(map(le, lengths, limits)):
+            query = torch.bmm(e.mT.expand(batch, groups, -1).reshape(batch * groups, 1, -1), made)
+            query = query.view(batch, groups, 1, dim)
+            return _Root(e[:, 1:], query if inverse is None else query * inverse[..., None], moved[..., None], step)
+        if step > 2 and not all(map(le, lengths, map(max, halves, limits))):
+            return None
+        halves = [length / 2 for length in lengths]
+        p.copy_(new)
+    return None
+
+
+def _linear_query(layer: ImplicitQueryAttention, x: Tensor, token: _Token, dtype: torch.dtype) -> Tensor:
+    """The query before its norm as a linear map of `(1, p)`: `[B G, 1 + H, d]`."""
+    batch, heads, dim = token.a.shape
+    by_head = layer.Omega_Q.weight.to(dtype).view(-1, heads, dim).permute(1, 2, 0)  # [H, d, G d]
+    ends = torch.cat([token.a, token.step]).to(dtype).transpose(0, 1)  # [H, 2 B, d]
+    made = torch.bmm(ends, by_head).to(token.a.dtype).view(heads, 2, batch, -1, dim)
+    base = made[:, 0].sum(0, keepdim=True)  # [1, B, G, d]
+    if layer.Omega_Q.bias is not None:
+        base = base + layer.Omega_Q.bias.view(-1, dim)
+    if layer.W_Q is not None:
+        base = base + layer.W_Q(x).view(batch, -1, dim)
+    return torch.cat([base, made[:, 1]]).permute(1, 2, 0, 3).reshape(-1, 1 + heads, dim)
+
+
+@lru_cache(maxsize=8)
+def _first(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The norm's eps in the entry that belongs to `1 * 1`, `[1, size, size]`."""
+    eps = torch.zeros(1, size, size, dtype=dtype, device=device)
+    eps[0, 0, 0] = NORM_EPS
+    return eps
+
+
+def _normed(t: Tensor) -> Tensor:
+    """`attention_map.rms_norm` of what is wide, in fewer operations."""
+    return t * (t * t).mean(-1, keepdim=True).add_(NORM_EPS).rsqrt_()
+
+
+def _per_head(t: Tensor, heads: int) -> Tensor:
+    """`[B, G, ...] -> [B, H, ...]`: what a group of heads shares, for each of them."""
+    return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)

@@ -87,7 +87,12 @@ def make_layers(embed_dim: int, num_heads: int) -> dict[str, ImplicitQueryAttent
     """Layers with the same random weights, by `self_query`."""
     layers = {
         self_query: ImplicitQueryAttention(
-            embed_dim, num_heads, is_causal=True, qk_norm=True, self_query=self_query, solver=ForwardSubstitution()
+            embed_dim,
+            num_heads,
+            is_causal=True,
+            qk_norm=True,
+            self_query=self_query,
+            solver=ForwardSubstitution(kernel="auto"),  # compiled where numba is installed
         )
         for self_query in ("output", "input")
     }

@@ -124,5 +124,5 @@ def test_operator_keeps_its_promises(options):
     kinds = ",".join(operator._KINDS[type(term)] for term in function.spec.terms)
     plain = (function.spec.scale, function.spec.window or 0, 0.0, function.query_map.num_heads, layer.qk_norm)
     leaves = [a.detach().requires_grad_() for a in args]
-    call = (leaves, torch.float64, names, kinds, *plain, 4, 1e-10, 1e-10, layer._report.handle)
+    call = (leaves, torch.float64, names, kinds, *plain, 4, "torch", 1e-10, 1e-10, layer._report.handle)
     torch.library.opcheck(operator._forward, call)

@@ -21,7 +21,7 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
 
 
 class Seed(nn.Module):
-    """The class of SEED.md, word for word."""
+    """The class as it was first written, word for word."""
 
     def __init__(self, embed_dim, n_iters=10):
         super().__init__()

@@ -107,14 +107,17 @@ def save_model(
 def _save_model(
     path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor]
 ) -> None:
-    cached = model.config.use_cache
-    model.config.use_cache = True  # the Trainer turns it off; whoever loads the model wants to generate
+    config = model.config
+    training = config.use_cache, config.solver
+    # The Trainer turns the cache off, and a run may have chosen a kernel that pays in training; whoever loads wants
+    # to generate, at once and anywhere.
+    config.use_cache, config.solver = True, "auto"
     try:
         model.save_pretrained(path, state_dict=dict(weights), max_shard_size=_ONE_FILE)
     except SafetensorError as error:  # how safetensors reports a full disk, among others
         raise OSError(reason(error)) from error
     finally:
-        model.config.use_cache = cached
+        config.use_cache, config.solver = training
     tokenizer.save_pretrained(path)
 
 

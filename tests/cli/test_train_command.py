@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*
 ROOT = Path(__file__).parents[2]
 SMALL = ["--length", "16", "--embed-dim", "16", "--heads", "2", "--batch-size", "4", "--steps", "4", "--warmup", "50",
          "--learning-rate", "0.1", "--log-every", "1", "--eval-every", "2", "--save-every", "2",
-         "--device", "cpu"]  # fmt: skip
+         "--device", "cpu", "--kernel", "torch"]  # fmt: skip
 
 
 def invoke(*arguments, **options):

@@ -46,6 +46,7 @@ def test_a_run_leaves_a_model_that_transformers_loads(finished):
     model = AutoModelForCausalLM.from_pretrained(chosen.directory)
     tokenizer = AutoTokenizer.from_pretrained(chosen.directory)
     assert model.config.use_cache
+    assert model.config.solver == "auto"
     assert sum(p.numel() for p in model.parameters()) == result.parameters
     # Held-out bits per byte again, by the definition, from the files alone.
     text = small_run.TEXT[len(small_run.TEXT) - len(small_run.TEXT) // 10 :]

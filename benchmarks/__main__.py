@@ -5,9 +5,16 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import bidirectional, causal, decode, hard, imports
+from benchmarks import bidirectional, causal, decode, hard, imports, language_model
 
-BENCHMARKS = {"bidirectional": bidirectional, "causal": causal, "decode": decode, "hard": hard, "imports": imports}
+BENCHMARKS = {
+    "bidirectional": bidirectional,
+    "causal": causal,
+    "decode": decode,
+    "hard": hard,
+    "imports": imports,
+    "language_model": language_model,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,12 +21,12 @@ pytestmark = [
 
 
 def launch(*arguments, launcher=("torch.distributed.run",), status=0):
-    """Run the command in two processes that reach each other through a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    """Run the command in two processes."""
+    address = ["--nproc-per-node", "2", "--standalone"]
     if "accelerate" in launcher[0]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         address = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
                    "--dynamo_backend", "no", "--main_process_port", str(port)]  # fmt: skip
     command = [sys.executable, "-m", *launcher, *address, "-m", "implicit_attention.cli", "train", *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""The picture of the causal benchmark: time and memory, relative to one attention pass, against the length."""
+"""The pictures of docs/: what a causal equilibrium costs against the length, and two language models learning."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -60,3 +60,23 @@ def label_ratios(axes: "Axes") -> None:
     fine = (1.5, 3, 7) if high < 40 * low else ()
     ticks = [t for t in sorted((0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, *fine)) if low <= t <= high]
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+
+
+def learning(result: dict[str, Any]) -> "Figure":
+    """Draw the held-out curve of every run of the language model benchmark."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    axes = drawn.subplots()
+    styles = {"ordinary": {"color": "#E69F00", "linestyle": "--"}, "implicit": {"color": "#0072B2", "linewidth": 2.2}}
+    named: set[str] = set()
+    for run in result["runs"]:
+        arm, steps = run["arm"], [int(step) for step in run["curve"]]
+        label = None if arm in named else f"{arm} attention"
+        named.add(arm)
+        axes.plot(steps, list(run["curve"].values()), marker="o", markersize=3.5, label=label, **styles[arm])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set(xlabel="step", ylabel="bits per byte, held out (sample)", title="One block, one line for each seed")
+    axes.legend(frameon=False)
+    return drawn

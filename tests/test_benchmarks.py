@@ -259,7 +259,10 @@ def test_a_row_that_fails_in_silence_is_found(monkeypatch):
 
 
 def test_the_page_is_what_the_json_makes_it():
-    assert (page.DOCS / "causal.md").read_text(encoding="utf-8") == page.page(page.load())
+    results = page.load()
+    assert (page.DOCS / "causal.md").read_text(encoding="utf-8") == page.page(results)
+    training = (page.DOCS / "training.md").read_text(encoding="utf-8")
+    assert training == page.training_page(training, results.get("language_model"))
 
 
 def test_the_page_shows_every_figure(causal_result, hard_result):

@@ -13,8 +13,8 @@ from torch.nn.functional import normalize, pad
 from implicit_attention.row_problem import RowProblem
 
 _CHUNK = 2048  # rows followed at once: bounds the memory
-_FIRST_STEP, _SHORTEST_STEP = 0.05, 1e-10
-_LANDING_STEPS, _ARRIVED = 20, 1e-13
+FIRST_STEP, SHORTEST_STEP = 0.05, 1e-10
+LANDING_STEPS, ARRIVED, NEAR_ENOUGH = 20, 1e-13, 1e-10  # Newton's steps at t = 1, and how far the last one may go
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Walk:
         tangent = torch.cat([problem.target(ones) - 1.0, ones[:, :1]], -1)
         tangent = normalize(tangent, dim=-1)
         index = torch.arange(len(u), device=u.device)
-        return cls(problem, index, u, tangent, torch.zeros_like(u), torch.full_like(u[:, 0], _FIRST_STEP))
+        return cls(problem, index, u, tangent, torch.zeros_like(u), torch.full_like(u[:, 0], FIRST_STEP))
 
     def rows(self, keep: Tensor) -> "_Walk":
         state = (self.index, self.u, self.tangent, self.bend, self.length)
@@ -98,7 +98,7 @@ def _follow(problem: RowProblem, pace: Pace) -> Tensor:
         over = live & (walk.u[:, -1] >= 1.0)
         if bool(over.any()):
             crossings.append((walk.index[over], before[over], walk.u[over]))
-        live &= ~over & (walk.length > _SHORTEST_STEP)
+        live &= ~over & (walk.length > SHORTEST_STEP)
         count = int(live.sum())
         if not count:
             break
@@ -203,16 +203,18 @@ def _land(problem: RowProblem, before: Tensor, after: Tensor, pace: Pace) -> Ten
     start = torch.lerp(before, after, share)[:, :-1]
     eye = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
     p, moved = start, torch.full_like(start[:, 0], torch.inf)
-    for _ in range(_LANDING_STEPS):
+    for _ in range(LANDING_STEPS):
         target, slope = problem.linearize(p)
         system = _Factors(eye - slope)
         step = system.solve((target - p)[..., None])[..., 0]
-        arrived = moved <= _ARRIVED
+        arrived = moved <= ARRIVED
         p = torch.where(arrived[:, None], p, p + step)
         moved = torch.where(arrived, moved, _largest(step))
-        if not bool((moved > _ARRIVED).any()):
+        if not bool((moved > ARRIVED).any()):
             break
     off = problem.score(p) - problem.score(start)
-    good = (moved <= 1e-10) & (_largest(p - start) <= _largest(after - before)) & (_largest(off) <= 4.0 * pace.nats)
+    good = (
+        (moved <= NEAR_ENOUGH) & (_largest(p - start) <= _largest(after - before)) & (_largest(off) <= 4.0 * pace.nats)
+    )
     good &= system.positive()  # as it is where the curve first rises through t = 1
     return torch.where(good[:, None], p, torch.nan)

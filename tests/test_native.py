@@ -3,13 +3,16 @@
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("numba")
+njit = pytest.importorskip("numba").njit
 
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
 from implicit_attention.diagonal import BlockAdjointSolver, BlockSolver
+from implicit_attention.native import roots
+from implicit_attention.rows import RowProblem, solve_rows
 
 OPTIONS = {
     "plain": {},
@@ -228,3 +231,32 @@ def test_saturated_rows_are_solved_or_said(dtype):
                 rounding = 4e3 * torch.finfo(dtype).eps * size
                 assert bool((~solution.converged | (residual <= tol * (1.0 + size) + rounding)).all())
                 assert int((~solution.converged).sum()) <= 1
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["linear", "normed"])
+@pytest.mark.parametrize("heads", [1, 2, 4, 8], ids=lambda h: f"H{h}")
+def test_roots_are_those_of_the_row_solver(heads, normed):
+    """Offsets and slopes of standard deviation 3 to 30: rows for each of its methods, the curve among them."""
+    generator = torch.Generator().manual_seed(heads)
+
+    @njit(error_model="numpy")
+    def solve_all(alpha, beta, offset, gram, p, solved):
+        for row in range(len(alpha)):
+            solved[row] = roots.solve(alpha[row], beta[row], offset[row], gram[row], p[row])
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    count, size = 300, torch.tensor([3.0, 10.0, 30.0], dtype=torch.float64).repeat_interleave(100)[:, None, None]
+    query, key = draw(count, 1 + heads, 16), draw(count, heads, 16) * size / 4.0
+    score = key @ query.mT
+    gram = query @ query.mT / 16.0 if normed else None
+    whole = None if gram is None else gram[:, None].expand(-1, heads, -1, -1)
+    problem = RowProblem(score[..., 0], score[..., 1:], draw(count, heads) * size[..., 0] - 2.0, whole)
+    wanted = solve_rows(problem, 1e-12)
+    p, solved = np.empty((count, heads)), np.zeros(count, dtype=bool)
+    grams = np.empty((count, 0, heads + 1, heads + 1)) if gram is None else gram[:, None].numpy()
+    solve_all(*(t.contiguous().numpy() for t in (problem.alpha, problem.beta, problem.offset)), grams, p, solved)
+    assert solved.all()
+    assert bool(wanted.solved.all())
+    np.testing.assert_allclose(p, wanted.p.numpy(), rtol=0.0, atol=1e-9)

@@ -1,134 +1,80 @@
-"""The own equation of one row, compiled: `rows.solve_rows` without the curve, in float64."""
+"""The root of one row's own equation, compiled: `rows.solve_rows` in float64."""
 
 import math
 from typing import Any
 
 import numpy as np
 
+from implicit_attention.native.curve import PACES, follow_curve
+from implicit_attention.native.equation import evaluate, newton_step, rounding
 from implicit_attention.native.machine import exact
 
 NEWTON_STEPS, DAMPED_STEPS, FINE = 8, 20, 1e-12
 
 
 @exact
-def evaluate(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any, target: Any, slope: Any) -> float:
-    """Put `sigmoid(score(p) + offset)` and its Jacobian into `target` and `slope`; return the residual."""
-    heads, groups = len(p), len(gram)
-    half = np.empty(heads + 1)
-    worst = 0.0
-    for h in range(heads):
-        top = alpha[h]
-        for j in range(heads):
-            top += beta[h, j] * p[j]
-        inverse = 1.0
-        if groups > 0:
-            of = gram[h // (heads // groups)]
-            square = 0.0
-            for i in range(heads + 1):
-                half[i] = of[i, 0]
-                for j in range(heads):
-                    half[i] += of[i, j + 1] * p[j]
-                square += half[i] * (1.0 if i == 0 else p[i - 1])
-            inverse = 1.0 / math.sqrt(square)
-        score = top * inverse
-        z = score + offset[h]
-        e = math.exp(-abs(z))
-        target[h] = (1.0 if z >= 0.0 else e) / (1.0 + e)
-        for j in range(heads):
-            change = beta[h, j]
-            if groups > 0:
-                change = (change - score * inverse * half[j + 1]) * inverse
-            slope[h, j] = e / ((1.0 + e) * (1.0 + e)) * change
-        off = abs(target[h] - p[h])
-        worst = off if not off <= worst else worst
-    return worst
-
-
-@exact
-def _newton_step(target: Any, slope: Any, p: Any, step: Any) -> None:
-    """Solve `(I - slope) step = target - p` by elimination with pivots; slope is overwritten."""
+def _settle(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> float:
+    """Three of Picard's steps from p = 1, and Newton's where they contract; the residual, inf where they do not."""
     n = len(p)
-    for i in range(n):
-        for j in range(n):
-            slope[i, j] = (1.0 if i == j else 0.0) - slope[i, j]
-        step[i] = target[i] - p[i]
-    for k in range(n):
-        best = k
-        for i in range(k + 1, n):
-            if abs(slope[i, k]) > abs(slope[best, k]):
-                best = i
-        if best != k:
-            for j in range(n):
-                slope[k, j], slope[best, j] = slope[best, j], slope[k, j]
-            step[k], step[best] = step[best], step[k]
-        if slope[k, k] == 0.0:
-            step[k] = math.nan
-            continue
-        for i in range(k + 1, n):
-            factor = slope[i, k] / slope[k, k]
-            for j in range(k + 1, n):
-                slope[i, j] -= factor * slope[k, j]
-            step[i] -= factor * step[k]
-    for k in range(n - 1, -1, -1):
-        for j in range(k + 1, n):
-            step[k] -= slope[k, j] * step[j]
-        step[k] /= slope[k, k]
-
-
-@exact
-def _settle(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> bool:
-    """Three of Picard's steps from p = 1, and Newton's where they contract."""
-    n = len(p)
-    target, slope, step, start = np.empty(n), np.empty((n, n)), np.empty(n), np.empty(n)
+    target, weight, slope = np.empty(n), np.empty(n), np.empty((n, n))
+    step, start = np.empty(n), np.empty(n)
     p[:] = 1.0
     before = math.inf
     for t in range(3):
-        length = evaluate(alpha, beta, offset, gram, p, target, slope)
+        length = evaluate(alpha, beta, offset, gram, p, target, weight, slope)
         if t > 0 and not length <= max(0.5 * before, FINE):
-            return False
+            return math.inf
         before = length
         p[:] = target
     start[:] = p
     for _ in range(NEWTON_STEPS):
-        if evaluate(alpha, beta, offset, gram, p, target, slope) <= FINE:
-            return True
-        _newton_step(target, slope, p, step)
+        residual = evaluate(alpha, beta, offset, gram, p, target, weight, slope)
+        if residual <= FINE:
+            return residual
+        newton_step(target, weight, slope, p, step)
         for h in range(n):
             p[h] = min(max(p[h] + step[h], 0.0), 1.0)
             if not abs(p[h] - start[h]) <= max(before, FINE):
-                return False
-    return evaluate(alpha, beta, offset, gram, p, target, slope) <= FINE
+                return math.inf
+    return evaluate(alpha, beta, offset, gram, p, target, weight, slope)
 
 
 @exact
-def _damped(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> bool:
-    """Newton from p = 1, each step at the first length at which the residual falls enough."""
+def _damped(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> float:
+    """Newton from p = 1, each step at the first length at which the residual falls enough; the residual."""
     n = len(p)
-    target, slope, step, trial = np.empty(n), np.empty((n, n)), np.empty(n), np.empty(n)
+    target, weight, slope = np.empty(n), np.empty(n), np.empty((n, n))
+    step, trial = np.empty(n), np.empty(n)
     p[:] = 1.0
-    size = evaluate(alpha, beta, offset, gram, p, target, slope)
+    size = evaluate(alpha, beta, offset, gram, p, target, weight, slope)
     for _ in range(DAMPED_STEPS):
         if size <= FINE:
-            return True
-        _newton_step(target, slope, p, step)
+            break
+        newton_step(target, weight, slope, p, step)
         length, fell = 1.0, False
         for _ in range(3):
             for h in range(n):
                 trial[h] = min(max(p[h] + length * step[h], 0.0), 1.0)
-            rest = evaluate(alpha, beta, offset, gram, trial, target, slope)
+            rest = evaluate(alpha, beta, offset, gram, trial, target, weight, slope)
             if rest <= (1.0 - 0.25 * length) * size:
                 p[:] = trial
                 size, fell = rest, True
                 break
             length *= 0.5
         if not fell:
-            return False
-    return size <= FINE
+            break
+    return size
+
+
+@exact
+def _good(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any, residual: float) -> bool:
+    """Whether it is within tolerance, or as good as rounding allows."""
+    return residual <= FINE or (residual < math.inf and residual <= rounding(alpha, beta, offset, gram, p))
 
 
 @exact
 def solve(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> bool:
-    """Put the root that is wanted into `p`; False if it takes more than Newton's method to find.
+    """Put the root that `rows.solve_rows` describes into `p`.
 
     Args:
         alpha: `[H]`, as in `RowProblem`.
@@ -140,6 +86,16 @@ def solve(alpha: Any, beta: Any, offset: Any, gram: Any, p: Any) -> bool:
     Returns:
         Whether the row is solved.
     """
-    if _settle(alpha, beta, offset, gram, p):
+    if _good(alpha, beta, offset, gram, p, _settle(alpha, beta, offset, gram, p)):
         return True
-    return (len(p) > 1 or len(gram) > 0) and _damped(alpha, beta, offset, gram, p)
+    one_linear = len(p) == 1 and len(gram) == 0  # then the curve leads to the largest root, which is the one wanted
+    if not one_linear and _good(alpha, beta, offset, gram, p, _damped(alpha, beta, offset, gram, p)):
+        return True
+    n = len(p)
+    target, weight, slope = np.empty(n), np.empty(n), np.empty((n, n))
+    for pace in PACES:
+        if follow_curve(alpha, beta, offset, gram, p, pace):
+            residual = evaluate(alpha, beta, offset, gram, p, target, weight, slope)
+            if _good(alpha, beta, offset, gram, p, residual):
+                return True
+    return False

@@ -57,7 +57,7 @@ def check_randomness(task: Task) -> None:
 
 def check_refusals(task: Task) -> None:
     """Sizes and seeds that cannot work, and logits of another shape, are refused in words."""
-    with pytest.raises(TypeError, match="`size` must be an integer > 0, but got 1.5"):
+    with pytest.raises(TypeError, match=r"`size` must be an integer > 0, but got 1\.5"):
         task.batch(1.5, generator())
     with pytest.raises(ValueError, match="`size`"):
         task.held_out(0, 0)

@@ -68,9 +68,10 @@ def test_gaps_follow_the_power_law_without_replacement(power_a):
 
 
 def test_fill_keys_and_values_are_uniform():
-    task, n = MQAR(8, 1, 12), 20_000
+    task, n = MQAR(8, 2, 12), 20_000
     batch = task.batch(n, generator())
-    for position, choices in ((0, range(1, 6)), (1, range(6, 12)), (3, range(12))):
+    keys, values = range(1, 6), range(6, 12)
+    for position, choices in ((0, keys), (1, values), (2, keys), (3, values), (5, range(12))):
         counts = batch.inputs[:, position].bincount(minlength=12)
         wanted = torch.tensor([1 / len(choices) if i in choices else 0 for i in range(12)])
         assert ((counts / n - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / n).sqrt()).all()

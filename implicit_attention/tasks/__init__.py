@@ -1,5 +1,6 @@
 """Tasks and data that need no download, and the small models to try them with."""
 
+from implicit_attention.tasks.digits import Digits
 from implicit_attention.tasks.group_words import GroupWords
 from implicit_attention.tasks.khop import KHop
 from implicit_attention.tasks.models import OrdinaryAttention, TokenModel
@@ -14,6 +15,7 @@ __all__ = [
     "IGNORED",
     "MQAR",
     "Batch",
+    "Digits",
     "GroupWords",
     "KHop",
     "OrdinaryAttention",

@@ -1,5 +1,6 @@
 """Tasks and data that need no download, and the small models to try them with."""
 
+from implicit_attention.tasks.byte_text import ByteText
 from implicit_attention.tasks.digits import Digits
 from implicit_attention.tasks.group_words import GroupWords
 from implicit_attention.tasks.khop import KHop
@@ -15,6 +16,7 @@ __all__ = [
     "IGNORED",
     "MQAR",
     "Batch",
+    "ByteText",
     "Digits",
     "GroupWords",
     "KHop",

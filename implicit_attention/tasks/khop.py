@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from implicit_attention.errors import bad_value, check_positive
@@ -118,11 +119,9 @@ class KHop:
 
     def _destinations(self, symbols: Tensor, k: Tensor) -> Tensor:
         """Return the position where k hops end, `[B, N]`, counted with the first token, 0 if they lead nowhere."""
-        places = torch.arange(1, self.length)  # of the symbols; 0 is the token that tells k
-        is_symbol = symbols[..., None] == torch.arange(self.symbols)  # [B, N - 1, A]
-        last = torch.where(is_symbol, places[:, None], 0).cummax(1).values
-        earlier = last.roll(1, 1).index_fill_(1, torch.tensor(0), 0).gather(2, symbols[..., None])[..., 0]
-        hop = torch.nn.functional.pad(torch.where(earlier > 0, earlier + 1, 0), (1, 0))  # [B, N], from 0 to 0
+        alike, order = symbols.sort(stable=True)  # [B, N - 1]: equal symbols in a row, each after the one before it
+        after = torch.where(alike[:, 1:] == alike[:, :-1], order[:, :-1] + 2, 0)  # past it, and past the token of k
+        hop = F.pad(torch.empty_like(order).scatter_(1, order, F.pad(after, (1, 0))), (1, 0))  # [B, N], from 0 to 0
         place = torch.arange(self.length).expand(len(k), -1)
         for done in range(int(k.max())):
             place = torch.where(done < k, hop.gather(1, place), place)

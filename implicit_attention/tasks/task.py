@@ -22,21 +22,27 @@ class Batch(NamedTuple):
 
 
 class Task(Protocol):
-    """A task. Frozen dataclasses whose fields are its sizes implement it.
+    """A task. Frozen dataclasses whose fields are its sizes implement it: what is a property here may be a field."""
 
-    Attributes:
-        is_causal: Whether a position sees earlier ones alone.
-        inputs: Different tokens, or features of a position.
-        outputs: Different classes; 1 for numbers.
-        length: Longest sequence, of training or of judging.
-        score: Name of the score that decides, in `scores`; larger is better.
-    """
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position sees earlier ones alone."""
 
-    is_causal: bool
-    inputs: int
-    outputs: int
-    length: int
-    score: str
+    @property
+    def inputs(self) -> int:
+        """Different tokens, or features of a position."""
+
+    @property
+    def outputs(self) -> int:
+        """Different classes; 1 for numbers."""
+
+    @property
+    def length(self) -> int:
+        """Longest sequence, of training or of judging."""
+
+    @property
+    def score(self) -> str:
+        """Name of the score that decides, in `scores`; larger is better."""
 
     def batch(self, size: int, generator: Generator) -> Batch:
         """Draw sequences to learn from."""

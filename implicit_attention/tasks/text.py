@@ -1,6 +1,8 @@
 """A real text that every machine with Python has: the source of its standard library, as bytes."""
 
+import hashlib
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from implicit_attention.errors import bad_value, check_positive
 
+HELD_OUT = 10  # one file of this many is held out
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -55,6 +58,28 @@ def standard_library_files() -> tuple[Path, list[Path]]:
     if not files:
         raise FileNotFoundError(f"no source of the standard library in {root}: this Python was installed without it")
     return root, files
+
+
+def name_hash(root: Path, path: Path) -> bytes:
+    """Return the SHA-256 hash of a file's name, as it is called from `root`."""
+    return hashlib.sha256(path.relative_to(root).as_posix().encode("utf-8", "surrogateescape")).digest()
+
+
+def held_out_files(root: Path, files: Iterable[Path]) -> set[Path]:
+    """Return the files to hold out: a tenth by a hash of their names, so that others may come or go.
+
+    Args:
+        root: Directory that their names are taken from.
+        files: Files in it or below it, at least one.
+
+    Returns:
+        At least one of them, and not all unless there is but one.
+    """
+    hashes = {path: name_hash(root, path) for path in files}
+    held_out = {path for path, digest in hashes.items() if int.from_bytes(digest, "big") % HELD_OUT == 0}
+    if not held_out or len(held_out) == len(hashes):
+        held_out = {min(hashes, key=lambda path: hashes[path])}
+    return held_out
 
 
 def windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:

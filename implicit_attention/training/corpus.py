@@ -4,7 +4,6 @@ import hashlib
 import mmap
 import os
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from implicit_attention.tasks.text import standard_library_files
+from implicit_attention.tasks.text import HELD_OUT, held_out_files, name_hash, standard_library_files
 from implicit_attention.training.faults import RunError, unreadable
 
-HELD_OUT = 10  # one file, or one byte, of this many is held out
 _SAMPLES, _SAMPLE = 64, 1 << 16  # parts of a large file that its fingerprint looks at
 
 
@@ -86,22 +84,17 @@ def _files_in(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
 
 
-def _from_files(name: str, root: Path, files: Iterable[Path]) -> Corpus:
-    hashes = {
-        path: hashlib.sha256(path.relative_to(root).as_posix().encode("utf-8", "surrogateescape")) for path in files
-    }
-    held_out = {path for path, digest in hashes.items() if int(digest.hexdigest(), 16) % HELD_OUT == 0}
-    if not held_out or len(held_out) == len(hashes):
-        held_out = {min(hashes, key=lambda path: hashes[path].hexdigest())}
+def _from_files(name: str, root: Path, files: list[Path]) -> Corpus:
+    held_out = held_out_files(root, files)
     parts = bytearray(), bytearray()
     fingerprint = hashlib.sha256()
-    for path, digest in hashes.items():
+    for path in files:
         try:
             content = path.read_bytes()
         except OSError as error:
             raise unreadable("--data", path, error) from None
         parts[path in held_out].extend(content)
-        fingerprint.update(digest.digest() + hashlib.sha256(content).digest())
+        fingerprint.update(name_hash(root, path) + hashlib.sha256(content).digest())
     training, kept = (torch.frombuffer(part, dtype=torch.uint8) if part else _NOTHING for part in parts)
     return Corpus(name, training, kept, fingerprint.hexdigest())
 

@@ -1,0 +1,83 @@
+"""Word problems of small groups: the product of all elements so far, at every position."""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from implicit_attention.errors import check_choice
+from implicit_attention.tasks.prefixes import PrefixTask
+from implicit_attention.tasks.task import Batch
+
+_DEGREE = {"S3": 3, "A5": 5}
+
+
+@dataclass(frozen=True)
+class GroupWords(PrefixTask):
+    """Which permutation do the permutations so far amount to? Random elements of a group, one a token.
+
+    S3 is the smallest group that is not commutative, and solvable; A5 the smallest that is not solvable, whose word
+    problem is complete for NC1: no transformer of a fixed depth is believed to solve it at all lengths. A constant
+    answer is right once in 6, or once in 60.
+
+    Elements are numbered in the lexicographic order of the permutations they are, written as tuples `p` that take
+    t to `p[t]`, of which A5 has the even ones. A product is read as it is written: first the permutations before,
+    then the new one, `(p q)[t] = q[p[t]]`.
+
+    Attributes:
+        train_length: Tokens in a sequence to learn from.
+        judged: Lengths to be judged on.
+        group: "S3" (6 elements) or "A5" (60).
+
+    Reference:
+        Merrill, Petty and Sabharwal 2024, "The illusion of state in state-space models", arXiv 2404.08819; Liu et
+        al. 2023, "Transformers learn shortcuts to automata", arXiv 2210.10749. The lengths are this project's own.
+    """
+
+    train_length: int = 32
+    judged: tuple[int, ...] = (32, 64, 128)
+    group: str = "S3"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        super().__post_init__()
+        check_choice("group", self.group, tuple(_DEGREE))
+
+    @property
+    def inputs(self) -> int:
+        """Different tokens: the group's elements."""
+        return len(_products(self.group))
+
+    @property
+    def outputs(self) -> int:
+        """Different classes: the group's elements."""
+        return self.inputs
+
+    def draw(self, size: int, length: int, generator: Generator) -> Batch:
+        """Draw random elements, and the product of those up to each; see `PrefixTask.draw`."""
+        words = torch.randint(self.inputs, (size, length), generator=generator)
+        return Batch(words, _running_products(words, _products(self.group)))
+
+
+def _running_products(words: Tensor, products: Tensor) -> Tensor:
+    """Multiply up, `[B, N]`, in log2 N rounds: each joins the product of s elements to that of the s before them."""
+    running, span = words.clone(), 1
+    while span < words.shape[1]:
+        running[:, span:] = products[running[:, :-span], running[:, span:]]
+        span *= 2
+    return running
+
+
+@functools.cache
+def _products(group: str) -> Tensor:
+    """The table of products of a group, `[elements, elements]`, by their numbers."""
+    permutations = itertools.permutations(range(_DEGREE[group]))
+    elements = [p for p in permutations if group[0] == "S" or _is_even(p)]
+    number = {p: i for i, p in enumerate(elements)}
+    return torch.tensor([[number[tuple(q[t] for t in p)] for q in elements] for p in elements])
+
+
+def _is_even(p: tuple[int, ...]) -> bool:
+    return sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0

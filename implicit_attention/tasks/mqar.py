@@ -1,0 +1,147 @@
+"""Multi-query associative recall as Zoology defines it: pairs, then their keys again, scattered among noise."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from implicit_attention.errors import bad_type, bad_value, check_positive
+from implicit_attention.tasks.judging import accuracy, cross_entropy, held_out_stream
+from implicit_attention.tasks.task import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class MQAR:
+    """Which value stood after this key? Asked where a key comes back, and there alone.
+
+    A sequence begins with `k1 v1 k2 v2 ...`: distinct keys out of tokens 1 to V/2 - 1, distinct values out of V/2 to
+    V - 1. Its other `length - 2 pairs` positions are slots of two tokens; each key comes back once, as the first
+    token of a slot. Which slot falls to which key is drawn without replacement, the first key first, slot g (from 0)
+    with a weight of `(g + 1)**(power_a - 1)`: most keys come back early. What is left over is filled with random
+    tokens, any of the vocabulary, or with token 0. The target at a returning key is its value.
+
+    The published sizes (length, pairs) are (64, 4), (128, 8) and (256, 16), with a vocabulary of 8192, 100,000
+    sequences to train on and 3,000 to test. Two things differ here: sequences are drawn afresh for every batch, and
+    the vocabulary is 512 unless asked otherwise, as most of a small model's time on a CPU would go into 8192 logits.
+    The paper's own runs fill with token 0 (`random_fill=False`); its generator's default is to fill at random.
+
+    Published figures are of models of two layers; the task itself brings no convolution that would shift a token on.
+
+    Attributes:
+        length: Tokens in a sequence, N, even.
+        pairs: Pairs in a sequence; `4 pairs <= length`.
+        vocabulary: Different tokens V, even and more than `length`.
+        power_a: Exponent of the law of the gaps; 1 is uniform.
+        random_fill: Whether positions that are no pair and no query hold random tokens, instead of token 0.
+
+    Reference:
+        Arora et al. 2023, "Zoology: Measuring and improving recall in efficient language models", arXiv 2312.04927,
+        figure 2; `zoology/data/multiquery_ar.py` of github.com/HazyResearch/zoology.
+    """
+
+    length: int = 64
+    pairs: int = 4
+    vocabulary: int = 512
+    power_a: float = 0.01
+    random_fill: bool = True
+
+    is_causal: ClassVar[bool] = True
+    score: ClassVar[str] = "accuracy"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot work."""
+        for name in ("length", "pairs", "vocabulary"):
+            check_positive(name, getattr(self, name), integer=True)
+        check_positive("power_a", self.power_a)
+        if not isinstance(self.random_fill, bool):
+            raise bad_type("random_fill", "True or False", self.random_fill)
+        if self.length % 2 or self.length < 4 * self.pairs:
+            raise bad_value("length", f"even and at least 4 pairs = {4 * self.pairs}", self.length)
+        if self.vocabulary % 2 or self.vocabulary <= self.length:
+            raise bad_value("vocabulary", f"even and more than length={self.length}", self.vocabulary)
+
+    @property
+    def inputs(self) -> int:
+        """Different tokens."""
+        return self.vocabulary
+
+    @property
+    def outputs(self) -> int:
+        """Different classes: any token, as published, though only values are asked for."""
+        return self.vocabulary
+
+    def batch(self, size: int, generator: Generator) -> Batch:
+        """Draw sequences.
+
+        Args:
+            size: Number of sequences, B.
+            generator: Source of the randomness, on the CPU.
+
+        Returns:
+            Tokens and targets, both `[B, length]`, int64; `pairs` targets of a sequence are asked for.
+
+        Raises:
+            TypeError: If `size` is no integer.
+            ValueError: If it is not positive.
+        """
+        check_positive("size", size, integer=True)
+        half = self.vocabulary // 2
+        keys = 1 + _distinct(size, self.pairs, half - 1, generator)
+        values = half + _distinct(size, self.pairs, half, generator)
+        at = 2 * self.pairs + 2 * self._slots(size, generator)  # [B, pairs]: where each key comes back
+        tokens = self._fill(size, generator)
+        tokens[:, : 2 * self.pairs] = torch.stack([keys, values], -1).flatten(1)
+        targets = torch.full_like(tokens, IGNORED)
+        return Batch(tokens.scatter_(1, at, keys), targets.scatter_(1, at, values))
+
+    def _slots(self, size: int, generator: Generator) -> Tensor:
+        """Draw the slot of each pair's query, `[B, pairs]`, without replacement."""
+        places = torch.arange(1, self.length // 2 - self.pairs + 1, dtype=torch.float64)
+        weights = places ** (self.power_a - 1)
+        return torch.multinomial(weights.expand(size, -1), self.pairs, generator=generator)
+
+    def _fill(self, size: int, generator: Generator) -> Tensor:
+        if self.random_fill:
+            return torch.randint(self.vocabulary, (size, self.length), generator=generator)
+        return torch.zeros(size, self.length, dtype=torch.int64)
+
+    def held_out(self, size: int, seed: int) -> Mapping[str, Batch]:
+        """Return sequences to be judged on, of one kind, from a stream that training never meets.
+
+        Args:
+            size: Number of sequences.
+            seed: Which ones.
+
+        Returns:
+            `{"held_out": batch}`.
+
+        Raises:
+            TypeError: If an argument is no integer.
+            ValueError: If `size` is not positive, or `seed` negative.
+        """
+        return {"held_out": self.batch(size, held_out_stream(seed, "mqar"))}
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of the answers to the queries, in nats.
+
+        Args:
+            logits: `[B, length, vocabulary]`.
+            batch: What they answer.
+        """
+        return cross_entropy(logits, batch)
+
+    def scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+        """Return the share of queries answered right, as "accuracy".
+
+        Args:
+            logits: `[B, length, vocabulary]`.
+            batch: What they answer.
+        """
+        return {"accuracy": accuracy(logits, batch)}
+
+
+def _distinct(size: int, count: int, choices: int, generator: Generator) -> Tensor:
+    """Draw numbers below `choices`, `[size, count]`, those of a row distinct and in random order."""
+    return torch.rand(size, choices, generator=generator).topk(count).indices

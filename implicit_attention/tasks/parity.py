@@ -1,0 +1,41 @@
+"""Running parity, learned on short sequences and judged on long ones."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator
+
+from implicit_attention.tasks.prefixes import PrefixTask
+from implicit_attention.tasks.task import Batch
+
+
+@dataclass(frozen=True)
+class Parity(PrefixTask):
+    """Is the number of ones so far odd? Asked at every position of random bits.
+
+    A constant answer is right half the time. Transformers are known to learn parity at the lengths they train on and
+    to fail at longer ones.
+    The published protocol trains on lengths of 1 to 40 and tests to 500, asking at the end alone; here every prefix
+    is asked about, and the longest sequence has 256 tokens. Of 2**N sequences those held out are new only where
+    2**N is many times what training draws.
+
+    Attributes:
+        train_length: Tokens in a sequence to learn from.
+        judged: Lengths to be judged on.
+
+    Reference:
+        Hahn 2020, "Theoretical limitations of self-attention in neural sequence models", arXiv 1906.06755;
+        Delétang et al. 2023, "Neural networks and the Chomsky hierarchy", arXiv 2207.02098, "Parity Check".
+    """
+
+    train_length: int = 40
+    judged: tuple[int, ...] = (40, 64, 128, 256)
+
+    inputs: ClassVar[int] = 2
+    outputs: ClassVar[int] = 2
+
+    def draw(self, size: int, length: int, generator: Generator) -> Batch:
+        """Draw random bits, and whether the ones up to each of them are odd in number; see `PrefixTask.draw`."""
+        bits = torch.randint(2, (size, length), generator=generator)
+        return Batch(bits, bits.cumsum(1) % 2)

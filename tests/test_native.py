@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-njit = pytest.importorskip("numba").njit
+pytest.importorskip("numba")
+
+from numba import njit
 
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
 from implicit_attention.diagonal import BlockAdjointSolver, BlockSolver

@@ -67,6 +67,7 @@ from implicit_attention.native.machine import (
     pointer_like,
     shifted,
     tile1,
+    tile1_wide,
     tile4,
     tile8,
 )
@@ -80,7 +81,7 @@ from implicit_attention.native.vectors import (
     exponentials,
     fill,
     largest,
-    largest_difference,
+    moved,
     peak_of,
     scale_and_add,
     turn,
@@ -120,9 +121,9 @@ def _take_values(c: Any, t: Any, b: int, g: int) -> None:
 @fast
 def _attend_before(c: Any, t: Any, b: int, h: int, s: int, m: int) -> None:
     """Merge attention to the block's rows before `s` into what the rows `s .. s + m` saw before; fill `inputs`."""
-    f, d, padded, width = t.numbers, c[DIM], c[PADDED], c[WIDTH]
+    f, d, padded, width, heads = t.numbers, c[DIM], c[PADDED], c[WIDTH], c[HEADS]
     zero, one = f[ZERO], f[ONE]
-    g = h // (c[HEADS] // c[GROUPS])
+    g = h // (heads // c[GROUPS])
     values = shifted(t.values, g * (c[BLOCK] + R) * padded)
     keys, a = shifted(t.keys, h * R * d), shifted(t.inputs, h * 2 * R * d)
     for i in range(R):
@@ -135,7 +136,7 @@ def _attend_before(c: Any, t: Any, b: int, h: int, s: int, m: int) -> None:
         copy(shifted(keys, i * d), shifted(t.key, b * c[KEY_B] + h * c[KEY_H] + row * c[KEY_N]), d)
         y = shifted(t.y, ((b * c[LENGTH] + row) * c[HEADS] + h) * d)
         copy(shifted(a, i * d), y, d)
-        t.merged_lse[h * R + i] = t.lse[(b * c[HEADS] + h) * c[LENGTH] + row]
+        t.merged_lse[i * heads + h] = t.lse[(b * c[HEADS] + h) * c[LENGTH] + row]
     if s == 0:
         return
     scores, out = shifted(t.scores, g * (R * width + c[HEADS])), shifted(t.queries, g * R * padded)
@@ -146,14 +147,14 @@ def _attend_before(c: Any, t: Any, b: int, h: int, s: int, m: int) -> None:
         row = shifted(scores, i * width)
         bias = shifted(t.strict, b * c[STRICT_B] + h * c[STRICT_H] + (s + i) * n)
         scale_and_add(row, s, f[SCALE], bias, c[STRICT] != 0)
-        old = t.merged_lse[h * R + i]
+        old = t.merged_lse[i * heads + h]
         peak = peak_of(row, s, old)
         if peak == -f[INFINITY]:
             fill(row, s, zero)
             continue
         share = exp_of(old - peak)
         total = exponentials(row, s, peak, zero) + share
-        t.merged_lse[h * R + i] = peak + math.log(total)
+        t.merged_lse[i * heads + h] = peak + math.log(total)
         inverse = one / total
         for j in range(s):
             row[j] *= inverse
@@ -214,105 +215,148 @@ def _start(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
                 own += dot(shifted(t.keys, (h * R + i) * d), q, d, zero) * f[SCALE]
             else:
                 own += t.given[(b * heads + h) * c[LENGTH] + c[FIRST] + s + i]
-            t.start[h * R + i] = own
-            sees = t.merged_lse[h * R + i] != -f[INFINITY]
+            t.start[i * heads + h] = own
+            sees = t.merged_lse[i * heads + h] != -f[INFINITY]
             for j in range(R):
                 t.weights[(i * R + j) * heads + h] = one if j == i and not sees else zero
             t.shares[i * heads + h] = one if sees else zero
-            source = shifted(t.inputs, (h * 2 * R + i) * d) if sees else shifted(t.inputs, (h * 2 * R + R + i) * d)
-            copy(shifted(t.iterates, (h * R + i) * d), source, d)
+            t.before_sizes[i * heads + h] = largest(shifted(t.inputs, (h * 2 * R + i) * d), d)
+            t.value_sizes[i * heads + h] = largest(shifted(t.inputs, (h * 2 * R + R + i) * d), d)
 
 
 @fast
 def _sweep(c: Any, t: Any, b: int, g: int, s: int, m: int, parity: int) -> None:
-    """Evaluate the map at the iterate of one parity; leave the next one in the other."""
-    d, padded, heads = c[DIM], c[PADDED], c[HEADS]
+    """Make a group's queries at the iterate of one parity, and the scores of the rows on each other."""
+    d, padded, heads, f = c[DIM], c[PADDED], c[HEADS], t.numbers
     made, q = shifted(t.made, g * 2 * R * heads * padded), shifted(t.queries, g * R * padded)
     weights, shares = shifted(t.weights, parity * R * R * heads), shifted(t.shares, parity * R * heads)
     of_values = shifted(made, R * heads * padded)
     for j in range(0, padded, c[VECTOR]):
         tile4(shifted(q, j), padded, weights, R * heads, 1, shifted(of_values, j), padded, m * heads)
+    wide = padded - padded % (2 * c[VECTOR])
     for i in range(m):
         row, before = shifted(q, i * padded), shifted(t.base, g * padded)
-        for j in range(0, padded, c[VECTOR]):
-            of_before = shifted(made, i * heads * padded + j)
-            tile1(shifted(before, j), padded, shifted(shares, i * heads), heads, 1, of_before, padded, heads)
+        share, of_before = shifted(shares, i * heads), shifted(made, i * heads * padded)
+        for j in range(0, wide, 2 * c[VECTOR]):
+            tile1_wide(shifted(before, j), padded, share, heads, 1, shifted(of_before, j), padded, heads)
+        for j in range(wide, padded, c[VECTOR]):
+            tile1(shifted(before, j), padded, share, heads, 1, shifted(of_before, j), padded, heads)
         add_both(row, d, before, shifted(t.fixed, (g * R + i) * padded))
         t.norms[g * R + i] = _norm_and_turn(c, t, row, b, c[FIRST] + s + i)
-    shared = heads // c[GROUPS]
+    shared, n = heads // c[GROUPS], c[STOP] - c[FIRST]
     for h in range(g * shared, (g + 1) * shared):
+        bias = shifted(t.strict, b * c[STRICT_B] + h * c[STRICT_H] + s * n + s)
         for i in range(m):
-            _attend(c, t, b, g, h, s, i, parity)
+            key = shifted(t.keys, (h * R + i) * d)
+            for j in range(i + 1):
+                score = t.start[i * heads + h]
+                if j < i or c[GIVEN] == 0:
+                    score = dot(key, shifted(q, j * padded), d, f[ZERO]) * f[SCALE]
+                    if c[STRICT] != 0:
+                        score += bias[i * n + j]
+                t.pairs[(i * R + j) * heads + h] = score
 
 
 @fast
-def _attend(c: Any, t: Any, b: int, g: int, h: int, s: int, i: int, parity: int) -> None:
-    """One row of one head: its weights on the rows up to itself, its output, its residual."""
+def _weigh(c: Any, t: Any, low: int, high: int, i: int, parity: int) -> None:
+    """One row's weights on the rows up to itself in the heads `low .. high`; how far they moved its output at most."""
+    heads, f = c[HEADS], t.numbers
+    zero, one, infinity, other = f[ZERO], f[ONE], f[INFINITY], 1 - parity
+    scores, weights = shifted(t.pairs, i * R * heads), shifted(t.weights, (other * R + i) * R * heads)
+    last, last_share = shifted(t.weights, (parity * R + i) * R * heads), shifted(t.shares, (parity * R + i) * heads)
+    peak, total = shifted(t.lse_parts, i * heads), shifted(t.lse_parts, (R + i) * heads)
+    rest, share = shifted(t.lse_parts, (2 * R + i) * heads), shifted(t.shares, (other * R + i) * heads)
+    old, start, bound = (
+        shifted(t.merged_lse, i * heads), shifted(t.start, i * heads), shifted(t.bounds, (other * R + i) * heads)
+    )  # fmt: skip
+    for h in range(low, high):
+        top = old[h] if old[h] > start[h] else start[h]
+        peak[h] = top
+    for j in range(i + 1):
+        score = shifted(scores, j * heads)
+        for h in range(low, high):
+            peak[h] = score[h] if score[h] > peak[h] else peak[h]
+    for h in range(low, high):
+        peak[h] = zero if peak[h] == -infinity else peak[h]
+        share[h] = exp_of(old[h] - peak[h])
+        rest[h] = share[h]
+    for j in range(i + 1):
+        score, p = shifted(scores, j * heads), shifted(weights, j * heads)
+        for h in range(low, high):
+            p[h] = exp_of(score[h] - peak[h])
+            total[h] = rest[h] + p[h]
+        if j < i:
+            for h in range(low, high):
+                rest[h] = total[h]
+    own, change = shifted(weights, i * heads), shifted(t.changes, i * heads)
+    for h in range(low, high):
+        inverse = zero if total[h] == zero else one / total[h]
+        first = exp_of(start[h] - peak[h])
+        far = abs(first / (rest[h] + first) - own[h] * inverse)
+        change[h] = zero if scores[i * heads + h] == -infinity else far
+        share[h] *= inverse
+        bound[h] = abs(share[h] - last_share[h]) * t.before_sizes[i * heads + h]
+    for j in range(i + 1):
+        p, before, size = shifted(weights, j * heads), shifted(last, j * heads), shifted(t.value_sizes, j * heads)
+        for h in range(low, high):
+            p[h] *= zero if total[h] == zero else one / total[h]
+            bound[h] += abs(p[h] - before[h]) * size[h]
+    for j in range(i + 1, R):
+        p = shifted(weights, j * heads)
+        for h in range(low, high):
+            p[h] = zero
+
+
+@fast
+def _compare(c: Any, t: Any, g: int, s: int, m: int, parity: int) -> None:
+    """Outputs at the iterate of one parity, and how far the map moves them; NaN has been noticed before, in bounds."""
     d, padded, heads, f = c[DIM], c[PADDED], c[HEADS], t.numbers
-    zero, one, infinity = f[ZERO], f[ONE], f[INFINITY]
-    key, q = shifted(t.keys, (h * R + i) * d), shifted(t.queries, g * R * padded)
-    other = 1 - parity
-    weights, n = shifted(t.weights, (other * R + i) * R * heads), c[STOP] - c[FIRST]
-    p = shifted(t.scores, g * (R * c[WIDTH] + c[HEADS]))  # the row's weights
-    old, peak = t.merged_lse[h * R + i], t.merged_lse[h * R + i]
-    for j in range(i):
-        score = dot(key, shifted(q, j * padded), d, zero) * f[SCALE]
-        if c[STRICT] != 0:
-            score += t.strict[b * c[STRICT_B] + h * c[STRICT_H] + (s + i) * n + s + j]
-        p[j] = score
-        peak = score if score > peak else peak
-    start = t.start[h * R + i]
-    own = start
-    if c[GIVEN] == 0:
-        own = dot(key, shifted(q, i * padded), d, zero) * f[SCALE] + own_bias(c, t, b, h, s + i)
-    p[i] = own
-    for j in range(i + 1, R):
-        p[j] = -infinity
-    peak = max(peak, max(own, start))
-    share, total, far = zero, zero, zero
-    if peak == -infinity:
-        peak = zero
-    share = exp_of(old - peak)
-    rest = share
-    for j in range(i):
-        p[j] = exp_of(p[j] - peak)
-        rest += p[j]
-    p[i] = exp_of(own - peak)
-    total = rest + p[i]
-    for j in range(i + 1, R):
-        p[j] = zero
-    inverse = zero if total == zero else one / total
-    if c[GIVEN] == 0 and own != -infinity:
-        first = exp_of(start - peak)
-        far = abs(first / (rest + first) - p[i] * inverse)
-    for j in range(R):
-        p[j] *= inverse
-        weights[j * heads + h] = p[j]
-    t.shares[(other * R + i) * heads + h] = share * inverse
-    t.lse_parts[h * R + i] = peak
-    t.lse_parts[(heads + h) * R + i] = total
-    t.lse_parts[(2 * heads + h) * R + i] = rest
-    t.changes[h * R + i] = far
-    out = shifted(t.iterates, ((other * heads + h) * R + i) * d)
-    values = shifted(t.values, (g * (c[BLOCK] + R) + s) * padded)
-    combine(out, share * inverse, shifted(t.inputs, (h * 2 * R + i) * d), p, values, padded, d)
-    error = largest_difference(out, shifted(t.iterates, ((parity * heads + h) * R + i) * d), d)
-    t.errors[(other * heads + h) * R + i] = error
-    t.sizes[(other * heads + h) * R + i] = largest(out, d)
+    shared, values = heads // c[GROUPS], shifted(t.values, (g * (c[BLOCK] + R) + s) * padded)
+    for h in range(g * shared, (g + 1) * shared):
+        p = shifted(t.four, h * R)
+        for i in range(m):
+            last, new = (parity * R + i) * heads, ((1 - parity) * R + i) * heads
+            y, a = shifted(t.iterates, (h * R + i) * d), shifted(t.inputs, (h * 2 * R + i) * d)
+            for j in range(R):
+                p[j] = t.weights[last * R + j * heads + h]
+            share = t.shares[last + h]
+            combine(y, share, a, p, values, padded, d)
+            for j in range(R):
+                p[j] = t.weights[new * R + j * heads + h] - p[j]
+            t.errors[i * heads + h], t.sizes[i * heads + h] = moved(
+                y, t.shares[new + h] - share, a, p, values, padded, d, f[ZERO]
+            )
 
 
 @exact
-def _settled(c: Any, t: Any, b: int, s: int, m: int, other: int, write: bool) -> int:
-    """1 if all rows are within tolerance, 0 if not yet, -1 if one is lost; `write`: record their residuals."""
+def _within(c: Any, t: Any, m: int, other: int) -> int:
+    """1 if all rows are within tolerance as far as bounds tell, 0 if not, -1 if one is lost."""
     heads, f = c[HEADS], t.numbers
     verdict = 1
     for i in range(m):
         error, size = f[ZERO], f[ZERO]
         for h in range(heads):
-            one = t.errors[(other * heads + h) * R + i]
+            one = t.bounds[(other * R + i) * heads + h]
             if not one < f[INFINITY]:
                 return -1
-            error, size = max(error, one), max(size, t.sizes[(other * heads + h) * R + i])
+            error, size = max(error, one), max(size, t.before_sizes[i * heads + h])
+        if not error <= f[ATOL] + f[RTOL] * size:
+            verdict = 0
+    return verdict
+
+
+@exact
+def _settled(c: Any, t: Any, b: int, s: int, m: int, write: bool) -> int:
+    """1 if all rows are within tolerance, 0 if not, -1 if one is lost; `write`: record their residuals."""
+    heads, f = c[HEADS], t.numbers
+    verdict = 1
+    for i in range(m):
+        error, size = f[ZERO], f[ZERO]
+        for h in range(heads):
+            one = t.errors[i * heads + h]
+            if not one < f[INFINITY]:
+                return -1
+            error, size = max(error, one), max(size, t.sizes[i * heads + h])
         if not error <= f[ATOL] + f[RTOL] * size:
             verdict = 0
         if write:
@@ -326,12 +370,12 @@ def _worst(c: Any, t: Any, m: int, other: int) -> Any:
     worst = t.numbers[ZERO]
     for i in range(m):
         for h in range(c[HEADS]):
-            worst = max(worst, t.errors[(other * c[HEADS] + h) * R + i])
+            worst = max(worst, t.bounds[(other * R + i) * c[HEADS] + h])
     return worst
 
 
 @exact
-def _write(c: Any, t: Any, b: int, g: int, s: int, m: int, parity: int) -> None:
+def _write(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
     """Hand over the iterate at which the map was evaluated, its queries and log-sum-exp."""
     d, padded, heads, width, f = c[DIM], c[PADDED], c[HEADS], c[WIDTH], t.numbers
     shared, n = heads // c[GROUPS], c[STOP] - c[FIRST]
@@ -347,11 +391,11 @@ def _write(c: Any, t: Any, b: int, g: int, s: int, m: int, parity: int) -> None:
         for h in range(g * shared, (g + 1) * shared):
             y = shifted(t.y, ((b * c[LENGTH] + row) * heads + h) * d)
             copy(shifted(t.before_y, ((b * n + s + i) * heads + h) * d), y, d)
-            copy(y, shifted(t.iterates, ((parity * heads + h) * R + i) * d), d)
+            copy(y, shifted(t.iterates, (h * R + i) * d), d)
             at = (b * heads + h) * c[LENGTH] + row
             t.before_lse[(b * heads + h) * n + s + i] = t.lse[at]
-            total = t.lse_parts[(heads + h) * R + i]
-            t.lse[at] = -f[INFINITY] if total == f[ZERO] else t.lse_parts[h * R + i] + math.log(total)
+            total = t.lse_parts[(R + i) * heads + h]
+            t.lse[at] = -f[INFINITY] if total == f[ZERO] else t.lse_parts[i * heads + h] + math.log(total)
 
 
 @exact
@@ -376,10 +420,17 @@ def _settle_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int, le
         parity = 1 - parity
         for g in range(low, high):
             _sweep(c, t, b, g, s, m, parity)
+        for i in range(m):
+            _weigh(c, t, low * shared, high * shared, i, parity)
         _wait(c)
-        verdict = _settled(c, t, b, s, m, 1 - parity, False)
+        verdict = _within(c, t, m, 1 - parity)
         if verdict < 0:
             break
+        if verdict == 1 or sweep >= PATIENCE:
+            for g in range(low, high):
+                _compare(c, t, g, s, m, parity)
+            _wait(c)
+            verdict = _settled(c, t, b, s, m, False)
         worst = _worst(c, t, m, 1 - parity)
         slow = slow or (sweep >= PATIENCE and worst > t.numbers[SLOW] * before)
         before = worst
@@ -394,9 +445,9 @@ def _settle_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int, le
     if verdict < 1:
         return False
     for g in range(low, high):
-        _write(c, t, b, g, s, m, parity)
+        _write(c, t, b, g, s, m)
     if leads:
-        _settled(c, t, b, s, m, 1 - parity, True)
+        _settled(c, t, b, s, m, True)
         for i in range(m):
             sweeps[b * c[LENGTH] + c[FIRST] + s + i] = sweep + 1
     return True

@@ -46,15 +46,20 @@ class Tensors(NamedTuple):
     queries: Any  # [G, R, padded]
     fixed: Any  # [G, R, padded]
     norms: Any  # [G, R]
-    iterates: Any  # [2, H, R, d]
+    iterates: Any  # [H, R, d]
     weights: Any  # [2, R, R, H]
     shares: Any  # [2, R, H]
-    errors: Any  # [2, H, R]
-    sizes: Any  # [2, H, R]
-    merged_lse: Any  # [H, R]
-    start: Any  # [H, R]
-    lse_parts: Any  # [3, H, R]: what scores were measured from, the sum of exponentials, that without the own one
-    changes: Any  # [H, R]: of the own weight since y = v
+    pairs: Any  # [R, R, H]: scores of the rows on each other
+    bounds: Any  # [2, R, H]: on how far a sweep moves outputs
+    errors: Any  # [R, H]: how far it moves them
+    sizes: Any  # [R, H]
+    before_sizes: Any  # [R, H]: the largest entries of attention before the rows
+    value_sizes: Any  # [R, H]: and of their values
+    four: Any  # [H, R]
+    merged_lse: Any  # [R, H]
+    start: Any  # [R, H]
+    lse_parts: Any  # [3, R, H]: what scores were measured from, the sum of exponentials, that without the own one
+    changes: Any  # [R, H]: of the own weight since y = v
     base: Any  # [H + G + 2, padded]
     verdict: Any  # [1]
 
@@ -64,8 +69,9 @@ def scratch_sizes(heads: int, groups: int, dim: int, padded: int, width: int, bl
     return (
         groups * (block + R) * padded, groups * dim * width, heads * 2 * R * dim, groups * 2 * R * heads * padded,
         heads * R * dim, groups * (R * width + heads), groups * R * padded, groups * R * padded, groups * R,
-        2 * heads * R * dim, 2 * R * R * heads, 2 * R * heads, 2 * heads * R, 2 * heads * R, heads * R, heads * R,
-        3 * heads * R, heads * R, (heads + groups + 2) * padded, 1,
+        heads * R * dim, 2 * R * R * heads, 2 * R * heads, R * R * heads, 2 * R * heads, R * heads, R * heads,
+        R * heads, R * heads, R * heads, R * heads, R * heads, 3 * R * heads, R * heads,
+        (heads + groups + 2) * padded, 1,
     )  # fmt: skip
 
 
@@ -84,15 +90,20 @@ def tensors(c: Any, f: Any, slot: int) -> Tensors:
     fixed = shifted(queries, groups * R * padded)
     norms = shifted(fixed, groups * R * padded)
     iterates = shifted(norms, groups * R)
-    weights = shifted(iterates, 2 * heads * R * d)
+    weights = shifted(iterates, heads * R * d)
     shares = shifted(weights, 2 * R * R * heads)
-    errors = shifted(shares, 2 * R * heads)
-    sizes = shifted(errors, 2 * heads * R)
-    merged_lse = shifted(sizes, 2 * heads * R)
-    start = shifted(merged_lse, heads * R)
-    lse_parts = shifted(start, heads * R)
-    changes = shifted(lse_parts, 3 * heads * R)
-    base = shifted(changes, heads * R)
+    pairs = shifted(shares, 2 * R * heads)
+    bounds = shifted(pairs, R * R * heads)
+    errors = shifted(bounds, 2 * R * heads)
+    sizes = shifted(errors, R * heads)
+    before_sizes = shifted(sizes, R * heads)
+    value_sizes = shifted(before_sizes, R * heads)
+    four = shifted(value_sizes, R * heads)
+    merged_lse = shifted(four, R * heads)
+    start = shifted(merged_lse, R * heads)
+    lse_parts = shifted(start, R * heads)
+    changes = shifted(lse_parts, 3 * R * heads)
+    base = shifted(changes, R * heads)
     verdict = shifted(base, (heads + groups + 2) * padded)
     return Tensors(
         pointer_like(f, c[KEY]), pointer_like(f, c[VALUE]), pointer_like(f, c[WEIGHT]), pointer_like(f, c[CONSTANT]),
@@ -100,5 +111,6 @@ def tensors(c: Any, f: Any, slot: int) -> Tensors:
         pointer_like(f, c[INVERSE]), pointer_like(f, c[LSE]), pointer_like(f, c[RESIDUAL]), pointer_like(f, c[SIZE]),
         pointer_like(f, c[STRICT]), pointer_like(f, c[GIVEN]), f, pointer_like(f, c[BEFORE_Y]),
         pointer_like(f, c[BEFORE_LSE]), values, columns, inputs, made, keys, scores, queries, fixed, norms, iterates,
-        weights, shares, errors, sizes, merged_lse, start, lse_parts, changes, base, verdict,
+        weights, shares, pairs, bounds, errors, sizes, before_sizes, value_sizes, four, merged_lse, start, lse_parts,
+        changes, base, verdict,
     )  # fmt: skip

@@ -224,6 +224,7 @@ def _make_tile(rows: int, vectors: int) -> Any:
 
 
 tile1 = _make_tile(1, 2)
+tile1_wide = _make_tile(1, 4)
 tile4 = _make_tile(4, 2)
 tile4_wide = _make_tile(4, 4)
 tile8 = _make_tile(8, 2)

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from implicit_attention.native.layout import (
-    BLOCK,
     DIM,
     EPS,
     FIRST,
@@ -32,7 +31,7 @@ from implicit_attention.native.layout import (
 )
 from implicit_attention.native.machine import exact, fast, shifted
 from implicit_attention.native.roots import solve
-from implicit_attention.native.vectors import add, combine, copy, dot, fill, mix, unturn
+from implicit_attention.native.vectors import add, copy, dot, fill, mix, unturn
 
 
 @fast
@@ -56,7 +55,7 @@ def _own_root(c: Any, t: Any, b: int, s: int, i: int, other: int, p: Any) -> boo
         q = t.base  # [1 + H, padded]: q(p) = q_0 + sum_h p_h q_h
         copy(q, shifted(t.fixed, (g * R + i) * padded), d)
         for h in range(heads):
-            rest, total = t.lse_parts[(2 * heads + h) * R + i], t.lse_parts[(heads + h) * R + i]
+            rest, total = t.lse_parts[(2 * R + i) * heads + h], t.lse_parts[(R + i) * heads + h]
             scale = f[ZERO] if rest == f[ZERO] else total / rest
             others = shifted(q, (1 + h) * padded)
             fill(others, d, f[ZERO])
@@ -82,37 +81,29 @@ def _own_root(c: Any, t: Any, b: int, s: int, i: int, other: int, p: Any) -> boo
             alpha[h] = dot(key, q, d, f[ZERO]) * f[SCALE]
             for j in range(heads):
                 beta[h, j] = dot(key, shifted(q, (1 + j) * padded), d, f[ZERO]) * f[SCALE]
-            rest = t.lse_parts[(2 * heads + h) * R + i]
+            rest = t.lse_parts[(2 * R + i) * heads + h]
             own = own_bias(c, t, b, h, s + i)
             if own == -f[INFINITY]:
                 offset[h] = -math.inf
             else:
-                offset[h] = math.inf if rest == f[ZERO] else own - t.lse_parts[h * R + i] - math.log(rest)
+                offset[h] = math.inf if rest == f[ZERO] else own - t.lse_parts[i * heads + h] - math.log(rest)
     return solve(alpha, beta, offset, gram, p)
 
 
 @fast
-def _move(c: Any, t: Any, s: int, i: int, other: int, p: Any) -> None:
+def _move(c: Any, t: Any, i: int, other: int, p: Any) -> None:
     """Give a row of the next iterate the own weights `p`."""
-    d, padded, heads, f = c[DIM], c[PADDED], c[HEADS], t.numbers
-    four = t.base
+    heads, f = c[HEADS], t.numbers
     for h in range(heads):
-        rest, total = t.lse_parts[(2 * heads + h) * R + i], t.lse_parts[(heads + h) * R + i]
+        rest, total = t.lse_parts[(2 * R + i) * heads + h], t.lse_parts[(R + i) * heads + h]
         if rest == f[ZERO]:
             continue
         scale = f[ONE] * (1.0 - p[h]) * total / rest
         weights = shifted(t.weights, (other * R + i) * R * heads + h)
-        for j in range(R):
-            if j < i:
-                weights[j * heads] *= scale
-            elif j == i:
-                weights[j * heads] = p[h]
-            four[j] = weights[j * heads]
-        share = shifted(t.shares, (other * R + i) * heads + h)
-        share[0] *= scale
-        values = shifted(t.values, (h // (heads // c[GROUPS]) * (c[BLOCK] + R) + s) * padded)
-        out = shifted(t.iterates, ((other * heads + h) * R + i) * d)
-        combine(out, share[0], shifted(t.inputs, (h * 2 * R + i) * d), four, values, padded, d)
+        for j in range(i):
+            weights[j * heads] *= scale
+        weights[i * heads] = p[h]
+        t.shares[(other * R + i) * heads + h] *= scale
 
 
 @exact
@@ -122,20 +113,20 @@ def repair(c: Any, t: Any, b: int, s: int, m: int, other: int, all_rows: bool) -
     Returns:
         1 if all were there, 0 if not, -1 if one cannot be solved.
     """
-    verdict, p = 1, np.empty(c[HEADS])
+    verdict, heads, p = 1, c[HEADS], np.empty(c[HEADS])
     for i in range(m):
         far = all_rows
-        for h in range(c[HEADS]):
-            far = far or not t.changes[h * R + i] <= t.numbers[NEAR]
+        for h in range(heads):
+            far = far or not t.changes[i * heads + h] <= t.numbers[NEAR]
         if not far:
             continue
         if not _own_root(c, t, b, s, i, other, p):
             return -1
         moved = 0.0
-        for h in range(c[HEADS]):
-            moved = max(moved, abs(p[h] - t.weights[((other * R + i) * R + i) * c[HEADS] + h]))
+        for h in range(heads):
+            moved = max(moved, abs(p[h] - t.weights[((other * R + i) * R + i) * heads + h]))
         if all_rows or moved > t.numbers[SAME_ROOT]:
-            _move(c, t, s, i, other, p)
+            _move(c, t, i, other, p)
             if moved > t.numbers[SAME_ROOT]:
                 verdict = 0
     return verdict

@@ -85,6 +85,21 @@ def combine(out: Any, share: Any, before: Any, p: Any, value: Any, stride: int, 
         out[i] = share * before[i] + p0 * value[i] + p1 * v1[i] + p2 * v2[i] + p3 * v3[i]
 
 
+@compiled({"nnan", "nsz", "reassoc", "contract"})
+def moved(y: Any, share: Any, before: Any, p: Any, value: Any, stride: int, n: int, zero: Any) -> tuple[Any, Any]:
+    """The largest entries of `x = share before + sum_j p_j value_j` over four rows of values, and of `y + x`."""
+    p0, p1, p2, p3 = p[0], p[1], p[2], p[3]
+    v1, v2, v3 = shifted(value, stride), shifted(value, 2 * stride), shifted(value, 3 * stride)
+    far, size = zero, zero
+    for i in range(n):
+        x = share * before[i] + p0 * value[i] + p1 * v1[i] + p2 * v2[i] + p3 * v3[i]
+        z = abs(y[i] + x)
+        x = abs(x)
+        far = x if x > far else far
+        size = z if z > size else size
+    return far, size
+
+
 @exact
 def largest(a: Any, n: int) -> Any:
     """The largest modulus; NaN if there is one."""

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.attention_map import NORM_EPS, split_heads
-from implicit_attention.cache import Cache, Past
+from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.forward_substitution import ForwardSubstitution
+from implicit_attention.inputs import check_input
 from implicit_attention.kernels import AttentionSpec, chunked, flash
-from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.masks import AdditiveMask
 from implicit_attention.positions import rotate
+from implicit_attention.preparation import Layer
+from implicit_attention.solvers import Solution
 
 _MOST_STEPS = 20
 
@@ -45,24 +47,10 @@ class _Root(NamedTuple):
     steps: int
 
 
-class Decoded(NamedTuple):
-    """New tokens whose equations are solved to tolerance.
-
-    Attributes:
-        value: Equilibrium before `out_proj`, `[B, 1, D]`.
-        residual: Largest `|F(y) - y|` of any sample.
-        steps: Steps taken.
-    """
-
-    value: Tensor
-    residual: float
-    steps: int
-
-
-def decode(layer: ImplicitQueryAttention, x: Tensor, cache: Cache) -> Decoded | None:
+def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
     """Return the equilibrium of one new token per sample, and add it to the cache; None if it needs the solver.
 
-    Then nothing has been added, and `layer.solve(x, cache=cache)` is what to call.
+    Then nothing has been added.
 
     Args:
         layer: The layer.
@@ -70,13 +58,22 @@ def decode(layer: ImplicitQueryAttention, x: Tensor, cache: Cache) -> Decoded | 
         cache: The tokens before.
 
     Returns:
-        The outputs with their residual, or None.
+        The solution, or None.
+
+    Raises:
+        TypeError: If x is of the wrong type.
+        ValueError: If x or the cache does not fit.
     """
-    past = cache.past() if serves(layer, x) else None
+    if not serves(layer, x):
+        return None
+    check_input("x", x, layer.W_K.weight, layer.embed_dim)
+    past = cache.past()
     if past is None:
         return None
     rotation = None if layer.positions is None else layer.positions.rotation(1, x, past.position)
     value, token = _prepare(layer, x, past, rotation)
+    if isinstance(cache, DecodeCache):
+        cache.check(value)
     tolerance = layer.solver.tolerances(x.dtype)
     root = (_given if layer.self_query == "input" else _iterate)(layer, x, value, token, tolerance)
     if root is None:
@@ -91,10 +88,20 @@ def decode(layer: ImplicitQueryAttention, x: Tensor, cache: Cache) -> Decoded | 
         return None
     column = root.query if rotation is None else rotate(root.query, rotation)
     cache.append(column.to(value.dtype), value, None)
-    return Decoded(y.to(x.dtype), max(residuals), root.steps)
+    residual = torch.tensor(residuals, dtype=y.dtype, device=y.device)[:, None]
+    size = torch.tensor(sizes, dtype=y.dtype, device=y.device)[:, None].clamp_min(torch.finfo(y.dtype).tiny)
+    return Solution(
+        value=y.to(x.dtype),
+        residual=residual,
+        steps=torch.full_like(residual, root.steps, dtype=torch.long),
+        converged=torch.ones_like(residual, dtype=torch.bool),
+        abs_trace=residual[None],
+        rel_trace=(residual / size)[None],
+        evaluations=root.steps,
+    )
 
 
-def serves(layer: ImplicitQueryAttention, x: Tensor) -> bool:
+def serves(layer: Layer, x: Tensor) -> bool:
     """Return whether `decode` has a way for this layer and input.
 
     Args:
@@ -106,6 +113,7 @@ def serves(layer: ImplicitQueryAttention, x: Tensor) -> bool:
         x.dim() == 3
         and x.shape[1] == 1
         and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # it looks at numbers
         and not (layer.training and layer.dropout)
         and layer.triangular
         and layer.window != 1
@@ -115,7 +123,7 @@ def serves(layer: ImplicitQueryAttention, x: Tensor) -> bool:
     )
 
 
-def _prepare(layer: ImplicitQueryAttention, x: Tensor, past: Past, rotation: Tensor | None) -> tuple[Tensor, _Token]:
+def _prepare(layer: Layer, x: Tensor, past: Past, rotation: Tensor | None) -> tuple[Tensor, _Token]:
     """Return the new value `[B, G, 1, d]`, and the token."""
     heads, groups = layer.num_heads, layer.num_kv_heads
     key = split_heads(layer.W_K(x), heads)
@@ -129,7 +137,7 @@ def _prepare(layer: ImplicitQueryAttention, x: Tensor, past: Past, rotation: Ten
     return value, _Token(key[:, :, 0].to(wide) * layer.scale, a, lse[..., 0], step)
 
 
-def _attend(layer: ImplicitQueryAttention, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
     """Attend the new rows `[B, H, 1, d]` to the columns before; also their log-sum-exp `[B, H, 1]`."""
     column, value, hidden = past.column, past.value, past.hidden
     if layer.window is not None:
@@ -148,9 +156,7 @@ def _attend(layer: ImplicitQueryAttention, key: Tensor, past: Past) -> tuple[Ten
     return out.reshape(key.shape), lse.reshape(key.shape[:-1])
 
 
-def _given(
-    layer: ImplicitQueryAttention, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]
-) -> _Root:
+def _given(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]) -> _Root:
     """With `self_query="input"` the own score is that of the start, and nothing is left to be solved."""
     start = _per_head(value, layer.num_heads)
     own = (token.key * _per_head(_phi(layer, x, start)[:, :, 0], layer.num_heads)).sum(-1)
@@ -158,7 +164,7 @@ def _given(
     return _Root(p, _phi(layer, x, torch.addcmul(token.a, p, token.step)), None, 1)
 
 
-def _phi(layer: ImplicitQueryAttention, x: Tensor, y: Tensor) -> Tensor:
+def _phi(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     """The queries made from outputs `[B, H, d]`, before their rotation, `[B, G, 1, d]`, in the dtype of `token`."""
     made = F.linear(y.flatten(1).to(x.dtype), layer.Omega_Q.weight, layer.Omega_Q.bias)
     if layer.W_Q is not None:
@@ -168,9 +174,7 @@ def _phi(layer: ImplicitQueryAttention, x: Tensor, y: Tensor) -> Tensor:
     return _normed(made) if layer.qk_norm else made
 
 
-def _iterate(
-    layer: ImplicitQueryAttention, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]
-) -> _Root | None:
+def _iterate(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]) -> _Root | None:
     """Iterate from p = 1 until a step is within tolerance; None where steps do not halve. `e` stands for `(1, p)`."""
     batch, heads, dim = token.a.shape
     groups = layer.num_kv_heads
@@ -205,7 +209,7 @@ def _iterate(
     return None
 
 
-def _linear_query(layer: ImplicitQueryAttention, x: Tensor, token: _Token, dtype: torch.dtype) -> Tensor:
+def _linear_query(layer: Layer, x: Tensor, token: _Token, dtype: torch.dtype) -> Tensor:
     """The query before its norm as a linear map of `(1, p)`: `[B G, 1 + H, d]`."""
     batch, heads, dim = token.a.shape
     by_head = layer.Omega_Q.weight.to(dtype).view(-1, heads, dim).permute(1, 2, 0)  # [H, d, G d]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from implicit_attention import maps, operator
 from implicit_attention.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
 from implicit_attention.cache import Cache, DecodeCache
+from implicit_attention.decoding import decode
 from implicit_attention.errors import (
     Came,
     NonFiniteError,
@@ -193,21 +194,27 @@ class ImplicitQueryAttention(nn.Module):
             ValueError: If a shape, dtype or device does not fit, or an input or weight holds NaN or Inf.
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
+        if not need_weights:
+            solution = self.solve(x, context, attn_mask=attn_mask, key_padding_mask=key_padding_mask, cache=cache)
+            return self._project(solution.value)
         equation, batched = prepare(self, x, context, attn_mask, key_padding_mask, cache)
         named = {"x": x, "context": context, "attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         solution = self._solve(equation, named)
         if cache is not None:
             self._append(cache, equation, solution, key_padding_mask)
-        y = solution.value
-        out = y if self.out_proj is None else self.out_proj(y)
-        looks = not maps.transforms_active() and not torch.compiler.is_compiling()
-        if self.out_proj is not None and looks and not bool(torch.isfinite(out).all()):
-            raise non_finite(dict(self.named_parameters()))
-        if not need_weights:
-            return out if batched else out[0]
-        weights = equation.function.weights(y, *equation.args)
+        out = self._project(solution.value)
+        weights = equation.function.weights(solution.value, *equation.args)
         weights = weights.mean(1) if average_attn_weights else weights
         return (out, weights) if batched else (out[0], weights[0])
+
+    def _project(self, y: Tensor) -> Tensor:
+        if self.out_proj is None:
+            return y
+        out: Tensor = self.out_proj(y)
+        looks = not maps.transforms_active() and not torch.compiler.is_compiling()
+        if looks and not bool(torch.isfinite(out).all()):
+            raise non_finite(dict(self.named_parameters()))
+        return out
 
     def solve(
         self,
@@ -244,6 +251,11 @@ class ImplicitQueryAttention(nn.Module):
         if gains and not self.triangular:
             raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
                             "Use diagnostics.spectral_radius.")  # fmt: skip
+        special = context is not None or attn_mask is not None or key_padding_mask is not None or history or gains
+        if cache is not None and not special:
+            decoded = decode(self, x, cache)
+            if decoded is not None:
+                return decoded
         equation, batched = prepare(self, x, context, attn_mask, key_padding_mask, cache)
         named = {"x": x, "context": context, "attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         solution = self._solve(equation, named, history=history)

@@ -13,12 +13,14 @@ from implicit_attention.inputs import check_input
 from implicit_attention.kernels import AttentionSpec
 from implicit_attention.kernels.spec import BiasTerm
 from implicit_attention.positions import Positions, rotate
+from implicit_attention.solvers import Method
 
 
 class Layer(Protocol):
     """What the equation is made from: settings and parameters of `ImplicitQueryAttention`, under its names."""
 
     embed_dim: int
+    head_dim: int
     num_heads: int
     num_kv_heads: int
     is_causal: bool
@@ -35,6 +37,11 @@ class Layer(Protocol):
     W_Q: nn.Linear | None
     temperature: nn.Parameter | None
     positions: Positions | None
+    solver: Method
+
+    @property
+    def triangular(self) -> bool:
+        """Whether row i depends on rows j <= i alone."""
 
 
 class Equation(NamedTuple):

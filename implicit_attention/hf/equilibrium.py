@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from implicit_attention import ImplicitQueryAttention
-from implicit_attention.decoding import decode
 from implicit_attention.hf.caching import LayerCache
-from implicit_attention.hf.outputs import Stats, decoded_stats, layer_stats
+from implicit_attention.hf.outputs import Stats, layer_stats
 
 
 class Solved(NamedTuple):
@@ -64,10 +63,6 @@ def _solve(
     need_weights: bool,
     gains: bool,
 ) -> Solved:
-    if cache is not None and hidden is None and not (need_weights or gains):
-        decoded = decode(layer, x, cache)
-        if decoded is not None:
-            return Solved(decoded.value, None, decoded_stats(decoded))
     equation = layer.equation(x, key_padding_mask=hidden, cache=cache) if need_weights else None
     solution = layer.solve(x, key_padding_mask=hidden, cache=cache, gains=gains)
     weights = None if equation is None else equation.function.weights(solution.value, *equation.args)

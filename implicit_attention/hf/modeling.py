@@ -142,7 +142,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             cache=cache,
             hidden_states=tuple(states) if either(output_hidden_states, self.config.output_hidden_states) else None,
             attentions=tuple(weights) if show_weights else None,
-            solver_stats=stack_stats(stats, x.device),
+            solver_stats=stack_stats(stats),
         )
         return returned(out, return_dict, self.config)
 

@@ -12,10 +12,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import ModelOutput
 
-from implicit_attention.decoding import Decoded
 from implicit_attention.solvers import Solution
 
-Stats = dict[str, Tensor | float]  # of one layer, by the names of `SolverStats`
+Stats = dict[str, Tensor]  # of one layer, by the names of `SolverStats`
 
 
 @dataclass
@@ -90,19 +89,8 @@ def layer_stats(solution: Solution) -> Stats:
     return found if solution.gain is None else found | {"gain": solution.gain.amax().detach()}
 
 
-def decoded_stats(decoded: Decoded) -> Stats:
-    """Return the same for tokens that took the short way."""
-    return {"steps": decoded.steps, "residual": decoded.residual, "unconverged": 0.0}
-
-
-def stack_stats(layers: list[Stats], device: torch.device) -> SolverStats | None:
+def stack_stats(layers: list[Stats]) -> SolverStats | None:
     """Return the statistics of all implicit layers, None if there are none."""
     if not layers:
         return None
-    return SolverStats(**{name: _stacked([layer[name] for layer in layers], device) for name in layers[0]})
-
-
-def _stacked(values: list[Tensor | float], device: torch.device) -> Tensor:
-    if any(isinstance(value, Tensor) for value in values):
-        return torch.stack([torch.as_tensor(value, device=device) for value in values])
-    return torch.tensor(values, device=device)
+    return SolverStats(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})

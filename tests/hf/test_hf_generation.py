@@ -11,7 +11,6 @@ from implicit_attention.hf import (
     ImplicitAttentionForCausalLM,
     ImplicitAttentionForMaskedLM,
     ImplicitAttentionModel,
-    equilibrium,
 )
 from tests.hf import tiny
 
@@ -172,7 +171,7 @@ def test_new_tokens_take_the_short_way(padded, monkeypatch):
         taken.extend([out] if x.shape[1] == 1 else [])
         return out
 
-    monkeypatch.setattr(equilibrium, "decode", recorded)
+    monkeypatch.setattr("implicit_attention.layer.decode", recorded)
     model, tokens = tiny.make(self_query="input"), tiny.tokens(2, 5)
     mask = torch.ones_like(tokens)
     if padded:

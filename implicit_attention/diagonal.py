@@ -361,11 +361,7 @@ class _OwnColumns:
         matrix = own_jacobian(block.system, block.rows, block.y.transpose(1, 2), block.queries, block.p)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         self.matrix = eye - matrix.mT
-        self.near_singular = 0
-        suspect = matrix.flatten(2).norm(dim=-1) > 1.0 - NEAR_SINGULAR
-        if bool(suspect.any()):
-            distance = (torch.linalg.eigvals(matrix[suspect]) - 1.0).abs().amin(-1)
-            self.near_singular = int((distance < NEAR_SINGULAR).sum())
+        self.near_singular = near_singular(matrix[matrix.flatten(2).norm(dim=-1) > 1.0 - NEAR_SINGULAR])
 
     def solve(self, f: Tensor) -> Tensor:
         """Solve for lam, `[B, n, H, d]`."""
@@ -376,6 +372,19 @@ class _OwnColumns:
         d_query = (z[..., None] * block.key).view(block.shape[0], block.system.groups, -1, block.n, block.system.dim)
         d_query = d_query.sum(2).transpose(1, 2)
         return f + block.system.through_map(block.system.before_map(d_query, block.queries, block.rows))
+
+
+def near_singular(matrices: Tensor) -> int:
+    """Return how many of some own Jacobians, `[R, H, H]`, have an eigenvalue within `NEAR_SINGULAR` of 1."""
+    if not len(matrices):
+        return 0
+    try:
+        distance = (torch.linalg.eigvals(matrices) - 1.0).abs().amin(-1)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # No convergence; the smallest singular value of M - I is a lower bound.
+        eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+        distance = torch.linalg.svdvals(matrices - eye)[..., -1]
+    return int((distance < NEAR_SINGULAR).sum())
 
 
 def own_jacobian(system: CausalSystem, rows: slice, y: Tensor, queries: Queries, p: Tensor) -> Tensor:

@@ -5,9 +5,58 @@ that `|J^T delta| <= |delta| max_c |Omega_Q[:, c]|` is within tolerance needs no
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
-from implicit_attention.native.layout import R
+from implicit_attention.native.adjoint_layout import (
+    BARRIER,
+    BATCH,
+    BLOCK,
+    COUNT,
+    DIM,
+    FIRST,
+    GIVEN,
+    GRAD_B,
+    GRAD_H,
+    GRAD_N,
+    GROUPS,
+    HEADS,
+    INFINITY,
+    KEY_B,
+    KEY_H,
+    KEY_N,
+    LENGTH,
+    NORM,
+    NUMBERS,
+    ONE,
+    PADDED,
+    SCALE,
+    STATUS,
+    STOP,
+    STRICT,
+    STRICT_B,
+    STRICT_H,
+    SWEEPS,
+    TEAM,
+    THREAD,
+    VALUE_B,
+    VALUE_G,
+    VALUE_N,
+    VECTOR,
+    WEIGHT,
+    WIDTH,
+    ZERO,
+    R,
+    tensors,
+)
+from implicit_attention.native.adjoint_own import (
+    ascend,
+    before_map,
+    correct,
+    couple,
+    invert,
+    project,
+    through_map,
+)
 from implicit_attention.native.machine import (
     STAMP,
     call,
@@ -20,101 +69,17 @@ from implicit_attention.native.machine import (
     pointer_like,
     shifted,
     tile4,
-    tile4_wide,
 )
-from implicit_attention.native.vectors import add, copy, dot, fill, largest_difference, unturn
+from implicit_attention.native.vectors import add, copy, dot, fill, largest_difference
 
-MOST_SWEEPS = 24  # a row that needs more wants its own equation solved
-
-(
-    KEY, VALUE, WEIGHT, TURN, Y, QUERY, INVERSE, LSE, GRAD, LATER, ALLOWED, STRICT, GIVEN, SCRATCH, NUMBERS,
-    LAM, MADE, D_KEY, D_VALUE, OWN, RESIDUAL, SWEEPS, STATUS, BARRIER, THREAD,
-    KEY_B, KEY_H, KEY_N, VALUE_B, VALUE_G, VALUE_N, TURN_B, TURN_HALF, STRICT_B, STRICT_H, SLOT,
-    GRAD_B, GRAD_N, GRAD_H,
-    TEAM, BATCH, HEADS, GROUPS, LENGTH, DIM, PADDED, WIDTH, VECTOR, FIRST, STOP, BLOCK, COUNT,
-) = range(52)  # fmt: skip
-SCALE, NORM, ZERO, ONE, INFINITY, INVERSE_DIM = range(6)
-
-
-class Tensors(NamedTuple):
-    """Pointers to tensors, and to one thread's or team's scratch."""
-
-    key: Any
-    value: Any
-    weight: Any  # [H, G d, padded]
-    turn: Any
-    y: Any  # [B, N, H, d]
-    query: Any  # [B, N, G, d]
-    inverse: Any  # [B, N, G]
-    lse: Any  # [B, H, N]
-    grad: Any
-    later: Any  # [B, N, G, d]
-    allowed: Any  # [B]
-    strict: Any
-    given: Any
-    numbers: Any
-    lam: Any  # [B, n, H, d]
-    made: Any  # [B, n, G d]
-    d_key: Any  # [B, H, n, d]
-    d_value: Any  # [B, G, n, d]
-    own: Any  # [B, H, n]
-    residual: Any  # [B]
-    # Scratch
-    keys: Any  # [H, n + R, padded], scaled
-    keys_t: Any  # [H, d, width]
-    lams: Any  # [H, n + R, padded]
-    lams_t: Any  # [H, d, width]
-    queries: Any  # [G, n + R, padded]
-    weights: Any  # [H, R, width]: softmax weights of the rows on four columns
-    slopes: Any  # [H, n + R, width]: transposed
-    along: Any  # [H, n + R]: lam . y
-    from_later: Any  # [G, R, padded]
-    now: Any  # [H, R, padded]: lam of the four rows
-    out: Any  # [H, R, padded]
-    before: Any  # [R, G d]: the linear map's cotangent
-    after: Any  # [R, G d]
-    pairs: Any  # [H, R, R]: weights of the four rows on each other
-    errors: Any  # [H]
-    moves: Any  # [G, R]
-
-
-def scratch_sizes(heads: int, groups: int, dim: int, padded: int, width: int, block: int) -> tuple[int, ...]:
-    """Return the elements of each part of the scratch, in the order of `Tensors`."""
-    rows = block + R
-    return (
-        heads * rows * padded, heads * dim * width, heads * rows * padded, heads * dim * width,
-        groups * rows * padded, heads * R * width, heads * rows * width, heads * rows, groups * R * padded,
-        heads * R * padded, heads * R * padded, R * groups * dim, R * groups * dim, heads * R * R, heads, groups * R,
-    )  # fmt: skip
+MOST_SWEEPS = 24
+STALLED = 0.5  # ratio of residuals at which only rounding is left
 
 
 @exact
-def _tensors(c: Any, f: Any, slot: int) -> Tensors:
-    heads, groups, d, padded, width, rows = c[HEADS], c[GROUPS], c[DIM], c[PADDED], c[WIDTH], c[BLOCK] + R
-    keys = shifted(pointer_like(f, c[SCRATCH]), slot * c[SLOT])
-    keys_t = shifted(keys, heads * rows * padded)
-    lams = shifted(keys_t, heads * d * width)
-    lams_t = shifted(lams, heads * rows * padded)
-    queries = shifted(lams_t, heads * d * width)
-    weights = shifted(queries, groups * rows * padded)
-    slopes = shifted(weights, heads * R * width)
-    along = shifted(slopes, heads * rows * width)
-    from_later = shifted(along, heads * rows)
-    now = shifted(from_later, groups * R * padded)
-    out = shifted(now, heads * R * padded)
-    before = shifted(out, heads * R * padded)
-    after = shifted(before, R * groups * d)
-    pairs = shifted(after, R * groups * d)
-    errors = shifted(pairs, heads * R * R)
-    moves = shifted(errors, heads)
-    return Tensors(
-        pointer_like(f, c[KEY]), pointer_like(f, c[VALUE]), pointer_like(f, c[WEIGHT]), pointer_like(f, c[TURN]),
-        pointer_like(f, c[Y]), pointer_like(f, c[QUERY]), pointer_like(f, c[INVERSE]), pointer_like(f, c[LSE]),
-        pointer_like(f, c[GRAD]), pointer_like(f, c[LATER]), pointer_like(f, c[ALLOWED]), pointer_like(f, c[STRICT]),
-        pointer_like(f, c[GIVEN]), f, pointer_like(f, c[LAM]), pointer_like(f, c[MADE]), pointer_like(f, c[D_KEY]),
-        pointer_like(f, c[D_VALUE]), pointer_like(f, c[OWN]), pointer_like(f, c[RESIDUAL]), keys, keys_t, lams,
-        lams_t, queries, weights, slopes, along, from_later, now, out, before, after, pairs, errors, moves,
-    )  # fmt: skip
+def larger(a: Any, b: Any) -> Any:
+    """The larger of two; NaN if one is."""
+    return a if a > b or a != a else b
 
 
 @fast
@@ -229,16 +194,7 @@ def _pull(c: Any, t: Any, b: int, g: int, s: int, m: int) -> None:
             for i in range(j if c[GIVEN] == 0 else j + 1, m):
                 slope = t.slopes[(h * rows + s + j) * width + s + i]
                 add(after, d, shifted(t.keys, (h * rows + s + i) * padded), slope)
-        row = c[FIRST] + s + j
-        if c[INVERSE] != 0:
-            at = (b * c[LENGTH] + row) * c[GROUPS] + g
-            q = shifted(t.queries, (g * rows + s + j) * padded)
-            along, inverse = dot(after, q, d, f[ZERO]) * f[INVERSE_DIM], t.inverse[at]
-            for k in range(d):
-                after[k] = (after[k] - along * q[k]) * inverse
-        if c[TURN] != 0:
-            cos = shifted(t.turn, b * c[TURN_B] + row * (d // 2))
-            unturn(after, cos, shifted(cos, c[TURN_HALF]), d // 2)
+        before_map(c, t, b, g, s, j, after)
         moved_row = f[ZERO]
         for k in range(d):
             moved_row += (after[k] - before[k]) * (after[k] - before[k])
@@ -256,18 +212,12 @@ def _push(c: Any, t: Any, b: int, h: int, s: int, m: int) -> None:
         for j in range(m):
             copy(shifted(out, j * padded), shifted(t.after, j * size), d)
     else:
-        weight = shifted(t.weight, h * size * padded)
-        wide = padded - padded % (2 * c[VECTOR])
-        for k in range(0, wide, 2 * c[VECTOR]):
-            tile4_wide(shifted(out, k), padded, t.after, size, 1, shifted(weight, k), padded, size)
-        for k in range(wide, padded, c[VECTOR]):
-            tile4(shifted(out, k), padded, t.after, size, 1, shifted(weight, k), padded, size)
+        through_map(c, out, t.after, size, shifted(t.weight, h * size * padded), size)
     worst = f[ZERO]
     for j in range(m):
         row = shifted(out, j * padded)
         add(row, d, shifted(t.grad, b * c[GRAD_B] + (c[FIRST] + s + j) * c[GRAD_N] + h * c[GRAD_H]), f[ONE])
-        error = largest_difference(row, shifted(t.now, (h * R + j) * padded), d)
-        worst = error if not error <= worst else worst
+        worst = larger(worst, largest_difference(row, shifted(t.now, (h * R + j) * padded), d))
     t.errors[h] = worst
 
 
@@ -290,13 +240,52 @@ def _wait(c: Any) -> None:
 
 
 @exact
-def _solve_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int) -> tuple[int, Any]:
+def _error(c: Any, t: Any) -> Any:
+    error = t.numbers[ZERO]
+    for h in range(c[HEADS]):
+        error = larger(error, t.errors[h])
+    return error
+
+
+@exact
+def _slow(c: Any, t: Any, allowed: Any, error: Any, before: Any) -> bool:
+    """Whether four more sweeps at this pace do not do; about so many does it take to solve for the own columns."""
+    pace = error / before
+    return c[GIVEN] == 0 and pace * pace * pace * pace * error > allowed
+
+
+@exact
+def _prepare_own(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int, leads: bool) -> None:
+    shared = c[HEADS] // c[GROUPS]
+    for g in range(low, high):
+        ascend(c, t, b, g, s, m)
+    _wait(c)
+    for h in range(low * shared, high * shared):
+        couple(c, t, h, m)
+    _wait(c)
+    if leads:
+        invert(c, t, b, s, m)
+
+
+@exact
+def _correct(c: Any, t: Any, low: int, high: int, m: int) -> None:
+    shared = c[HEADS] // c[GROUPS]
+    for h in range(low * shared, high * shared):
+        project(c, t, h, m)
+    _wait(c)
+    for g in range(low, high):
+        correct(c, t, g, m)
+
+
+@exact
+def _solve_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int, leads: bool) -> tuple[int, Any]:
     """Solve a few rows; return the sweeps (0: not solved) and the residual."""
     padded, heads, infinity = c[PADDED], c[HEADS], t.numbers[INFINITY]
     shared, allowed = heads // c[GROUPS], t.allowed[b]
     for g in range(low, high):
         _start(c, t, b, g, s, m)
     _wait(c)
+    corrections, before = 0, infinity
     for sweep in range(1, MOST_SWEEPS + 1):
         for g in range(low, high):
             _pull(c, t, b, g, s, m)
@@ -308,15 +297,23 @@ def _solve_rows(c: Any, t: Any, b: int, low: int, high: int, s: int, m: int) -> 
         for h in range(low * shared, high * shared):
             _push(c, t, b, h, s, m)
         _wait(c)
-        error = t.numbers[ZERO]
-        for h in range(heads):
-            error = t.errors[h] if not t.errors[h] <= error else error
+        error = _error(c, t)
         if error <= allowed:
             return sweep, error
         if not error < infinity:
             break
-        for h in range(low * shared, high * shared):
-            copy(shifted(t.now, h * R * padded), shifted(t.out, h * R * padded), m * padded)
+        if corrections > R and not error < STALLED * before:
+            return sweep, error  # rounding, and no way to do better
+        if corrections == 0 and sweep > 1 and _slow(c, t, allowed, error, before):
+            _prepare_own(c, t, b, low, high, s, m, leads)
+            corrections = 1
+        if corrections > 0:
+            corrections += 1
+            _correct(c, t, low, high, m)
+        else:
+            for h in range(low * shared, high * shared):
+                copy(shifted(t.now, h * R * padded), shifted(t.out, h * R * padded), m * padded)
+        before = error
     return 0, infinity
 
 
@@ -377,7 +374,7 @@ def _sample(c: Any, t: Any, b: int, low: int, high: int, leads: bool, sweeps: An
         _take(c, t, b, g)
     for s in range((n - 1) // R * R, -1, -R):
         m = min(R, n - s)
-        count, residual = _solve_rows(c, t, b, low, high, s, m)
+        count, residual = _solve_rows(c, t, b, low, high, s, m, leads)
         if count == 0:
             return False
         worst, most = max(worst, residual), max(most, count)
@@ -397,11 +394,11 @@ def _block(c: Any, f: Any) -> None:
     thread = call(c[THREAD]) if c[COUNT] > 1 else 0
     sweeps, status = pointer_like(c, c[SWEEPS]), pointer_like(c, c[STATUS])
     if c[TEAM] == 1:
-        t = _tensors(c, f, thread)
+        t = tensors(c, f, thread)
         for b in range(thread, c[BATCH], c[COUNT]):
             status[b] = 1 if _sample(c, t, b, 0, c[GROUPS], True, sweeps) else 0
     else:
-        t = _tensors(c, f, 0)
+        t = tensors(c, f, 0)
         low, high = c[GROUPS] * thread // c[TEAM], c[GROUPS] * (thread + 1) // c[TEAM]
         for b in range(c[BATCH]):
             done = _sample(c, t, b, low, high, thread == 0, sweeps)

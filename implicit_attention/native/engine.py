@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import FAR, SAME_ROOT, SLOW, BlockAdjoint
-from implicit_attention.native import adjoint, forward, layout
+from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, near_singular
+from implicit_attention.native import adjoint, adjoint_layout, forward, layout
 from implicit_attention.native.machine import LANES, threads
 
 
@@ -161,8 +161,8 @@ class AdjointKernel:
         like, batch, heads, groups, d = system.key, system.batch, system.heads, system.groups, system.dim
         kernel = adjoint.adjoint32() if like.dtype == torch.float32 else adjoint.adjoint64()
         norm = 1.0 if system.weight is None else float(system.weight.norm(dim=0).max())
-        numbers = [system.spec.scale, norm, 0.0, 1.0, torch.inf, 1.0 / d]
-        self._call = call = _Kernel(kernel, adjoint, system, block, numbers)
+        numbers = [system.spec.scale, norm, 0.0, 1.0, torch.inf, 1.0 / d, NEAR_SINGULAR]
+        self._call = call = _Kernel(kernel, adjoint_layout, system, block, numbers)
         for name, t in at.items():
             if t.numel():
                 call.keep(name.upper(), t.contiguous())
@@ -171,7 +171,9 @@ class AdjointKernel:
         call.keep("ALLOWED", allowed.to(like.dtype).contiguous())
         call.keep("RESIDUAL", like.new_zeros(batch))
         call.keep("SWEEPS", torch.zeros(batch, dtype=torch.long))
+        call.keep("SUSPECT", torch.zeros(batch * block, dtype=torch.long))
         sizes = {"LAM": heads * d, "MADE": groups * d, "D_KEY": heads * d, "D_VALUE": groups * d, "OWN": heads}
+        sizes["GAIN"] = heads * heads
         for name, size in sizes.items():
             call.keep(name, like.new_empty(batch * block * size))
         if system.weight is not None:
@@ -179,7 +181,7 @@ class AdjointKernel:
             call.keep("WEIGHT", F.pad(made, (0, call.padded - d)).contiguous())
 
     def solve(self, rows: slice) -> BlockAdjoint | None:
-        """Solve a block; None if it has rows whose own equations want solving exactly.
+        """Solve a block; None if it has rows that want another solver.
 
         Args:
             rows: The block.
@@ -188,6 +190,7 @@ class AdjointKernel:
             The solution, in buffers that the next call overwrites; `slope` is its diagonal alone, `[B, H, n, 1]`.
         """
         call, system, n = self._call, self.system, rows.stop - rows.start
+        suspects = call.kept["SUSPECT"].zero_()
         if not all(call.run(rows)):
             return None
         batch, heads, groups, d = system.batch, system.heads, system.groups, system.dim
@@ -199,5 +202,5 @@ class AdjointKernel:
             slope=call.part("OWN", batch, heads, n, 1),
             residual=call.kept["RESIDUAL"].clone(),
             sweeps=int(call.kept["SWEEPS"].max()),
-            near_singular=0,
+            near_singular=near_singular(call.kept["GAIN"].view(-1, heads, heads)[suspects > 0]),
         )

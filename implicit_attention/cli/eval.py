@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Column
 from rich.table import Table as Grid
 
 from implicit_attention.cli import output
@@ -155,7 +156,7 @@ def _show(table: "Table", rows: "dict[str, list[Record]]") -> None:
     from implicit_attention.experiments import report
 
     head, *lines = report.cells(table, rows)
-    grid = Grid(*map(escape, head), title=escape(table.title), title_justify="left")
+    grid = Grid(Column(head[0], no_wrap=True), *map(escape, head[1:]), title=escape(table.title), title_justify="left")
     for name, line in zip(rows, lines, strict=True):
         grid.add_row(name, *map(escape, line[1:]))
     Console().print(grid)

@@ -87,6 +87,8 @@ def _sentences() -> Iterator[None]:
     """A value that does not fit is the user's to change: its sentence is enough."""
     try:
         yield
+    except typer.Exit:
+        raise
     except (ValueError, RuntimeError) as error:
         raise RunError(str(error)) from error
 

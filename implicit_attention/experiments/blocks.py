@@ -81,27 +81,25 @@ class RecurrentBlock(Block):
 
     def apply_to(self, x: Tensor, *, gains: bool = False) -> tuple[Tensor, None]:
         """Return the block's output and None."""
-        normed = self.norm_mixer(x)
-        query = self.attention.heads(normed, self.attention.W_Q)  # [B, H, N, d]
-        own_key, own_value = self._columns(normed)
-        length = x.shape[1]
-        bias = self.attention.bias(slice(0, length), slice(0, length))
-        past_key, past_value = own_key[:, :, :0], own_value[:, :, :0]
-        outputs = []
-        for i in range(length):
+        attention, normed, dim = self.attention, self.norm_mixer(x), self.attention.head_dim
+        query = attention.heads(normed, attention.W_Q) * attention.scale  # [B, H, N, d]
+        own = self._columns(normed)
+        bias = attention.bias(slice(0, x.shape[1]), slice(0, x.shape[1]))
+        own_score = (query * own[..., :dim]).sum(-1) + bias.diagonal(dim1=-2, dim2=-1)  # [B, H, N]
+        past, outputs = own[:, :, :0], []
+        for i in range(x.shape[1]):
             row = slice(i, i + 1)
-            key = torch.cat([past_key, own_key[:, :, row]], 2)
-            value = torch.cat([past_value, own_value[:, :, row]], 2)
-            scores = query[:, :, row] @ key.mT * self.attention.scale + bias[:, :, row, : i + 1]
-            mixed = self.attention.out_proj(merge_heads(scores.softmax(-1) @ value))
-            outputs.append(self.finish(x[:, row] + mixed))
-            new_key, new_value = self._columns(self.norm_mixer(outputs[-1]))
-            past_key, past_value = torch.cat([past_key, new_key], 2), torch.cat([past_value, new_value], 2)
+            scores = query[:, :, row] @ past[..., :dim].mT + bias[:, :, row, :i]
+            weights = torch.cat([scores, own_score[:, :, row, None]], -1).softmax(-1)
+            seen = weights[..., :i] @ past[..., dim:] + weights[..., i:] * own[:, :, row, dim:]
+            outputs.append(self.finish(x[:, row] + attention.out_proj(merge_heads(seen))))
+            past = torch.cat([past, self._columns(self.norm_mixer(outputs[-1]))], 2)
         return torch.cat(outputs, 1), None
 
-    def _columns(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def _columns(self, normed: Tensor) -> Tensor:
+        """Keys and values side by side, `[B, H, N, 2 d]`."""
         attention = self.attention
-        return attention.keys(normed), split_heads(attention.W_V(normed), attention.num_heads)
+        return torch.cat([attention.keys(normed), split_heads(attention.W_V(normed), attention.num_heads)], -1)
 
 
 class SequenceModel(nn.Module):

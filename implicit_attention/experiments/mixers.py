@@ -49,7 +49,8 @@ class Ordinary(Mixer):
             positions: The bias on the scores.
         """
         super().__init__()
-        self.num_heads, self.is_causal, self.scale = num_heads, is_causal, (embed_dim // num_heads) ** -0.5
+        self.num_heads, self.head_dim, self.is_causal = num_heads, embed_dim // num_heads, is_causal
+        self.scale = self.head_dim**-0.5
         self.W_Q = nn.Linear(embed_dim, embed_dim, bias=False)
         self.W_K = nn.Linear(embed_dim, embed_dim, bias=False)
         self.W_V = nn.Linear(embed_dim, embed_dim, bias=False)

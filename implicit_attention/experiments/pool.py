@@ -5,6 +5,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection, wait
 
 from implicit_attention.experiments.run import Record, Run, perform
@@ -28,7 +29,11 @@ def records(runs: Iterable[Run], workers: int, progress: Progress) -> Iterator[t
     """
     if workers == 1:
         for run in runs:
-            yield run, perform(run, lambda done, run=run: progress(run, done))  # type: ignore[misc]
+            try:
+                record = perform(run, partial(progress, run))
+            except Exception:
+                raise _failure(run, traceback.format_exc()) from None
+            yield run, record
         return
     waiting = list(runs)[::-1]
     hands = [_Hand() for _ in range(min(workers, len(waiting)))]
@@ -76,7 +81,7 @@ class _Hand:
                 f"the process of {run.table}, {run.row}, seed {run.seed} ended with status {self.process.exitcode}"
             ) from None
         if isinstance(message, str):
-            raise RuntimeError(f"{run.table}, {run.row}, seed {run.seed} failed:\n{message}")
+            raise _failure(run, message)
         if not isinstance(message, float):
             self.run = None
         return run, message
@@ -85,6 +90,10 @@ class _Hand:
         self.process.terminate()
         self.process.join()
         self.line.close()
+
+
+def _failure(run: Run, message: str) -> RuntimeError:
+    return RuntimeError(f"{run.table}, {run.row}, seed {run.seed} failed:\n{message}")
 
 
 class _single_threaded:  # noqa: N801 (used as a function)

@@ -170,14 +170,16 @@ class _Course:
         except NonFiniteError:
             return math.nan
         loss = self.task.loss(logits, batch)
+        if not bool(loss.isfinite()):
+            return math.nan
         loss.backward()  # type: ignore[no-untyped-call]
+        self.solver_steps = [float(s.steps.double().mean()) for s in solutions]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if bool(norm.isfinite()):
             self.optimizer.step()
         else:
             self.skipped += 1
         self.schedule.step()
-        self.solver_steps = [float(s.steps.double().mean()) for s in solutions]
         return loss.item()
 
     def _evaluate(self) -> Record:

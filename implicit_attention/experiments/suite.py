@@ -126,7 +126,7 @@ def _rows(names: tuple[str, ...], sizes: Sizes) -> dict[str, Row]:
     return {name: Row(name, ARMS[name].title, sizes) for name in names}
 
 
-_RECALL = Training(steps=600, rate_steps=400, batch_size=16, evaluate_every=25)
+_RECALL = Training(steps=500, rate_steps=250, batch_size=16, evaluate_every=25)
 _RECALL_SIZES = Sizes(num_heads=2, mlp=256, max_distance=64)
 
 
@@ -135,7 +135,8 @@ def _recall() -> list[Table]:
     for length, pairs, vocabulary in ((64, 4, 128), (128, 8, 256), (256, 16, 512)):
         name, title = f"recall-{length}", f"Recall: {pairs} pairs in {length} tokens"
         task = MQAR(length, pairs, vocabulary)
-        training = replace(_RECALL, batch_size=16 if length < 256 else 8)
+        training = _RECALL if length == 64 else replace(_RECALL, evaluate_every=50, held_out=128)
+        training = replace(training, batch_size=8 if length == 256 else 16)
         made.append(Table(name, "recall", title, task, _rows(CAUSAL, _RECALL_SIZES), training, 5))
     return made
 

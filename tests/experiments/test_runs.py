@@ -138,10 +138,11 @@ def test_the_best_rate_solves_soonest_then_scores_highest():
     assert records.best_rate([record(1, 0.5), record(2, 0.5)]) == 1
 
 
-def test_a_failing_run_says_which():
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failing_run_says_which(workers):
     run = replace(table().run("ordinary", 0, 1e-2), arm="nothing")
     with pytest.raises(RuntimeError, match=r"before, ordinary, seed 0 failed:"):
-        list(pool.records([run, run], 2, lambda run, done: None))
+        list(pool.records([run, run], workers, lambda run, done: None))
 
 
 def test_the_seed_of_the_choice_counts_for_nothing():

@@ -74,12 +74,18 @@ def evaluate(
         if task == "list" and not every:
             _list(suite.tables(budget))
             return
-        if (task is None) != every:
-            raise RunError("name a task, or say --all for all of them; `implicit-attention eval list` shows them")
-        tables = list(suite.tables(budget).values()) if every else suite.chosen(budget, task or "")
+        tables = _tables(task, budget, every)
         records, page = _places(out, budget, every)
         plans = [(table, _rows(table, arm), _seeds(seeds, table)) for table in tables]
         _perform(plans, records, page, budget, workers or os.cpu_count() or 1)
+
+
+def _tables(task: str | None, budget: str, every: bool) -> "list[Table]":
+    from implicit_attention.experiments import suite
+
+    if (task is None) != every:
+        raise RunError("name a task, or say --all for all of them; `implicit-attention eval list` shows them")
+    return list(suite.tables(budget).values()) if task is None else suite.chosen(budget, task)
 
 
 @contextmanager

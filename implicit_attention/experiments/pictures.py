@@ -56,6 +56,7 @@ def table(shown: Table, rows: Rows) -> "Figure":
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         draw(axes, shown, rows, styles)
+        axes.locator_params(axis="x", nbins=6, integer=draw is not _gradients)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 * min(len(panels), 2), frameon=False, fontsize=9)
     figure.suptitle(shown.title)
@@ -118,11 +119,8 @@ def _series(runs: Sequence[Record], figure: str) -> list[dict[int, float]]:
 
 def _steps(axes: "Axes", shown: Table, rows: Rows, styles: Mapping[str, dict[str, Any]]) -> None:
     _solver(axes, rows, styles, "steps")
-    axes.set(xlabel="training step", ylabel="solver's steps, mean over rows", yscale="log")
-    low, high = axes.get_ylim()
-    ticks = [t for t in (1, 2, 3, 5, 10, 20, 30, 50, 100) if low <= t <= high]
-    axes.set_yticks(ticks, [str(t) for t in ticks])
-    axes.minorticks_off()
+    axes.set(xlabel="training step", ylabel="solver's steps, mean over rows")
+    axes.set_ylim(bottom=0)
 
 
 def _gains(axes: "Axes", shown: Table, rows: Rows, styles: Mapping[str, dict[str, Any]]) -> None:

@@ -27,8 +27,7 @@ class MQAR:
     the vocabulary is 512 unless asked otherwise, as most of a small model's time on a CPU would go into 8192 logits.
     The paper's own runs fill with token 0 (`random_fill=False`); its generator's default is to fill at random.
 
-    The published baselines of attention stand on two layers, or on a convolution before one; here a model gets
-    what it brings along.
+    Published figures are of models of two layers; the task itself brings no convolution that would shift a token on.
 
     Attributes:
         length: Tokens in a sequence, N, even.

@@ -38,7 +38,7 @@ _OUT = typer.Option(
     show_default=False,
     metavar="DIR",
 )
-_BUDGET = typer.Option("--budget", help="smoke (does it work?), cpu (two cores, hours) or gpu (ten times the steps).")
+_BUDGET = typer.Option("--budget", help="smoke (does it work?) or cpu (two cores, hours).")
 _ALL = typer.Option("--all", help="All tables.")
 _WORKERS = typer.Option("--workers", min=1, help="Runs at a time. [default: one for each core]", show_default=False)
 

@@ -11,9 +11,10 @@ nothing.
 
 All arms of a table have the same embedding, the same learned relative bias, head and optimiser (AdamW, gradients
 clipped to a norm of 1, the learning rate up over the first twentieth of the steps, then down along a cosine to a
-tenth), and parameter counts within 2 %: MLPs are narrower where the mixer has more weights. Each arm's learning rate is
-chosen from the same values on seed {RATE_SEED}, which counts for nothing else. Training ends early once the worst kind
-of held-out sequences has been solved at two evaluations in a row. Scores are mean ± standard deviation over seeds of
+tenth; relative biases at ten times the rate of all else, without weight decay), and parameter counts within 2 %: MLPs
+are narrower where the mixer has more weights. Each arm's learning rate is chosen from the same values on seed
+{RATE_SEED}, which counts for nothing else. Training ends early once the worst kind of
+held-out sequences has been solved at two evaluations in a row. Scores are mean ± standard deviation over seeds of
 the last evaluation. FLOPs are counted by formula (`experiments/flops.py`): a forward and backward pass, the solver's
 steps included. The same seed gives the same figures again on the same machine; times are those of one thread next to as
 many runs as there were cores."""

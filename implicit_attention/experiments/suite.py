@@ -16,7 +16,7 @@ from implicit_attention.tasks.parity import Parity
 from implicit_attention.tasks.task import Task
 
 RATE_SEED = 1000  # of the runs that choose a learning rate; no run that counts has it
-BUDGETS = ("smoke", "cpu", "gpu")
+BUDGETS = ("smoke", "cpu")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def tables(budget: str) -> dict[str, Table]:
     """Return all tables of a budget, by name.
 
     Args:
-        budget: "smoke" (each table in seconds, to see that it works), "cpu" (two cores, hours) or "gpu" (longer runs).
+        budget: "smoke" (each table in seconds, to see that it works) or "cpu" (two cores, hours).
 
     Raises:
         ValueError: If there is no such budget.
@@ -213,10 +213,6 @@ def _sized(table: Table, budget: str) -> Table:
     if budget == "cpu":
         return table
     training = table.training
-    if budget == "gpu":
-        longer = replace(training, steps=10 * training.steps, rate_steps=10 * training.rate_steps, batch_size=64,
-                         evaluate_every=4 * training.evaluate_every)  # fmt: skip
-        return replace(table, training=longer)
     tiny = replace(training, steps=2, rate_steps=1, batch_size=2, evaluate_every=1, held_out=2, rates=(3e-3,))
     rows = {name: replace(row, sizes=_small(row.sizes)) for name, row in table.rows.items()}
     return replace(table, training=tiny, rows=rows, seeds=1)

@@ -156,7 +156,7 @@ def test_names_stand_for_tables_and_groups():
     assert [found.name for found in chosen("cpu", "digits")] == ["digits"]
     with pytest.raises(ValueError, match="Did you mean 'parity'"):
         chosen("cpu", "parrity")
-    with pytest.raises(ValueError, match="`budget` must be one of smoke, cpu, gpu"):
+    with pytest.raises(ValueError, match="`budget` must be one of smoke, cpu,"):
         tables("tpu")
 
 

@@ -46,6 +46,7 @@ ORDER = [
     "__init__",
     "hf",
     "tasks",
+    "experiments",
     "training",
     "cli",
 ]

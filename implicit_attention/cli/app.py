@@ -1,12 +1,14 @@
 """The list of commands."""
 
 import inspect
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from implicit_attention import __version__
 from implicit_attention.cli.demo import demo
+from implicit_attention.cli.eval import evaluate
 from implicit_attention.cli.generate import generate
 from implicit_attention.cli.train import train
 
@@ -17,10 +19,11 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, generate):
+COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "train": train, "generate": generate, "eval": evaluate}
+for name, command in COMMANDS.items():
     # A docstring's lines are as long as the source wants them; a page's paragraphs, as the terminal does.
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
-    app.command(help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(command)
+    app.command(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(command)
 
 
 def _version(wanted: bool) -> None:

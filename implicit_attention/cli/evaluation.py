@@ -1,0 +1,79 @@
+"""Runs of an evaluation as they go: a bar for the table on a terminal, a line for each run that ends."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from implicit_attention.experiments.campaign import Watch
+from implicit_attention.experiments.run import Record, Run
+from implicit_attention.experiments.suite import RATE_SEED, Table
+
+
+class Display:
+    """The bar of a table's runs; `watch` is what the runs tell it."""
+
+    def __init__(self, console: Console, workers: int) -> None:
+        """Make it.
+
+        Args:
+            console: Where it is shown.
+            workers: Runs at a time.
+        """
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn(f"{workers} at a time"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.watch = Watch(self._total, self._progress, self._done)
+        self.bar: TaskID | None = None
+        self.going: dict[tuple[str, str, int, float], float] = {}
+        self.ended = 0
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the terminal as it was."""
+        self.progress.stop()
+
+    def _total(self, table: Table, runs: int, before: int) -> None:
+        self.going, self.ended = {}, before
+        self.bar = self.progress.add_task(table.name, total=runs, completed=before)
+        if before:
+            self.console.print(f"{table.name}: {before} of {runs} runs are there already", highlight=False)
+
+    def _progress(self, run: Run, done: float) -> None:
+        self.going[_key(run)] = done
+        self._move()
+
+    def _done(self, run: Run, record: Record) -> None:
+        self.going.pop(_key(run), None)
+        self.ended += 1
+        self._move()
+        what = f"rate {run.rate:g}" if run.seed == RATE_SEED else f"seed {run.seed}"
+        score = "no score" if record["score"] is None else f"score {record['score']:.4f}"
+        self.console.print(
+            f"{run.table}, {run.row}, {what}: {score} after {record['last_step']} steps ({record['end']}), "
+            f"{record['seconds']:.0f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _move(self) -> None:
+        assert self.bar is not None
+        self.progress.update(self.bar, completed=self.ended + sum(self.going.values()))
+
+
+def _key(run: Run) -> tuple[str, str, int, float]:
+    return run.table, run.row, run.seed, run.rate

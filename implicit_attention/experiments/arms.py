@@ -1,0 +1,225 @@
+"""The arms: models that differ in what mixes their tokens, and in nothing else that could be kept equal.
+
+All have the same embedding, relative bias and head; the width of the MLPs makes up for what one mixer has in weights
+and another has not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from implicit_attention.errors import Came, bad_value
+from implicit_attention.experiments.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
+from implicit_attention.experiments.mixers import GRU, Implicit, Ordinary
+from implicit_attention.experiments.names import known
+from implicit_attention.forward_substitution import ForwardSubstitution
+from implicit_attention.layer import ImplicitQueryAttention
+from implicit_attention.positions import RelativeBias
+from implicit_attention.solvers import Anderson
+from implicit_attention.tasks.task import Task
+
+MARGIN = 0.02  # by how much the numbers of parameters of two arms of a table may differ
+MOST_STEPS = 24  # of an iterative solver: one row that does not settle keeps all others waiting
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a table's models; those of its reference, one block (or `blocks`) of ordinary attention.
+
+    Attributes:
+        embed_dim: D.
+        num_heads: H.
+        mlp: Width of the reference's MLPs; the others' follow from it.
+        max_distance: Offsets beyond it share an entry of the relative bias.
+        blocks: Blocks of all arms but those that have twice as many.
+        loops: How often the looped arm applies its blocks.
+        qk_norm: RMS norm of queries and keys, in every arm that has them.
+        query_input: Whether implicit layers add `W_Q x` to their queries.
+        tolerance: To which equilibria are solved in training and judging, absolute and relative.
+        kernel: Of `ForwardSubstitution`.
+    """
+
+    embed_dim: int = 64
+    num_heads: int = 4
+    mlp: int = 256
+    max_distance: int = 64
+    blocks: int = 1
+    loops: int = 4
+    qk_norm: bool = True
+    query_input: bool = True
+    tolerance: float = 1e-4
+    kernel: str = "auto"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the arms.
+
+    Attributes:
+        name: What commands and files call it.
+        title: What tables and pictures call it.
+        mixer: Makes one of its blocks from the task, the sizes and the width of the MLP.
+        depth: Blocks it has for each block of the others.
+        looped: Whether its blocks are applied `Sizes.loops` times.
+        causal_only: Whether it exists under a causal mask alone.
+    """
+
+    name: str
+    title: str
+    mixer: Callable[[Task, Sizes, int], Block]
+    depth: int = 1
+    looped: bool = False
+    causal_only: bool = False
+
+
+def _attention(task: Task, sizes: Sizes) -> Ordinary:
+    return Ordinary(
+        sizes.embed_dim, sizes.num_heads, is_causal=task.is_causal, qk_norm=sizes.qk_norm, positions=_positions(sizes)
+    )
+
+
+def _ordinary(task: Task, sizes: Sizes, width: int) -> Block:
+    return ParallelBlock(_attention(task, sizes), sizes.embed_dim, width)
+
+
+def _recurrent(task: Task, sizes: Sizes, width: int) -> Block:
+    return RecurrentBlock(_attention(task, sizes), sizes.embed_dim, width)
+
+
+def _gru(task: Task, sizes: Sizes, width: int) -> Block:
+    return ParallelBlock(GRU(sizes.embed_dim), sizes.embed_dim, width)
+
+
+def _implicit(task: Task, sizes: Sizes, width: int) -> Block:
+    return _equilibrium(task, sizes, width)
+
+
+def _strict(task: Task, sizes: Sizes, width: int) -> Block:
+    return _equilibrium(task, sizes, width, self_query="input")
+
+
+def _hopfield(task: Task, sizes: Sizes, width: int) -> Block:
+    return _equilibrium(task, sizes, width, normalize_over="keys")
+
+
+def _equilibrium(
+    task: Task, sizes: Sizes, width: int, *, self_query: str = "output", normalize_over: str = "queries"
+) -> Block:
+    exact = task.is_causal and normalize_over == "queries"
+    rtol = atol = sizes.tolerance
+    layer = ImplicitQueryAttention(
+        sizes.embed_dim,
+        sizes.num_heads,
+        is_causal=task.is_causal,
+        self_query=self_query,
+        normalize_over=normalize_over,
+        query_input=sizes.query_input,
+        qk_norm=sizes.qk_norm,
+        positions=_positions(sizes),
+        out_proj=True,
+        solver=ForwardSubstitution(kernel=sizes.kernel, rtol=rtol, atol=atol)
+        if exact
+        else Anderson(rtol=rtol, atol=atol, max_steps=MOST_STEPS),
+        on_failure="ignore",  # each run records the share of rows that missed the tolerance
+    )
+    return ParallelBlock(Implicit(layer), sizes.embed_dim, width)
+
+
+def _positions(sizes: Sizes) -> RelativeBias:
+    return RelativeBias(sizes.num_heads, sizes.max_distance)
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("ordinary", "ordinary attention, 1 layer", _ordinary),
+        Arm("ordinary-2", "ordinary attention, 2 layers", _ordinary, depth=2),
+        Arm("looped", "ordinary attention, looped", _ordinary, looped=True),
+        Arm("strict", 'implicit, `self_query="input"`', _strict, causal_only=True),
+        Arm("implicit", "implicit", _implicit),
+        Arm("hopfield", 'implicit, `normalize_over="keys"`', _hopfield),
+        Arm("recurrent", "keys and values of its own outputs, row by row", _recurrent, causal_only=True),
+        Arm("gru", "GRU", _gru, causal_only=True),
+    )
+}
+REFERENCE = ARMS["ordinary"]
+
+
+def arm_named(name: str) -> Arm:
+    """Return an arm.
+
+    Args:
+        name: Its name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    return ARMS[known("arm", name, ARMS)]
+
+
+def build(arm: Arm, task: Task, sizes: Sizes, seed: int) -> SequenceModel:
+    """Return an arm's model for a task, its weights drawn from a seed.
+
+    Args:
+        arm: The arm.
+        task: The task.
+        sizes: The sizes of the table.
+        seed: Of the weights; arms get the same embedding from the same seed.
+
+    Raises:
+        ValueError: If the task has no causal mask and the arm needs one, or no width of its MLPs gives it as many
+            parameters as the reference.
+    """
+    if arm.causal_only and not task.is_causal:
+        raise bad_value("arm", "one that exists without a causal mask", arm.name)
+    width = matching_width(arm, task, sizes)
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = _model(arm, task, sizes, width)
+    torch.set_rng_state(generator_state)
+    return model
+
+
+def matching_width(arm: Arm, task: Task, sizes: Sizes) -> int:
+    """Return the width of MLPs that gives an arm as many parameters as the reference.
+
+    Args:
+        arm: The arm.
+        task: The task.
+        sizes: The sizes of the table.
+
+    Raises:
+        ValueError: If no width comes within 2 %.
+    """
+    with torch.device("meta"):
+        wanted = parameters(_model(REFERENCE, task, sizes, sizes.mlp))
+        one, two = (parameters(_model(arm, task, sizes, width)) for width in (1, 2))
+        width = max(1, 1 + round((wanted - one) / (two - one)))
+        got = parameters(_model(arm, task, sizes, width))
+    if abs(got - wanted) > MARGIN * wanted:
+        raise bad_value(
+            "mlp", f"so wide that {arm.name} can have {wanted} parameters within {MARGIN:.0%}",
+            Came(f"{sizes.mlp}, with which it has {got} at least"), "Widen it, or use fewer blocks.",
+        )  # fmt: skip
+    return width
+
+
+def parameters(model: torch.nn.Module) -> int:
+    """Return how many numbers a model learns."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _model(arm: Arm, task: Task, sizes: Sizes, width: int) -> SequenceModel:
+    # The embedding is drawn first: the arms of a seed share it.
+    tokens, loops = takes_tokens(task), sizes.loops if arm.looped else 1
+    model = SequenceModel(task.inputs, task.outputs, [], sizes.embed_dim, tokens=tokens, loops=loops)
+    model.blocks.extend(arm.mixer(task, sizes, width) for _ in range(sizes.blocks * arm.depth))
+    return model
+
+
+def takes_tokens(task: Task) -> bool:
+    """Return whether a task's inputs are tokens, and not features."""
+    with torch.device("cpu"):
+        batch = next(iter(task.held_out(1, 0).values()))
+    return not batch.inputs.is_floating_point()

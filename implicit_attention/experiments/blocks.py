@@ -1,0 +1,147 @@
+"""The model that all arms share: embedding, pre-norm blocks, norm, linear head."""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from implicit_attention.attention_map import merge_heads, split_heads
+from implicit_attention.experiments.mixers import Mixer, Ordinary
+from implicit_attention.solvers import Solution
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between them, without biases: its width is what makes arms equally large."""
+
+    def __init__(self, embed_dim: int, width: int) -> None:
+        """Make it, `embed_dim -> width -> embed_dim`."""
+        super().__init__()
+        self.up = nn.Linear(embed_dim, width, bias=False)
+        self.down = nn.Linear(width, embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[..., D]` of `[..., D]`."""
+        out: Tensor = self.down(F.gelu(self.up(x)))
+        return out
+
+
+class Block(nn.Module, ABC):
+    """Base of the blocks: `h = x + mix(norm(x))`, then `h + mlp(norm(h))`."""
+
+    def __init__(self, embed_dim: int, width: int) -> None:
+        """Make what all blocks have.
+
+        Args:
+            embed_dim: D.
+            width: Of the MLP.
+        """
+        super().__init__()
+        self.norm_mixer, self.norm_mlp = nn.RMSNorm(embed_dim), nn.RMSNorm(embed_dim)
+        self.mlp = MLP(embed_dim, width)
+
+    @abstractmethod
+    def apply_to(self, x: Tensor, *, gains: bool = False) -> tuple[Tensor, Solution | None]:
+        """Return the block's output `[B, N, D]`, and its mixer's solution, if it has one."""
+
+    def finish(self, h: Tensor) -> Tensor:
+        """Return `h + mlp(norm(h))`."""
+        out: Tensor = h + self.mlp(self.norm_mlp(h))
+        return out
+
+
+class ParallelBlock(Block):
+    """A block around a mixer that takes all tokens at once."""
+
+    def __init__(self, mixer: Mixer, embed_dim: int, width: int) -> None:
+        """Make the block around `mixer`; the other arguments as in `Block`."""
+        super().__init__(embed_dim, width)
+        self.mixer = mixer
+
+    def apply_to(self, x: Tensor, *, gains: bool = False) -> tuple[Tensor, Solution | None]:
+        """Return the block's output and its mixer's solution."""
+        mixed, solution = self.mixer.mix(self.norm_mixer(x), gains=gains)
+        return self.finish(x + mixed), solution
+
+
+class RecurrentBlock(Block):
+    """A block whose keys and values come from its own outputs, one row after another.
+
+    Row i, with input `x_i`, attends to keys and values of the block's outputs `y_j`, j < i, and, as its own output
+    is not known yet, to those of `x_i` itself. The same weights and norm make keys and values of both.
+
+    Reference:
+        The Recurrent Transformer, arXiv 2604.21215, in the plainest form: no tiles, one row at a time.
+    """
+
+    def __init__(self, attention: Ordinary, embed_dim: int, width: int) -> None:
+        """Make the block around the weights of ordinary attention; the other arguments as in `Block`."""
+        super().__init__(embed_dim, width)
+        self.attention = attention
+
+    def apply_to(self, x: Tensor, *, gains: bool = False) -> tuple[Tensor, None]:
+        """Return the block's output and None."""
+        attention, normed, dim = self.attention, self.norm_mixer(x), self.attention.head_dim
+        query = attention.heads(normed, attention.W_Q) * attention.scale  # [B, H, N, d]
+        own = self._columns(normed)
+        bias = attention.bias(slice(0, x.shape[1]), slice(0, x.shape[1]))
+        own_score = (query * own[..., :dim]).sum(-1) + bias.diagonal(dim1=-2, dim2=-1)  # [B, H, N]
+        past, outputs = own[:, :, :0], []
+        for i in range(x.shape[1]):
+            row = slice(i, i + 1)
+            scores = query[:, :, row] @ past[..., :dim].mT + bias[:, :, row, :i]
+            weights = torch.cat([scores, own_score[:, :, row, None]], -1).softmax(-1)
+            seen = weights[..., :i] @ past[..., dim:] + weights[..., i:] * own[:, :, row, dim:]
+            outputs.append(self.finish(x[:, row] + attention.out_proj(merge_heads(seen))))
+            past = torch.cat([past, self._columns(self.norm_mixer(outputs[-1]))], 2)
+        return torch.cat(outputs, 1), None
+
+    def _columns(self, normed: Tensor) -> Tensor:
+        """Keys and values side by side, `[B, H, N, 2 d]`."""
+        attention = self.attention
+        return torch.cat([attention.keys(normed), split_heads(attention.W_V(normed), attention.num_heads)], -1)
+
+
+class SequenceModel(nn.Module):
+    """Embedding of tokens, or linear map of features; blocks; norm; linear head."""
+
+    def __init__(
+        self, inputs: int, outputs: int, blocks: list[Block], embed_dim: int, *, tokens: bool, loops: int = 1
+    ) -> None:
+        """Make the model.
+
+        Args:
+            inputs: Different tokens, or features of a position.
+            outputs: Numbers that the head gives for each position.
+            blocks: The blocks, first to last.
+            embed_dim: D.
+            tokens: Whether inputs are tokens.
+            loops: How often the blocks are applied, with the same weights.
+        """
+        super().__init__()
+        self.embedding: nn.Module = nn.Embedding(inputs, embed_dim) if tokens else nn.Linear(inputs, embed_dim)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, outputs)
+        self.loops = loops
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return `[B, N, outputs]` for tokens `[B, N]` or features `[B, N, F]`."""
+        return self.solve(inputs)[0]
+
+    def solve(self, inputs: Tensor, *, gains: bool = False) -> tuple[Tensor, list[Solution]]:
+        """Return `[B, N, outputs]`, and how each equilibrium on the way was found.
+
+        Args:
+            inputs: Tokens `[B, N]`, int64, or features `[B, N, F]`.
+            gains: As in `Mixer.mix`.
+        """
+        h: Tensor = self.embedding(inputs)
+        solutions = []
+        for _ in range(self.loops):
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                h, solution = block.apply_to(h, gains=gains)
+                solutions += [] if solution is None else [solution]
+        logits: Tensor = self.head(self.norm(h))
+        return logits, solutions

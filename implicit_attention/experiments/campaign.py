@@ -1,0 +1,80 @@
+"""Whole tables: first the learning rate of each row, then its seeds; what is there already is not done again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from implicit_attention.experiments import pool, records
+from implicit_attention.experiments.run import Record, Run
+from implicit_attention.experiments.suite import Table
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is told as runs go on.
+
+    Attributes:
+        total: Is told how many runs there are to do in a table, and how many of them were done before.
+        progress: Is told how much of a run is done, from 0 to 1.
+        done: Is told the record of each run that ends.
+    """
+
+    total: Callable[[Table, int, int], None] = lambda table, runs, before: None
+    progress: pool.Progress = lambda run, done: None
+    done: Callable[[Run, Record], None] = lambda run, record: None
+
+
+def perform(
+    table: Table,
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    directory: Path,
+    *,
+    workers: int,
+    environment: Mapping[str, object],
+    watch: Watch,
+) -> None:
+    """Do the runs of a table that are not done yet.
+
+    Args:
+        table: The table.
+        rows: Names of its rows.
+        seeds: Which seeds.
+        directory: Where records are kept.
+        workers: Processes at once.
+        environment: Versions and machine, which each record is given.
+        watch: Is told how it goes.
+
+    Raises:
+        ValueError: If there is no such row, or the directory holds runs of other settings.
+        RuntimeError: If a run failed.
+    """
+    choices = {row: table.rate_runs(row) for row in rows}
+    trials = [run for runs in choices.values() if len(runs) > 1 for run in runs]
+    count = len(trials) + len(rows) * len(seeds)
+    before = sum(records.finished(directory, run) is not None for run in trials)
+    planned = [table.run(row, seed, table.training.rates[0]) for row in rows for seed in seeds]
+    watch.total(table, count, before + sum(records.path(directory, run).exists() for run in planned))
+    _perform(trials, directory, workers, environment, watch)
+    rates = {row: _choose(runs, directory) for row, runs in choices.items()}
+    counted = [table.run(row, seed, rates[row]) for row in rows for seed in seeds]
+    _perform(counted, directory, workers, environment, watch)
+
+
+def _perform(runs: list[Run], directory: Path, workers: int, environment: Mapping[str, object], watch: Watch) -> None:
+    missing = [run for run in runs if records.finished(directory, run) is None]
+    for run, record in pool.records(missing, workers, watch.progress):
+        records.write(records.path(directory, run), {**record, "environment": environment})
+        watch.done(run, record)
+
+
+def _choose(runs: list[Run], directory: Path) -> float:
+    """The learning rate for a row, from the runs that try them; the only one where there is no choice."""
+    if len(runs) == 1:
+        return runs[0].rate
+    tried = [records.read(records.path(directory, run)) for run in runs]
+    rate = records.best_rate(tried)
+    outcome = {f"{r['settings']['rate']:g}": {key: r[key] for key in ("score", "solved_at", "end")} for r in tried}
+    choice = {"chosen": rate, "seed": runs[0].seed, "tried": outcome}
+    records.write(records.path(directory, runs[0]).with_name(records.CHOICE), choice)
+    return rate

@@ -1,0 +1,143 @@
+"""What is measured of a trained model's equilibria: solves, starts, gradients."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from implicit_attention.adjoints import Implicit as ImplicitAdjoint
+from implicit_attention.adjoints import Phantom
+from implicit_attention.experiments.blocks import Block, ParallelBlock, SequenceModel
+from implicit_attention.experiments.mixers import Implicit
+from implicit_attention.fixed_point import fixed_point
+from implicit_attention.forward_substitution import ForwardSubstitution
+from implicit_attention.layer import ImplicitQueryAttention
+from implicit_attention.solvers import Anderson, Solution
+from implicit_attention.tasks.task import Batch, Task
+
+Figures = dict[str, float]
+GRADIENTS = {"implicit": None, "phantom": Phantom(), "one step": Phantom(steps=1, damping=1.0)}
+
+
+def solver_figures(solutions: Sequence[Solution]) -> Figures:
+    """Return how the solves of a forward pass went, over all of its equilibria; nothing if there are none.
+
+    Args:
+        solutions: From `SequenceModel.solve`.
+
+    Returns:
+        Mean and largest steps of a system, largest residual, share of systems above tolerance, and mean and largest
+        gain where it is known.
+    """
+    if not solutions:
+        return {}
+    steps = torch.cat([s.steps.flatten().double() for s in solutions])
+    figures = {
+        "steps": float(steps.mean()),
+        "most_steps": float(steps.max()),
+        "residual": max(float(s.residual.max()) for s in solutions),
+        "unconverged": float(torch.cat([(~s.converged).flatten().double() for s in solutions]).mean()),
+    }
+    gains = [s.gain.flatten().double() for s in solutions if s.gain is not None]
+    if gains:
+        figures |= {"gain": float(torch.cat(gains).mean()), "largest_gain": float(torch.cat(gains).max())}
+    return figures
+
+
+def implicit_layers(model: SequenceModel) -> list[ImplicitQueryAttention]:
+    """Return a model's implicit layers, first to last."""
+    mixers = [block.mixer for block in model.blocks if isinstance(block, ParallelBlock)]
+    return [mixer.layer for mixer in mixers if isinstance(mixer, Implicit)]
+
+
+def path_independence(model: SequenceModel, batch: Batch) -> Figures | None:
+    """Solve the first equilibrium again from another start, and say whether it is the same.
+
+    The other start is the values of the tokens in reverse order, from which Anderson's method goes on as it does
+    without a causal mask. A second solve that does not arrive says nothing, and is counted apart.
+
+    Args:
+        model: The model.
+        batch: Inputs to solve for.
+
+    Returns:
+        Share of rows whose second solve arrived; of these the share that differ by at most 100 tolerances; and the
+        largest difference among them. None for a model without implicit layers.
+    """
+    if not (layers := implicit_layers(model)):
+        return None
+    layer = layers[0]
+    first = model.blocks[0]
+    assert isinstance(first, Block)
+    with torch.no_grad():
+        x = first.norm_mixer(model.embedding(batch.inputs))
+        solution, equation = layer.solve(x), layer.equation(x)
+        solver = Anderson(rtol=layer.solver.rtol, atol=layer.solver.atol, max_steps=200)
+        again = fixed_point(
+            equation.function, equation.start.flip(1), equation.args, solver=solver,
+            system_ndim=equation.function.system_ndim, on_failure="ignore",
+        )  # fmt: skip
+    difference = (again.value.reshape(solution.value.shape) - solution.value).abs().amax(-1)
+    arrived = again.converged & _per_system(solution.converged, again.converged)
+    arrived = arrived.reshape(*arrived.shape, *[1] * (difference.dim() - arrived.dim())).expand_as(difference)
+    if not arrived.any():
+        return {"arrived": 0.0}
+    found, bound = difference[arrived], 100 * (layer.solver.atol or 1e-5)
+    return {
+        "arrived": float(arrived.double().mean()),
+        "same": float((found <= bound).double().mean()),
+        "largest_difference": float(found.max()),
+    }
+
+
+def _per_system(converged: Tensor, like: Tensor) -> Tensor:
+    """Whether all rows of each system converged, where `like` has fewer dimensions than there are rows."""
+    return converged.all(-1) if converged.dim() > like.dim() else converged
+
+
+def gradient_quality(model: SequenceModel, task: Task, batch: Batch) -> Figures:
+    """Return the cosine of each kind of gradient to the exact one, and the spectral radius they were taken at.
+
+    The exact one is that of a copy in float64 whose equilibrium and adjoint are solved to 1e-10. The others are taken
+    in float32: implicit differentiation with the model's own solver, `Phantom()` and one undamped step.
+
+    Args:
+        model: A model with implicit layers under a causal mask.
+        task: Whose loss is differentiated.
+        batch: On what.
+
+    Returns:
+        Cosines by the names of `GRADIENTS`, and "radius", the largest gain of a row.
+    """
+    exact = _twin(model, ImplicitAdjoint()).double()
+    for layer in implicit_layers(exact):
+        layer.solver = ForwardSubstitution(rtol=1e-10, atol=1e-10)
+    wanted = _gradient(exact, task, batch)
+    figures = {}
+    for name, adjoint in GRADIENTS.items():
+        got = _gradient(_twin(model, adjoint or ImplicitAdjoint()), task, batch)
+        figures[name] = float(torch.nn.functional.cosine_similarity(got, wanted, dim=0))
+    with torch.no_grad():
+        solutions = model.solve(batch.inputs, gains=True)[1]
+    gains = [s.gain.max() for s in solutions if s.gain is not None]
+    return figures | {"radius": float(torch.stack(gains).max())}
+
+
+def _twin(model: SequenceModel, adjoint: ImplicitAdjoint | Phantom) -> SequenceModel:
+    twin = copy.deepcopy(model)
+    for layer in implicit_layers(twin):
+        layer.adjoint = adjoint
+    return twin
+
+
+def _gradient(model: SequenceModel, task: Task, batch: Batch) -> Tensor:
+    model.zero_grad()
+    task.loss(model(batch.inputs), batch).backward()  # type: ignore[no-untyped-call]
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat([grad.flatten() for grad in found]).double()
+
+
+def part(batch: Batch, size: int) -> Batch:
+    """Return the first sequences of a batch."""
+    return Batch(batch.inputs[:size], batch.targets[:size])

@@ -1,0 +1,126 @@
+"""The JSON of runs: one file each, written whole, read back, and compared with what was asked for."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from implicit_attention.errors import Came, bad_value
+from implicit_attention.experiments.run import Record, Run
+from implicit_attention.experiments.suite import RATE_SEED
+
+CHOICE = "rate.json"
+
+
+def path(directory: Path, run: Run) -> Path:
+    """Return where the record of a run is kept."""
+    name = f"rate-{run.rate:g}.json" if run.seed == RATE_SEED else f"seed-{run.seed}.json"
+    return directory / run.table / run.row / name
+
+
+def finished(directory: Path, run: Run) -> Record | None:
+    """Return the record of a run that was made before, None if it was not.
+
+    Args:
+        directory: Where records are kept.
+        run: The run.
+
+    Raises:
+        ValueError: If the record is of a run with other settings, or is no record.
+    """
+    file = path(directory, run)
+    if not file.exists():
+        return None
+    record = read(file)
+    before, now = record["settings"], json.loads(json.dumps(run.settings()))
+    if before != now:
+        other = sorted(key for key in now if before.get(key) != now[key])
+        raise bad_value(
+            "out", "a directory without runs of other settings",
+            Came(f"{file}, which differs in {', '.join(other)}"), "Remove that file, or choose another directory.",
+        )  # fmt: skip
+    return record
+
+
+def read(file: Path) -> Record:
+    """Return what a file of JSON holds.
+
+    Args:
+        file: The file.
+
+    Raises:
+        ValueError: If it holds no record.
+    """
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise bad_value("out", "a directory of records", Came(f"{file}, which is no JSON ({error})")) from None
+    if not isinstance(record, dict) or not ("settings" in record or "chosen" in record):
+        raise bad_value("out", "a directory of records", Came(f"{file}, which is no record"))
+    return record
+
+
+def write(file: Path, record: Record) -> None:
+    """Write a record under a temporary name, then give it its own, so that no one ever reads half of it.
+
+    Args:
+        file: The file; its directory is made if it is missing.
+        record: What goes into it; numbers that JSON does not have become null.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(record), indent=1, allow_nan=False) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value
+
+
+def best_rate(records: list[Record]) -> float:
+    """Return the learning rate of the run that did best: solved soonest, else scored highest; the smaller if equal.
+
+    Args:
+        records: The runs, one for each rate.
+    """
+
+    def merit(record: Record) -> tuple[float, float, float]:
+        solved = -math.inf if record["solved_at"] is None else -record["solved_at"]
+        score = -math.inf if record["score"] is None else record["score"]
+        return solved, score, -record["settings"]["rate"]
+
+    return float(max(records, key=merit)["settings"]["rate"])
+
+
+def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
+    """Return the records of the runs that count, by table, row and seed.
+
+    Args:
+        directory: Where records are kept.
+
+    Raises:
+        ValueError: If a file there is no record.
+    """
+    found: dict[str, dict[str, list[Record]]] = {}
+    for file in sorted(directory.glob("*/*/seed-*.json")):
+        record = read(file)
+        found.setdefault(file.parent.parent.name, {}).setdefault(file.parent.name, []).append(record)
+    for rows in found.values():
+        for runs in rows.values():
+            runs.sort(key=lambda record: int(record["settings"]["seed"]))
+    return found

@@ -1,0 +1,275 @@
+"""One run: a model of an arm trained on a task from a seed, and what came out, ready for JSON."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_attention.errors import NonFiniteError, check_positive
+from implicit_attention.experiments import flops, measures
+from implicit_attention.experiments.arms import Sizes, arm_named, build, parameters
+from implicit_attention.experiments.blocks import SequenceModel
+from implicit_attention.positions import RelativeBias
+from implicit_attention.tasks.task import Batch, Task
+
+Record = dict[str, Any]
+Tell = Callable[[float], None]
+
+JUDGED_SEED = 1  # the same held-out sequences for every arm and seed
+MEASURED = 8  # sequences on which gradients and starts are compared
+BIAS_RATE = 10.0  # learning rate of relative biases, in that of all else
+MOST_AT_ONCE = 64  # sequences judged together
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the runs of a table are trained.
+
+    Attributes:
+        steps: Steps at most.
+        batch_size: Sequences in a step.
+        evaluate_every: Steps between evaluations; the last step is always evaluated.
+        held_out: Sequences of each kind to be judged on.
+        solved: The score from which on the task counts as solved, in the worst of the kinds; None where no score does.
+        rates: Learning rates to choose from.
+        rate_steps: Steps of the runs that choose.
+        gradients: Whether gradients are compared at each evaluation.
+    """
+
+    steps: int
+    batch_size: int
+    evaluate_every: int
+    held_out: int = 256
+    solved: float | None = 0.99
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rate_steps: int = 0
+    gradients: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse counts that cannot work."""
+        for name in ("steps", "batch_size", "evaluate_every", "held_out"):
+            check_positive(name, getattr(self, name), integer=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run depends on.
+
+    Attributes:
+        table: Name of the table it belongs to.
+        row: Name of its row there.
+        arm: Name of the arm.
+        task: The task.
+        sizes: Sizes of the model.
+        training: How it is trained.
+        rate: Learning rate.
+        seed: Of weights and of training batches.
+    """
+
+    table: str
+    row: str
+    arm: str
+    task: Task
+    sizes: Sizes
+    training: Training
+    rate: float
+    seed: int
+
+    def settings(self) -> Record:
+        """Return everything that the outcome depends on but the versions, as JSON has it."""
+        return {
+            "table": self.table,
+            "row": self.row,
+            "arm": self.arm,
+            "task": {"name": type(self.task).__name__, **_fields(self.task)},
+            "sizes": _fields(self.sizes),
+            "training": _fields(self.training),
+            "rate": self.rate,
+            "seed": self.seed,
+        }
+
+
+def _fields(thing: Any) -> Record:
+    return {
+        field.name: list(value) if isinstance(value := getattr(thing, field.name), tuple) else value
+        for field in dataclasses.fields(thing)
+    }
+
+
+def perform(run: Run, tell: Tell = lambda done: None) -> Record:
+    """Train, judge, measure.
+
+    The same run gives the same figures, whatever else the machine does: one thread, and randomness that is drawn
+    from the run's seed alone. Only seconds differ.
+
+    Args:
+        run: What to do.
+        tell: Is told after each step how much of the run is done, from 0 to 1.
+
+    Returns:
+        The record: "settings", "parameters", "flops" of a step, "seconds", "curve", "score" and "scores" at the end,
+        "solved_at" (the step of the first of two evaluations in a row that solved it, else None), "end" ("solved",
+        "steps" or "diverged"), "skipped" (steps whose gradient was not finite and not taken), "path_independence".
+
+    Raises:
+        ValueError: If the arm and the task do not go together.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.enable_grad():
+            return _Course(run).record(tell)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Course:
+    """A run on its way."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.task, self.training = run, run.task, run.training
+        self.model = build(arm_named(run.arm), run.task, run.sizes, run.seed)
+        self.batches = torch.Generator().manual_seed(run.seed)
+        self.judged = dict(run.task.held_out(self.training.held_out, JUDGED_SEED))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, run.rate), lr=run.rate)
+        steps = self.training.steps
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_factor(step, steps))
+        self.curve: list[Record] = []
+        self.solver_steps: list[float] = []
+        self.length, self.skipped = 0, 0
+
+    def record(self, tell: Tell) -> Record:
+        seconds, end, step = 0.0, "steps", 0
+        for step in range(1, self.training.steps + 1):
+            begun = time.perf_counter()
+            loss = self._step()
+            seconds += time.perf_counter() - begun
+            if not math.isfinite(loss):
+                end = "diverged"
+                break
+            if step % self.training.evaluate_every == 0 or step == self.training.steps:
+                self.curve.append({"step": step, "loss": loss, "seconds": seconds, **self._evaluate()})
+                if self._solved_at() is not None:
+                    end = "solved"
+                    break
+            tell(step / self.training.steps)
+        return self._record(end, step, seconds)
+
+    def _step(self) -> float:
+        """One step of training; returns its loss, NaN if the weights or the loss are not finite any more."""
+        batch = self.task.batch(self.training.batch_size, self.batches)
+        self.length = batch.inputs.shape[1]
+        self.optimizer.zero_grad()
+        try:
+            logits, solutions = self.model.solve(batch.inputs)
+        except NonFiniteError:
+            return math.nan
+        loss = self.task.loss(logits, batch)
+        if not bool(loss.isfinite()):
+            return math.nan
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.solver_steps = [float(s.steps.double().mean()) for s in solutions]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if bool(norm.isfinite()):
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        self.schedule.step()
+        return loss.item()
+
+    def _evaluate(self) -> Record:
+        scores, solver = {}, {}
+        for kind, batch in self.judged.items():
+            scores[kind], figures = judge(self.model, self.task, batch)
+            solver[kind] = figures
+        first = next(iter(self.judged.values()))
+        found: Record = {
+            "score": min(found[self.task.score] for found in scores.values()),
+            "scores": scores,
+            **({"solver": solver} if any(solver.values()) else {}),
+        }
+        if self.training.gradients:
+            found["gradients"] = measures.gradient_quality(self.model, self.task, measures.part(first, MEASURED))
+        return found
+
+    def _solved_at(self) -> int | None:
+        """The first of two evaluations in a row, the last ones, that solved the task."""
+        goal, last = self.training.solved, self.curve[-2:]
+        if goal is None or len(last) < 2 or min(entry["score"] for entry in last) < goal:
+            return None
+        return int(last[0]["step"])
+
+    def _record(self, end: str, step: int, seconds: float) -> Record:
+        last = self.curve[-1] if self.curve and end != "diverged" else {"score": None, "scores": {}}
+        first = next(iter(self.judged.values()))
+        independence = None
+        if end != "diverged":
+            independence = measures.path_independence(self.model, measures.part(first, MEASURED))
+        return {
+            "settings": self.run.settings(),
+            "parameters": parameters(self.model),
+            "flops": flops.training_step(self.model, self.training.batch_size, self.length, self.solver_steps)
+            if end != "diverged" else None,
+            "end": end,
+            "last_step": step,
+            "skipped": self.skipped,
+            "seconds": seconds,
+            "solved_at": self._solved_at() if end == "solved" else None,
+            "score": last["score"],
+            "scores": last["scores"],
+            "path_independence": independence,
+            "curve": self.curve,
+        }  # fmt: skip
+
+
+def parameter_groups(model: SequenceModel, rate: float) -> list[dict[str, Any]]:
+    """Return a model's parameters for the optimiser: relative biases learn faster, and nothing pulls them to zero.
+
+    A bias has to grow to about log N before it singles an offset out of N, and Adam moves it by about the learning
+    rate in a step.
+
+    Args:
+        model: The model.
+        rate: Learning rate of all others.
+    """
+    tables = [part.table for part in model.modules() if isinstance(part, RelativeBias)]
+    apart = {id(table) for table in tables}
+    others = [p for p in model.parameters() if id(p) not in apart]
+    return [{"params": others}, {"params": tables, "lr": BIAS_RATE * rate, "weight_decay": 0.0}]
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Return the factor on the learning rate: up over the first twentieth, then along a cosine to a tenth.
+
+    Args:
+        step: Steps taken so far.
+        steps: Of the whole run.
+    """
+    up = min(1.0, (step + 1) / max(1.0, steps / 20))
+    return up * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+
+
+def judge(model: SequenceModel, task: Task, batch: Batch) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """Return a model's scores on a batch, and how its solves went.
+
+    Args:
+        model: The model.
+        task: What is asked.
+        batch: Sequences, judged some at a time.
+    """
+    logits: list[Tensor] = []
+    solutions = []
+    with torch.no_grad():
+        for inputs in torch.split(batch.inputs, MOST_AT_ONCE):
+            try:
+                found, solved = model.solve(inputs, gains=True)
+            except NonFiniteError:
+                return {task.score: -math.inf}, {}
+            logits.append(found)
+            solutions += solved
+        return task.scores(torch.cat(logits), batch), measures.solver_figures(solutions)

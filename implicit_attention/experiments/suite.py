@@ -1,0 +1,222 @@
+"""Which experiments there are: every table with its task, its rows and its sizes, for each budget."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from implicit_attention.errors import bad_value
+from implicit_attention.experiments.arms import ARMS, Sizes
+from implicit_attention.experiments.names import known
+from implicit_attention.experiments.run import Run, Training
+from implicit_attention.tasks.byte_text import ByteText
+from implicit_attention.tasks.digits import Digits
+from implicit_attention.tasks.group_words import GroupWords
+from implicit_attention.tasks.khop import KHop
+from implicit_attention.tasks.mqar import MQAR
+from implicit_attention.tasks.parity import Parity
+from implicit_attention.tasks.task import Task
+
+RATE_SEED = 1000  # of the runs that choose a learning rate; no run that counts has it
+BUDGETS = ("smoke", "cpu")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        arm: Name of the arm.
+        title: What the page calls it.
+        sizes: Sizes of its model.
+    """
+
+    arm: str
+    title: str
+    sizes: Sizes
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs that are compared with each other.
+
+    Attributes:
+        name: What commands and files call it.
+        group: Name of the tables it belongs with.
+        title: Its heading.
+        task: What is learned.
+        rows: By name.
+        training: How.
+        seeds: How many, from 0 on.
+    """
+
+    name: str
+    group: str
+    title: str
+    task: Task
+    rows: Mapping[str, Row]
+    training: Training
+    seeds: int
+
+    def run(self, row: str, seed: int, rate: float) -> Run:
+        """Return a run that counts.
+
+        Args:
+            row: Name of the row.
+            seed: Of the run.
+            rate: The learning rate that was chosen.
+
+        Raises:
+            ValueError: If there is no such row, or the seed is that of the choice.
+        """
+        if seed == RATE_SEED:
+            raise bad_value("seed", f"another than {RATE_SEED}", seed, "That seed chooses the learning rate.")
+        return self._run(row, seed, rate, self.training)
+
+    def rate_runs(self, row: str) -> list[Run]:
+        """Return the runs among which the learning rate of a row is chosen.
+
+        Args:
+            row: Name of the row.
+
+        Raises:
+            ValueError: If there is no such row.
+        """
+        training = replace(self.training, steps=self.training.rate_steps or self.training.steps, gradients=False)
+        return [self._run(row, RATE_SEED, rate, training) for rate in self.training.rates]
+
+    def _run(self, row: str, seed: int, rate: float, training: Training) -> Run:
+        entry = self.rows[known("arm", row, self.rows)]
+        return Run(self.name, row, entry.arm, self.task, entry.sizes, training, rate, seed)
+
+
+CAUSAL = ("ordinary", "ordinary-2", "looped", "strict", "implicit", "hopfield", "recurrent", "gru")
+BIDIRECTIONAL = ("ordinary", "ordinary-2", "looped", "implicit", "hopfield")
+
+
+def tables(budget: str) -> dict[str, Table]:
+    """Return all tables of a budget, by name.
+
+    Args:
+        budget: "smoke" (each table in seconds, to see that it works) or "cpu" (two cores, hours).
+
+    Raises:
+        ValueError: If there is no such budget.
+    """
+    known("budget", budget, BUDGETS)
+    found = [*_recall(), *_hops(), *_states(), *_bytes(), _digits(), *_studies()]
+    return {table.name: _sized(table, budget) for table in found}
+
+
+def chosen(budget: str, name: str) -> list[Table]:
+    """Return the tables that a name stands for: one table, or those of a group.
+
+    Args:
+        budget: As in `tables`.
+        name: Of a table or a group.
+
+    Raises:
+        ValueError: If there is nothing of that name.
+    """
+    every = tables(budget)
+    groups = {table.group for table in every.values()}
+    known("task", name, [*sorted(groups - every.keys()), *every])
+    return [table for table in every.values() if name in (table.name, table.group)]
+
+
+def _rows(names: tuple[str, ...], sizes: Sizes) -> dict[str, Row]:
+    return {name: Row(name, ARMS[name].title, sizes) for name in names}
+
+
+_RECALL = Training(steps=500, rate_steps=250, batch_size=16, evaluate_every=25)
+_RECALL_SIZES = Sizes(num_heads=2, mlp=256, max_distance=64)
+
+
+def _recall() -> list[Table]:
+    made = []
+    for length, pairs, vocabulary in ((64, 4, 128), (128, 8, 256), (256, 16, 512)):
+        name, title = f"recall-{length}", f"Recall: {pairs} pairs in {length} tokens"
+        task = MQAR(length, pairs, vocabulary)
+        training = _RECALL if length == 64 else replace(_RECALL, evaluate_every=50, held_out=128)
+        training = replace(training, batch_size=8 if length == 256 else 16)
+        made.append(Table(name, "recall", title, task, _rows(CAUSAL, _RECALL_SIZES), training, 5))
+    return made
+
+
+def _hops() -> list[Table]:
+    sizes = Sizes(num_heads=2, mlp=256, max_distance=64, loops=8)
+    training = Training(steps=800, rate_steps=400, batch_size=16, evaluate_every=50)
+    return [
+        Table(f"khop-{n}", "khop", f"1 to 8 hops in {n} tokens", KHop(n), _rows(CAUSAL, sizes), training, 3)
+        for n in (48, 100)
+    ]
+
+
+def _states() -> list[Table]:
+    sizes = Sizes(num_heads=2, mlp=256, max_distance=64, loops=8)
+    training = Training(steps=800, rate_steps=400, batch_size=16, evaluate_every=50, held_out=128)
+    title = "Parity: learned at 40 bits, judged at up to 256"
+    parity = Table("parity", "parity", title, Parity(), _rows(CAUSAL, sizes), training, 5)
+    words = [
+        Table(f"words-{group.lower()}", "words", f"Word problem of {group}: learned at 32, judged at up to 128",
+              GroupWords(group=group), _rows(CAUSAL, sizes), training, 3)
+        for group in ("S3", "A5")
+    ]  # fmt: skip
+    return [parity, *words]
+
+
+def _bytes() -> list[Table]:
+    training = Training(steps=500, rate_steps=200, batch_size=8, evaluate_every=50, held_out=128, solved=None)
+    return [
+        Table(f"bytes-{blocks}", "bytes", f"Bytes of Python's library: {blocks} block{'s' * (blocks > 1)}",
+              ByteText(), _rows(CAUSAL, Sizes(num_heads=4, mlp=256, blocks=blocks, loops=2)), training, 3)
+        for blocks in (1, 2, 4)
+    ]  # fmt: skip
+
+
+def _digits() -> Table:
+    # Without a mask and with norms of queries, iterative solvers mostly find no equilibrium: no arm has the norms.
+    sizes = Sizes(num_heads=4, mlp=256, qk_norm=False)
+    training = Training(steps=600, rate_steps=300, batch_size=16, evaluate_every=50, held_out=256, solved=None)
+    return Table("digits", "digits", "Digits: half of the pixels from the other half", Digits(),
+                 _rows(BIDIRECTIONAL, sizes), training, 3)  # fmt: skip
+
+
+def _studies() -> list[Table]:
+    task, title = MQAR(64, 4, 128), ARMS["implicit"].title
+    norms = {
+        f"{arm}{'' if norm else '-no-norm'}": Row(
+            arm, f"{ARMS[arm].title}, `qk_norm={norm}`", replace(_RECALL_SIZES, qk_norm=norm)
+        )
+        for arm in ("strict", "implicit")
+        for norm in (True, False)
+    }
+    tolerances = {
+        f"implicit-{tolerance:.0e}": Row(
+            "implicit", f"{title}, tolerance {tolerance:g}", replace(_RECALL_SIZES, tolerance=tolerance)
+        )
+        for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    }
+    gradients = {
+        "implicit": Row("implicit", title, _RECALL_SIZES),
+        "implicit-no-norm": Row("implicit", f"{title}, `qk_norm=False`", replace(_RECALL_SIZES, qk_norm=False)),
+    }
+    fixed = replace(_RECALL, rates=(1e-2,))
+    looked_at = replace(fixed, gradients=True)
+    return [
+        Table("qk-norm", "studies", "Norms of queries and keys", task, norms, _RECALL, 3),
+        Table("tolerance", "studies", "Tolerance against accuracy", task, tolerances, fixed, 3),
+        Table("gradients", "studies", "What gradients are worth", task, gradients, looked_at, 3),
+    ]
+
+
+def _sized(table: Table, budget: str) -> Table:
+    """A table for another budget than the CPU's, for which they are written down."""
+    if budget == "cpu":
+        return table
+    training = table.training
+    tiny = replace(training, steps=2, rate_steps=1, batch_size=2, evaluate_every=1, held_out=2, rates=(3e-3,))
+    rows = {name: replace(row, sizes=_small(row.sizes)) for name, row in table.rows.items()}
+    return replace(table, training=tiny, rows=rows, seeds=1)
+
+
+def _small(sizes: Sizes) -> Sizes:
+    return replace(sizes, embed_dim=16, mlp=48 + 16 * sizes.blocks, kernel="torch", loops=2)

@@ -1,0 +1,116 @@
+"""The arms: equally large, causal where they say so, and each what it is said to be."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from implicit_attention import ImplicitQueryAttention
+from implicit_attention.experiments import ARMS, BUDGETS, arm_named, build, flops, tables
+from implicit_attention.experiments.arms import matching_width, parameters
+from tests.experiments.simple import SIZES, Before
+
+CAUSAL, FREE = Before(), Before(is_causal=False)
+TABLES = [pytest.param(table, id=f"{budget}-{name}") for budget in BUDGETS for name, table in tables(budget).items()]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_parameters_are_within_two_percent(table):
+    counts = [parameters(build(ARMS[row.arm], table.task, row.sizes, 0)) for row in table.rows.values()]
+    assert max(counts) / min(counts) <= 1.02
+
+
+def test_a_width_that_cannot_match_is_refused():
+    with pytest.raises(ValueError, match=r"`mlp` must be so wide that ordinary-2 can have \d+ parameters within 2%"):
+        matching_width(ARMS["ordinary-2"], CAUSAL, replace(SIZES, mlp=1))
+
+
+def test_arms_of_a_seed_share_their_embedding():
+    embeddings = [build(arm, CAUSAL, SIZES, 3).embedding.weight for arm in ARMS.values()]
+    assert all(torch.equal(embeddings[0], other) for other in embeddings[1:])
+    assert not torch.equal(embeddings[0], build(ARMS["gru"], CAUSAL, SIZES, 4).embedding.weight)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_causal_arms_do_not_look_ahead(name):
+    model = build(ARMS[name], CAUSAL, SIZES, 0)
+    for parameter_name, parameter in model.named_parameters():  # biases of zero would hide a mask that is shifted
+        if parameter_name.endswith("table"):
+            parameter.data.normal_()
+    tokens = torch.randint(5, (2, 12))
+    later = tokens.clone()
+    later[:, 7:] = (later[:, 7:] + 1) % 5
+    with torch.no_grad():
+        before, after = model(tokens), model(later)
+    torch.testing.assert_close(before[:, :7], after[:, :7], atol=2e-3, rtol=0)  # equilibria are solved to 1e-4
+    assert (before[:, 7:] - after[:, 7:]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.causal_only])
+def test_arms_that_need_a_mask_say_so(name):
+    with pytest.raises(ValueError, match="`arm` must be one that exists without a causal mask"):
+        build(ARMS[name], FREE, SIZES, 0)
+
+
+def test_unknown_arm_suggests_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'implicit'"):
+        arm_named("implict")
+
+
+def test_the_implicit_arms_differ_in_one_option_each():
+    made = {}
+    for name in ("implicit", "strict", "hopfield"):
+        (layer,) = [m for m in build(ARMS[name], CAUSAL, SIZES, 0).modules() if isinstance(m, ImplicitQueryAttention)]
+        made[name] = (layer.self_query, layer.normalize_over)
+    assert made == {"implicit": ("output", "queries"), "strict": ("input", "queries"), "hopfield": ("output", "keys")}
+
+
+def test_recurrent_rows_attend_to_outputs_of_the_rows_before():
+    """Against the definition, in float64, one score at a time."""
+    model = build(ARMS["recurrent"], CAUSAL, replace(SIZES, qk_norm=False), 0).double()
+    (block,) = model.blocks
+    attention, x = block.attention, torch.randn(1, 6, 16, dtype=torch.float64)
+    attention.positions.table.data.normal_()
+    outputs = []
+    for i in range(6):
+        sources = [block.norm_mixer(y) for y in outputs] + [block.norm_mixer(x[0, i])]
+        query = attention.W_Q(block.norm_mixer(x[0, i]))
+        mixed = []
+        for h in range(2):
+            part = slice(8 * h, 8 * h + 8)
+            scores = torch.stack([
+                query[part] @ attention.W_K(s)[part] * 8**-0.5 + attention.positions.table[h, min(i - j, 4) + 4]
+                for j, s in enumerate(sources)
+            ])  # fmt: skip
+            mixed.append(sum(w * attention.W_V(s)[part] for w, s in zip(scores.softmax(0), sources, strict=True)))
+        h1 = x[0, i] + attention.out_proj(torch.cat(mixed))
+        outputs.append(h1 + block.mlp(block.norm_mlp(h1)))
+    torch.testing.assert_close(block.apply_to(x)[0][0], torch.stack(outputs), atol=1e-12, rtol=1e-12)
+
+
+def test_looped_is_its_own_blocks_in_a_row():
+    model = build(ARMS["looped"], CAUSAL, SIZES, 0)
+    twice = copy.deepcopy(model)
+    twice.blocks.extend(copy.deepcopy(model.blocks))
+    twice.loops = 1
+    tokens = torch.randint(5, (2, 12))
+    torch.testing.assert_close(model(tokens), twice(tokens))
+    assert parameters(model) == parameters(build(ARMS["ordinary"], CAUSAL, SIZES, 0))
+
+
+@pytest.mark.parametrize("name", ["ordinary", "ordinary-2", "looped"])
+def test_operations_are_those_that_torch_counts(name):
+    """Without a mask: torch counts the scores that a mask hides, the formula does not."""
+    model, tokens = build(ARMS[name], FREE, SIZES, 0), torch.randint(5, (3, 12))
+    with FlopCounterMode(display=False) as counted:
+        model(tokens).sum().backward()
+    assert flops.training_step(model, 3, 12) == counted.get_total_flops()
+
+
+def test_operations_of_an_equilibrium_grow_with_its_steps():
+    model = build(ARMS["implicit"], CAUSAL, SIZES, 0)
+    one, two, three = (flops.training_step(model, 3, 12, [steps]) for steps in (1, 2, 3))
+    again = 2 * 12 * 16 * 16 + 4 * 16 * 12 * 13 / 2  # Omega_Q of 12 tokens; 78 pairs, all within one block
+    assert two - one == three - two == 3 * 3 * again

@@ -1,0 +1,135 @@
+"""The page: made from records alone, with their figures, and the page in the repository is that of its records."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from implicit_attention.experiments import campaign, pictures, records, report, tables
+from implicit_attention.experiments.sentences import machines
+from tests.experiments.simple import TRAINING, table
+
+DOCS = Path(__file__).parents[2] / "docs"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def run(seed, score, *, solved_at=None, steps=4, seconds=2.0, rate=0.01):
+    """A record by hand."""
+    return {
+        "settings": {
+            "task": {"name": "Before", "length": 12},
+            "sizes": {"embed_dim": 16, "num_heads": 2, "mlp": 64, "loops": 2, "tolerance": 1e-4},
+            "training": {"steps": 4, "batch_size": 4, "evaluate_every": 2, "held_out": 8, "solved": 0.99},
+            "rate": rate,
+            "seed": seed,
+        },
+        "parameters": 1234,
+        "flops": 2.5e9,
+        "end": "steps",
+        "last_step": steps,
+        "seconds": seconds,
+        "solved_at": solved_at,
+        "score": score,
+        "scores": {"held_out": {"accuracy": score}} if score is not None else {},
+        "path_independence": None,
+        "curve": [
+            {"step": 2, "loss": 1.0, "seconds": seconds / 2, "score": score and score / 2, "scores": {}},
+            {"step": 4, "loss": 1.0, "seconds": seconds, "score": score, "scores": {}},
+        ],
+    }
+
+
+def cell(lines, row, column):
+    return lines[row][lines[0].index(column)]
+
+
+def test_figures_are_means_deviations_and_counts():
+    lines = report.cells(table(), {"ordinary": [run(0, 0.5), run(1, 1.0, solved_at=2, seconds=4.0)]})
+    assert cell(lines, 1, "accuracy") == "0.750 ± 0.354"
+    assert cell(lines, 1, "seeds solved") == "1 of 2"
+    assert cell(lines, 1, "steps to solve") == "2"
+    assert cell(lines, 1, "learning rate") == "0.01"
+    assert cell(lines, 1, "parameters") == "1,234"
+    assert cell(lines, 1, "GFLOPs a step") == "2.5"
+    assert cell(lines, 1, "ms a step") == "750"
+
+
+def test_a_run_without_a_score_is_counted_and_not_hidden():
+    lines = report.cells(table(), {"ordinary": [run(0, 0.5), run(1, None)]})
+    assert cell(lines, 1, "accuracy") == "0.500 (1 without)"
+    assert cell(report.cells(table(), {"ordinary": [run(0, 0.5)], "implicit": [run(0, None)]}), 2, "accuracy") == "none"
+
+
+def test_rows_come_in_the_order_of_the_table():
+    found = {"implicit": [run(0, 1.0)], "ordinary": [run(0, 0.5)]}
+    assert list(report.in_order(table(), found)) == ["ordinary", "implicit"]
+
+
+def test_equal_seconds_are_those_of_the_fastest_row():
+    rows = {"ordinary": [run(0, 0.8, seconds=2.0)], "implicit": [run(0, 1.0, seconds=4.0)]}
+    assert report.equal_seconds(rows) == 2.0
+    assert report.at_equal_seconds(rows["implicit"], 2.0, 1) == [0.5]
+    assert report.at_equal_seconds(rows["implicit"], 1.0, 1) == [None]
+    bytes_table = replace(table(), group="bytes")
+    assert cell(report.cells(bytes_table, rows), 2, "at equal seconds") == "0.500"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Records of real runs, with gradients compared, and the page of them."""
+    directory = tmp_path_factory.mktemp("eval")
+    shown = table(training=replace(TRAINING, gradients=False))
+    campaign.perform(
+        shown, list(shown.rows), [0, 1], directory, workers=1, environment={"processor": "a processor"},
+        watch=campaign.Watch(),
+    )  # fmt: skip
+    looked = replace(
+        table("implicit", training=replace(TRAINING, gradients=True)),
+        name="gradients",
+        title="What gradients are worth",
+    )
+    campaign.perform(looked, ["implicit"], [0], directory, workers=1, environment={}, watch=campaign.Watch())
+    return directory, {"before": shown, "gradients": looked}
+
+
+def test_page_has_every_table_and_picture(made):
+    directory, shown = made
+    report.write(directory, records.load(directory), shown)
+    page = (directory / "results.md").read_text()
+    for name, one in shown.items():
+        assert f"## {one.title}" in page
+        assert f"(images/eval-{name}.png)" in page
+        assert (directory / "images" / f"eval-{name}.png").stat().st_size > 10_000
+    assert "Trained on a processor" in page
+    assert page == report.page(records.load(directory), shown)
+
+
+def test_gradients_are_compared_with_the_exact_one(made):
+    directory, _ = made
+    for record in records.load(directory)["gradients"]["implicit"]:
+        for entry in record["curve"]:
+            found = entry["gradients"]
+            assert found["implicit"] == pytest.approx(1, abs=1e-4)
+            assert found["one step"] < found["phantom"] < 1.0001
+            assert 0 < found["radius"] < 1
+
+
+def test_pictures_draw_what_there_is(made):
+    directory, shown = made
+    found = records.load(directory)
+    figure = pictures.table(shown["before"], report.in_order(shown["before"], found["before"]))
+    assert [axes.get_xlabel() for axes in figure.axes] == ["training step"] * 3
+    assert pictures.table(shown["gradients"], found["gradients"]).axes[-1].get_xlabel() == "spectral radius"
+    assert len(pictures.table(shown["before"], {"ordinary": found["before"]["ordinary"]}).axes) == 1
+
+
+def test_machines_are_told_apart():
+    one, other = {**run(0, 1.0), "environment": {"processor": "A"}}, {**run(1, 1.0), "environment": {"processor": "B"}}
+    assert len(machines({"t": {"r": [one, other, one]}})) == 2
+
+
+def test_page_of_the_repository_is_that_of_its_records():
+    found = records.load(DOCS / "data" / "eval")
+    if not found:
+        pytest.skip("no records are kept yet")
+    assert (DOCS / "results.md").read_text(encoding="utf-8") == report.page(found, tables("cpu"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from implicit_attention import native
 from implicit_attention.attention_map import AttentionMap
 from implicit_attention.causal_system import CausalSystem, Queries
-from implicit_attention.diagonal import BlockAdjointSolver, BlockSolver, own_jacobian
+from implicit_attention.diagonal import BlockAdjoint, BlockAdjointSolver, BlockSolver, own_jacobian
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 from implicit_attention.solvers import NewtonKrylov, Solution, Solver
 from implicit_attention.solvers.base import AdjointSolution, DirectSolver
@@ -313,6 +313,7 @@ class _Backward:
         self.rest = {n: new(t.shape, **where) for n, t in parts.items() if self.needs[n]}
         self.d_terms: list[Tensor | None] = [None] * len(system.terms)
         self.residual = new(system.batch, **where)
+        self.converged = torch.ones_like(self.residual, dtype=torch.bool)
         self.sweeps, self.near_singular = 0, 0
         self.compiled: AdjointKernel | None = None
         if native.chosen(solver.kernel, system) == "numba" and not self.bias_grad:  # it keeps no slopes of biases
@@ -359,6 +360,7 @@ class _Backward:
             grad, later = self.grad[:, rows].to(system.wide), self.d_query[:, rows]
             found = self.at.block(rows).solve(grad, later, self.allowed)
         self.residual = torch.maximum(self.residual, found.residual)
+        self.converged &= self._within(found)
         self.sweeps = max(self.sweeps, found.sweeps)
         self.near_singular += found.near_singular
         self.lam[:, rows] = found.lam
@@ -379,6 +381,14 @@ class _Backward:
             at = slice(system.past + rows.start, system.past + rows.stop)
             self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))
 
+    def _within(self, found: BlockAdjoint) -> Tensor:
+        """Whether a block's residual is within tolerance of the cotangent, or of a solution that is larger."""
+        within: Tensor = found.residual <= self.allowed
+        if not bool(within.all()):  # near a gain of 1: not even rounding lam leaves less
+            larger = torch.maximum(self.allowed, self.rtol * found.lam.abs().amax((1, 2, 3)))
+            within = (found.residual <= larger) & torch.isfinite(found.residual)
+        return within
+
     def solution(self) -> AdjointSolution:
         """What was found, by tensor of the map, in its dtype. Past columns are constants: rows see them all."""
         if self.system.past:
@@ -390,11 +400,4 @@ class _Backward:
         for name, tensor in self.system.tensors.items():
             grad = by_name.get(name) if self.needs[name] else None
             by_arg.append(None if grad is None else grad.to(tensor.dtype))
-        return AdjointSolution(by_arg, self.residual, self._converged(), self.sweeps, self.near_singular)
-
-    def _converged(self) -> Tensor:
-        """Whether the residual is within tolerance of the cotangent, or of a solution that is larger than that."""
-        allowed = self.allowed
-        if not bool((self.residual <= allowed).all()):  # near a gain of 1: not even rounding lam leaves less
-            allowed = torch.maximum(allowed, self.rtol * self.lam.abs().amax((1, 2, 3)))
-        return (self.residual <= allowed) & torch.isfinite(self.residual)
+        return AdjointSolution(by_arg, self.residual, self.converged, self.sweeps, self.near_singular)

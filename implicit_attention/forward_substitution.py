@@ -17,6 +17,7 @@ from implicit_attention.attention_map import AttentionMap
 from implicit_attention.causal_system import CausalSystem, Queries
 from implicit_attention.diagonal import BlockAdjoint, BlockAdjointSolver, BlockSolver, own_jacobian
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
+from implicit_attention.row_problem import gelfand_radius
 from implicit_attention.solvers import NewtonKrylov, Solution, Solver
 from implicit_attention.solvers.base import AdjointSolution, DirectSolver
 
@@ -155,7 +156,10 @@ def radius(matrix: Tensor) -> Tensor:
     """Return the spectral radius of matrices `[..., H, H]`, differentiable where the largest eigenvalue is simple."""
     if matrix.shape[-1] == 1:
         return matrix[..., 0, 0].abs()
-    largest: Tensor = torch.linalg.eigvals(matrix).abs().amax(-1)
+    try:
+        largest: Tensor = torch.linalg.eigvals(matrix).abs().amax(-1)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # no convergence, for one of them
+        return gelfand_radius(matrix.flatten(0, -3)).view(matrix.shape[:-2])
     return largest
 
 

@@ -116,7 +116,18 @@ def gains(problem: RowProblem, p: Tensor) -> Tensor:
     Reference:
         I. Gelfand, "Normierte Ringe", Mat. Sbornik 9 (1941).
     """
-    power = problem.linearize(p)[1]
+    return gelfand_radius(problem.linearize(p)[1])
+
+
+def gelfand_radius(power: Tensor) -> Tensor:
+    """Return the spectral radius of matrices `[R, H, H]`, as `gains` describes it.
+
+    Args:
+        power: The matrices.
+
+    Returns:
+        `[R]`; NaN where a matrix holds NaN.
+    """
     if power.shape[-1] == 1:
         return power[:, 0, 0].abs()
     sizes = []
@@ -125,6 +136,6 @@ def gains(problem: RowProblem, p: Tensor) -> Tensor:
         sizes.append(torch.where(size == 0.0, 1.0, size))
         power = power / sizes[-1][:, None, None]
         power = torch.bmm(power, power)
-    shares = 0.5 ** torch.arange(len(sizes), dtype=p.dtype, device=p.device)
+    shares = 0.5 ** torch.arange(len(sizes), dtype=power.dtype, device=power.device)
     radius = (torch.stack(sizes, -1).log() @ shares).exp()
     return torch.where(size == 0.0, 0.0, radius)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from implicit_attention.forward_substitution import radius
 from implicit_attention.rows import RowProblem, gains, solve_rows
 from tests.oracle_roots import complex_step
 from tests.row_batches import F64, function, linear, make
@@ -52,3 +53,13 @@ def test_gains_can_be_differentiated():
 
     leaves = [t.clone().requires_grad_() for t in (problem.alpha, problem.beta, p)]
     assert torch.autograd.gradcheck(radius, leaves, eps=1e-6, atol=1e-4)
+
+
+def test_gains_where_eigenvalues_do_not_converge(monkeypatch):
+    def fails(matrices):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    matrices = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = radius(matrices)
+    monkeypatch.setattr(torch.linalg, "eigvals", fails)
+    torch.testing.assert_close(radius(matrices), expected, rtol=1e-5, atol=0.0)

@@ -88,15 +88,16 @@ def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
         return None
     column = root.query if rotation is None else rotate(root.query, rotation)
     cache.append(column.to(value.dtype), value, None)
-    residual = torch.tensor(residuals, dtype=y.dtype, device=y.device)[:, None]
-    size = torch.tensor(sizes, dtype=y.dtype, device=y.device)[:, None].clamp_min(torch.finfo(y.dtype).tiny)
+    tiny = torch.finfo(y.dtype).tiny
+    relative = [r / max(size, tiny) for r, size in zip(residuals, sizes, strict=True)]
+    residual, ratio = torch.tensor([residuals, relative], dtype=y.dtype, device=y.device)[..., None]  # each [B, 1]
     return Solution(
         value=y.to(x.dtype),
         residual=residual,
-        steps=torch.full_like(residual, root.steps, dtype=torch.long),
-        converged=torch.ones_like(residual, dtype=torch.bool),
+        steps=torch.full((len(sizes), 1), root.steps, device=y.device),
+        converged=torch.ones(len(sizes), 1, dtype=torch.bool, device=y.device),
         abs_trace=residual[None],
-        rel_trace=(residual / size)[None],
+        rel_trace=ratio[None],
         evaluations=root.steps,
     )
 

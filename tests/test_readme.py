@@ -1,5 +1,6 @@
 """The README is true: its Python runs as it stands, its commands and their options exist."""
 
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
+from benchmarks.report import PASSES
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -109,3 +112,25 @@ def test_command_line_exists(words):
 def test_benchmark_exists(words):
     shown = help_text("-m", "benchmarks", *[word for word in words[:1] if not word.startswith("-")])
     assert [option for option in options(words) if option not in shown] == []
+
+
+def test_generation_fits_the_model_that_is_trained():
+    """The model of `train --preset tiny` takes `Settings.length` bytes, prompt included."""
+    from implicit_attention.training.settings import Settings
+
+    commands = [p.values[0] for p in shell_commands("implicit-attention", "generate")]
+    assert commands
+    for words in commands:
+        given = dict(zip(words, words[1:], strict=False))
+        assert len(given["--prompt"].encode()) + int(given["--max-new-tokens"]) <= Settings().length
+
+
+def test_prices_are_those_that_were_measured():
+    shapes = json.loads((ROOT / "docs" / "data" / "causal.json").read_text(encoding="utf-8"))["shapes"]
+    found = {s["length"]: [f"{s['rows']['ours'][p]['time_ratio']:.1f}" for p in PASSES] for s in shapes}
+    (forward, both), (short_forward, short_both) = found[4096], found[1024]
+    sentence = (
+        f"took {forward} times one attention pass forward and {both} times forward and backward at 4096 tokens, "
+        f"{short_forward} and {short_both} times at 1024"
+    )
+    assert sentence in " ".join(README.read_text(encoding="utf-8").split())

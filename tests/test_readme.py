@@ -1,5 +1,6 @@
 """The README is true: its Python runs as it stands, its commands and their options exist."""
 
+import itertools
 import json
 import os
 import re
@@ -121,7 +122,7 @@ def test_generation_fits_the_model_that_is_trained():
     commands = [p.values[0] for p in shell_commands("implicit-attention", "generate")]
     assert commands
     for words in commands:
-        given = dict(zip(words, words[1:], strict=False))
+        given = dict(itertools.pairwise(words))
         assert len(given["--prompt"].encode()) + int(given["--max-new-tokens"]) <= Settings().length
 
 

@@ -115,7 +115,7 @@ class ForwardSubstitution(DirectSolver):
     def kernel_for(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
         """Return what computes the diagonal blocks of a map, "torch" or "numba".
 
-        Numba hands rows that its Newton's method does not solve to torch, and leaves the gradients of biases to it.
+        Numba hands rows that it does not solve to torch, and leaves the gradients of biases to it.
 
         Args:
             function: As in `equilibrium`.

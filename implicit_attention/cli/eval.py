@@ -137,9 +137,9 @@ def _perform(plans: "list[Plan]", directory: Path, page: Path, budget: str, work
     from implicit_attention.experiments import campaign, records, report, suite
 
     _prepare(directory)
-    machine = environment()
+    machine, display = environment(), Display(Console(stderr=True), workers)
     try:
-        with Display(Console(stderr=True), workers) as display:
+        with display.progress:
             for plan in plans:
                 campaign.perform(*plan, directory, workers=workers, environment=machine, watch=display.watch)
     except KeyboardInterrupt:

@@ -1,8 +1,5 @@
 """Runs of an evaluation as they go: a bar for the table on a terminal, a line for each run that ends."""
 
-from types import TracebackType
-from typing import Self
-
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -15,7 +12,7 @@ class Display:
     """The bar of a table's runs; `watch` is what the runs tell it."""
 
     def __init__(self, console: Console, workers: int) -> None:
-        """Make it.
+        """Make it; it is shown within `with display.progress`.
 
         Args:
             console: Where it is shown.
@@ -35,17 +32,6 @@ class Display:
         self.bar: TaskID | None = None
         self.going: dict[tuple[str, str, int, float], float] = {}
         self.ended = 0
-
-    def __enter__(self) -> Self:
-        """Show the bar."""
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the terminal as it was."""
-        self.progress.stop()
 
     def _total(self, table: Table, runs: int, before: int) -> None:
         self.going, self.ended = {}, before

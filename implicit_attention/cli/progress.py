@@ -1,7 +1,6 @@
 """A run as it goes: a bar with its figures on a terminal, a line for each evaluation in a file."""
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +12,7 @@ class Display:
     """The bar of a run."""
 
     def __init__(self, console: Console) -> None:
-        """Make it.
+        """Make it; it is shown within `with display.progress`.
 
         Args:
             console: Where it is shown.
@@ -28,17 +27,6 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-
-    def __enter__(self) -> Self:
-        """Show the bar."""
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the terminal as it was."""
-        self.progress.stop()
 
     def say(self, sentence: str) -> None:
         """Print a sentence above the bar."""

@@ -70,7 +70,8 @@ def _run(run: Callable[..., "Result | None"], plan: Any, console: Console) -> "R
         return run(plan, say=lambda sentence: None)
     from implicit_attention.cli.progress import Display
 
-    with Display(console) as display:
+    display = Display(console)
+    with display.progress:
         return run(plan, say=display.say, callbacks=[display.callback()])
 
 

@@ -1,5 +1,6 @@
 """The command line: the demo end to end at toy size, its refusals, and what it says without its extras."""
 
+import importlib
 import json
 import sys
 import warnings
@@ -161,3 +162,23 @@ def test_main_runs_the_commands(monkeypatch, capsys):
         cli.main()
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith("implicit-attention ")
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_processes_of_torchrun_end_at_once_with_their_status(status, monkeypatch):
+    """Without the interpreter's ending, in which Gloo's threads may abort a process whose work is done."""
+    left = []
+
+    def end(prog_name):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(importlib.import_module("implicit_attention.cli.app"), "app", end)
+    monkeypatch.setattr("os._exit", left.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert left == [status]
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert left == [status]

@@ -1,5 +1,6 @@
 """The command line: `implicit-attention COMMAND`, one file per command."""
 
+import os
 import sys
 
 
@@ -14,4 +15,20 @@ def main() -> None:
         raise SystemExit(2) from None
     from implicit_attention.cli.app import app
 
-    app(prog_name="implicit-attention")
+    try:
+        app(prog_name="implicit-attention")
+    except SystemExit as end:
+        if "WORLD_SIZE" in os.environ and isinstance(end.code, int):
+            _leave(end.code)
+        raise
+
+
+def _leave(status: int) -> None:
+    """End a process that torchrun has started, without the interpreter's own ending.
+
+    Gloo's threads outlive `destroy_process_group` while anything refers to the group (DTensor's caches do). If one of
+    them lets go of a tensor while the interpreter ends, the process aborts, its work done (pytorch/pytorch#179291).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -87,12 +87,15 @@ class RecurrentBlock(Block):
         bias = attention.bias(slice(0, x.shape[1]), slice(0, x.shape[1]))
         own_score = (query * own[..., :dim]).sum(-1) + bias.diagonal(dim1=-2, dim2=-1)  # [B, H, N]
         past, outputs = own[:, :, :0], []
-        for i in range(x.shape[1]):
-            row = slice(i, i + 1)
-            scores = query[:, :, row] @ past[..., :dim].mT + bias[:, :, row, :i]
-            weights = torch.cat([scores, own_score[:, :, row, None]], -1).softmax(-1)
-            seen = weights[..., :i] @ past[..., dim:] + weights[..., i:] * own[:, :, row, dim:]
-            outputs.append(self.finish(x[:, row] + attention.out_proj(merge_heads(seen))))
+        # Split once: the gradient of a slice is as large as what was sliced.
+        own_values = own[..., dim:].split(1, 2)
+        for i, (row, row_query, row_score, row_value, row_bias) in enumerate(
+            zip(x.split(1, 1), query.split(1, 2), own_score.split(1, 2), own_values, bias.split(1, 2), strict=True)
+        ):
+            scores = row_query @ past[..., :dim].mT + row_bias[..., :i]
+            weights = torch.cat([scores, row_score[..., None]], -1).softmax(-1)
+            seen = weights[..., :i] @ past[..., dim:] + weights[..., i:] * row_value
+            outputs.append(self.finish(row + attention.out_proj(merge_heads(seen))))
             past = torch.cat([past, self._columns(self.norm_mixer(outputs[-1]))], 2)
         return torch.cat(outputs, 1), None
 

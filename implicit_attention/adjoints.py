@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from implicit_attention import maps
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
+from implicit_attention.linear import largest
 from implicit_attention.solvers import DirectSolver, Method, Solution, Solver, solve
 from implicit_attention.solvers.base import AdjointSolution, nothing_to_solve
 
@@ -260,7 +261,7 @@ class _Run:
         if torch.is_grad_enabled() or maps.transforms_active():
             return self._composable_backward(y, args, grad)
         # NaN in a sample's cotangent: NaN in its gradients alone.
-        broken = ~torch.isfinite(torch.linalg.vector_norm(grad.reshape(len(grad), -1), torch.inf, -1))
+        broken = ~torch.isfinite(largest(grad))
         any_broken = bool(broken.any())
         by_sample = broken.reshape(-1, *[1] * (grad.dim() - 1))
         grad = grad.masked_fill(by_sample, 0.0) if any_broken else grad

@@ -5,7 +5,7 @@ kernel, and merged by log-sum-exp; only the blocks on the diagonal are iterated 
 recursion backwards.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from implicit_attention.attention_map import AttentionMap
 from implicit_attention.causal_system import CausalSystem, Queries
 from implicit_attention.diagonal import BlockAdjoint, BlockAdjointSolver, BlockSolver, own_jacobian
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
+from implicit_attention.linear import largest
 from implicit_attention.row_problem import gelfand_radius
 from implicit_attention.solvers import NewtonKrylov, Solution, Solver
 from implicit_attention.solvers.base import AdjointSolution, DirectSolver
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from implicit_attention.native.engine import AdjointKernel, ForwardKernel
 
 HANDED_OVER = 4  # rows that the compiled kernel gives up on together
-_TILE, _TILES = 512, 8  # one call below the diagonal in the backward pass: at least so many rows and columns, at most
-# such a part of all; bounds what it allocates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,16 +179,12 @@ def _halves(low: int, high: int, block: int) -> int:
     return low + block * ((blocks + 1) // 2)
 
 
-def _below(system: CausalSystem, low: int, middle: int, high: int, tile: int) -> Iterator[tuple[slice, slice]]:
-    """The rows from `middle` on and the columns before it that they see, in tiles."""
+def _seen(system: CausalSystem, low: int, middle: int, high: int) -> tuple[slice, slice]:
+    """The rows from `middle` on and the columns before it of which any sees any; both are empty if none does."""
     window = system.spec.window
     if window is not None:
         high, low = min(high, middle + window - 1), max(low, middle - window + 1)
-    for row in range(middle, high, tile):
-        for col in range(low, middle, tile):
-            rows, cols = slice(row, min(row + tile, high)), slice(col, min(col + tile, middle))
-            if window is None or rows.start - (cols.stop - 1) < window:
-                yield rows, cols
+    return slice(middle, high), slice(low, middle)
 
 
 class _Forward:
@@ -222,9 +217,7 @@ class _Forward:
             return
         middle = _halves(low, high, block)
         self.descend(low, middle, block)
-        for rows, cols in _below(self.system, low, middle, high, high - low):
-            query, value = self.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
-            self._merge(rows, query, value, self.system.past + cols.start)
+        self._attend(*_seen(self.system, low, middle, high))
         self.descend(middle, high, block)
 
     def _merge(self, rows: slice, query: Tensor, value: Tensor, first: int) -> None:
@@ -243,12 +236,12 @@ class _Forward:
         while rows.start < rows.stop:
             done = self.compiled.settle(rows)
             hard = slice(done, min(done + HANDED_OVER, rows.stop))  # the kernel gives up on these: to torch
-            self._attend_within(slice(rows.start, done), slice(done, rows.stop))
+            self._attend(slice(done, rows.stop), slice(rows.start, done))
             self._settle_eagerly(hard)
             rows = slice(hard.stop, rows.stop)
-            self._attend_within(hard, rows)
+            self._attend(rows, hard)
 
-    def _attend_within(self, cols: slice, rows: slice) -> None:
+    def _attend(self, rows: slice, cols: slice) -> None:
         if cols.start < cols.stop and rows.start < rows.stop:
             query, value = self.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
             self._merge(rows, query, value, self.system.past + cols.start)
@@ -302,10 +295,8 @@ class _Backward:
     ) -> None:  # fmt: skip
         self.system, self.at = system, _At(system, y, memo)
         self.grad, self.rtol = grad.reshape(self.at.y.shape), solver.tolerances(y.dtype, linear=True)[0]
-        self.tile = max(_TILE, system.length // _TILES)
         self.needs = dict(zip(system.function.names, needs, strict=True))
-        largest: Tensor = torch.linalg.vector_norm(grad.flatten(1), torch.inf, -1)
-        self.allowed = self.rtol * largest.to(system.wide)
+        self.allowed = self.rtol * largest(grad).to(system.wide)
         self.bias_grad = any(need for name, need in self.needs.items() if name.startswith("term"))
         new, shape = torch.zeros, (system.batch, system.length)
         where: dict[str, Any] = {"dtype": system.wide, "device": y.device}
@@ -331,7 +322,8 @@ class _Backward:
             return
         middle = _halves(low, high, block)
         self.descend(middle, high, block)
-        for rows, cols in _below(self.system, low, middle, high, self.tile):
+        rows, cols = _seen(self.system, low, middle, high)
+        if rows.start < rows.stop:
             self._carry(rows, cols)
         self.descend(low, middle, block)
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from implicit_attention.linear import gmres, spectral_radius
+from implicit_attention.linear import gmres, largest, spectral_radius
 from tests.bridge import array, close
 
 
@@ -133,3 +133,10 @@ def test_spectral_radius_equals_the_eigenvalues(kind):
 def test_spectral_radius_of_each_system():
     matrices = torch.stack([s * torch.eye(4, dtype=torch.float64) for s in (0.1, 1.0, 7.0)])
     close(spectral_radius(product(matrices), torch.ones(3, 4, dtype=torch.float64)), np.array([0.1, 1.0, 7.0]), 1e-12)
+
+
+def test_the_largest_magnitude_of_each_sample():
+    t = torch.tensor([[[1.0, -3.0], [2.0, 0.5]], [[0.0, 0.0], [0.0, -0.0]], [[torch.nan, 1.0], [0.0, 0.0]]])
+    assert largest(t)[:2].tolist() == [3.0, 0.0]
+    assert bool(largest(t)[2].isnan())
+    assert largest(torch.tensor([-2.0, torch.inf, -torch.inf])).tolist() == [2.0, torch.inf, torch.inf]

@@ -86,12 +86,13 @@ class RecurrentBlock(Block):
         own = self._columns(normed)
         bias = attention.bias(slice(0, x.shape[1]), slice(0, x.shape[1]))
         own_score = (query * own[..., :dim]).sum(-1) + bias.diagonal(dim1=-2, dim2=-1)  # [B, H, N]
-        past, outputs = own[:, :, :0], []
+        past, values, outputs = own[:, :, :0], own[..., dim:], []
         # Split once: the gradient of a slice is as large as what was sliced.
-        own_values = own[..., dim:].split(1, 2)
-        for i, (row, row_query, row_score, row_value, row_bias) in enumerate(
-            zip(x.split(1, 1), query.split(1, 2), own_score.split(1, 2), own_values, bias.split(1, 2), strict=True)
-        ):
+        rows = zip(
+            *(torch.split(t, 1, axis) for t, axis in ((x, 1), (query, 2), (own_score, 2), (values, 2), (bias, 2))),
+            strict=True,
+        )
+        for i, (row, row_query, row_score, row_value, row_bias) in enumerate(rows):
             scores = row_query @ past[..., :dim].mT + row_bias[..., :i]
             weights = torch.cat([scores, row_score[..., None]], -1).softmax(-1)
             seen = weights[..., :i] @ past[..., dim:] + weights[..., i:] * row_value

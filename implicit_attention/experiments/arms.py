@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from implicit_attention.adjoints import Implicit as ImplicitAdjoint
+from implicit_attention.adjoints import Phantom
 from implicit_attention.errors import Came, bad_value
 from implicit_attention.experiments.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
 from implicit_attention.experiments.mixers import GRU, Implicit, Ordinary
@@ -20,6 +22,7 @@ from implicit_attention.solvers import Anderson
 from implicit_attention.tasks.task import Task
 
 MARGIN = 0.02  # by how much the numbers of parameters of two arms of a table may differ
+ADJOINTS = {"implicit": ImplicitAdjoint(), "phantom": Phantom(), "one step": Phantom(steps=1, damping=1.0)}
 MOST_STEPS = 24  # of an iterative solver: one row that does not settle keeps all others waiting
 
 
@@ -36,6 +39,8 @@ class Sizes:
         loops: How often the looped arm applies its blocks.
         qk_norm: RMS norm of queries and keys, in every arm that has them.
         query_input: Whether implicit layers add `W_Q x` to their queries.
+        positions: Of implicit layers, as `ImplicitQueryAttention` has them; all other arms have the relative bias.
+        adjoint: Of implicit layers, a name in `ADJOINTS`.
         tolerance: To which equilibria are solved in training and judging, absolute and relative.
         kernel: Of `ForwardSubstitution`.
     """
@@ -48,6 +53,8 @@ class Sizes:
     loops: int = 4
     qk_norm: bool = True
     query_input: bool = True
+    positions: str | None = "relative"
+    adjoint: str = "implicit"
     tolerance: float = 1e-4
     kernel: str = "auto"
 
@@ -116,11 +123,12 @@ def _equilibrium(
         normalize_over=normalize_over,
         query_input=sizes.query_input,
         qk_norm=sizes.qk_norm,
-        positions=_positions(sizes),
+        positions=_positions(sizes) if sizes.positions == "relative" else sizes.positions,
         out_proj=True,
         solver=ForwardSubstitution(kernel=sizes.kernel, rtol=rtol, atol=atol)
         if exact
         else Anderson(rtol=rtol, atol=atol, max_steps=MOST_STEPS),
+        adjoint=ADJOINTS[known("adjoint", sizes.adjoint, ADJOINTS)],
         on_failure="ignore",  # each run records the share of rows that missed the tolerance
     )
     return ParallelBlock(Implicit(layer), sizes.embed_dim, width)

@@ -4,7 +4,8 @@ Two operations for each multiplication with an addition in linear maps, in score
 norms, softmax or activations. The backward pass counts twice the forward pass. Attention counts the pairs of tokens
 that see each other: `N (N + 1) / 2` under a causal mask. An equilibrium counts one whole application of its map, plus,
 for each further step that its solver took on average, what a step costs: the query map again, and the pairs within a
-block on the diagonal (causal, by forward substitution) or all pairs (elsewhere). Its adjoint counts twice that.
+block on the diagonal (causal, by forward substitution) or all pairs (elsewhere). Its adjoint counts twice that, and so
+does another gradient in its place.
 """
 
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from implicit_attention.adjoints import Adjoint
 from implicit_attention.adjoints import Implicit as ImplicitAdjoint
-from implicit_attention.adjoints import Phantom
+from implicit_attention.experiments.arms import ADJOINTS
 from implicit_attention.experiments.blocks import Block, ParallelBlock, SequenceModel
 from implicit_attention.experiments.mixers import Implicit
 from implicit_attention.fixed_point import fixed_point
@@ -17,7 +18,6 @@ from implicit_attention.solvers import Anderson, Solution
 from implicit_attention.tasks.task import Batch, Task
 
 Figures = dict[str, float]
-GRADIENTS = {"implicit": None, "phantom": Phantom(), "one step": Phantom(steps=1, damping=1.0)}
 
 
 def solver_figures(solutions: Sequence[Solution]) -> Figures:
@@ -108,15 +108,15 @@ def gradient_quality(model: SequenceModel, task: Task, batch: Batch) -> Figures:
         batch: On what.
 
     Returns:
-        Cosines by the names of `GRADIENTS`, and "radius", the largest gain of a row.
+        Cosines by the names of `ADJOINTS`, and "radius", the largest gain of a row.
     """
     exact = _twin(model, ImplicitAdjoint()).double()
     for layer in implicit_layers(exact):
         layer.solver = ForwardSubstitution(rtol=1e-10, atol=1e-10)
     wanted = _gradient(exact, task, batch)
     figures = {}
-    for name, adjoint in GRADIENTS.items():
-        got = _gradient(_twin(model, adjoint or ImplicitAdjoint()), task, batch)
+    for name, adjoint in ADJOINTS.items():
+        got = _gradient(_twin(model, adjoint), task, batch)
         figures[name] = float(torch.nn.functional.cosine_similarity(got, wanted, dim=0))
     with torch.no_grad():
         solutions = model.solve(batch.inputs, gains=True)[1]
@@ -124,7 +124,7 @@ def gradient_quality(model: SequenceModel, task: Task, batch: Batch) -> Figures:
     return figures | {"radius": float(torch.stack(gains).max())}
 
 
-def _twin(model: SequenceModel, adjoint: ImplicitAdjoint | Phantom) -> SequenceModel:
+def _twin(model: SequenceModel, adjoint: Adjoint) -> SequenceModel:
     twin = copy.deepcopy(model)
     for layer in implicit_layers(twin):
         layer.adjoint = adjoint

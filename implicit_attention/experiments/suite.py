@@ -1,10 +1,11 @@
 """Which experiments there are: every table with its task, its rows and its sizes, for each budget."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from implicit_attention.errors import bad_value
-from implicit_attention.experiments.arms import ARMS, Sizes
+from implicit_attention.experiments.arms import ADJOINTS, ARMS, Sizes
 from implicit_attention.experiments.names import known
 from implicit_attention.experiments.run import Run, Training
 from implicit_attention.tasks.byte_text import ByteText
@@ -168,11 +169,14 @@ def _states() -> list[Table]:
     return [parity, *words]
 
 
+_BYTES = Training(steps=500, rate_steps=200, batch_size=8, evaluate_every=50, held_out=128, solved=None)
+_BYTES_SIZES = Sizes(num_heads=4, mlp=256, loops=2)
+
+
 def _bytes() -> list[Table]:
-    training = Training(steps=500, rate_steps=200, batch_size=8, evaluate_every=50, held_out=128, solved=None)
     return [
         Table(f"bytes-{blocks}", "bytes", f"Bytes of Python's library: {blocks} block{'s' * (blocks > 1)}",
-              ByteText(), _rows(CAUSAL, Sizes(num_heads=4, mlp=256, blocks=blocks, loops=2)), training, 3)
+              ByteText(), _rows(CAUSAL, replace(_BYTES_SIZES, blocks=blocks)), _BYTES, 3)
         for blocks in (1, 2, 4)
     ]  # fmt: skip
 
@@ -204,10 +208,31 @@ def _studies() -> list[Table]:
         "implicit": Row("implicit", title, _RECALL_SIZES),
         "implicit-no-norm": Row("implicit", f"{title}, `qk_norm=False`", replace(_RECALL_SIZES, qk_norm=False)),
     }
+    positions = {
+        f"implicit-{name or 'none'}": Row(
+            "implicit",
+            f"{title}, `positions={json.dumps(name) if name else None}`",
+            replace(_RECALL_SIZES, positions=name),
+        )
+        for name in (None, "alibi", "rope", "relative")
+    }
+    of_bytes = {
+        name: replace(row, sizes=replace(_BYTES_SIZES, positions=row.sizes.positions))
+        for name, row in positions.items()
+    }
+    adjoints = {
+        f"implicit-{name.replace(' ', '-')}": Row(
+            "implicit", f"{title}, trained by the {name} gradient", replace(_RECALL_SIZES, adjoint=name)
+        )
+        for name in ADJOINTS
+    }
     fixed = replace(_RECALL, rates=(1e-2,))
     looked_at = replace(fixed, gradients=True)
     return [
         Table("qk-norm", "studies", "Norms of queries and keys", task, norms, _RECALL, 3),
+        Table("positions", "studies", "Positions: recall", task, positions, _RECALL, 3),
+        Table("positions-bytes", "studies", "Positions: bytes", ByteText(), of_bytes, _BYTES, 3),
+        Table("adjoint", "studies", "Gradients to learn with", task, adjoints, _RECALL, 3),
         Table("tolerance", "studies", "Tolerance against accuracy", task, tolerances, fixed, 3),
         Table("gradients", "studies", "What gradients are worth", task, gradients, looked_at, 3),
     ]

@@ -112,7 +112,8 @@ def perform(run: Run, tell: Tell = lambda done: None) -> Record:
         tell: Is told after each step how much of the run is done, from 0 to 1.
 
     Returns:
-        The record: "settings", "parameters", "flops" of a step, "seconds", "curve", "score" and "scores" at the end,
+        The record: "settings", "parameters", "flops" of a step, "seconds" of training (of the processor: what the clock
+        shows on a core that does nothing else), "wall_seconds" of all, "curve", "score" and "scores" at the end,
         "solved_at" (the step of the first of two evaluations in a row that solved it, else None), "end" ("solved",
         "steps" or "diverged"), "skipped" (steps whose gradient was not finite and not taken), "path_independence".
 
@@ -142,13 +143,14 @@ class _Course:
         self.curve: list[Record] = []
         self.solver_steps: list[float] = []
         self.length, self.skipped = 0, 0
+        self.begun = time.perf_counter()
 
     def record(self, tell: Tell) -> Record:
         seconds, end, step = 0.0, "steps", 0
         for step in range(1, self.training.steps + 1):
-            begun = time.perf_counter()
+            begun = time.process_time()
             loss = self._step()
-            seconds += time.perf_counter() - begun
+            seconds += time.process_time() - begun
             if not math.isfinite(loss):
                 end = "diverged"
                 break
@@ -219,6 +221,7 @@ class _Course:
             "last_step": step,
             "skipped": self.skipped,
             "seconds": seconds,
+            "wall_seconds": time.perf_counter() - self.begun,
             "solved_at": self._solved_at() if end == "solved" else None,
             "score": last["score"],
             "scores": last["scores"],

@@ -16,8 +16,8 @@ are narrower where the mixer has more weights. Each arm's learning rate is chose
 {RATE_SEED}, which counts for nothing else. Training ends early once the worst kind of
 held-out sequences has been solved at two evaluations in a row. Scores are mean ± standard deviation over seeds of
 the last evaluation. FLOPs are counted by formula (`experiments/flops.py`): a forward and backward pass, the solver's
-steps included. The same seed gives the same figures again on the same machine; times are those of one thread next to as
-many runs as there were cores."""
+steps included. The same seed gives the same figures again on the same machine; times are processor time of one thread,
+next to as many runs as there were cores."""
 
 SOLVER = "How equilibria were solved, at the last evaluation, and whether another start leads to the same:"
 

@@ -13,14 +13,15 @@ from implicit_attention.experiments.suite import RATE_SEED, chosen
 from tests.experiments.simple import SIZES, TRAINING, Before, table
 
 NOTHING = campaign.Watch()
+TIMES = ("seconds", "wall_seconds", "environment")
 # torch's GRU and Anderson's method load parts of torch that warn of themselves.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def outcome(record):
-    """What a run gives again: all but seconds."""
+    """What a run gives again: all but its times."""
     curve = [{key: value for key, value in entry.items() if key != "seconds"} for entry in record["curve"]]
-    return {**{key: value for key, value in record.items() if key not in ("seconds", "environment")}, "curve": curve}
+    return {**{key: value for key, value in record.items() if key not in TIMES}, "curve": curve}
 
 
 @pytest.mark.parametrize("arm", ["implicit", "gru", "recurrent"])

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from implicit_attention.experiments import sentences
+from implicit_attention.experiments import choices, sentences
+from implicit_attention.experiments.arms import ARMS
 from implicit_attention.experiments.run import Record
 from implicit_attention.experiments.suite import Table
 
@@ -25,6 +26,10 @@ def page(found: Records, tables: Mapping[str, Table]) -> str:
     """
     shown = [(table, found[name]) for name, table in tables.items() if name in found]
     parts = ["# Results", sentences.INTRODUCTION, *sentences.machines(found)]
+    if len(summary := overview(shown)) > 1:
+        parts += ["## In short", sentences.OVERVIEW, markdown(summary)]
+    if chosen := recommendation(found):
+        parts += ["## Defaults", sentences.DEFAULTS, *chosen]
     for table, rows in shown:
         ordered = in_order(table, rows)
         parts += [f"## {table.title}", *sentences.settings(table, ordered)]
@@ -38,6 +43,43 @@ def page(found: Records, tables: Mapping[str, Table]) -> str:
         if gradients := gradient_table(table, ordered):
             parts += [sentences.GRADIENTS, gradients]
     return "\n\n".join(parts) + "\n"
+
+
+def overview(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> list[list[str]]:
+    """Return a line for each table that compares arms: the score of some of them, and whose is the best.
+
+    Args:
+        shown: Tables and their records.
+    """
+    arms = ("ordinary", "ordinary-2", "implicit")
+    lines = [["task", "score", *(ARMS[arm].title for arm in arms), "the best arm"]]
+    for table, rows in shown:
+        if not any(arm in rows for arm in arms) or table.group == "studies":
+            continue
+        score = table.task.score
+        sign = -1 if score.startswith("-") else 1
+        worst = ", worst kind" if len(kinds_of(rows)) > 1 else ""
+        best = max(rows, key=lambda name: choices.merit(rows[name]))
+        lines.append([
+            table.title, score.lstrip("-").replace("_", " ") + worst,
+            *(worst_score(rows.get(arm, []), sign) for arm in arms),
+            f"{table.rows[best].title if best in table.rows else best}: {worst_score(rows[best], sign)}",
+        ])  # fmt: skip
+    return lines
+
+
+def worst_score(runs: Sequence[Record], sign: int) -> str:
+    """Return mean and deviation over seeds of the score that decides, that of the worst kind; empty without runs."""
+    return spread(None if run["score"] is None else sign * run["score"] for run in runs) if runs else ""
+
+
+def recommendation(found: Records) -> list[str]:
+    """Return a paragraph for each option that the records say something about."""
+    return [
+        sentences.choice(choice, value, choices.compared(choice, found), [t for t in choice.tables if t in found])
+        for choice in choices.CHOICES
+        if (value := choices.recommended(choice, found)) is not None
+    ]
 
 
 def in_order(table: Table, rows: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Record]]:

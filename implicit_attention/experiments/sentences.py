@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from implicit_attention.experiments.choices import Choice
 from implicit_attention.experiments.run import Record
 from implicit_attention.experiments.suite import RATE_SEED, Table
 
@@ -19,10 +20,29 @@ the last evaluation. FLOPs are counted by formula (`experiments/flops.py`): a fo
 steps included. The same seed gives the same figures again on the same machine; times are processor time of one thread,
 next to as many runs as there were cores."""
 
+OVERVIEW = """The score that decides, mean ± standard deviation over seeds. The best arm is that with the most seeds
+solved, then the highest mean; it need not be ahead by more than the spread."""
+
+DEFAULTS = """What the tables below say about the options of `ImplicitQueryAttention`. Of two rows one is *ahead* if
+more of its seeds solved the task, or, with as many, if the means differ by more than the two deviations together."""
+
 SOLVER = "How equilibria were solved, at the last evaluation, and whether another start leads to the same:"
 
 GRADIENTS = """Cosine of each gradient, over all weights, to the exact one (float64, equilibrium and adjoint to 1e-10),
 at the evaluations of the runs above, by the spectral radius of the equilibria at that time:"""
+
+
+def choice(option: Choice, value: str, tally: Mapping[str, tuple[int, int]], tables: Sequence[str]) -> str:
+    """Return what speaks for the value of an option.
+
+    Args:
+        option: The option.
+        value: The value that is recommended.
+        tally: From `choices.compared`.
+        tables: Names of the tables that say so.
+    """
+    listed = "; ".join(f"`{name}` {won} ahead, {lost} behind" for name, (won, lost) in tally.items())
+    return f"- **`{option.option}`: `{value}`.** By {', '.join(tables)}: {listed}."
 
 
 def machines(found: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[str]:

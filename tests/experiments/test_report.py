@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from implicit_attention.experiments import campaign, pictures, records, report, tables
+from implicit_attention.experiments import campaign, choices, pictures, records, report, tables
 from implicit_attention.experiments.sentences import machines
 from tests.experiments.simple import TRAINING, table
 
@@ -72,6 +72,44 @@ def test_equal_seconds_are_those_of_the_fastest_row():
     assert report.at_equal_seconds(rows["implicit"], 1.0, 1) == [None]
     bytes_table = replace(table(), group="bytes")
     assert cell(report.cells(bytes_table, rows), 2, "at equal seconds") == "0.500"
+
+
+def test_a_row_is_ahead_by_seeds_solved_or_by_more_than_the_spread():
+    solved, close = [run(0, 0.99, solved_at=4), run(1, 0.9)], [run(0, 0.99), run(1, 0.9)]
+    assert choices.ahead(solved, close)
+    assert not choices.ahead(close, solved)
+    better = [run(0, 0.97), run(1, 0.99)]
+    assert not choices.ahead(better, close), "0.98 ± 0.014 is not clearly above 0.945 ± 0.064"
+    assert choices.ahead(better, [run(0, 0.8), run(1, 0.81)])
+    assert choices.ahead(close, [run(0, 0.99), run(1, None)])
+
+
+def test_a_default_is_the_value_that_is_ahead_most_often():
+    choice = choices.Choice("qk_norm", ("one", "two", "three"), {"True": "with", "False": "without"})
+    good, bad = [run(0, 1.0, solved_at=2)], [run(0, 0.5)]
+    found = {"one": {"with": bad, "without": good}, "two": {"with": bad, "without": good}, "three": {"with": good}}
+    assert choices.compared(choice, found) == {"True": (0, 2), "False": (2, 0)}
+    assert choices.recommended(choice, found) == "False"
+    assert choices.recommended(choice, {"one": {"with": bad, "without": bad}}) == "True", "the first among equals"
+    assert choices.recommended(choice, {}) is None
+
+
+def test_every_choice_names_rows_that_there_are():
+    shown = tables("cpu")
+    for choice in choices.CHOICES:
+        assert set(choice.tables) <= shown.keys()
+        for name in choice.tables:
+            assert set(choice.rows.values()) <= shown[name].rows.keys()
+
+
+def test_the_overview_shows_the_best_arm_of_each_table():
+    shown = replace(table(), group="recall")
+    lines = report.overview([(shown, {"ordinary": [run(0, 0.5)], "implicit": [run(0, 0.75)]})])
+    assert cell(lines, 1, "the best arm") == "implicit: 0.750"
+    assert cell(lines, 1, "ordinary attention, 1 layer") == "0.500"
+    assert cell(lines, 1, "implicit") == "0.750"
+    assert cell(lines, 1, "ordinary attention, 2 layers") == ""
+    assert len(report.overview([(replace(shown, group="studies"), {"ordinary": [run(0, 0.5)]})])) == 1
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,115 @@
+"""What the experiments say about the defaults: each option's candidates, compared by their records."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from implicit_attention.experiments.run import Record
+
+Records = Mapping[str, Mapping[str, Sequence[Record]]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option, and by which rows of which tables its value is chosen.
+
+    Attributes:
+        option: Its name in `ImplicitQueryAttention`.
+        tables: Where its candidates are compared.
+        rows: The row of each candidate, by what is written for the value; the first is taken where all are alike.
+    """
+
+    option: str
+    tables: tuple[str, ...]
+    rows: Mapping[str, str]
+
+
+CHOICES = (
+    Choice(
+        "self_query",
+        ("recall-64", "recall-128", "recall-256", "khop-48", "khop-100", "parity", "words-s3", "words-a5", "bytes-1",
+         "bytes-2", "bytes-4"),
+        {'"output"': "implicit", '"input"': "strict"},
+    ),
+    Choice("qk_norm", ("qk-norm",), {"True": "implicit", "False": "implicit-no-norm"}),
+    Choice(
+        "positions",
+        ("positions", "positions-bytes"),
+        {'"rope"': "implicit-rope", '"relative"': "implicit-relative", '"alibi"': "implicit-alibi",
+         "None": "implicit-none"},
+    ),
+    Choice(
+        "adjoint",
+        ("adjoint",),
+        {'"implicit"': "implicit-implicit", "Phantom()": "implicit-phantom", "one step": "implicit-one-step"},
+    ),
+    Choice(
+        "tolerance",
+        ("tolerance",),
+        {f"{tolerance:g}": f"implicit-{tolerance:.0e}" for tolerance in (1e-4, 1e-5, 1e-3, 1e-2, 1e-1)},
+    ),
+)  # fmt: skip
+
+
+def merit(runs: Sequence[Record]) -> tuple[float, float]:
+    """Return what rows are compared by: the share of seeds that solved the task, then their mean score.
+
+    Args:
+        runs: The records of a row; a run without a score counts as the worst.
+    """
+    solved = statistics.mean(run["solved_at"] is not None for run in runs)
+    scores = [-float("inf") if run["score"] is None else float(run["score"]) for run in runs]
+    return solved, statistics.mean(scores)
+
+
+def deviation(runs: Sequence[Record]) -> float:
+    """Return the standard deviation of those scores that there are.
+
+    Args:
+        runs: The records of a row.
+    """
+    scores = [run["score"] for run in runs if run["score"] is not None]
+    return statistics.stdev(scores) if len(scores) > 1 else 0.0
+
+
+def ahead(first: Sequence[Record], second: Sequence[Record]) -> bool:
+    """Return whether a row is ahead of another: more seeds solved it, or, if as many, by more than both deviations.
+
+    Args:
+        first: The records of a row.
+        second: Those of the other.
+    """
+    (solved, score), (other_solved, other_score) = merit(first), merit(second)
+    if solved != other_solved:
+        return solved > other_solved
+    return score - other_score > deviation(first) + deviation(second)
+
+
+def compared(choice: Choice, found: Records) -> dict[str, tuple[int, int]]:
+    """Return of each candidate, in how many comparisons with another it is ahead and in how many behind.
+
+    Args:
+        choice: The option.
+        found: Records by table, row and seed; tables that lack a candidate do not count for it.
+    """
+    tally = dict.fromkeys(choice.rows, (0, 0))
+    for table in choice.tables:
+        rows = {value: runs for value, row in choice.rows.items() if (runs := found.get(table, {}).get(row))}
+        for value, runs in rows.items():
+            others = [other for name, other in rows.items() if name != value]
+            won, lost = tally[value]
+            tally[value] = won + sum(ahead(runs, o) for o in others), lost + sum(ahead(o, runs) for o in others)
+    return tally
+
+
+def recommended(choice: Choice, found: Records) -> str | None:
+    """Return the value that is ahead most often and behind least often, the first among equals; None without records.
+
+    Args:
+        choice: The option.
+        found: As in `compared`.
+    """
+    if not any(row in found.get(table, {}) for table in choice.tables for row in choice.rows.values()):
+        return None
+    tally = compared(choice, found)
+    return max(tally, key=lambda value: tally[value][0] - tally[value][1])

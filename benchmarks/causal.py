@@ -15,7 +15,7 @@ import torch
 from benchmarks import measure
 from benchmarks.gate import Gate, reached
 from benchmarks.peers import CONTESTANTS, NEAR_SINGULAR, OURS, OURS_ALL, SDPA, Case, Entrant, available
-from benchmarks.report import PASSES, add_layer_arguments, described, target, verdict
+from benchmarks.report import PASSES, add_layer_arguments, described, target, tell, verdict
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
 
 TOLERANCE = 1e-4
@@ -124,6 +124,7 @@ def measure_shape(
     layers: dict[str, ImplicitQueryAttention], names: list[str], length: int, repeats: int
 ) -> dict[str, Any]:
     """Everybody's time and memory at one length."""
+    tell(f"N = {length}")
     batch = batch_at(length)
     cases = make_cases(layers, batch, length)
     left_out = {n: why for n in names if (why := too_long(n, length))}

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import measure, reference
 from benchmarks.causal import batch_at, perform
 from benchmarks.peers import Case, implicit, iteration
-from benchmarks.report import PASSES, add_layer_arguments, described, target, verdict
+from benchmarks.report import PASSES, add_layer_arguments, described, target, tell, verdict
 from implicit_attention import ForwardSubstitution, Implicit, ImplicitQueryAttention
 
 LENGTHS = (1024, 4096)
@@ -93,8 +93,12 @@ def short(dtype: torch.dtype) -> str:
 
 
 def swept_table(seeds: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The sweep and its totals."""
+    """The sweep and its totals; on one thread, as its equations are small."""
+    tell(f"sweep in {short(dtype)}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     cells = sweep(seeds, dtype)
+    torch.set_num_threads(threads)
     scaled, tolerance = SWEPT[dtype]
     totals = {key: sum(cell[key] for cell in cells) for key in ("rows", "flagged", "silent_failures")}
     head = {"embed_dim": SWEEP_EMBED, "scaled": scaled, "tolerance": tolerance, "seeds": seeds}
@@ -105,6 +109,7 @@ def measure_setting(
     length: int, qk_norm: bool, deviations: tuple[float, ...], repeats: int, embed_dim: int, num_heads: int
 ) -> dict[str, Any]:
     """Random weights, then hard ones, at one shape: timed in turn."""
+    tell(f"N = {length}, {'with' if qk_norm else 'without'} qk_norm")
     batch = batch_at(length)
     x = torch.randn(batch, length, embed_dim)
     layer = make_layer(embed_dim, num_heads, qk_norm)

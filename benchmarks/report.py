@@ -1,6 +1,8 @@
 """What the JSON of all causal benchmarks has in common: the head, and promises held against figures."""
 
 import argparse
+import sys
+import time
 from importlib import metadata
 from typing import Any
 
@@ -26,6 +28,11 @@ def described(benchmark: str, embed_dim: int, num_heads: int) -> dict[str, Any]:
     except metadata.PackageNotFoundError:
         found["versions"]["torchdeq"] = None
     return {"benchmark": benchmark, **found, "embed_dim": embed_dim, "num_heads": num_heads, "dtype": "float32"}
+
+
+def tell(what: str) -> None:
+    """Say on stderr what is being measured now."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def target(what: str, measured: float, at_most: float) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def page(found: Records, tables: Mapping[str, Table]) -> str:
     """
     shown = [(table, found[name]) for name, table in tables.items() if name in found]
     parts = ["# Results", sentences.INTRODUCTION, *sentences.machines(found)]
+    if lacking := missing(found, tables):
+        parts.append(sentences.missing(lacking))
     if len(summary := overview(shown)) > 1:
         parts += ["## In short", sentences.OVERVIEW, markdown(summary)]
     if chosen := recommendation(found):
@@ -43,6 +45,22 @@ def page(found: Records, tables: Mapping[str, Table]) -> str:
         if gradients := gradient_table(table, ordered):
             parts += [sentences.GRADIENTS, gradients]
     return "\n\n".join(parts) + "\n"
+
+
+def missing(found: Records, tables: Mapping[str, Table]) -> list[str]:
+    """Return the tables of which runs have not been made yet, with their rows where some have all runs.
+
+    Args:
+        found: As in `page`.
+        tables: As in `page`.
+    """
+    lacking = []
+    for name, table in tables.items():
+        rows = found.get(name, {})
+        open_rows = [row for row in table.rows if len(rows.get(row, [])) < table.seeds]
+        if open_rows:
+            lacking.append(name if len(open_rows) == len(table.rows) else f"{name} ({', '.join(open_rows)})")
+    return lacking
 
 
 def overview(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> list[list[str]]:

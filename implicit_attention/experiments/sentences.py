@@ -45,6 +45,15 @@ def choice(option: Choice, value: str, tally: Mapping[str, tuple[int, int]], tab
     return f"- **`{option.option}`: `{value}`.** By {', '.join(tables)}: {listed}."
 
 
+def missing(lacking: Sequence[str]) -> str:
+    """Return what the page still lacks.
+
+    Args:
+        lacking: From `report.missing`.
+    """
+    return f"**Not complete.** Runs are still missing of: {', '.join(lacking)}."
+
+
 def machines(found: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[str]:
     """Return on what the runs were made, one line for each kind of machine and versions."""
     seen: dict[str, float] = {}

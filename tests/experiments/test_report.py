@@ -112,6 +112,17 @@ def test_the_overview_shows_the_best_arm_of_each_table():
     assert len(report.overview([(replace(shown, group="studies"), {"ordinary": [run(0, 0.5)]})])) == 1
 
 
+def test_the_page_says_which_runs_are_missing():
+    two = replace(table(), name="one", seeds=2)
+    rows = {name: [run(0, 0.5), run(1, 0.5)] for name in two.rows}
+    assert report.missing({"one": rows}, {"one": two}) == []
+    first = next(iter(rows))
+    assert report.missing({"one": rows | {first: [run(0, 0.5)]}}, {"one": two}) == [f"one ({first})"]
+    assert report.missing({}, {"one": two}) == ["one"]
+    assert "Runs are still missing of: one." in report.page({}, {"one": two})
+    assert "missing" not in report.page({"one": rows}, {"one": two})
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Records of real runs, with gradients compared, and the page of them."""

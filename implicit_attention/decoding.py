@@ -20,7 +20,8 @@ from implicit_attention.attention_map import NORM_EPS, split_heads
 from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.forward_substitution import ForwardSubstitution
 from implicit_attention.inputs import check_input
-from implicit_attention.kernels import AttentionSpec, chunked, flash
+from implicit_attention.kernels import AttentionSpec, chunked
+from implicit_attention.kernels.attention import stock
 from implicit_attention.masks import AdditiveMask
 from implicit_attention.positions import rotate
 from implicit_attention.preparation import Layer
@@ -150,10 +151,11 @@ def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
     query = key.reshape(len(key), column.shape[1], -1, key.shape[-1])  # the heads of a group as more rows
     if hidden is not None:
         spec, terms = AttentionSpec(layer.scale, terms=(AdditiveMask(),)), (hidden[:, None, None, :],)
-    if flash.serves(query, value, spec, None):
-        out, lse = flash.forward(spec, query, column, value, None, terms)
-    else:
+    kernel = stock(query, value, spec)
+    if kernel is None:
         out, lse = chunked.forward(spec, None, (query, column, value, None, *terms))
+    else:
+        out, lse = kernel.forward(spec, query, column, value, None, terms)
     return out.reshape(key.shape), lse.reshape(key.shape[:-1])
 
 

@@ -2,7 +2,8 @@
 
 `attention` is the operation: differentiable twice, forward-mode differentiable, vmappable. The
 implementations never import each other: `reference` is the readable oracle, `chunked` serves every
-option on every device, `flash` calls the stock kernel that PyTorch ships for the CPU.
+option on every device, `flash` calls the stock kernel that PyTorch ships for the CPU, `flash_cuda` those for CUDA
+devices.
 """
 
 from implicit_attention.kernels.attention import attention

@@ -1,12 +1,28 @@
 """The attention operation: which implementation serves a call, and all its derivatives."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicit_attention.kernels import chunked, flash
+from implicit_attention.kernels import chunked, flash, flash_cuda
 from implicit_attention.kernels.spec import AttentionSpec
+
+
+def stock(query: Tensor, value: Tensor, spec: AttentionSpec, self_score: Tensor | None = None) -> ModuleType | None:
+    """Return the module that computes a call with one of PyTorch's flash kernels, None if none of them can.
+
+    Args:
+        query: As in `attention`.
+        value: As in `attention`.
+        spec: As in `attention`.
+        self_score: As in `attention`.
+
+    Returns:
+        `flash`, `flash_cuda` or None.
+    """
+    return next((module for module in (flash, flash_cuda) if module.serves(query, value, spec, self_score)), None)
 
 
 def attention(
@@ -22,8 +38,8 @@ def attention(
     r"""Return `softmax(scale q k^T + bias) v` and its log-sum-exp, without an N x M matrix.
 
     Differentiable twice in every float tensor but `seeds`, in forward mode once, and under
-    `torch.func` transforms. The stock flash kernel serves what it can; dropout, learned biases' gradients
-    and devices other than the CPU take the chunked implementation.
+    `torch.func` transforms. The stock flash kernels serve what they can (see `stock`); dropout, learned biases'
+    gradients, and on CUDA devices float32, float64 and biases take the chunked implementation.
 
     Args:
         query: `[B, H, N, d]`; row i of the output belongs to it.
@@ -72,9 +88,10 @@ def partial_backward(
     Returns:
         Gradients of query, key, value and each term (None unless `bias_grad`).
     """
-    if not bias_grad and flash.serves(query, value, spec, None):
+    kernel = None if bias_grad else stock(query, value, spec)
+    if kernel is not None:
         narrow = query.dtype
-        found = flash.backward(spec, grad.to(narrow), query, key, value, None, out.to(narrow), lse, terms)
+        found = kernel.backward(spec, grad.to(narrow), query, key, value, None, out.to(narrow), lse, terms)
         return *found[:3], *(None for _ in terms)
     return chunked.partial_backward(spec, seeds, grad, (query, key, value, None, *terms), out, lse, bias_grad=bias_grad)
 
@@ -124,9 +141,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(spec: AttentionSpec, seeds: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
         query, key, value, self_score, *terms = inputs
-        if flash.serves(query, value, spec, self_score):
-            return flash.forward(spec, query, key, value, self_score, tuple(terms))
-        return chunked.forward(spec, seeds, inputs)
+        kernel = stock(query, value, spec, self_score)
+        if kernel is None:
+            return chunked.forward(spec, seeds, inputs)
+        out, lse = kernel.forward(spec, query, key, value, self_score, tuple(terms))
+        return out, lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -169,9 +188,10 @@ class _AttentionGradient(torch.autograd.Function):
         *inputs: Any,
     ) -> tuple[Tensor | None, ...]:
         query, key, value, self_score, *terms = inputs
-        if bias_grad or not flash.serves(query, value, spec, self_score):
+        kernel = None if bias_grad else stock(query, value, spec, self_score)
+        if kernel is None:
             return chunked.backward(spec, seeds, grad, inputs)
-        grads = flash.backward(spec, grad, query, key, value, self_score, out, lse, tuple(terms))
+        grads = kernel.backward(spec, grad, query, key, value, self_score, out, lse, tuple(terms))
         return (*grads, *(None for _ in terms))
 
     @staticmethod

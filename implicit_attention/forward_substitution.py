@@ -7,12 +7,12 @@ recursion backwards.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicit_attention import native
+from implicit_attention import block_kernels
 from implicit_attention.attention_map import AttentionMap
 from implicit_attention.causal_system import CausalSystem, Queries
 from implicit_attention.diagonal import BlockAdjoint, BlockAdjointSolver, BlockSolver, own_jacobian
@@ -22,10 +22,7 @@ from implicit_attention.row_problem import gelfand_radius
 from implicit_attention.solvers import NewtonKrylov, Solution, Solver
 from implicit_attention.solvers.base import AdjointSolution, DirectSolver
 
-if TYPE_CHECKING:
-    from implicit_attention.native.engine import AdjointKernel, ForwardKernel
-
-HANDED_OVER = 4  # rows that the compiled kernel gives up on together
+HANDED_OVER = 4  # rows that a compiled kernel gives up on together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +33,8 @@ class ForwardSubstitution(DirectSolver):
         block: Rows of a diagonal block; one that does not settle is halved, down to single rows.
         kernel: What computes the diagonal blocks: "torch"; "numba" (the extra `cpu`; float32 and float64 on the CPU
             without dropout), several times faster, but compiled for a minute or two when it is first used on a
-            machine; or "auto": numba where it is installed and serves. See `kernel_for`.
+            machine; "triton" (the extra `gpu`; CUDA devices, without dropout); or "auto": the compiled one for the
+            device where it is installed and serves. See `kernel_for`.
         fallback: What solves the equations that have no causal structure to go by: adjoints that are
             differentiated again or taken under torch.func transforms.
 
@@ -53,7 +51,7 @@ class ForwardSubstitution(DirectSolver):
         """Refuse settings that cannot work."""
         super().__post_init__()
         check_positive("block", self.block, integer=True)
-        check_choice("kernel", self.kernel, native.KERNELS)
+        check_choice("kernel", self.kernel, block_kernels.KERNELS)
         if not isinstance(self.fallback, Solver):
             raise bad_type("fallback", "an iterative solver such as NewtonKrylov()", self.fallback)
 
@@ -112,19 +110,19 @@ class ForwardSubstitution(DirectSolver):
         return backward.solution()
 
     def kernel_for(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
-        """Return what computes the diagonal blocks of a map, "torch" or "numba".
+        """Return what computes the diagonal blocks of a map: "torch", "numba" or "triton".
 
-        Numba hands rows that it does not solve to torch, and leaves the gradients of biases to it.
+        The compiled ones hand rows that they do not solve to torch, and leave the gradients of biases to it.
 
         Args:
             function: As in `equilibrium`.
             args: As in `equilibrium`.
 
         Raises:
-            ImportError: If numba is asked for and missing.
-            ValueError: If it is asked for and cannot compute the map.
+            ImportError: If a compiled one is asked for whose compiler is missing.
+            ValueError: If one is asked for that cannot compute the map.
         """
-        return native.chosen(self.kernel, CausalSystem(_causal(function), args))
+        return block_kernels.chosen(self.kernel, CausalSystem(_causal(function), args))
 
     def gains(
         self, function: Callable[..., Tensor], args: tuple[Tensor, ...], y: Tensor, memo: tuple[Tensor, ...]
@@ -205,11 +203,13 @@ class _Forward:
         else:
             self.y = new(*shape, system.heads, system.dim, dtype=system.wide)
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
-        self.compiled: ForwardKernel | None = None
-        if native.chosen(solver.kernel, system) == "numba":
+        engine = block_kernels.engine(solver.kernel, system)
+        self.compiled: block_kernels.ForwardKernel | None = None
+        if engine is not None:
             into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
-            block = min(solver.block, system.length)
-            self.compiled = native.kernels().ForwardKernel(system, into, block, self.rtol, self.atol)
+            self.compiled = engine.ForwardKernel(system, into, min(solver.block, system.length), self.rtol, self.atol)
+        kernel: Any = self.compiled
+        self.merger: block_kernels.Merger | None = kernel if isinstance(kernel, block_kernels.Merger) else None
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -222,6 +222,9 @@ class _Forward:
 
     def _merge(self, rows: slice, query: Tensor, value: Tensor, first: int) -> None:
         out, lse = self.system.below(rows, query, value, first)
+        if self.merger is not None:
+            self.merger.merge(rows, out, lse)
+            return
         before = self.lse[:, :, rows]
         total = torch.logaddexp(before, lse)
         share = torch.exp(lse - total.clamp_min(torch.finfo(total.dtype).min))[..., None]
@@ -310,11 +313,12 @@ class _Backward:
         self.residual = new(system.batch, **where)
         self.converged = torch.ones_like(self.residual, dtype=torch.bool)
         self.sweeps, self.near_singular = 0, 0
-        self.compiled: AdjointKernel | None = None
-        if native.chosen(solver.kernel, system) == "numba" and not self.bias_grad:  # it keeps no slopes of biases
+        engine = block_kernels.engine(solver.kernel, system)
+        self.compiled: block_kernels.AdjointKernel | None = None
+        if engine is not None and not self.bias_grad:  # they keep no slopes of biases
             at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
             block = min(solver.block, system.length)
-            self.compiled = native.kernels().AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
+            self.compiled = engine.AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:

@@ -1,8 +1,15 @@
 """What every test shares: fixed random states, and derandomised property tests without deadlines."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Triton looks when its kernels are imported: without a device they run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("implicit", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("implicit")
@@ -25,3 +32,16 @@ def poisoned():
 def pytest_configure(config):
     """Torch scripts its own forward-mode decompositions when they are first used, and complains about it."""
     config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def brisk_interpreter():
+    """Let Triton's interpreter prepare the language once; it does so at every call of a function within a kernel."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    language = pytest.importorskip("triton.language")
+    function, call = interpreter.InterpretedFunction, interpreter.InterpretedFunction.__call__
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+    function.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    yield
+    function.__call__ = call
+    scope.restore()

@@ -196,7 +196,7 @@ def test_numba_where_it_cannot_serve_is_an_error():
 
 
 def test_missing_numba(monkeypatch):
-    monkeypatch.setattr("implicit_attention.native.find_spec", lambda name: None)
+    monkeypatch.setattr("implicit_attention.block_kernels.find_spec", lambda name: None)
     x = inputs(1, 20)
     assert kernel_for(make("auto", 1e-8, x.dtype), x) == "torch"
     with pytest.raises(ImportError, match=r"implicit-attention\[cpu\]"):

@@ -34,6 +34,8 @@ ORDER = [
     "causal_system",
     "diagonal",
     "native",
+    "triton_blocks",
+    "block_kernels",
     "forward_substitution",
     "operator",
     "inputs",

@@ -3,55 +3,13 @@
 Importing this room does not import numba; `engine`, which does, is imported where it is used.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
-
 import torch
 
 from implicit_attention.causal_system import CausalSystem
-from implicit_attention.errors import Came, bad_value
-
-KERNELS = ("auto", "torch", "numba")
-_WORTH_IT = 8  # rows; preparing the kernels costs more than fewer rows do (a decoded token is one)
 
 
-def kernels() -> Any:
-    """Return the room that calls the compiled kernels; it needs numba."""
-    return import_module("implicit_attention.native.engine")
-
-
-def chosen(kernel: str, system: CausalSystem) -> str:
-    """Return which kernel computes the diagonal blocks of a map: "torch" or "numba".
-
-    Args:
-        kernel: What is asked for: "auto" takes numba where it is installed, serves the map, and pays.
-        system: The map.
-
-    Returns:
-        The kernel.
-
-    Raises:
-        ImportError: If numba is asked for and missing.
-        ValueError: If it is asked for and cannot compute the map.
-    """
-    if kernel == "torch":
-        return "torch"
-    hindrance, missing = _hindrance(system), find_spec("numba") is None
-    if kernel == "auto":
-        return "torch" if missing or hindrance or system.length < _WORTH_IT else "numba"
-    if missing:
-        raise ImportError("kernel=\"numba\" needs numba: pip install 'implicit-attention[cpu]'")
-    if hindrance:
-        raise bad_value(
-            "kernel",
-            '"auto" or "torch" unless the layer runs on the CPU in float32 or float64, without dropout',
-            Came(f'"numba" where {hindrance}'),
-        )
-    return "numba"
-
-
-def _hindrance(system: CausalSystem) -> str | None:
+def hindrance(system: CausalSystem) -> str | None:
+    """Return why the kernels cannot compute a map, in words; None if they can."""
     if system.key.device.type != "cpu":
         return f"the tensors are on {system.key.device}"
     kinds = {t.dtype for t in (system.key, system.value)}

@@ -1,0 +1,138 @@
+"""Which kernel computes the diagonal blocks of a causal map: torch, or one that is compiled by numba or Triton.
+
+Each of the compiled ones is an engine: a module with a `ForwardKernel` and an `AdjointKernel`, which know nothing of
+each other's, and `hindrance`, which says why it cannot compute a map. `diagonal`, in torch, serves every map, and rows
+that an engine gives up on are handed to it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from implicit_attention import native, triton_blocks
+from implicit_attention.causal_system import CausalSystem
+from implicit_attention.diagonal import BlockAdjoint
+from implicit_attention.errors import Came, bad_value
+
+_WORTH_IT = 8  # rows; preparing a kernel costs more than fewer rows do (a decoded token is one)
+
+
+class ForwardKernel(Protocol):
+    """Settles diagonal blocks in place."""
+
+    def settle(self, rows: slice) -> int:
+        """Settle a block's rows up to the first few that want the row solver; the rest is left as it was."""
+
+
+class AdjointKernel(Protocol):
+    """Solves the adjoint of diagonal blocks."""
+
+    def solve(self, rows: slice) -> BlockAdjoint | None:
+        """Solve a block; None if it has rows that want another solver."""
+
+
+@runtime_checkable
+class Merger(Protocol):
+    """A forward kernel that also merges what comes from below the diagonal."""
+
+    def merge(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        """Merge attention over more columns, `[B, H, r, d]` and `[B, H, r]`, into rows that are not solved yet."""
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """What is known about an engine before it is imported.
+
+    Attributes:
+        module: Where it is.
+        extra: The extra that installs what it needs.
+        serves: What it computes, in words.
+        hindrance: Why it cannot compute a map, in words; None if it can.
+        suits: Whether "auto" prefers it for maps on a device of this type.
+    """
+
+    module: str
+    extra: str
+    serves: str
+    hindrance: Callable[[CausalSystem], str | None]
+    suits: Callable[[str], bool]
+
+
+_COMPILED = {
+    "numba": _Compiled(
+        module="implicit_attention.native.engine",
+        extra="cpu",
+        serves="the layer runs on the CPU in float32 or float64, without dropout",
+        hindrance=native.hindrance,
+        suits=lambda device: device == "cpu",
+    ),
+    "triton": _Compiled(
+        module="implicit_attention.triton_blocks.engine",
+        extra="gpu",
+        serves="the layer runs on a CUDA device, in one dtype and without dropout (with TRITON_INTERPRET=1 in the "
+        "environment before the start, Triton's interpreter also serves the CPU, slowly)",
+        hindrance=triton_blocks.hindrance,
+        suits=lambda device: device == "cuda",
+    ),
+}
+KERNELS = ("auto", "torch", *_COMPILED)
+
+
+def chosen(kernel: str, system: CausalSystem) -> str:
+    """Return which kernel computes the diagonal blocks of a map.
+
+    Args:
+        kernel: What is asked for: "auto" takes the compiled one for the map's device where what it needs is
+            installed, where it serves the map, and where it pays.
+        system: The map.
+
+    Returns:
+        "torch", "numba" or "triton".
+
+    Raises:
+        ImportError: If a compiled kernel is asked for whose compiler is missing.
+        ValueError: If one is asked for that cannot compute the map.
+    """
+    if kernel == "torch":
+        return kernel
+    if kernel == "auto":
+        return next((name for name, engine in _COMPILED.items() if _pays(name, engine, system)), "torch")
+    engine = _COMPILED[kernel]
+    if find_spec(kernel) is None:
+        raise ImportError(f"kernel={kernel!r} needs {kernel}: pip install 'implicit-attention[{engine.extra}]'")
+    hindrance = engine.hindrance(system)
+    if hindrance:
+        expected = f'"auto" or "torch" unless {engine.serves}'
+        raise bad_value("kernel", expected, Came(f'"{kernel}" where {hindrance}'))
+    return kernel
+
+
+def _pays(name: str, engine: _Compiled, system: CausalSystem) -> bool:
+    return (
+        engine.suits(system.key.device.type)
+        and system.length >= _WORTH_IT
+        and engine.hindrance(system) is None
+        and find_spec(name) is not None
+    )
+
+
+def engine(kernel: str, system: CausalSystem) -> Any:
+    """Return the engine that computes the diagonal blocks of a map, None if torch does.
+
+    Args:
+        kernel: As in `chosen`.
+        system: The map.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: As in `chosen`.
+        ValueError: As in `chosen`.
+    """
+    name = chosen(kernel, system)
+    return None if name == "torch" else import_module(_COMPILED[name].module)

@@ -1,0 +1,529 @@
+"""The forward pass of one diagonal block in Triton; `README.md` beside this file derives it.
+
+One program settles one sample: all heads of 16 rows together, since they mix through Omega_Q, and one group of 16 rows
+after the other. `work` is a program's scratch in global memory, which its caches hold; barriers stand between the
+stores and loads of different threads. An argument that is None is one that the map does not have.
+"""
+
+import triton
+import triton.language as tl
+
+from implicit_attention.kernels.triton.row_equation import solve_row
+from implicit_attention.kernels.triton.tiles import (
+    ROWS,
+    R,
+    configurations,
+    load_bias,
+    load_rows,
+    load_scratch,
+    store_rows,
+    store_scratch,
+    turned,
+)
+
+MOST_SWEEPS = tl.constexpr(32)
+PATIENCE = tl.constexpr(8)  # sweeps after which rows that still settle slowly have their own equations solved
+
+
+def scratch_size(heads: int, groups: int, dp: int, hp: int) -> int:
+    """Return the elements of a program's scratch, in the order in which `settle_block` lays it out."""
+    tiles = heads + 2 * groups * heads + 1
+    return tiles * ROWS * dp + 2 * heads * ROWS * (ROWS + 1) + 6 * heads * ROWS + groups * (hp * hp + hp + 1)
+
+
+@triton.jit
+def _attend_before(
+    key, query, value, value_n, strict, before, old, s, n,
+    scale: tl.constexpr, query_n: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr,
+    operand: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Merge attention to the block's rows before `s` into what rows `s .. s + R` saw before, `[R, dp]` and `[R]`."""
+    wide: tl.constexpr = before.dtype
+    peak = old
+    total = tl.where(old == -float("inf"), 0.0, 1.0).to(wide)
+    out = before * total[:, None]
+    for j in range(0, s, R):
+        column = load_rows(query, query_n, j, R, dim, dp).to(operand)
+        scores = tl.dot(key, tl.trans(column), input_precision=precision).to(wide) * scale
+        if strict is not None:
+            scores += load_bias(strict, s, j, n, n, wide)
+        top = tl.maximum(peak, tl.max(scores, 1))
+        safe = tl.where(top == -float("inf"), 0.0, top)
+        shrink = tl.exp(tl.where(peak == -float("inf"), safe, peak) - safe)
+        weights = tl.exp(scores - safe[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        v = load_rows(value, value_n, j, R, dim, dp).to(wide)
+        out = out * shrink[:, None] + tl.dot(weights, v, input_precision=precision)
+        peak = top
+    seen = total > 0.0
+    out = out / tl.where(seen, total, 1.0)[:, None]
+    return out, tl.where(seen, peak + tl.log(tl.where(seen, total, 1.0)), -float("inf"))
+
+
+@triton.jit
+def _make(
+    inputs, weight, weight_o, made, narrow: tl.constexpr, g, h,
+    dim: tl.constexpr, dp: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """What Omega_Q makes of a head's rows `[R, dp]` in a group's queries, into a tile of scratch."""
+    if weight is None:  # one head, absorbed into the key
+        store_scratch(made, inputs, dp)
+    else:
+        at = tl.arange(0, dp)
+        inside = (at < dim)[:, None] & (at < dim)[None, :]
+        omega = weight + (g * dim + at)[None, :].to(tl.int64) * weight_o + (h * dim + at)[:, None]
+        omega = tl.load(omega, mask=inside, other=0.0).to(operand)  # [d of y, d of q]
+        out = tl.dot(inputs.to(narrow).to(operand), omega, input_precision=precision)
+        store_scratch(made, out.to(inputs.dtype), dp)
+
+
+@triton.jit
+def _fixed(constant, added, first, m, g, wide: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr):
+    """The part of a group's queries that does not depend on y, `[R, dp]`."""
+    fixed = tl.zeros([R, dp], wide)
+    if constant is not None:
+        at = tl.arange(0, dp)
+        fixed += tl.load(constant + g * dim + at, mask=at < dim, other=0.0).to(wide)[None, :]
+    if added is not None:
+        fixed += load_rows(added + g * dim, groups * dim, first, m, dim, dp).to(wide)
+    return fixed
+
+
+@triton.jit
+def _normed_and_turned(
+    q, turn, swap, turn_half, first, m, eps: tl.constexpr, normed: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr
+):
+    """A group's queries `[R, dp]`, normed and rotated, and what the norm multiplied them with, `[R]`."""
+    inverse = tl.full([R], 1.0, q.dtype)
+    if normed:
+        inverse = 1.0 / tl.sqrt(tl.sum(q * q, 1) / dim + eps)
+        q = q * inverse[:, None]
+    if turn is not None:
+        q = turned(q, turn, swap, turn_half, first, m, False, dim, dp)
+    return q, inverse
+
+
+@triton.jit
+def _own_scores(scores, given, strict, s, n):
+    """Scores of the rows on themselves, `[R]`, from those on each other, their biases included."""
+    rows = tl.arange(0, R)
+    own = tl.sum(tl.where(rows[:, None] == rows[None, :], scores, 0.0), 1)
+    if given is not None:
+        own = tl.load(given + rows, mask=s + rows < n, other=0.0).to(scores.dtype)
+        if strict is not None:
+            own += tl.load(strict + (s + rows) * (n + 1), mask=s + rows < n, other=0.0).to(scores.dtype)
+    return own
+
+
+@triton.jit
+def _row_problem(
+    key, key_h, made_before, made_value, weights, shares, factors, constant, added, turn, turn_half, grams,
+    i, scale: tl.constexpr, eps: tl.constexpr, normed: tl.constexpr,
+    heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr, hp: tl.constexpr,
+):  # fmt: skip
+    """`y = a + p (v - a)` of row i, put through the query map and onto the row's key.
+
+    Args that belong to the row (`key`, `added`, `turn`) point to it; what the norm needs is left in `grams`.
+
+    Returns:
+        alpha `[hp]` and beta `[hp, hp]`.
+    """
+    wide: tl.constexpr = made_before.dtype.element_ty
+    h = tl.arange(0, hp)
+    at = tl.arange(0, dp)
+    columns = tl.arange(0, R)
+    real = h < heads
+    inside = real[:, None] & (at < dim)[None, :]
+    share = tl.load(shares + h * R + i, mask=real, other=0.0) * tl.load(factors + h * R + i, mask=real, other=0.0)
+    shared: tl.constexpr = heads // groups
+    alpha = tl.zeros([hp], wide)
+    beta = tl.zeros([hp, hp], wide)
+    for g in range(groups):
+        tiles = (g * heads + h)[:, None] * (R * dp) + at[None, :]
+        others = share[:, None] * tl.load(made_before + tiles + i * dp, mask=real[:, None], other=0.0)
+        for of in range(heads):
+            made = load_scratch(made_value + (g * heads + of) * R * dp, dp)
+            weight = tl.load(weights + i * R + of * R * R + columns)
+            weight = tl.where(columns < i, weight, 0.0) * tl.load(factors + of * R + i)
+            others += tl.where((h == of)[:, None], tl.sum(weight[:, None] * made, 0)[None, :], 0.0)
+        base = tl.sum(others, 0)
+        if constant is not None:
+            base += tl.load(constant + g * dim + at, mask=at < dim, other=0.0).to(wide)
+        if added is not None:
+            base += tl.load(added + g * dim + at, mask=at < dim, other=0.0).to(wide)
+        ways = tl.load(made_value + tiles + i * dp, mask=real[:, None], other=0.0) - others  # [hp, dp]
+        mine = inside & (h // shared == g)[:, None]
+        own_key = tl.load(key + h[:, None] * key_h + at[None, :], mask=mine, other=0.0).to(wide)
+        if turn is not None:
+            half: tl.constexpr = dim // 2
+            partner = tl.where(at < half, at + half, at - half)
+            other = tl.load(key + h[:, None] * key_h + partner[None, :], mask=mine, other=0.0).to(wide)
+            angle = turn + tl.where(at < half, at, at - half)
+            cos = tl.load(angle, mask=at < dim, other=0.0)
+            sin = tl.load(angle + turn_half, mask=at < dim, other=0.0)
+            own_key = own_key * cos[None, :] + other * (sin * tl.where(at < half, 1.0, -1.0))[None, :]
+        alpha += tl.sum(own_key * base[None, :], 1) * scale
+        beta += tl.dot(own_key, tl.trans(ways), input_precision="ieee") * scale
+        if normed:
+            of = grams + g * (hp * hp + hp + 1)
+            quadratic = tl.dot(ways, tl.trans(ways), input_precision="ieee") / dim
+            tl.store(of + h[:, None] * hp + h[None, :], quadratic)
+            tl.store(of + hp * hp + h, tl.sum(ways * base[None, :], 1) / dim)
+            tl.store(of + hp * hp + hp, tl.sum(base * base, 0) / dim + eps)
+    return alpha, beta
+
+
+@triton.jit
+def _own_root(
+    alpha, beta, rests, fractions, strict, strict_h, grams, i, at_row, n,
+    normed: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, hp: tl.constexpr,
+):  # fmt: skip
+    """The root of row i's own equation, `[hp]` in float64, and whether it was found."""
+    h = tl.arange(0, hp)
+    real = h < heads
+    rest = tl.load(rests + h * R + i, mask=real, other=0.0).to(tl.float64)
+    sees = tl.load(fractions + h * R + i, mask=real, other=1.0) != 0.0
+    own = tl.zeros([hp], tl.float64)
+    if strict is not None:
+        own = tl.load(strict + h * strict_h + at_row * (n + 1), mask=real, other=0.0).to(tl.float64)
+    blind = (own == -float("inf")) | (real == 0)
+    finite = tl.where(blind, 0.0, own) - tl.where(sees, rest, 0.0)
+    offset = tl.where(blind, -float("inf"), tl.where(sees, finite, float("inf")))
+    gram = None
+    if normed:
+        gram = grams
+    return solve_row(alpha.to(tl.float64), beta.to(tl.float64), offset, gram, heads, groups, hp)
+
+
+@triton.jit
+def _move(weights, shares, fractions, p, i, heads: tl.constexpr, hp: tl.constexpr):
+    """Give row i of the next iterate the own weights `p` `[hp]`."""
+    h = tl.arange(0, hp)
+    columns = tl.arange(0, R)
+    real = h < heads
+    rest = tl.load(fractions + h * R + i, mask=real, other=0.0)
+    moves = real & (rest != 0.0)
+    factor = (1.0 - p).to(rest.dtype) / tl.where(moves, rest, 1.0)
+    row = weights + h[:, None] * (R * R) + i * R + columns[None, :]
+    old = tl.load(row, mask=moves[:, None], other=0.0)
+    new = tl.where(columns[None, :] == i, p.to(rest.dtype)[:, None], old * factor[:, None])
+    tl.store(row, new, mask=moves[:, None])
+    share = tl.load(shares + h * R + i, mask=moves, other=0.0)
+    tl.store(shares + h * R + i, share * factor, mask=moves)
+
+
+@triton.jit
+def _own_weights(weights, i, heads: tl.constexpr, hp: tl.constexpr):
+    h = tl.arange(0, hp)
+    return tl.load(weights + h * (R * R) + i * (R + 1), mask=h < heads, other=0.0)
+
+
+@triton.autotune(configs=configurations(), key=["heads", "groups", "dim"], restore_value=["y", "lse"])
+@triton.jit(do_not_specialize=["first", "n", "rtol", "atol"])
+def settle_block(
+    key, value, weight, constant, added, turn, given, strict,
+    y, lse, query, inverse, residual, size, sweeps, before_y, before_lse, status, work,
+    key_b, key_h, key_n, value_b, value_g, value_n, weight_o, turn_b, turn_half, strict_b, strict_h,
+    length, first, n, slot, rtol, atol, far, same_root, slow_ratio,
+    eps: tl.constexpr, normed: tl.constexpr, scale: tl.constexpr,
+    heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr, hp: tl.constexpr,
+    operand: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Settle rows `first .. first + n` of each sample, up to the first few that want the row solver.
+
+    Args:
+        key: `[B, H, N, d]`, rows contiguous.
+        value: `[B, G, N, d]`, rows contiguous.
+        weight: Omega_Q `[G d, H d]`, rows contiguous, or None: one head, absorbed into the key.
+        constant: Bias of the query map `[G d]`, or None.
+        added: What is added to the query map's output, `[B, N, G d]`, or None.
+        turn: Cosines and sines `[2, 1 or B, N, d / 2]`, or None.
+        given: Scores of the own columns `[B, H, N]`, or None: they are made from the rows' own outputs.
+        strict: Biases within the block `[1 or B, 1 or H, n, n]`, or None.
+        y: `[B, N, H, d]`; attention over the columns before the block, then the outputs.
+        lse: `[B, H, N]`; its log-sum-exp, then that of the whole row.
+        query: `[B, N, G, d]`, filled with the queries of the outputs.
+        inverse: `[B, N, G]`, filled with what the norm multiplied them with; None without a norm.
+        residual: `[B, N]`, filled with `max |F(y) - y|`.
+        size: `[B, N]`, filled with `max |F(y)|`.
+        sweeps: `[B, N]`, filled with how many it took.
+        before_y: `[B, n, H, d]`, filled with what `y` was in rows that are settled.
+        before_lse: `[B, H, n]`, filled with what `lse` was there.
+        status: `[B]`, filled with the first row that is not settled, from 0; n if all are.
+        work: Scratch, `[B, slot]`.
+        key_b: Stride, as are those that follow.
+        key_h: Of heads.
+        key_n: Of rows.
+        value_b: Of samples.
+        value_g: Of groups.
+        value_n: Of rows.
+        weight_o: Of outputs.
+        turn_b: Of samples, or 0.
+        turn_half: Between cosines and sines.
+        strict_b: Of samples, or 0.
+        strict_h: Of heads, or 0.
+        length: N.
+        first: The block's first row.
+        n: Its rows.
+        slot: Elements of a program's scratch.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        far: As `diagonal.FAR`.
+        same_root: As `diagonal.SAME_ROOT`.
+        slow_ratio: As `diagonal.SLOW`.
+        eps: Of the norm.
+        normed: Whether queries are normed.
+        scale: Factor on the scores.
+        heads: H.
+        groups: G.
+        dim: d.
+        dp: d, padded to a power of two from 16 on.
+        hp: H, padded likewise.
+        operand: Type in which keys, queries and Omega_Q enter products.
+        precision: Of the products of float32 tensors.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    wide: tl.constexpr = y.dtype.element_ty
+    narrow: tl.constexpr = query.dtype.element_ty
+    shared: tl.constexpr = heads // groups
+    tile: tl.constexpr = R * dp
+    rows = tl.arange(0, R)
+    diagonal = rows[:, None] == rows[None, :]
+    square = rows[:, None] * R + rows[None, :]
+
+    attended = work + b * slot  # [H, R, dp]: attention before the rows
+    made_before = attended + heads * tile  # [G, H, R, dp]: what Omega_Q makes of it, by head
+    made_value = made_before + groups * heads * tile  # [G, H, R, dp]: and of the rows' values
+    swap = made_value + groups * heads * tile  # [R, dp]
+    weights = swap + tile  # [2, H, R, R]: of the rows on each other, at the iterate and at the next
+    shares = weights + 2 * heads * R * R  # [2, H, R]: of attention before
+    merged = shares + 2 * heads * R  # [H, R]: log-sum-exp before the rows
+    start = merged + heads * R  # [H, R]: scores of the own columns at y = v
+    rests = start + heads * R  # [H, R]: log-sum-exp of all other columns
+    totals = rests + heads * R  # [H, R]: of all columns
+    fractions = totals + heads * R  # [H, R]: weight of all other columns
+    factors = fractions + heads * R  # [H, R]: one over that
+    grams = factors + heads * R  # [G, hp hp + hp + 1]
+
+    key += b * key_b + first * key_n
+    value += b * value_b + first * value_n
+    y += (b * length + first) * heads * dim
+    query += (b * length + first) * groups * dim
+    lse += b * heads * length + first
+    before_y += b * n * heads * dim
+    before_lse += b * heads * n
+    if added is not None:
+        added += (b * length + first) * groups * dim
+    if turn is not None:
+        turn += b * turn_b + first * (dim // 2)
+    if given is not None:
+        given += b * heads * length + first
+    if strict is not None:
+        strict += b * strict_b
+
+    s = 0
+    going = 1
+    while (s < n) & (going == 1):
+        m = tl.minimum(R, n - s)
+        real = rows < m
+
+        # What the rows see before themselves, and what Omega_Q makes of it and of their values.
+        for h in range(heads):
+            g = h // shared
+            k = load_rows(key + h * key_h, key_n, s, m, dim, dp).to(operand)
+            old = tl.load(lse + h * length + s + rows, mask=real, other=-float("inf"))
+            before = load_rows(y + h * dim, heads * dim, s, m, dim, dp)
+            bias = strict
+            if strict is not None:
+                bias = strict + h * strict_h
+            out, before_now = _attend_before(
+                k, query + g * dim, value + g * value_g, value_n, bias, before, old, s, n,
+                scale, groups * dim, dim, dp, operand, precision,
+            )  # fmt: skip
+            store_scratch(attended + h * tile, out, dp)
+            tl.store(merged + h * R + rows, before_now)
+        tl.debug_barrier()
+        for h in range(heads):
+            sees = tl.load(merged + h * R + rows) != -float("inf")
+            tl.store(shares + h * R + rows, tl.where(sees, 1.0, 0.0).to(wide))
+            alone = tl.where(diagonal & (sees == 0)[:, None], 1.0, 0.0).to(wide)
+            tl.store(weights + h * R * R + square, alone)
+            out = load_scratch(attended + h * tile, dp)
+            v = load_rows(value + (h // shared) * value_g, value_n, s, m, dim, dp).to(wide)
+            for g in range(groups):
+                into = (g * heads + h) * tile
+                _make(out, weight, weight_o, made_before + into, narrow, g, h, dim, dp, operand, precision)
+                _make(v, weight, weight_o, made_value + into, narrow, g, h, dim, dp, operand, precision)
+        tl.debug_barrier()
+
+        # Scores of the own columns at the start y = v.
+        if given is None:
+            for g in range(groups):
+                q = _fixed(constant, added, s, m, g, wide, groups, dim, dp)
+                for h in range(heads):
+                    q += load_scratch(made_value + (g * heads + h) * tile, dp)
+                q, _ = _normed_and_turned(q, turn, swap, turn_half, s, m, eps, normed, dim, dp)
+                for h in range(g * shared, (g + 1) * shared):
+                    k = load_rows(key + h * key_h, key_n, s, m, dim, dp).to(wide)
+                    own = tl.sum(k * q, 1) * scale
+                    if strict is not None:
+                        at = strict + h * strict_h + (s + rows) * (n + 1)
+                        own += tl.load(at, mask=real, other=0.0).to(wide)
+                    tl.store(start + h * R + rows, own)
+            tl.debug_barrier()
+
+        verdict = 0
+        parity = 0
+        slow = tl.zeros([R], tl.int32)
+        error_before = tl.full([R], float("inf"), wide)
+        error = tl.zeros([R], wide)
+        extent = tl.zeros([R], wide)
+        sweep = 0
+        while (sweep < MOST_SWEEPS) & (verdict == 0):
+            last_weights = weights + parity * heads * R * R
+            last_shares = shares + parity * heads * R
+            new_weights = weights + (1 - parity) * heads * R * R
+            new_shares = shares + (1 - parity) * heads * R
+            error = tl.zeros([R], wide)
+            extent = tl.zeros([R], wide)
+            change = tl.zeros([R], wide)
+            broken = tl.zeros([R], tl.int32)
+            for g in range(groups):
+                q = _fixed(constant, added, s, m, g, wide, groups, dim, dp)
+                for h in range(heads):
+                    share = tl.load(last_shares + h * R + rows)
+                    p = tl.load(last_weights + h * R * R + square)
+                    into = (g * heads + h) * tile
+                    q += share[:, None] * load_scratch(made_before + into, dp)
+                    q += tl.dot(p, load_scratch(made_value + into, dp), input_precision=precision)
+                q, norm = _normed_and_turned(q, turn, swap, turn_half, s, m, eps, normed, dim, dp)
+                q = q.to(narrow)
+                store_rows(query + g * dim, groups * dim, s, m, q, dim, dp)
+                if inverse is not None:
+                    tl.store(inverse + (b * length + first + s + rows) * groups + g, norm, mask=real)
+                v = load_rows(value + g * value_g, value_n, s, m, dim, dp).to(wide)
+                for h in range(g * shared, (g + 1) * shared):
+                    k = load_rows(key + h * key_h, key_n, s, m, dim, dp).to(operand)
+                    scores = tl.dot(k, tl.trans(q.to(operand)), input_precision=precision).to(wide) * scale
+                    bias = strict
+                    if strict is not None:
+                        bias = strict + h * strict_h
+                        scores += load_bias(bias, s, s, n, n, wide)
+                    known = given
+                    if given is not None:
+                        known = given + h * length + s
+                    own = _own_scores(scores, known, bias, s, n)
+                    below = tl.where(rows[None, :] < rows[:, None], scores, -float("inf"))
+                    old = tl.load(merged + h * R + rows)
+                    first_own = own
+                    if given is None:
+                        first_own = tl.load(start + h * R + rows)
+                    peak = tl.maximum(tl.maximum(tl.max(below, 1), old), tl.maximum(own, first_own))
+                    peak = tl.where(peak == -float("inf"), 0.0, peak)
+                    p = tl.exp(below - peak[:, None])
+                    share = tl.exp(old - peak)
+                    own_part = tl.exp(own - peak)
+                    rest = tl.sum(p, 1) + share
+                    total = rest + own_part
+                    scaled = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+                    p = tl.where(diagonal, own_part[:, None], p) * scaled[:, None]
+                    share = share * scaled
+                    first_part = tl.exp(first_own - peak)
+                    at_start = first_part / tl.where(rest + first_part == 0.0, 1.0, rest + first_part)
+                    moved = tl.where(own == -float("inf"), 0.0, tl.abs(at_start - own_part * scaled))
+                    change = tl.maximum(change, moved)
+
+                    last = tl.load(last_weights + h * R * R + square)
+                    last_share = tl.load(last_shares + h * R + rows)
+                    before = load_scratch(attended + h * tile, dp)
+                    delta = (share - last_share)[:, None] * before
+                    delta += tl.dot(p - last, v, input_precision=precision)
+                    out = share[:, None] * before + tl.dot(p, v, input_precision=precision)
+                    error = tl.maximum(error, tl.max(tl.abs(delta), 1))
+                    extent = tl.maximum(extent, tl.max(tl.abs(out), 1))
+                    broken += tl.sum(tl.where(tl.abs(out) < float("inf"), 0, 1), 1)
+                    tl.store(new_weights + h * R * R + square, p)
+                    tl.store(new_shares + h * R + rows, share)
+                    seen = rest > 0.0
+                    log_rest = tl.log(tl.where(seen, rest, 1.0)) + peak
+                    tl.store(rests + h * R + rows, tl.where(seen, log_rest, -float("inf")))
+                    tl.store(fractions + h * R + rows, rest * scaled)
+                    tl.store(factors + h * R + rows, tl.where(seen, total / tl.where(seen, rest, 1.0), 0.0))
+                    log_total = tl.log(tl.where(total > 0.0, total, 1.0)) + peak
+                    tl.store(totals + h * R + rows, tl.where(total > 0.0, log_total, -float("inf")))
+            tl.debug_barrier()
+
+            error = tl.where(real, error, 0.0)
+            outside = real & (error > atol + rtol * extent)
+            if tl.sum(tl.where(real, broken, 0), 0) > 0:
+                verdict = -1
+            elif tl.sum(tl.where(outside, 1, 0), 0) == 0:
+                verdict = 1
+            slow = tl.where(outside & (sweep >= PATIENCE) & (error > slow_ratio * error_before), 1, slow)
+            error_before = error
+
+            # Rows that settle slowly, and those whose own weight is far from that at y = v: to their own roots.
+            if given is None:
+                wanted = tl.where(outside, slow, 0)
+                if (verdict == 1) | (sweep == 0):
+                    wanted = tl.where(real & (change > far), 1, slow)
+                if (verdict >= 0) & (tl.sum(wanted, 0) > 0):
+                    result = 1
+                    for i in range(m):
+                        here = tl.sum(tl.where(rows == i, wanted, 0), 0)
+                        if here > 0:
+                            row_added = added
+                            if added is not None:
+                                row_added = added + (s + i) * groups * dim
+                            row_turn = turn
+                            if turn is not None:
+                                row_turn = turn + (s + i) * (dim // 2)
+                            alpha, beta = _row_problem(
+                                key + (s + i) * key_n, key_h, made_before, made_value, new_weights, new_shares,
+                                factors, constant, row_added, row_turn, turn_half, grams, i, scale, eps, normed,
+                                heads, groups, dim, dp, hp,
+                            )  # fmt: skip
+                            tl.debug_barrier()
+                            p, solved = _own_root(
+                                alpha, beta, rests, fractions, strict, strict_h, grams, i, s + i, n,
+                                normed, heads, groups, hp,
+                            )  # fmt: skip
+                            own = _own_weights(new_weights, i, heads, hp)
+                            off = tl.max(tl.abs(p.to(wide) - own), 0)
+                            tl.debug_barrier()
+                            if solved == 0:
+                                result = -1
+                            elif (verdict == 0) | (off > same_root):
+                                _move(new_weights, new_shares, fractions, p, i, heads, hp)
+                                if off > same_root:
+                                    result = tl.minimum(result, 0)
+                            tl.debug_barrier()
+                    if (verdict == 1) | (tl.sum(slow, 0) > 0):
+                        verdict = tl.minimum(verdict, result)
+            sweep += 1
+            if verdict == 0:
+                parity = 1 - parity
+
+        # Hand over the iterate at which the map was evaluated.
+        if verdict == 1:
+            for h in range(heads):
+                last_share = tl.load(shares + (parity * heads + h) * R + rows)
+                last = tl.load(weights + (parity * heads + h) * R * R + square)
+                v = load_rows(value + (h // shared) * value_g, value_n, s, m, dim, dp).to(wide)
+                out = last_share[:, None] * load_scratch(attended + h * tile, dp)
+                out += tl.dot(last, v, input_precision=precision)
+                old = load_rows(y + h * dim, heads * dim, s, m, dim, dp)
+                old_lse = tl.load(lse + h * length + s + rows, mask=real, other=0.0)
+                store_rows(before_y + h * dim, heads * dim, s, m, old, dim, dp)
+                tl.store(before_lse + h * n + s + rows, old_lse, mask=real)
+                tl.debug_barrier()
+                store_rows(y + h * dim, heads * dim, s, m, out, dim, dp)
+                tl.store(lse + h * length + s + rows, tl.load(totals + h * R + rows), mask=real)
+            tl.store(residual + b * length + first + s + rows, error, mask=real)
+            tl.store(size + b * length + first + s + rows, extent, mask=real)
+            tl.store(sweeps + b * length + first + s + rows, tl.zeros([R], tl.int64) + sweep, mask=real)
+            tl.debug_barrier()
+            s += R
+        else:
+            going = 0
+    tl.store(status + b, tl.minimum(s, n).to(tl.int64))

@@ -1,0 +1,19 @@
+"""Diagonal blocks for CUDA devices: what calls the Triton kernels of `kernels/triton` for a causal map.
+
+Importing this room does not import triton; `engine`, which does, is imported where it is used.
+"""
+
+import torch
+
+from implicit_attention.causal_system import CausalSystem
+from implicit_attention.kernels.triton import interpreted
+
+
+def hindrance(system: CausalSystem) -> str | None:
+    """Return why the kernels cannot compute a map, in words; None if they can."""
+    if system.key.device.type != "cuda" and not (system.key.device.type == "cpu" and interpreted()):
+        return f"the tensors are on {system.key.device}"
+    kinds = {t.dtype for t in (system.key, system.value)}
+    if not kinds <= {torch.float16, torch.bfloat16, torch.float32, torch.float64} or len(kinds) > 1:
+        return f"the tensors are {' and '.join(sorted(map(str, kinds)))}"
+    return "dropout is on" if system.spec.dropout else None

@@ -1,0 +1,225 @@
+"""What calls the Triton kernels for a causal map: sizes, strides, scratch, and what they leave."""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from implicit_attention.causal_system import CausalSystem
+from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, near_singular
+from implicit_attention.kernels.triton import adjoint, forward, interpreted, merge
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+_LEAST = 16  # what a product of matrices takes
+
+
+def padded(size: int) -> int:
+    """Return the power of two that a size is padded to in a tile."""
+    return max(_LEAST, int(triton.next_power_of_2(size)))
+
+
+class _Call:
+    """What both kernels of a block are told of a map: its tensors, their strides, and the types of products."""
+
+    def __init__(self, system: CausalSystem) -> None:
+        self.system, like = system, system.key
+        self.key, self.value = _rows_contiguous(system.key), _rows_contiguous(system.value)
+        self.weight = None if system.weight is None else _rows_contiguous(system.weight)
+        self.given = None if system.self_score is None else system.self_score.detach().contiguous()
+        self.turn = None if system.rotation is None else system.rotation.to(system.wide).contiguous()
+        self.dp, self.hp = padded(system.dim), padded(system.heads)
+        narrow = like.dtype in (torch.float16, torch.bfloat16)
+        # Half types multiply on the tensor cores; the interpreter multiplies bit patterns if it gets them.
+        self.operand = _TYPES[system.wide if interpreted() else like.dtype]
+        self.precision = "tf32x3" if narrow else "ieee"
+
+    def strides(self) -> dict[str, int]:
+        """Strides by argument."""
+        found = {"weight_o": 0 if self.weight is None else self.weight.stride(0)}
+        for name, t, dims in (("key", self.key, "bhn"), ("value", self.value, "bgn")):
+            found |= {f"{name}_{dim}": stride for dim, stride in zip(dims, t.stride(), strict=False)}
+        one = self.turn is None or self.turn.shape[1] == 1
+        found["turn_b"] = 0 if one or self.turn is None else self.turn.stride(1)
+        found["turn_half"] = 0 if self.turn is None else self.turn.stride(0)
+        return found
+
+    def sizes(self) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        system = self.system
+        return {
+            "scale": system.spec.scale, "heads": system.heads, "groups": system.groups, "dim": system.dim,
+            "dp": self.dp, "hp": self.hp, "operand": self.operand, "precision": self.precision,
+        }  # fmt: skip
+
+    def strict(self, rows: slice) -> tuple[Tensor | None, int, int]:
+        """The biases within a block, those of the own columns on the diagonal; strides of samples and heads."""
+        if self.system.spec.plain:
+            return None, 0, 0
+        strict, own = self.system.block_bias(rows)
+        strict = strict.detach().expand(*(1,) * (4 - strict.dim()), *strict.shape).clone()
+        diagonal = strict.diagonal(dim1=-2, dim2=-1)
+        diagonal.copy_(torch.zeros_like(diagonal) if own is None else own)
+        by_sample, by_head = (0 if strict.shape[dim] == 1 else strict.stride(dim) for dim in (0, 1))
+        return strict, by_sample, by_head
+
+
+class ForwardKernel:
+    """Settles diagonal blocks in place."""
+
+    def __init__(self, system: CausalSystem, into: dict[str, Tensor], block: int, rtol: float, atol: float) -> None:
+        """Prepare what is the same for all blocks.
+
+        Args:
+            system: The map.
+            into: The tensors of the recursion by name: y `[B, N, H, d]` and lse `[B, H, N]`, which hold attention
+                over the columns before the block; query `[B, N, G, d]`, inverse `[B, N, G, 1]` (empty without a norm),
+                residual, size, sweeps `[B, N]`.
+            block: The most rows of a block.
+            rtol: Relative tolerance.
+            atol: Absolute tolerance.
+        """
+        self.system, self.into, self.call = system, into, _Call(system)
+        batch, heads, y = system.batch, system.heads, into["y"]
+        self.slot = forward.scratch_size(heads, system.groups, self.call.dp, self.call.hp)
+        self.work = y.new_empty(batch, self.slot)
+        self.before_y = y.new_empty(batch * block * heads * system.dim)
+        self.before_lse = y.new_empty(batch * heads * block)
+        self.status = torch.zeros(batch, dtype=torch.long, device=y.device)
+        query_map = system.function.query_map
+        self.told = {
+            "rtol": rtol, "atol": atol, "far": FAR, "same_root": SAME_ROOT, "slow_ratio": SLOW, "length": system.length,
+            "slot": self.slot, "eps": query_map.eps, "normed": query_map.normalize,
+            **self.call.strides(), **self.call.sizes(),
+        }  # fmt: skip
+
+    def settle(self, rows: slice) -> int:
+        """Settle a block's rows up to the first few that want the row solver; the rest is left as it was.
+
+        Args:
+            rows: The block.
+
+        Returns:
+            The first row that is not settled; the end of the block if all are.
+        """
+        system, call, into, n = self.system, self.call, self.into, rows.stop - rows.start
+        strict, strict_b, strict_h = call.strict(rows)
+        forward.settle_block[(system.batch,)](
+            call.key, call.value, call.weight, _contiguous(system.bias), _contiguous(system.added), call.turn,
+            call.given, strict, into["y"], into["lse"], into["query"],
+            into["inverse"] if into["inverse"].numel() else None,
+            into["residual"], into["size"], into["sweeps"], self.before_y, self.before_lse, self.status, self.work,
+            strict_b=strict_b, strict_h=strict_h, first=rows.start, n=n, **self.told,
+        )  # fmt: skip
+        done: list[int] = self.status.tolist()
+        least = min(done)
+        if least < n:
+            y = self.before_y[: system.batch * n * system.heads * system.dim]
+            lse = self.before_lse[: system.batch * system.heads * n].view(system.batch, system.heads, n)
+            y = y.view(system.batch, n, system.heads, system.dim)
+            for b, settled in enumerate(done):
+                undone = slice(rows.start + least, rows.start + settled)
+                into["y"][b, undone] = y[b, least:settled]
+                into["lse"][b, :, undone] = lse[b, :, least:settled]
+        first: int = rows.start + least
+        return first
+
+    def merge(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        """Merge attention over more columns into `y` and `lse`, in one launch.
+
+        Args:
+            rows: The rows.
+            out: Their attention over those columns, `[B, H, r, d]`.
+            lse: Its log-sum-exp, `[B, H, r]`.
+        """
+        system, count = self.system, rows.stop - rows.start
+        out, lse = _rows_contiguous(out), _rows_contiguous(lse)
+        merge.merge_rows[(system.batch * system.heads, triton.cdiv(count, merge.MERGED))](
+            self.into["y"], self.into["lse"], out, lse, *out.stride()[:3], *lse.stride()[:2], system.length,
+            rows.start, count, system.heads, system.dim, self.call.dp, merge.MERGED,
+        )  # fmt: skip
+
+
+class AdjointKernel:
+    """Solves the adjoint of diagonal blocks."""
+
+    def __init__(
+        self, system: CausalSystem, at: dict[str, Tensor], grad: Tensor, later: Tensor, allowed: Tensor, block: int
+    ) -> None:
+        """Prepare what is the same for all blocks.
+
+        Args:
+            system: The map, as for `ForwardKernel`.
+            at: The equilibrium: y `[B, N, H, d]`, query `[B, N, G, d]`, inverse `[B, N, G, 1]` (empty without a
+                norm), lse `[B, H, N]`.
+            grad: Cotangent, `[B, N, H, d]`.
+            later: Cotangent of the queries from rows after the block, `[B, N, G, d]`; the caller keeps it.
+            allowed: Tolerance per sample, `[B]`.
+            block: The most rows of a block.
+        """
+        self.system, self.call, self.later, self.block = system, _Call(system), later, block
+        self.at = {name: t.detach().contiguous() for name, t in at.items() if t.numel()}
+        self.grad, self.allowed = grad.detach().contiguous(), allowed.to(system.wide).contiguous()
+        batch, heads, groups = system.batch, system.heads, system.groups
+        slot = adjoint.scratch_size(heads, groups, self.call.dp, self.call.hp)
+        new = later.new_empty
+        self.work = new(batch, slot)
+        wide, narrow = heads * system.dim, groups * system.dim
+        sizes = {"lam": wide, "d_made": narrow, "d_key": wide, "d_value": narrow, "own": heads, "gain": heads**2}
+        self.found = {name: new(batch * block * size) for name, size in sizes.items()}
+        self.residual, counts = new(batch), new(batch, dtype=torch.int32)
+        self.sweeps, self.status = torch.zeros_like(counts), torch.zeros_like(counts)
+        self.suspect = counts.new_zeros(batch * block)
+        self.told = {
+            "length": system.length, "slot": slot, "near_singular": NEAR_SINGULAR,
+            **self.call.strides(), **self.call.sizes(),
+        }  # fmt: skip
+
+    def solve(self, rows: slice) -> BlockAdjoint | None:
+        """Solve a block; None if it has rows that want another solver.
+
+        Args:
+            rows: The block.
+
+        Returns:
+            The solution, in buffers that the next call overwrites; `slope` is its diagonal alone, `[B, H, n, 1]`.
+        """
+        system, call, at, found, n = self.system, self.call, self.at, self.found, rows.stop - rows.start
+        batch, heads, groups, d = system.batch, system.heads, system.groups, system.dim
+        strict, strict_b, strict_h = call.strict(rows)
+        self.suspect.zero_()
+        adjoint.solve_block[(batch,)](
+            call.key, call.value, call.weight, call.turn, call.given, strict, at["y"], at["query"], at.get("inverse"),
+            at["lse"], self.grad, self.later, self.allowed, found["lam"], found["d_made"], found["d_key"],
+            found["d_value"], found["own"], self.residual, self.sweeps, self.suspect, found["gain"], self.status,
+            self.work, strict_b=strict_b, strict_h=strict_h, first=rows.start, n=n, **self.told,
+        )  # fmt: skip
+        solved, sweeps = torch.stack([self.status.amin(), self.sweeps.amax()]).tolist()
+        if not solved:
+            return None
+
+        def part(name: str, *shape: int) -> Tensor:
+            return found[name][: math.prod(shape)].view(shape)
+
+        suspects = self.suspect[: batch * n] > 0
+        return BlockAdjoint(
+            lam=part("lam", batch, n, heads, d),
+            d_made=part("d_made", batch, n, groups * d),
+            d_key=part("d_key", batch, heads, n, d),
+            d_value=part("d_value", batch, groups, n, d),
+            slope=part("own", batch, heads, n, 1),
+            residual=self.residual.clone(),
+            sweeps=sweeps,
+            near_singular=near_singular(part("gain", batch * n, heads, heads)[suspects]),
+        )
+
+
+def _rows_contiguous(t: Tensor) -> Tensor:
+    t = t.detach()
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().contiguous()

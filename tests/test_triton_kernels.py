@@ -1,0 +1,116 @@
+"""The Triton kernels that a map is not needed for: roots of single rows, the merge by log-sum-exp."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from implicit_attention.kernels.triton import merge
+from implicit_attention.kernels.triton.row_equation import solve_row
+from implicit_attention.rows import RowProblem, solve_rows
+from implicit_attention.triton_blocks.engine import padded
+
+pytestmark = pytest.mark.usefixtures("brisk_interpreter")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F64 = torch.float64
+
+
+@triton.jit
+def solve_all(alpha, beta, offset, gram, p, solved, count, heads: tl.constexpr, groups: tl.constexpr, hp: tl.constexpr):
+    """Solve row problems whose tensors are padded to `hp` heads, one program each."""
+    row = tl.program_id(0)
+    h = tl.arange(0, hp)
+    a = tl.load(alpha + row * hp + h)
+    b = tl.load(beta + row * hp * hp + h[:, None] * hp + h[None, :])
+    of = gram
+    if gram is not None:
+        of = gram + row * groups * (hp * hp + hp + 1)
+    root, done = solve_row(a, b, tl.load(offset + row * hp + h), of, heads, groups, hp)
+    tl.store(p + row * hp + h, root)
+    tl.store(solved + row, tl.where(done, 1, 0))
+
+
+def solve(problem, gram):
+    """Solve a RowProblem whose heads have a group each; `gram` is `[R, H, 1 + H, 1 + H]` or None."""
+    count, heads = problem.alpha.shape
+    hp = padded(heads)
+
+    def wide(t, value=0.0):
+        out = t.new_full((count, *(hp for _ in t.shape[1:])), value)
+        out[(slice(None), *(slice(0, heads) for _ in t.shape[1:]))] = t
+        return out.to(DEVICE)
+
+    forms = None
+    if gram is not None:
+        parts = [wide(gram[:, g, 1:, 1:]).flatten(1) for g in range(heads)]
+        lines = [wide(gram[:, g, 0, 1:]) for g in range(heads)]
+        ones = [gram[:, g, :1, 0].to(DEVICE) for g in range(heads)]
+        forms = torch.cat([t for three in zip(parts, lines, ones, strict=True) for t in three], 1).contiguous()
+    p, solved = torch.zeros(count, hp, dtype=F64, device=DEVICE), torch.zeros(count, dtype=torch.int32, device=DEVICE)
+    args = wide(problem.alpha), wide(problem.beta), wide(problem.offset, -torch.inf), forms, p, solved
+    solve_all[(count,)](*args, count, heads, heads, hp)
+    return p[:, :heads].cpu(), solved.cpu() > 0
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["linear", "normed"])
+@pytest.mark.parametrize("heads", [1, 2, 4], ids=lambda h: f"H{h}")
+def test_roots_are_those_of_the_row_solver(heads, normed):
+    """Offsets and slopes of standard deviation 3 to 30; rows that need the curve are left alone, and say so."""
+    generator = torch.Generator().manual_seed(heads)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    count = 18
+    size = torch.tensor([3.0, 10.0, 30.0], dtype=F64).repeat_interleave(count // 3)[:, None, None]
+    query, key = draw(count, 1 + heads, 16), draw(count, heads, 16) * size / 4.0
+    score = key @ query.mT
+    gram = (query @ query.mT / 16.0)[:, None].expand(-1, heads, -1, -1) if normed else None
+    problem = RowProblem(score[..., 0], score[..., 1:], draw(count, heads) * size[..., 0] - 2.0, gram)
+    wanted = solve_rows(problem, 1e-12)
+    p, solved = solve(problem, gram)
+    assert bool(wanted.solved.all())
+    assert int(solved.sum()) >= 0.7 * count
+    if heads == 1 and not normed:
+        assert bool(solved.all())
+    torch.testing.assert_close(p[solved], wanted.p[solved], rtol=0.0, atol=1e-9)
+
+
+def test_infinite_offsets_give_weights_of_zero_and_one():
+    offset = torch.tensor([[-torch.inf], [torch.inf]], dtype=F64)
+    for heads in (1, 2):
+        problem = RowProblem(
+            torch.ones(2, heads, dtype=F64), torch.ones(2, heads, heads, dtype=F64), offset.expand(2, heads)
+        )
+        p, solved = solve(problem, None)
+        assert bool(solved.all())
+        assert p.tolist() == [[0.0] * heads, [1.0] * heads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64], ids=lambda d: str(d)[6:])
+def test_merge_equals_torch(dtype, poisoned):
+    """Rows in the middle, strided parts, rows that see nothing in one part, in the other, in both."""
+    batch, heads, length, dim, first, count = 2, 3, 50, 12, 7, 33
+    wide = torch.promote_types(dtype, torch.float32)
+    y, lse = torch.randn(batch, length, heads, dim, dtype=wide), torch.randn(batch, heads, length, dtype=wide)
+    out = torch.randn(batch, count, heads, dim + 3).to(dtype).transpose(1, 2)[..., :dim]
+    out_lse = torch.randn(batch, heads, count, dtype=wide)
+    lse[0, :, first], out_lse[:, 0, 4], lse[1, 0, first + 4] = -torch.inf, -torch.inf, -torch.inf
+    y, lse, out, out_lse = (t.to(DEVICE) for t in (y, lse, out, out_lse))
+    rows = slice(first, first + count)
+    total = torch.logaddexp(lse[:, :, rows], out_lse)
+    share = torch.exp(out_lse - total.clamp_min(torch.finfo(wide).min))[..., None]
+    wanted, wanted_lse = y.clone(), lse.clone()
+    wanted[:, rows] = torch.lerp(y[:, rows].transpose(1, 2), out.to(wide), share).transpose(1, 2)
+    wanted_lse[:, :, rows] = total
+    grid = batch * heads, triton.cdiv(count, merge.MERGED)
+    merge.merge_rows[grid](
+        y, lse, out, out_lse, *out.stride()[:3], *out_lse.stride()[:2], length, first, count, heads, dim, 16,
+        merge.MERGED,
+    )  # fmt: skip
+    allowed = 8 * torch.finfo(wide).eps
+    torch.testing.assert_close(y, wanted, rtol=allowed, atol=allowed)
+    torch.testing.assert_close(lse, wanted_lse, rtol=allowed, atol=allowed)

@@ -111,6 +111,17 @@ def test_no_import_cycles():
         pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
 
 
+def test_implementations_of_a_block_do_not_import_each_other():
+    compiled = {"native": [], "triton_blocks": [], "kernels.triton": []}
+    for name in FILES:
+        for own, used in compiled.items():
+            if f"{name}.".startswith(f"{own}."):
+                used.extend(imports(name))
+    assert not [used for used in compiled["native"] if used.startswith(("triton_blocks", "kernels.triton"))]
+    assert not [used for used in compiled["triton_blocks"] if used.startswith("native")]
+    assert {used.split(".")[0] for used in compiled["kernels.triton"]} == {"kernels"}
+
+
 def test_import_leaves_optional_packages_alone():
     loaded = run_python("import sys, implicit_attention; print(*sys.modules)").split()
     assert "torch" in loaded

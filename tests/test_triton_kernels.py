@@ -1,5 +1,10 @@
 """The Triton kernels that a map is not needed for: roots of single rows, the merge by log-sum-exp."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,6 +21,7 @@ from implicit_attention.triton_blocks.engine import padded
 pytestmark = pytest.mark.usefixtures("brisk_interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F64 = torch.float64
+ROOT = Path(__file__).parent.parent
 
 
 @triton.jit
@@ -114,3 +120,27 @@ def test_merge_equals_torch(dtype, poisoned):
     allowed = 8 * torch.finfo(wide).eps
     torch.testing.assert_close(y, wanted, rtol=allowed, atol=allowed)
     torch.testing.assert_close(lse, wanted_lse, rtol=allowed, atol=allowed)
+
+
+EVERYTHING = ("norm", "turn", "bias", "added", "strict")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("forward", "bf16", *EVERYTHING),
+        ("forward", "fp32", "given"),
+        ("adjoint", "bf16", *EVERYTHING),
+        ("merge", "fp16"),
+    ],
+    ids=lambda a: "-".join(a[:2]),
+)
+def test_compiles_for_a_device(arguments, tmp_path):
+    """The interpreter takes what the compiler refuses: types that change in a loop, names that a branch leaves out."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "compile_triton.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "bytes of shared memory" in done.stdout

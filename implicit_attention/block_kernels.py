@@ -101,14 +101,17 @@ def chosen(kernel: str, system: CausalSystem) -> str:
         return kernel
     if kernel == "auto":
         return next((name for name, engine in _COMPILED.items() if _pays(name, engine, system)), "torch")
-    engine = _COMPILED[kernel]
-    if find_spec(kernel) is None:
-        raise ImportError(f"kernel={kernel!r} needs {kernel}: pip install 'implicit-attention[{engine.extra}]'")
-    hindrance = engine.hindrance(system)
-    if hindrance:
-        expected = f'"auto" or "torch" unless {engine.serves}'
-        raise bad_value("kernel", expected, Came(f'"{kernel}" where {hindrance}'))
+    _check(kernel, _COMPILED[kernel].hindrance(system))
     return kernel
+
+
+def _check(kernel: str, hindrance: str | None) -> None:
+    compiled = _COMPILED[kernel]
+    if find_spec(kernel) is None:
+        raise ImportError(f"kernel={kernel!r} needs {kernel}: pip install 'implicit-attention[{compiled.extra}]'")
+    if hindrance:
+        expected = f'"auto" or "torch" unless {compiled.serves}'
+        raise bad_value("kernel", expected, Came(f'"{kernel}" where {hindrance}'))
 
 
 def _pays(name: str, engine: _Compiled, system: CausalSystem) -> bool:
@@ -136,3 +139,24 @@ def engine(kernel: str, system: CausalSystem) -> Any:
     """
     name = chosen(kernel, system)
     return None if name == "torch" else import_module(_COMPILED[name].module)
+
+
+def token_solver(kernel: str, like: Tensor) -> Any:
+    """Return what solves the equation of one decoded token per sample in one launch, None if torch does, in many.
+
+    Args:
+        kernel: As in `chosen`.
+        like: A tensor of the map.
+
+    Returns:
+        `triton_blocks.token.solve_token` or None.
+
+    Raises:
+        ImportError: As in `chosen`.
+        ValueError: As in `chosen`.
+    """
+    if kernel == "triton":
+        _check(kernel, triton_blocks.misplaced(like))
+    elif kernel != "auto" or like.device.type != "cuda" or find_spec("triton") is None:
+        return None
+    return import_module("implicit_attention.triton_blocks.token").solve_token

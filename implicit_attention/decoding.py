@@ -5,6 +5,8 @@ is left are H numbers, the weights `p` of the token on itself (`rows`): `y = a +
 before its norm, so the query map is applied to a and v alone, and the iteration `p <- sigmoid(score(p) - l)`
 works on H numbers. From p = 1, the start `y = v`, it is Picard's; where each of its steps is at most half as long as
 the one before, its limit is the root that `rows.solve_rows` returns. Any other token is left to the solver.
+
+With `kernel="triton"` the row problem is one launch (`kernels/triton/token`), and the device is looked at once a step.
 """
 
 from functools import lru_cache
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from implicit_attention import block_kernels
 from implicit_attention.attention_map import NORM_EPS, split_heads
 from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.forward_substitution import ForwardSubstitution
@@ -76,14 +79,15 @@ def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
     if isinstance(cache, DecodeCache):
         cache.check(value)
     tolerance = layer.solver.tolerances(x.dtype)
-    root = (_given if layer.self_query == "input" else _iterate)(layer, x, value, token, tolerance)
+    root = _root(layer, x, value, token, tolerance)
     if root is None:
         return None
     y = torch.addcmul(token.a, root.p, token.step).flatten(1)[:, None]
-    sizes = y.abs().amax((1, 2)).tolist()
-    residuals = [0.0] * len(sizes)
+    ends = [y.abs().amax((1, 2))]
     if root.moved is not None:
-        residuals = (root.moved * token.step).abs_().amax((1, 2)).tolist()
+        ends.append((root.moved * token.step).abs_().amax((1, 2)))
+    sizes, *judged = torch.stack(ends).tolist()  # one look at the device
+    residuals = judged[0] if judged else [0.0] * len(sizes)
     # Written so that NaN is not within tolerance: the solver will say what is wrong.
     if not all(r <= tolerance[0] * size + tolerance[1] < inf for r, size in zip(residuals, sizes, strict=True)):
         return None
@@ -157,6 +161,23 @@ def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
     else:
         out, lse = kernel.forward(spec, query, column, value, None, terms)
     return out.reshape(key.shape), lse.reshape(key.shape[:-1])
+
+
+def _root(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]) -> _Root | None:
+    if layer.self_query == "input":
+        return _given(layer, x, value, token, tolerance)
+    assert isinstance(layer.solver, ForwardSubstitution)
+    solve = block_kernels.token_solver(layer.solver.kernel, x)
+    if solve is None:
+        return _iterate(layer, x, value, token, tolerance)
+    fixed = None if layer.W_Q is None else layer.W_Q(x)[:, 0]
+    if layer.Omega_Q.bias is not None:
+        bias = layer.Omega_Q.bias.expand(len(x), -1)
+        fixed = bias if fixed is None else fixed + bias
+    weight = layer.Omega_Q.weight.to(value.dtype)
+    eps = NORM_EPS if layer.qk_norm else None
+    p, moved, query = solve(token.key, token.a, token.step, token.lse, weight, fixed, eps)
+    return _Root(p[..., None], query[:, :, None], moved[..., None], 1)
 
 
 def _given(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]) -> _Root:

@@ -4,6 +4,7 @@ Importing this room does not import triton; `engine`, which does, is imported wh
 """
 
 import torch
+from torch import Tensor
 
 from implicit_attention.causal_system import CausalSystem
 from implicit_attention.kernels.triton import interpreted
@@ -11,9 +12,16 @@ from implicit_attention.kernels.triton import interpreted
 
 def hindrance(system: CausalSystem) -> str | None:
     """Return why the kernels cannot compute a map, in words; None if they can."""
-    if system.key.device.type != "cuda" and not (system.key.device.type == "cpu" and interpreted()):
-        return f"the tensors are on {system.key.device}"
+    elsewhere = misplaced(system.key)
+    if elsewhere:
+        return elsewhere
     kinds = {t.dtype for t in (system.key, system.value)}
     if not kinds <= {torch.float16, torch.bfloat16, torch.float32, torch.float64} or len(kinds) > 1:
         return f"the tensors are {' and '.join(sorted(map(str, kinds)))}"
     return "dropout is on" if system.spec.dropout else None
+
+
+def misplaced(tensor: Tensor) -> str | None:
+    """Return why no kernel runs where a tensor is, in words; None if they do."""
+    device = tensor.device
+    return None if device.type == "cuda" or (device.type == "cpu" and interpreted()) else f"the tensors are on {device}"

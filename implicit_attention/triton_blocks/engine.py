@@ -12,7 +12,7 @@ from implicit_attention.causal_system import CausalSystem
 from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, near_singular
 from implicit_attention.kernels.triton import adjoint, forward, interpreted, merge
 
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 _LEAST = 16  # what a product of matrices takes
 
 
@@ -33,7 +33,7 @@ class _Call:
         self.dp, self.hp = padded(system.dim), padded(system.heads)
         narrow = like.dtype in (torch.float16, torch.bfloat16)
         # Half types multiply on the tensor cores; the interpreter multiplies bit patterns if it gets them.
-        self.operand = _TYPES[system.wide if interpreted() else like.dtype]
+        self.operand = TYPES[system.wide if interpreted() else like.dtype]
         self.precision = "tf32x3" if narrow else "ieee"
 
     def strides(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ stores and loads of different threads. An argument that is None is one that the 
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.row_equation import solve_row
+from implicit_attention.kernels.triton.row_equation import add_group, solve_row
 from implicit_attention.kernels.triton.tiles import (
     ROWS,
     R,
@@ -162,14 +162,7 @@ def _row_problem(
             cos = tl.load(angle, mask=at < dim, other=0.0)
             sin = tl.load(angle + turn_half, mask=at < dim, other=0.0)
             own_key = own_key * cos[None, :] + other * (sin * tl.where(at < half, 1.0, -1.0))[None, :]
-        alpha += tl.sum(own_key * base[None, :], 1) * scale
-        beta += tl.dot(own_key, tl.trans(ways), input_precision="ieee") * scale
-        if normed:
-            of = grams + g * (hp * hp + hp + 1)
-            quadratic = tl.dot(ways, tl.trans(ways), input_precision="ieee") / dim
-            tl.store(of + h[:, None] * hp + h[None, :], quadratic)
-            tl.store(of + hp * hp + h, tl.sum(ways * base[None, :], 1) / dim)
-            tl.store(of + hp * hp + hp, tl.sum(base * base, 0) / dim + eps)
+        alpha, beta = add_group(alpha, beta, base, ways, own_key, grams, g, scale, eps, normed, dim, hp)
     return alpha, beta
 
 

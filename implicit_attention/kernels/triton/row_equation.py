@@ -199,3 +199,39 @@ def solve_row(alpha, beta, offset, gram, heads: tl.constexpr, groups: tl.constex
         if solved == 0:
             p, solved = _damped(alpha, beta, offset, gram, ones, heads, groups, hp)
     return p, solved
+
+
+@triton.jit
+def add_group(
+    alpha, beta, base, ways, own_key, grams, g, scale: tl.constexpr, eps: tl.constexpr, normed: tl.constexpr,
+    dim: tl.constexpr, hp: tl.constexpr,
+):  # fmt: skip
+    """Add what a group's query `base + sum_h p_h ways_h` gives a row's equation: scores, and its own mean square.
+
+    Args:
+        alpha: `[hp]` of the groups before.
+        beta: `[hp, hp]` of the groups before.
+        base: `[dp]`.
+        ways: `[hp, dp]`.
+        own_key: The row's keys before their rotation, `[hp, dp]`, zero in the heads of other groups.
+        grams: Where `evaluate` finds the quadratic forms of all groups, filled for this one.
+        g: The group.
+        scale: Factor on the scores.
+        eps: Of the norm.
+        normed: Whether queries are normed.
+        dim: d.
+        hp: H, padded.
+
+    Returns:
+        alpha and beta.
+    """
+    h = tl.arange(0, hp)
+    alpha += tl.sum(own_key * base[None, :], 1) * scale
+    beta += tl.dot(own_key, tl.trans(ways), input_precision="ieee") * scale
+    if normed:
+        of = grams + g * (hp * hp + hp + 1)
+        quadratic = tl.dot(ways, tl.trans(ways), input_precision="ieee") / dim
+        tl.store(of + h[:, None] * hp + h[None, :], quadratic)
+        tl.store(of + hp * hp + h, tl.sum(ways * base[None, :], 1) / dim)
+        tl.store(of + hp * hp + hp, tl.sum(base * base, 0) / dim + eps)
+    return alpha, beta

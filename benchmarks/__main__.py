@@ -5,12 +5,13 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import bidirectional, causal, decode, hard, imports, language_model
+from benchmarks import bidirectional, causal, decode, gpu, hard, imports, language_model
 
 BENCHMARKS = {
     "bidirectional": bidirectional,
     "causal": causal,
     "decode": decode,
+    "gpu": gpu,
     "hard": hard,
     "imports": imports,
     "language_model": language_model,

@@ -1,0 +1,224 @@
+"""On a CUDA device: forward, backward and a decode step against flash attention and everything else that iterates.
+
+First the solvers have to be right in float32 (`benchmarks.gate`). Then time, memory and the share of the device's
+measured matmul rate are taken in the layer's dtype. Without a device nothing is measured, and the exit status says so.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import decode, measure
+from benchmarks.gate import Gate, reached
+from benchmarks.peers import CONTESTANTS, OURS, SDPA, Case, Contestant, Entrant, available, merged
+from benchmarks.report import PASSES, described, target, tell, verdict
+from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
+
+LENGTHS = (512, 2048, 8192, 32768, 65536)
+HEAD_DIMS = (64, 128)
+SYSTEMS = 128  # batch times heads, at least
+TOLERANCE = 1e-2  # in bfloat16; the gate is held in float32 to GATE_TOLERANCE
+GATE_TOLERANCE, GATE_LENGTH = 1e-4, 200
+NAMES = (SDPA, OURS, "unrolled", "torchdeq-picard")
+FLEX = "flex"
+# At most so many times one pass of SDPA, forward + backward; a decode step; at least so much faster than unrolled.
+TIME_TARGETS, DECODE_TARGET, UNROLLED_TARGET = {8192: 1.5, 32768: 1.25}, 1.3, 6.0
+NO_DEVICE = "NO DEVICE: torch finds no CUDA device here, so nothing was measured. Run it on a machine that has one."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="N (default: %(default)s)")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, help="d (default: %(default)s)")
+    parser.add_argument("--num-heads", type=int, default=16, help="H (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, help="draw the ratios here (PNG)")
+
+
+def run(
+    *,
+    lengths: Iterable[int] = LENGTHS,
+    head_dims: Iterable[int] = HEAD_DIMS,
+    num_heads: int = 16,
+    repeats: int = 10,
+    plot: Path | None = None,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    systems: int = SYSTEMS,
+) -> dict[str, Any]:
+    """Check, measure, and return everything for the JSON. Another device than CUDA is for tests of this file alone."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return {"benchmark": "gpu", "correct": False, "verdict": NO_DEVICE}
+    torch.manual_seed(0)
+    names = [name for name in NAMES if not available(name)]
+    result = described("gpu", num_heads * max(head_dims), num_heads) | {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "dtype": str(dtype),
+        "passes": PASSES,
+        "tolerance": TOLERANCE,
+        "matmul_flops_per_second": matmul_rate(device, dtype),
+        "absent": {name: reason for name in NAMES if (reason := available(name))},
+    }
+    gates = {d: check(make_layer(num_heads, d, device, torch.float32), names) for d in head_dims}
+    result |= {"gate": gates}
+    wrong = [f"{n} at d = {d}" for d, found in gates.items() for n, row in found.items() if not row["correct"]]
+    if wrong:
+        return result | {"correct": False, "verdict": f"WRONG: {', '.join(wrong)}; nothing was measured."}
+    shapes = []
+    for d in head_dims:
+        layer = make_layer(num_heads, d, device, dtype)
+        for length in lengths:
+            batch = max(1, math.ceil(systems / num_heads))
+            tell(f"d = {d}, N = {length}, batch {batch}")
+            shapes.append(measure_shape(layer, names, batch, length, repeats, result["matmul_flops_per_second"]))
+    found = targets(shapes)
+    if plot is not None:
+        draw(shapes, plot)
+    return result | {"shapes": shapes, "targets": found, "correct": True, "verdict": verdict(found)}
+
+
+def make_layer(num_heads: int, head_dim: int, device: str, dtype: torch.dtype) -> ImplicitQueryAttention:
+    layer = ImplicitQueryAttention(
+        num_heads * head_dim, num_heads, is_causal=True, qk_norm=True, on_failure="ignore",
+        solver=ForwardSubstitution(rtol=TOLERANCE, atol=TOLERANCE, kernel="auto" if device == "cuda" else "torch"),
+    )  # fmt: skip
+    return layer.to(device, dtype)
+
+
+def make_case(layer: ImplicitQueryAttention, batch: int, length: int) -> Case:
+    like = layer.W_K.weight
+    return Case.of(layer, torch.randn(batch, length, layer.embed_dim, device=like.device, dtype=like.dtype))
+
+
+def check(layer: ImplicitQueryAttention, names: list[str]) -> dict[str, Any]:
+    gate = Gate(make_case(layer, 1, GATE_LENGTH), GATE_TOLERANCE)
+    return {name: gate.check(CONTESTANTS[name]) for name in names}
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating point operations a second of a large product of matrices: what the device really does."""
+    size = 8192 if device == "cuda" else 256
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+    seconds = timed({"matmul": lambda: a @ b}, 10)["matmul"]
+    return 2.0 * size**3 / min(seconds)
+
+
+def timed(runs: dict[Any, Callable[[], object]], repeats: int) -> dict[Any, list[float]]:
+    """As `measure.interleaved_seconds`, each run until the device has finished it."""
+
+    def finished(run: Callable[[], object]) -> None:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return measure.interleaved_seconds({key: partial(finished, run) for key, run in runs.items()}, repeats)
+
+
+def added_peak_bytes(run: Callable[[], object]) -> int | None:
+    """How far a run raises the memory held on the device; None on a CPU, where this is not the way to know."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def flex(case: Case, tolerance: float) -> Entrant:
+    """One causal pass of FlexAttention, compiled, queries given."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    del tolerance
+    with torch.no_grad():
+        query = case.map.queries(case.start, case.tensors)
+    length = case.start.shape[1]
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=case.start.device)
+    attend = torch.compile(flex_attention)
+    leaves = {"query": query.detach().requires_grad_(), **case.leaves("key", "value")}
+    scale = case.layer.scale
+    return Entrant(case, leaves, lambda q, k, v: merged(attend(k, q, v, block_mask=mask, scale=scale)))
+
+
+def measure_shape(
+    layer: ImplicitQueryAttention, names: list[str], batch: int, length: int, repeats: int, rate: float
+) -> dict[str, Any]:
+    """Everybody's time and memory at one shape, and the decode step after it."""
+    case = make_case(layer, batch, length)
+    chosen = {name: CONTESTANTS[name] for name in names}
+    if case.start.is_cuda:
+        chosen[FLEX] = Contestant("FlexAttention, one pass", flex)
+    entrants = {name: contestant.enter(case, TOLERANCE) for name, contestant in chosen.items()}
+    runs = {(n, p): partial(getattr(entrant, p)) for n, entrant in entrants.items() for p in PASSES}
+    seconds = timed(runs, repeats)
+    rows: dict[str, dict[str, Any]] = {name: {} for name in entrants}
+    for (name, passes), taken in seconds.items():
+        figures = measure.timing(taken) | {"added_peak_bytes": added_peak_bytes(runs[name, passes])}
+        figures["time_ratio"] = figures["median_seconds"] / measure.timing(seconds[SDPA, passes])["median_seconds"]
+        work = 2.0 * batch * layer.embed_dim * length**2 * (1.0 if passes == "forward" else 3.5)
+        figures["share_of_matmul_rate"] = work / figures["median_seconds"] / rate
+        rows[name][passes] = figures
+    rows[OURS] |= reached(case, entrants[OURS].forward(), TOLERANCE) | {"failures": entrants[OURS].failures}
+    found = {"length": length, "batch": batch, "head_dim": layer.embed_dim // layer.num_heads, "rows": rows}
+    return found | {"decode": decode_step(layer, batch, length, repeats)}
+
+
+def decode_step(layer: ImplicitQueryAttention, batch: int, context: int, repeats: int) -> dict[str, Any]:
+    """One new token per sample after a context, against SDPA over preallocated keys and values."""
+    like = layer.W_K.weight
+    with torch.no_grad(), defaults(like):
+        steps = decode.prepared(layer, torch.randn(batch, context, layer.embed_dim), context + repeats + 2)
+        x = torch.randn(batch, 1, layer.embed_dim)
+        chosen = {name: partial(steps[name], x) for name in (decode.ATTENTION_LAYER, decode.SOLVE)}
+        figures = {name: measure.timing(taken) for name, taken in timed(chosen, repeats).items()}
+    ratio = figures[decode.SOLVE]["median_seconds"] / figures[decode.ATTENTION_LAYER]["median_seconds"]
+    return {"steps": figures, "time_ratio": ratio}
+
+
+@contextmanager
+def defaults(like: torch.Tensor) -> Iterator[None]:
+    """New tensors are like this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(like.dtype)
+    try:
+        with like.device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def targets(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for shape in shapes:
+        both, where = "forward_backward", f"at N = {shape['length']}, d = {shape['head_dim']}"
+        ours = shape["rows"][OURS][both]
+        if shape["length"] in TIME_TARGETS:
+            found.append(target(f"time of SDPA {where}", ours["time_ratio"], TIME_TARGETS[shape["length"]]))
+            unrolled = shape["rows"]["unrolled"][both]["median_seconds"]
+            share = ours["median_seconds"] / unrolled
+            found.append(target(f"time of ten unrolled iterations {where}", share, 1.0 / UNROLLED_TARGET))
+        found.append(target(f"decode step {where}", shape["decode"]["time_ratio"], DECODE_TARGET))
+    return found
+
+
+def draw(shapes: list[dict[str, Any]], path: Path) -> None:
+    """Forward and backward together, relative to SDPA, one panel per head dimension."""
+    from matplotlib.figure import Figure
+
+    dims = sorted({shape["head_dim"] for shape in shapes})
+    figure = Figure(figsize=(4.6 * len(dims), 4.2), dpi=150, layout="constrained")
+    for axes, dim in zip(figure.subplots(1, len(dims), squeeze=False)[0], dims, strict=True):
+        at = [shape for shape in shapes if shape["head_dim"] == dim]
+        for name in at[0]["rows"]:
+            ratios = [shape["rows"][name]["forward_backward"]["time_ratio"] for shape in at]
+            axes.plot([shape["length"] for shape in at], ratios, marker="o", label=name)
+        axes.set(title=f"head dimension {dim}", xlabel="tokens N", xscale="log", yscale="log")
+        axes.legend(frameon=False)
+    figure.supylabel("forward + backward, relative to SDPA")
+    figure.savefig(path)

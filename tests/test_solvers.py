@@ -287,3 +287,27 @@ def test_loop_refuses_the_first_iterate_only():
     assert not bool(solution.converged.any())
     assert bool(solution.value.isfinite().all())
     assert isinstance(solution, base.Solution)
+
+
+@pytest.mark.parametrize("look", [3, 7])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_looking_now_and_then_changes_nothing(name, look, monkeypatch):
+    """As on a device that would have to be waited for: one system converges early, one late, one overflows."""
+    solver = replace(SOLVERS[name], max_steps=200)
+    gain = torch.tensor([0.1, 0.8, 0.5], dtype=torch.float64)[:, None]
+
+    def function(y):
+        far = y.abs().amax(-1, keepdim=True) > 1.5
+        late = torch.where(far & (torch.arange(3)[:, None] == 2), torch.inf, 1.0)
+        return late * (gain * torch.cos(y + torch.arange(5)) + 1.0)
+
+    def found():
+        return solve(solver, function, torch.zeros(3, 5, dtype=torch.float64), history=True)
+
+    every = found()
+    monkeypatch.setattr(base, "looks_every", lambda device: look)
+    seldom = found()
+    for field in ("value", "residual", "steps", "converged", "abs_trace", "rel_trace"):
+        assert torch.equal(getattr(every, field).nan_to_num(), getattr(seldom, field).nan_to_num()), field
+    assert len(every.history) == len(seldom.history) == len(every.abs_trace)
+    assert every.converged.tolist()[:2] == [True, True]

@@ -265,8 +265,10 @@ def solve(
 ) -> Solution:
     """Iterate `solver` until every system is within tolerance, has failed, or `max_steps` are taken.
 
-    A system that has converged is frozen. One that does not returns the iterate with its smallest residual;
-    but when autograd records the steps (unrolling), the last iterate, which is what the graph leads to.
+    A system that has converged is frozen, so on a device that would have to be waited for it does no harm to look only
+    now and then whether any is left (`looks_every`); steps taken beyond that are not reported. One that does not
+    converge returns the iterate with its smallest residual; but when autograd records the steps (unrolling), the last
+    iterate, which is what the graph leads to.
 
     Args:
         solver: The method, with its tolerances.
@@ -287,17 +289,28 @@ def solve(
     rule = _Bookkeeping(solver, y0, system_ndim, row_ndim or system_ndim, linear)
     y = system.flatten(y0)
     iterates = [y0] if history else None
-    state = solver.init(y)
+    state, look = solver.init(y), looks_every(y0.device)
     for step in range(solver.max_steps + 1):
         f = system(y)
         active = rule.observe(y, f)
-        if step == solver.max_steps or not bool(active.any()):
+        if step == solver.max_steps or (step % look == 0 and not bool(active.any())):
             break
         proposal, state = solver.step(system, y, f, state, active)
         y = torch.where(active[:, None], proposal, y)
         if iterates is not None:
             iterates.append(system.unflatten(y))
     return rule.solution(system, y, iterates)
+
+
+def looks_every(device: torch.device) -> int:
+    """Return how many steps are taken between two looks at whether all systems are done.
+
+    Each look waits for everything that the device was given to do.
+
+    Args:
+        device: Where the systems are.
+    """
+    return 1 if device.type == "cpu" else 4
 
 
 def nothing_to_solve(y0: Tensor, row_ndim: int) -> Solution:
@@ -324,6 +337,7 @@ class _Bookkeeping:
         self.traces: list[tuple[Tensor, Tensor]] = []
         self.best: tuple[Tensor, Tensor, Tensor] | None = None  # iterate [S, n], its residual and size [S, R]
         self.converged = torch.zeros(self.rows, dtype=torch.bool, device=y0.device)
+        self.needed = torch.ones((), dtype=torch.long, device=y0.device)  # iterates up to which a system still moved
 
     @torch.no_grad()
     def observe(self, y: Tensor, f: Tensor) -> Tensor:
@@ -347,6 +361,7 @@ class _Bookkeeping:
         self.converged = self._within(residual, size)
         self.steps = torch.where(~self.converged & self.active[:, None], len(self.traces), self.steps)
         self.active = self.active & finite & ~self.converged.all(-1)
+        self.needed = torch.where(self.active.any(), len(self.traces) + 1, self.needed)
         return self.active
 
     def _within(self, residual: Tensor, size: Tensor) -> Tensor:
@@ -355,6 +370,8 @@ class _Bookkeeping:
     def solution(self, system: System, y: Tensor, history: list[Tensor] | None) -> Solution:
         """Return the result: the last iterate, or where a system failed its best one."""
         assert self.best is not None
+        del self.traces[int(self.needed) :]
+        history = None if history is None else history[: len(self.traces)]
         failed = ~self.converged.all(-1)
         residual, size = self.traces[-1]
         if bool(failed.any()) and not y.requires_grad:

@@ -10,18 +10,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from implicit_attention.kernels.triton import adjoint, forward, merge
+from implicit_attention.kernels.triton import adjoint, forward, merge, token
 
-KERNELS = {"forward": forward.settle_block.fn, "adjoint": adjoint.solve_block.fn, "merge": merge.merge_rows}
-HALVES = {"bf16": tl.bfloat16, "fp16": tl.float16}
-OPTIONAL = {
-    "constant": "bias",
-    "added": "added",
-    "turn": "turn",
-    "given": "given",
-    "strict": "strict",
-    "inverse": "norm",
-}
+KERNELS = {
+    "forward": forward.settle_block.fn, "adjoint": adjoint.solve_block.fn, "merge": merge.merge_rows,
+    "token": token.settle_token,
+}  # fmt: skip
+TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
+OPTIONAL = {"constant": "bias", "inverse": "norm", **{name: name for name in ("added", "turn", "given", "strict")}}
 NARROW = {"key", "value", "weight", "constant", "added", "given", "query", "grad", "out"}
 FLOATS = {"rtol", "atol", "far", "same_root", "slow_ratio"}
 CONSTANTS = {
@@ -30,7 +26,7 @@ CONSTANTS = {
 }  # fmt: skip
 TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
-    "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse",
+    "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "a", "step", "p", "moved", "fixed",
 }  # fmt: skip
 INTEGERS = {
     "forward": {"sweeps": "*i64", "status": "*i64"},
@@ -40,15 +36,17 @@ INTEGERS = {
 
 def main(name: str, kind: str, *options: str) -> None:
     constants = {
-        **CONSTANTS, "normed": "norm" in options, "operand": HALVES.get(kind, tl.float32),
-        "precision": "tf32x3" if kind in HALVES else "ieee",
+        **CONSTANTS, "normed": "norm" in options, "operand": TYPES[kind], "narrow": TYPES[kind],
+        "precision": "tf32x3" if kind in ("bf16", "fp16") else "ieee",
     }  # fmt: skip
+    narrow = {"weight", "fixed"} if name == "token" else NARROW
+    wide = "fp64" if kind == "fp64" else "fp32"
     signature, known = {}, {}
     for argument in KERNELS[name].arg_names:
         if argument in constants or OPTIONAL.get(argument, "") not in ("", *options):
             signature[argument], known[argument] = "constexpr", constants.get(argument)
         elif argument in TENSORS:
-            signature[argument] = f"*{kind}" if argument in NARROW else "*fp32"
+            signature[argument] = f"*{kind}" if argument in narrow else f"*{wide}"
         else:
             other = "fp32" if argument in FLOATS else "i32"
             signature[argument] = INTEGERS.get(name, {}).get(argument, other)

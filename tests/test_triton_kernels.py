@@ -132,7 +132,9 @@ EVERYTHING = ("norm", "turn", "bias", "added", "strict")
         ("forward", "bf16", *EVERYTHING),
         ("forward", "fp32", "given"),
         ("adjoint", "bf16", *EVERYTHING),
+        ("adjoint", "fp64", "given"),
         ("merge", "fp16"),
+        ("token", "bf16", "norm"),
     ],
     ids=lambda a: "-".join(a[:2]),
 )

@@ -85,6 +85,20 @@ def test_roots_are_those_of_the_row_solver(heads, normed):
     torch.testing.assert_close(p[solved], wanted.p[solved], rtol=0.0, atol=1e-9)
 
 
+def test_one_linear_head_gives_the_largest_root():
+    """Of up to three: `p = sigmoid(-3 + 6 p)` has roots near 0.071, 0.5 and 0.929; others are close to a fold."""
+    steep = torch.tensor([6.0, 6.0, 6.0, 12.0, 12.0, 40.0, 40.0, 5.0, 3.0], dtype=F64)
+    alpha = torch.tensor([-3.0, -3.3, -2.7, -6.0, -9.0, -20.0, -35.0, -2.5, -1.5], dtype=F64)
+    problem = RowProblem(alpha[:, None], steep[:, None, None], torch.zeros(9, 1, dtype=F64))
+    p, solved = solve(problem, None)
+    assert bool(solved.all())
+    torch.testing.assert_close(p, solve_rows(problem, 1e-12).p, rtol=0.0, atol=1e-9)
+    grid = torch.linspace(0.0, 1.0, 20001, dtype=F64)
+    above = torch.sigmoid(alpha[:, None] + steep[:, None] * grid) > grid
+    last = (above.to(torch.long) * torch.arange(20001)).amax(-1)  # the sign changes behind it for the last time
+    torch.testing.assert_close(p[:, 0], grid[last], rtol=0.0, atol=1e-4)
+
+
 def test_infinite_offsets_give_weights_of_zero_and_one():
     offset = torch.tensor([[-torch.inf], [torch.inf]], dtype=F64)
     for heads in (1, 2):

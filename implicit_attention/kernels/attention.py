@@ -22,7 +22,9 @@ def stock(query: Tensor, value: Tensor, spec: AttentionSpec, self_score: Tensor 
     Returns:
         `flash`, `flash_cuda` or None.
     """
-    return next((module for module in (flash, flash_cuda) if module.serves(query, value, spec, self_score)), None)
+    if flash.serves(query, value, spec, self_score):
+        return flash
+    return flash_cuda if flash_cuda.serves(query, value, spec, self_score) else None
 
 
 def attention(

@@ -85,7 +85,7 @@ def run(
 def make_layer(num_heads: int, head_dim: int, device: str, dtype: torch.dtype) -> ImplicitQueryAttention:
     layer = ImplicitQueryAttention(
         num_heads * head_dim, num_heads, is_causal=True, qk_norm=True, on_failure="ignore",
-        solver=ForwardSubstitution(rtol=TOLERANCE, atol=TOLERANCE, kernel="auto" if device == "cuda" else "torch"),
+        solver=ForwardSubstitution(rtol=TOLERANCE, atol=TOLERANCE, kernel="triton" if device == "cuda" else "torch"),
     )  # fmt: skip
     return layer.to(device, dtype)
 

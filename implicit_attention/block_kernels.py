@@ -52,14 +52,14 @@ class _Compiled:
         extra: The extra that installs what it needs.
         serves: What it computes, in words.
         hindrance: Why it cannot compute a map, in words; None if it can.
-        suits: Whether "auto" prefers it for maps on a device of this type.
+        automatic: Whether "auto" takes it: only what has been run and measured where it is meant for.
     """
 
     module: str
     extra: str
     serves: str
     hindrance: Callable[[CausalSystem], str | None]
-    suits: Callable[[str], bool]
+    automatic: bool
 
 
 _COMPILED = {
@@ -68,7 +68,7 @@ _COMPILED = {
         extra="cpu",
         serves="the layer runs on the CPU in float32 or float64, without dropout",
         hindrance=native.hindrance,
-        suits=lambda device: device == "cpu",
+        automatic=True,
     ),
     "triton": _Compiled(
         module="implicit_attention.triton_blocks.engine",
@@ -76,7 +76,7 @@ _COMPILED = {
         serves="the layer runs on a CUDA device, in one dtype and without dropout (with TRITON_INTERPRET=1 in the "
         "environment before the start, Triton's interpreter also serves the CPU, slowly)",
         hindrance=triton_blocks.hindrance,
-        suits=lambda device: device == "cuda",
+        automatic=False,
     ),
 }
 KERNELS = ("auto", "torch", *_COMPILED)
@@ -86,8 +86,8 @@ def chosen(kernel: str, system: CausalSystem) -> str:
     """Return which kernel computes the diagonal blocks of a map.
 
     Args:
-        kernel: What is asked for: "auto" takes the compiled one for the map's device where what it needs is
-            installed, where it serves the map, and where it pays.
+        kernel: What is asked for: "auto" takes numba where it is installed, where it serves the map, and where it
+            pays; Triton's kernels, which have not run on a device yet, only if they are asked for.
         system: The map.
 
     Returns:
@@ -116,7 +116,7 @@ def _check(kernel: str, hindrance: str | None) -> None:
 
 def _pays(name: str, engine: _Compiled, system: CausalSystem) -> bool:
     return (
-        engine.suits(system.key.device.type)
+        engine.automatic
         and system.length >= _WORTH_IT
         and engine.hindrance(system) is None
         and find_spec(name) is not None
@@ -155,8 +155,7 @@ def token_solver(kernel: str, like: Tensor) -> Any:
         ImportError: As in `chosen`.
         ValueError: As in `chosen`.
     """
-    if kernel == "triton":
-        _check(kernel, triton_blocks.misplaced(like))
-    elif kernel != "auto" or like.device.type != "cuda" or find_spec("triton") is None:
+    if kernel != "triton":
         return None
+    _check(kernel, triton_blocks.misplaced(like))
     return import_module("implicit_attention.triton_blocks.token").solve_token

@@ -33,8 +33,8 @@ class ForwardSubstitution(DirectSolver):
         block: Rows of a diagonal block; one that does not settle is halved, down to single rows.
         kernel: What computes the diagonal blocks: "torch"; "numba" (the extra `cpu`; float32 and float64 on the CPU
             without dropout), several times faster, but compiled for a minute or two when it is first used on a
-            machine; "triton" (the extra `gpu`; CUDA devices, without dropout); or "auto": the compiled one for the
-            device where it is installed and serves. See `kernel_for`.
+            machine; "triton" (the extra `gpu`; CUDA devices, without dropout; not run on a device yet); or "auto":
+            numba where it is installed and serves. See `kernel_for`.
         fallback: What solves the equations that have no causal structure to go by: adjoints that are
             differentiated again or taken under torch.func transforms.
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from functools import cache
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.report import PASSES
+from implicit_attention.experiments import records
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -135,3 +137,21 @@ def test_prices_are_those_that_were_measured():
         f"{short_forward} and {short_both} times at 1024"
     )
     assert sentence in " ".join(README.read_text(encoding="utf-8").split())
+
+
+RECALL_ROWS = ("implicit", "ordinary", "ordinary-2")
+
+
+def accuracy(table, row):
+    runs = records.load(ROOT / "docs" / "data" / "eval")[table][row]
+    return f"{statistics.mean(run['score'] for run in runs):.3f}", sum(run["solved_at"] is not None for run in runs)
+
+
+def test_results_are_those_that_were_measured():
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    implicit, ordinary, two = ([accuracy(table, row) for table in ("recall-64", "recall-128")] for row in RECALL_ROWS)
+    assert f"(accuracy {implicit[0][0]} and {implicit[1][0]})" in text
+    assert [solved for _, solved in implicit] == [5, 5]
+    assert f"came to {ordinary[0][0]} and {ordinary[1][0]}, and two layers to {two[0][0]} and {two[1][0]}" in text
+    assert accuracy("recall-128", "strict")[1] == 4
+    assert [accuracy("positions", f"implicit-{name}")[1] for name in ("none", "alibi")] == [0, 0]

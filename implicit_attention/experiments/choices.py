@@ -16,7 +16,7 @@ class Choice:
     Attributes:
         option: Its name in `ImplicitQueryAttention`.
         tables: Where its candidates are compared.
-        rows: The row of each candidate, by what is written for the value; the first is taken where all are alike.
+        rows: The row of each candidate, by what is written for the value, the library's own first.
     """
 
     option: str
@@ -46,7 +46,7 @@ CHOICES = (
     Choice(
         "tolerance",
         ("tolerance",),
-        {f"{tolerance:g}": f"implicit-{tolerance:.0e}" for tolerance in (1e-4, 1e-5, 1e-3, 1e-2, 1e-1)},
+        {f"{tolerance:g}": f"implicit-{tolerance:.0e}" for tolerance in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)},
     ),
 )  # fmt: skip
 
@@ -103,7 +103,7 @@ def compared(choice: Choice, found: Records) -> dict[str, tuple[int, int]]:
 
 
 def recommended(choice: Choice, found: Records) -> str | None:
-    """Return the value that is ahead most often and behind least often, the first among equals; None without records.
+    """Return the first value that is never behind, else the one most often ahead net of behind; None without records.
 
     Args:
         choice: The option.
@@ -112,4 +112,5 @@ def recommended(choice: Choice, found: Records) -> str | None:
     if not any(row in found.get(table, {}) for table in choice.tables for row in choice.rows.values()):
         return None
     tally = compared(choice, found)
-    return max(tally, key=lambda value: tally[value][0] - tally[value][1])
+    never_behind = [value for value, (_, lost) in tally.items() if lost == 0]
+    return never_behind[0] if never_behind else max(tally, key=lambda value: tally[value][0] - tally[value][1])

@@ -17,14 +17,16 @@ are narrower where the mixer has more weights. Each arm's learning rate is chose
 {RATE_SEED}, which counts for nothing else. Training ends early once the worst kind of
 held-out sequences has been solved at two evaluations in a row. Scores are mean ± standard deviation over seeds of
 the last evaluation. FLOPs are counted by formula (`experiments/flops.py`): a forward and backward pass, the solver's
-steps included. The same seed gives the same figures again on the same machine; times are processor time of one thread,
-next to as many runs as there were cores."""
+steps included. The same seed gives the same figures again on the same machine, once its kernels are compiled (the
+process that compiles them rounds differently in the last digits); times are processor time of one thread, next to as
+many runs as there were cores."""
 
 OVERVIEW = """The score that decides, mean ± standard deviation over seeds. The best arm is that with the most seeds
 solved, then the highest mean; it need not be ahead by more than the spread."""
 
 DEFAULTS = """What the tables below say about the options of `ImplicitQueryAttention`. Of two rows one is *ahead* if
-more of its seeds solved the task, or, with as many, if the means differ by more than the two deviations together."""
+more of its seeds solved the task, or, with as many, if the means differ by more than the two deviations together.
+Recommended is the first value that is never behind; the library's own stands first."""
 
 SOLVER = "How equilibria were solved, at the last evaluation, and whether another start leads to the same:"
 

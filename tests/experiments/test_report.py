@@ -92,6 +92,11 @@ def test_a_default_is_the_value_that_is_ahead_most_often():
     assert choices.recommended(choice, found) == "False"
     assert choices.recommended(choice, {"one": {"with": bad, "without": bad}}) == "True", "the first among equals"
     assert choices.recommended(choice, {}) is None
+    three = choices.Choice("tolerance", ("one",), {"1e-4": "a", "1e-5": "b", "1e-1": "c"})
+    spread_out = {"one": {"a": [run(0, 0.9), run(1, 1.0)], "b": good, "c": bad}}
+    assert choices.recommended(three, spread_out) == "1e-5"
+    alike = {"one": {"a": good, "b": good, "c": bad}}
+    assert choices.recommended(three, alike) == "1e-4", "the library's own stays where nothing is ahead of it"
 
 
 def test_every_choice_names_rows_that_there_are():

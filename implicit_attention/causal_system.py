@@ -148,6 +148,24 @@ class CausalSystem:
         bias = bias.expand(*bias.shape[:2], n, n)
         return bias + hidden, bias.diagonal(dim1=-2, dim2=-1)
 
+    def compiled_bias(self, rows: slice) -> tuple[Tensor, int, int] | None:
+        """What compiled kernels add to a block's scores, the diagonal's bias on the diagonal; None if there is nothing.
+
+        Args:
+            rows: The block.
+
+        Returns:
+            `[1 or B, 1 or H, n, n]`, and its strides from sample to sample and from head to head, 0 where all share it.
+        """
+        if self.spec.plain:
+            return None
+        strict, own = self.block_bias(rows)
+        strict = strict.detach().expand(*(1,) * (4 - strict.dim()), *strict.shape).clone()
+        diagonal = strict.diagonal(dim1=-2, dim2=-1)
+        diagonal.copy_(torch.zeros_like(diagonal) if own is None else own)
+        by_sample, by_head = (0 if strict.shape[dim] == 1 else strict.stride(dim) for dim in (0, 1))
+        return strict, by_sample, by_head
+
     def keep(self, rows: slice) -> Tensor | None:
         """The dropout factors of a diagonal block, `[B, H, n, n]`, or None."""
         at = slice(self.past + rows.start, self.past + rows.stop)

@@ -387,6 +387,26 @@ def near_singular(matrices: Tensor) -> int:
     return int((distance < NEAR_SINGULAR).sum())
 
 
+def hand_back(into: dict[str, Tensor], y: Tensor, lse: Tensor, rows: slice, done: list[int]) -> int:
+    """Return the first row that some sample has not settled; samples that went on get back what they saw before.
+
+    Args:
+        into: The tensors of the recursion that a compiled kernel has worked on: y `[B, N, H, d]`, lse `[B, H, N]`.
+        y: What the block's rows attended to before it, `[B, n, H, d]`.
+        lse: Its log-sum-exp, `[B, H, n]`.
+        rows: The block.
+        done: How many of its rows each sample has settled.
+    """
+    least = min(done)
+    for b, settled in enumerate(done):
+        if settled > least:
+            undone = slice(rows.start + least, rows.start + settled)
+            into["y"][b, undone] = y[b, least:settled]
+            into["lse"][b, :, undone] = lse[b, :, least:settled]
+    first: int = rows.start + least
+    return first
+
+
 def own_jacobian(system: CausalSystem, rows: slice, y: Tensor, queries: Queries, p: Tensor) -> Tensor:
     """The Jacobian of each row's own equation, `[B, n, H, H]`: `M_gh = (d s_g / d y_h) . (v_h - y_h) p_h`.
 

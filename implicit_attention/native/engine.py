@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, near_singular
+from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, hand_back, near_singular
 from implicit_attention.native import adjoint, adjoint_layout, forward, layout
 from implicit_attention.native.machine import LANES, threads
 
@@ -66,14 +66,11 @@ class _Kernel:
         """Run the kernel on a block; return what it says about each sample."""
         self.tell("FIRST", rows.start)
         self.tell("STOP", rows.stop)
-        if not self.system.spec.plain:
-            strict, own = self.system.block_bias(rows)
-            strict = strict.expand(*(1,) * (4 - strict.dim()), *strict.shape).clone()
-            diagonal = strict.diagonal(dim1=-2, dim2=-1)
-            diagonal.copy_(torch.zeros_like(diagonal) if own is None else own)
-            self.keep("STRICT", strict)
-            self.tell("STRICT_B", 0 if strict.shape[0] == 1 else strict.stride(0))
-            self.tell("STRICT_H", 0 if strict.shape[1] == 1 else strict.stride(1))
+        bias = self.system.compiled_bias(rows)
+        if bias is not None:
+            self.keep("STRICT", bias[0])
+            self.tell("STRICT_B", bias[1])
+            self.tell("STRICT_H", bias[2])
         threads().run(self.kernel, self.told.ctypes.data, self.count)
         said: list[int] = self.kept["STATUS"].tolist()
         return said
@@ -128,16 +125,10 @@ class ForwardKernel:
         """
         call, system = self._call, self.system
         done = call.run(rows)
-        least, n = min(done), rows.stop - rows.start
-        if least < n:
-            y = call.part("BEFORE_Y", system.batch, n, system.heads, system.dim)
-            lse = call.part("BEFORE_LSE", system.batch, system.heads, n)
-            for b, settled in enumerate(done):
-                undone = slice(rows.start + least, rows.start + settled)
-                self.into["y"][b, undone] = y[b, least:settled]
-                self.into["lse"][b, :, undone] = lse[b, :, least:settled]
-        first: int = rows.start + least
-        return first
+        n = rows.stop - rows.start
+        y = call.part("BEFORE_Y", system.batch, n, system.heads, system.dim)
+        lse = call.part("BEFORE_LSE", system.batch, system.heads, n)
+        return hand_back(self.into, y, lse, rows, done)
 
 
 class AdjointKernel:

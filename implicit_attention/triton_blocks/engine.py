@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, near_singular
+from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, hand_back, near_singular
 from implicit_attention.kernels.triton import adjoint, forward, interpreted, merge
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
@@ -54,17 +54,6 @@ class _Call:
             "dp": self.dp, "hp": self.hp, "operand": self.operand, "precision": self.precision,
         }  # fmt: skip
 
-    def strict(self, rows: slice) -> tuple[Tensor | None, int, int]:
-        """The biases within a block, those of the own columns on the diagonal; strides of samples and heads."""
-        if self.system.spec.plain:
-            return None, 0, 0
-        strict, own = self.system.block_bias(rows)
-        strict = strict.detach().expand(*(1,) * (4 - strict.dim()), *strict.shape).clone()
-        diagonal = strict.diagonal(dim1=-2, dim2=-1)
-        diagonal.copy_(torch.zeros_like(diagonal) if own is None else own)
-        by_sample, by_head = (0 if strict.shape[dim] == 1 else strict.stride(dim) for dim in (0, 1))
-        return strict, by_sample, by_head
-
 
 class ForwardKernel:
     """Settles diagonal blocks in place."""
@@ -105,7 +94,7 @@ class ForwardKernel:
             The first row that is not settled; the end of the block if all are.
         """
         system, call, into, n = self.system, self.call, self.into, rows.stop - rows.start
-        strict, strict_b, strict_h = call.strict(rows)
+        strict, strict_b, strict_h = system.compiled_bias(rows) or (None, 0, 0)
         forward.settle_block[(system.batch,)](
             call.key, call.value, call.weight, _contiguous(system.bias), _contiguous(system.added), call.turn,
             call.given, strict, into["y"], into["lse"], into["query"],
@@ -114,17 +103,9 @@ class ForwardKernel:
             strict_b=strict_b, strict_h=strict_h, first=rows.start, n=n, **self.told,
         )  # fmt: skip
         done: list[int] = self.status.tolist()
-        least = min(done)
-        if least < n:
-            y = self.before_y[: system.batch * n * system.heads * system.dim]
-            lse = self.before_lse[: system.batch * system.heads * n].view(system.batch, system.heads, n)
-            y = y.view(system.batch, n, system.heads, system.dim)
-            for b, settled in enumerate(done):
-                undone = slice(rows.start + least, rows.start + settled)
-                into["y"][b, undone] = y[b, least:settled]
-                into["lse"][b, :, undone] = lse[b, :, least:settled]
-        first: int = rows.start + least
-        return first
+        y = self.before_y[: system.batch * n * system.heads * system.dim]
+        lse = self.before_lse[: system.batch * system.heads * n].view(system.batch, system.heads, n)
+        return hand_back(into, y.view(system.batch, n, system.heads, system.dim), lse, rows, done)
 
     def merge(self, rows: slice, out: Tensor, lse: Tensor) -> None:
         """Merge attention over more columns into `y` and `lse`, in one launch.
@@ -188,7 +169,7 @@ class AdjointKernel:
         """
         system, call, at, found, n = self.system, self.call, self.at, self.found, rows.stop - rows.start
         batch, heads, groups, d = system.batch, system.heads, system.groups, system.dim
-        strict, strict_b, strict_h = call.strict(rows)
+        strict, strict_b, strict_h = system.compiled_bias(rows) or (None, 0, 0)
         self.suspect.zero_()
         adjoint.solve_block[(batch,)](
             call.key, call.value, call.weight, call.turn, call.given, strict, at["y"], at["query"], at.get("inverse"),

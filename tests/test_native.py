@@ -1,5 +1,7 @@
 """The compiled diagonal blocks against the torch ones, which the oracle holds: outputs and all gradients."""
 
+import ctypes
+import importlib
 import sys
 import warnings
 
@@ -208,6 +210,47 @@ def test_compiles_without_warnings():
         warnings.simplefilter("error")
         run("numba", inputs(1, 20), 1e-8)
     assert "numba" in sys.modules
+
+
+@pytest.fixture
+def small_kernel(tmp_path, monkeypatch):
+    """A module with a kernel, and where numba keeps it."""
+
+    def made(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        return importlib.import_module(name)
+
+    yield made
+    for name in ("small_kernel", "hidden_kernel"):
+        sys.modules.pop(name, None)
+
+
+KERNEL = """
+from implicit_attention.native.machine import kernel
+
+@kernel
+def seven(c):
+    c[0] = 7
+"""
+
+
+def test_whoever_uses_a_kernel_has_loaded_it(small_kernel, tmp_path, caplog):
+    """The process that compiles a kernel has other last digits than all that load it."""
+    module = small_kernel("small_kernel", KERNEL)
+    compiled = module.seven()
+    assert compiled.cache_hits == 1
+    assert list(tmp_path.glob("**/*.nbi"))
+    told = np.zeros(1, dtype=np.int64)
+    compiled.ctypes(told.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
+    assert told[0] == 7
+    assert not caplog.records
+
+
+def test_a_kernel_that_no_other_process_can_compile(small_kernel, caplog):
+    module = small_kernel("hidden_kernel", KERNEL + "\nkept = seven\ndel seven\n")
+    assert module.kept().cache_hits == 0
+    assert "cannot import name 'seven'" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -486,16 +486,16 @@ def _block(c: Any, f: Any) -> None:
 
 def _kernels(stamp: str) -> tuple[Any, Any]:
     @kernel
-    def in_32(c: Any) -> None:
+    def forward32(c: Any) -> None:
         if stamp:
             _block(c, float32_at(c[NUMBERS]))
 
     @kernel
-    def in_64(c: Any) -> None:
+    def forward64(c: Any) -> None:
         if stamp:
             _block(c, float64_at(c[NUMBERS]))
 
-    return in_32, in_64
+    return forward32, forward64
 
 
 forward32, forward64 = _kernels(STAMP)

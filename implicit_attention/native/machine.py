@@ -3,6 +3,8 @@
 import ctypes
 import hashlib
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +16,11 @@ import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
+from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
+_SIGNATURE = types.void(types.CPointer(types.int64))
 LANES = 64 if llvm.get_host_cpu_features().get("avx512f") else 32  # bytes of a vector register
 
 
@@ -31,20 +36,53 @@ def kernel(function: Any) -> Any:
     Numba looks whether the function's own file has changed, not those of the functions that it calls: let it be a
     closure over `STAMP`, which is part of what numba looks it up by.
 
+    A process that compiles calls other copies of the functions that are not inlined than those that load what it kept,
+    so its sums would differ in the last digits. Hence another process compiles, and this one loads as all later ones.
+
     Returns:
-        A function that returns the compiled one.
+        A function that returns the compiled one; the module has it under the name of `function`.
     """
 
     @cache
     def compile_it() -> Any:
-        signature = types.void(types.CPointer(types.int64))
         with _telling():
-            try:
-                return cfunc(signature, cache=True, error_model="numpy")(function)
-            except RuntimeError:  # no folder that can be written to
-                return cfunc(signature, error_model="numpy")(function)
+            if not _is_kept(function):
+                _compile_elsewhere(function)
+            return compile_here(function)
 
+    compile_it.function = function
     return compile_it
+
+
+def compile_here(function: Any) -> Any:
+    """Return a function as numba kept it; else compile it in this process and keep it, if there is where to."""
+    try:
+        return cfunc(_SIGNATURE, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # no folder that can be written to
+        return cfunc(_SIGNATURE, error_model="numpy")(function)
+
+
+def _is_kept(function: Any) -> bool:
+    """Whether numba has kept a function, or has nowhere to keep it."""
+    try:
+        return FunctionCache(function).load_overload(_SIGNATURE, cpu_target.target_context) is not None
+    except RuntimeError:
+        return True
+
+
+def _compile_elsewhere(function: Any) -> None:
+    """Let another process compile and keep a function; where that fails, nothing is lost but the last digits."""
+    module, name = function.__module__, function.__name__
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import compile_here; "
+        f"from {module} import {name}; compile_here({name}.function)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if found.returncode:
+        logging.getLogger("implicit_attention").warning(
+            "A process that was to compile a kernel failed, so this one compiles it; its last digits may differ from "
+            "those of later processes. It said: %s", found.stderr.strip().rpartition("\n")[-1],
+        )  # fmt: skip
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from implicit_attention.tasks.task import Task
 
 MARGIN = 0.02  # by how much the numbers of parameters of two arms of a table may differ
 ADJOINTS = {"implicit": ImplicitAdjoint(), "phantom": Phantom(), "one step": Phantom(steps=1, damping=1.0)}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_STEPS = 24  # of an iterative solver: one row that does not settle keeps all others waiting
 
 
@@ -43,6 +44,7 @@ class Sizes:
         adjoint: Of implicit layers, a name in `ADJOINTS`.
         tolerance: To which equilibria are solved in training and judging, absolute and relative.
         kernel: Of `ForwardSubstitution`.
+        precision: What products are computed in, a name in `PRECISIONS`; by autocast where it is not "float32".
     """
 
     embed_dim: int = 64
@@ -57,6 +59,11 @@ class Sizes:
     adjoint: str = "implicit"
     tolerance: float = 1e-4
     kernel: str = "auto"
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuse a precision that no autocast has."""
+        known("precision", self.precision, PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -221,7 +228,10 @@ def parameters(model: torch.nn.Module) -> int:
 def _model(arm: Arm, task: Task, sizes: Sizes, width: int) -> SequenceModel:
     # The embedding is drawn first: the arms of a seed share it.
     tokens, loops = takes_tokens(task), sizes.loops if arm.looped else 1
-    model = SequenceModel(task.inputs, task.outputs, [], sizes.embed_dim, tokens=tokens, loops=loops)
+    model = SequenceModel(
+        task.inputs, task.outputs, [], sizes.embed_dim, tokens=tokens, loops=loops,
+        precision=PRECISIONS[sizes.precision],
+    )  # fmt: skip
     model.blocks.extend(arm.mixer(task, sizes, width) for _ in range(sizes.blocks * arm.depth))
     return model
 

@@ -110,7 +110,15 @@ class SequenceModel(nn.Module):
     """Embedding of tokens, or linear map of features; blocks; norm; linear head."""
 
     def __init__(
-        self, inputs: int, outputs: int, blocks: list[Block], embed_dim: int, *, tokens: bool, loops: int = 1
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: list[Block],
+        embed_dim: int,
+        *,
+        tokens: bool,
+        loops: int = 1,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         """Make the model.
 
@@ -121,6 +129,7 @@ class SequenceModel(nn.Module):
             embed_dim: D.
             tokens: Whether inputs are tokens.
             loops: How often the blocks are applied, with the same weights.
+            precision: What products are computed in, by autocast if it is narrower than the weights are.
         """
         super().__init__()
         self.embedding: nn.Module = nn.Embedding(inputs, embed_dim) if tokens else nn.Linear(inputs, embed_dim)
@@ -128,6 +137,12 @@ class SequenceModel(nn.Module):
         self.norm = nn.RMSNorm(embed_dim)
         self.head = nn.Linear(embed_dim, outputs)
         self.loops = loops
+        self.precision = precision
+
+    def autocast(self) -> torch.autocast:
+        """Return the context that the model computes in."""
+        narrow = self.precision != torch.float32
+        return torch.autocast(self.head.weight.device.type, self.precision if narrow else None, enabled=narrow)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return `[B, N, outputs]` for tokens `[B, N]` or features `[B, N, F]`."""
@@ -140,12 +155,13 @@ class SequenceModel(nn.Module):
             inputs: Tokens `[B, N]`, int64, or features `[B, N, F]`.
             gains: As in `Mixer.mix`.
         """
-        h: Tensor = self.embedding(inputs)
         solutions = []
-        for _ in range(self.loops):
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                h, solution = block.apply_to(h, gains=gains)
-                solutions += [] if solution is None else [solution]
-        logits: Tensor = self.head(self.norm(h))
-        return logits, solutions
+        with self.autocast():
+            h: Tensor = self.embedding(inputs)
+            for _ in range(self.loops):
+                for block in self.blocks:
+                    assert isinstance(block, Block)
+                    h, solution = block.apply_to(h, gains=gains)
+                    solutions += [] if solution is None else [solution]
+            logits: Tensor = self.head(self.norm(h))
+        return logits.to(self.head.weight.dtype), solutions

@@ -70,7 +70,7 @@ def path_independence(model: SequenceModel, batch: Batch) -> Figures | None:
     layer = layers[0]
     first = model.blocks[0]
     assert isinstance(first, Block)
-    with torch.no_grad():
+    with torch.no_grad(), model.autocast():
         x = first.norm_mixer(model.embedding(batch.inputs))
         solution, equation = layer.solve(x), layer.equation(x)
         solver = Anderson(rtol=layer.solver.rtol, atol=layer.solver.atol, max_steps=200)
@@ -100,7 +100,7 @@ def gradient_quality(model: SequenceModel, task: Task, batch: Batch) -> Figures:
     """Return the cosine of each kind of gradient to the exact one, and the spectral radius they were taken at.
 
     The exact one is that of a copy in float64 whose equilibrium and adjoint are solved to 1e-10. The others are taken
-    in float32: implicit differentiation with the model's own solver, `Phantom()` and one undamped step.
+    in the model's precision: implicit differentiation with the model's own solver, `Phantom()` and one undamped step.
 
     Args:
         model: A model with implicit layers under a causal mask.
@@ -111,6 +111,7 @@ def gradient_quality(model: SequenceModel, task: Task, batch: Batch) -> Figures:
         Cosines by the names of `ADJOINTS`, and "radius", the largest gain of a row.
     """
     exact = _twin(model, ImplicitAdjoint()).double()
+    exact.precision = torch.float32  # no autocast
     for layer in implicit_layers(exact):
         layer.solver = ForwardSubstitution(rtol=1e-10, atol=1e-10)
     wanted = _gradient(exact, task, batch)

@@ -17,9 +17,8 @@ are narrower where the mixer has more weights. Each arm's learning rate is chose
 {RATE_SEED}, which counts for nothing else. Training ends early once the worst kind of
 held-out sequences has been solved at two evaluations in a row. Scores are mean ± standard deviation over seeds of
 the last evaluation. FLOPs are counted by formula (`experiments/flops.py`): a forward and backward pass, the solver's
-steps included. The same seed gives the same figures again on the same machine, once its kernels are compiled (the
-process that compiles them rounds differently in the last digits); times are processor time of one thread, next to as
-many runs as there were cores."""
+steps included. The same seed gives the same figures again on the same machine; times are processor time of one thread,
+next to as many runs as there were cores."""
 
 OVERVIEW = """The score that decides, mean ± standard deviation over seeds. The best arm is that with the most seeds
 solved, then the highest mean; it need not be ahead by more than the spread."""
@@ -71,13 +70,15 @@ def machines(found: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[str]:
 
 def settings(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[str]:
     """Return the settings that all runs of a table share, from their records."""
-    settings = next(iter(rows.values()))[0]["settings"]
+    every = [run["settings"] for runs in rows.values() for run in runs]
+    settings = every[0]
+    tolerances = {run["sizes"]["tolerance"] for run in every}
     task, sizes, training = (dict(settings[part]) for part in ("task", "sizes", "training"))
     name = task.pop("name")
     sentences = [
         f"`{name}({', '.join(f'{key}={value!r}' for key, value in task.items())})`.",
         f"Embed {sizes['embed_dim']}, {sizes['num_heads']} heads, MLP {sizes['mlp']} in the reference, "
-        f"looped {sizes['loops']} times, tolerance {sizes['tolerance']:g}.",
+        f"looped {sizes['loops']} times" + (f", tolerance {tolerances.pop():g}." if len(tolerances) == 1 else "."),
         f"At most {training['steps']} steps of {training['batch_size']} sequences, judged every "
         f"{training['evaluate_every']} steps on {training['held_out']} held-out sequences of each kind.",
     ]

@@ -204,6 +204,14 @@ def _studies() -> list[Table]:
         )
         for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     }
+    precisions = {  # each with its own default of the tolerance, but float32, which here is solved less exactly
+        f"implicit-{precision}": Row(
+            "implicit",
+            f"{title}, {precision}, tolerance {tolerance:g}",
+            replace(_RECALL_SIZES, precision=precision, tolerance=tolerance),
+        )
+        for precision, tolerance in (("float32", 1e-4), ("float16", 4e-3), ("bfloat16", 3e-2))
+    }
     gradients = {
         "implicit": Row("implicit", title, _RECALL_SIZES),
         "implicit-no-norm": Row("implicit", f"{title}, `qk_norm=False`", replace(_RECALL_SIZES, qk_norm=False)),
@@ -234,6 +242,7 @@ def _studies() -> list[Table]:
         Table("positions-bytes", "studies", "Positions: bytes", ByteText(), of_bytes, _BYTES, 3),
         Table("adjoint", "studies", "Gradients to learn with", task, adjoints, _RECALL, 3),
         Table("tolerance", "studies", "Tolerance against accuracy", task, tolerances, fixed, 3),
+        Table("precision", "studies", "Precision: recall under autocast", task, precisions, fixed, 5),
         Table("gradients", "studies", "What gradients are worth", task, gradients, looked_at, 3),
     ]
 

@@ -54,6 +54,20 @@ def test_arms_that_need_a_mask_say_so(name):
         build(ARMS[name], FREE, SIZES, 0)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_precision_is_that_of_the_equilibria(name):
+    model = build(ARMS["implicit"], CAUSAL, replace(SIZES, precision=name, tolerance=3e-2), 0)
+    logits, solutions = model.solve(torch.randint(5, (2, 12)))
+    assert (logits.dtype, solutions[0].value.dtype) == (torch.float32, getattr(torch, name))
+    logits.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_precision_without_autocast_is_refused():
+    with pytest.raises(ValueError, match="`precision` must be one of float32, bfloat16, float16"):
+        replace(SIZES, precision="float64")
+
+
 def test_unknown_arm_suggests_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'implicit'"):
         arm_named("implict")

@@ -1,0 +1,117 @@
+"""bfloat16 and float16 against float64: errors within what the rounding of the map itself accounts for.
+
+All weights and inputs are numbers of the narrow dtype, so that both precisions are given the same problem.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.func import jacrev
+
+from implicit_attention import Anderson, ForwardSubstitution, ImplicitQueryAttention, Picard
+
+pytestmark = pytest.mark.usefixtures("brisk_interpreter")
+F64 = torch.float64
+ROWS, SIZE = 18, 16
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+SOLVERS = {
+    "torch": lambda tol: ForwardSubstitution(rtol=tol, atol=tol, kernel="torch"),
+    "triton": lambda tol: ForwardSubstitution(rtol=tol, atol=tol, kernel="triton"),
+    "picard": lambda tol: Picard(rtol=tol, atol=tol, max_steps=100),
+    "anderson": lambda tol: Anderson(rtol=tol, atol=tol, max_steps=100),
+}
+OPTIONS = {
+    "plain": {},
+    "norm": {"qk_norm": True, "positions": "rope"},
+    "input": {"query_input": True, "bias": True},
+}
+GAUSS = np.polynomial.legendre.leggauss(4)
+
+
+def make(name, dtype, options, tol):
+    torch.manual_seed(0)
+    is_causal = name in ("torch", "triton")
+    solver = SOLVERS[name](tol)
+    layer = ImplicitQueryAttention(SIZE, 2, is_causal=is_causal, solver=solver, on_failure="ignore", **OPTIONS[options])
+    if layer.temperature is not None and not is_causal:  # else the loop, which gradients are compared with, diverges
+        torch.nn.init.constant_(layer.temperature, 0.3)
+    return layer.to(dtype), torch.randn(1, ROWS, SIZE).to(dtype)
+
+
+def exactly(layer, tol=1e-12):
+    twin = copy.deepcopy(layer).to(F64)
+    kind = ForwardSubstitution if layer.is_causal else Anderson
+    twin.solver = kind(rtol=tol, atol=tol)
+    return twin
+
+
+def largest(t):
+    return float(t.detach().abs().max())
+
+
+def mean_jacobian(equation, start, end):
+    """The integral of the Jacobian from one point to another, so that F(end) - F(start) is its product with the way."""
+    total = torch.zeros(start.numel(), start.numel(), dtype=F64)
+    for node, weight in zip(*GAUSS, strict=True):
+        at = start + (1 + node) / 2 * (end - start)
+        total += weight / 2 * jacrev(lambda y: equation.function(y, *equation.args))(at).view_as(total)
+    return total
+
+
+@DTYPES
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_equilibrium_is_off_by_its_residual_and_the_rounding_of_one_map(name, options, dtype):
+    """With F the exact map, G the rounded one and y where G was solved to a residual r, e = y - y* obeys
+    `e = (I - J)^-1 (y - F(y))` exactly, J the mean Jacobian between the two; and `|y - F(y)| <= r + |G(y) - F(y)|`.
+
+    What is rounded once more is the result that is returned. The map's rounding is that of the readable torch map;
+    a kernel sums in another order, which may double it.
+    """
+    eps = torch.finfo(dtype).eps
+    layer, x = make(name, dtype, options, eps / 4)
+    exact = exactly(layer)
+    with torch.no_grad():
+        solution, truth = layer.solve(x), exact.solve(x.to(F64))
+        assert bool(solution.converged.all())
+        rough, wide = layer.equation(x), exact.equation(x.to(F64))
+        y = solution.value.to(F64)
+        rounding = largest(rough.function(solution.value, *rough.args).to(F64) - wide.function(y, *wide.args))
+        inverse = torch.linalg.inv(torch.eye(y.numel(), dtype=F64) - mean_jacobian(wide, truth.value, y))
+    amplified = float(inverse.abs().sum(1).max())
+    stored = eps / 2 * largest(y)
+    assert largest(y - truth.value) <= amplified * (float(solution.residual.max()) + 2 * rounding + stored) + stored
+    assert rounding > 0  # else nothing is tested
+
+
+@DTYPES
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_gradients_lose_no_more_than_backpropagation_through_the_loop(name, options, dtype):
+    """The readable reference in the same dtype: the loop written out, differentiated by autograd."""
+    eps = torch.finfo(dtype).eps
+    layer, x = make(name, dtype, options, eps / 4)
+    weight = torch.randn(1, ROWS, SIZE).to(dtype)
+
+    def gradients(of, value, leaf):
+        found = torch.autograd.grad(value, [leaf, *of.parameters()], weight.to(value.dtype))
+        return [g.to(F64) for g in found]
+
+    def solved(of):
+        leaf = x.to(of.W_K.weight.dtype).requires_grad_()
+        return gradients(of, of.solve(leaf).value, leaf)
+
+    def unrolled(of):
+        leaf = x.clone().requires_grad_()
+        equation = of.equation(leaf)
+        y = equation.start
+        for _ in range(30):
+            y = equation.function(y, *equation.args)
+        return gradients(of, y, leaf)
+
+    truth = solved(exactly(layer))
+    stored = eps * max(largest(true) for true in truth)
+    for mine, reference, true in zip(solved(layer), unrolled(layer), truth, strict=True):
+        assert largest(mine - true) <= 2 * largest(reference - true) + stored

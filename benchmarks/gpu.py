@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks import decode, measure
 from benchmarks.gate import Gate, reached
 from benchmarks.peers import CONTESTANTS, OURS, SDPA, Case, Contestant, Entrant, available, merged
 from benchmarks.report import PASSES, described, target, tell, verdict
-from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
+from implicit_attention import ForwardSubstitution, ImplicitQueryAttention, Picard, Solution, fixed_point
 
 LENGTHS = (512, 2048, 8192, 32768, 65536)
 HEAD_DIMS = (64, 128)
@@ -166,7 +167,36 @@ def measure_shape(
         rows[name][passes] = figures
     rows[OURS] |= reached(case, entrants[OURS].forward(), TOLERANCE) | {"failures": entrants[OURS].failures}
     found = {"length": length, "batch": batch, "head_dim": layer.embed_dim // layer.num_heads, "rows": rows}
-    return found | {"decode": decode_step(layer, batch, length, repeats)}
+    return found | {
+        "decode": decode_step(layer, batch, length, repeats),
+        "iteration": iteration(layer, batch, length, repeats),
+    }
+
+
+def iteration(layer: ImplicitQueryAttention, batch: int, length: int, repeats: int) -> dict[str, Any]:
+    """One of Picard's iterations without a mask, its residual by torch and by Triton's kernel, against one SDPA pass.
+
+    No iterate is good enough, so as many iterations are taken as are allowed.
+    """
+    like, steps = layer.W_K.weight, 8
+    free = ImplicitQueryAttention(layer.embed_dim, layer.num_heads, qk_norm=True).to(like.device, like.dtype)
+    x = torch.randn(batch, length, layer.embed_dim, device=like.device, dtype=like.dtype)
+    with torch.no_grad():
+        equation = free.equation(x)
+        q, k, v = (x.view(batch, length, layer.num_heads, -1).transpose(1, 2) for _ in range(3))
+
+    def iterate(kernel: str) -> Solution:
+        tiny = torch.finfo(torch.float32).tiny
+        solver = Picard(rtol=tiny, atol=tiny, max_steps=steps, kernel=kernel)
+        return fixed_point(equation.function, equation.start, equation.args, solver=solver, on_failure="ignore")
+
+    kernels = [kernel for kernel in ("torch", "triton") if kernel == "torch" or like.is_cuda]
+    with torch.no_grad():
+        runs = {SDPA: partial(F.scaled_dot_product_attention, q, k, v)} | {
+            name: partial(iterate, name) for name in kernels
+        }
+        seconds = {name: measure.timing(taken)["median_seconds"] for name, taken in timed(runs, repeats).items()}
+    return {kernel: seconds[kernel] / (steps + 1) / seconds[SDPA] for kernel in kernels}
 
 
 def decode_step(layer: ImplicitQueryAttention, batch: int, context: int, repeats: int) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from implicit_attention import native, triton_blocks
 from implicit_attention.causal_system import CausalSystem
 from implicit_attention.diagonal import BlockAdjoint
-from implicit_attention.errors import Came, bad_value
+from implicit_attention.errors import Came, bad_value, missing_extra
+from implicit_attention.kernels.triton import misplaced
 
 _WORTH_IT = 8  # rows; preparing a kernel costs more than fewer rows do (a decoded token is one)
 
@@ -108,7 +109,7 @@ def chosen(kernel: str, system: CausalSystem) -> str:
 def _check(kernel: str, hindrance: str | None) -> None:
     compiled = _COMPILED[kernel]
     if find_spec(kernel) is None:
-        raise ImportError(f"kernel={kernel!r} needs {kernel}: pip install 'implicit-attention[{compiled.extra}]'")
+        raise missing_extra(f"kernel={kernel!r}", kernel, compiled.extra)
     if hindrance:
         expected = f'"auto" or "torch" unless {compiled.serves}'
         raise bad_value("kernel", expected, Came(f'"{kernel}" where {hindrance}'))
@@ -157,5 +158,5 @@ def token_solver(kernel: str, like: Tensor) -> Any:
     """
     if kernel != "triton":
         return None
-    _check(kernel, triton_blocks.misplaced(like))
+    _check(kernel, misplaced(like))
     return import_module("implicit_attention.triton_blocks.token").solve_token

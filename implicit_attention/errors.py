@@ -37,6 +37,11 @@ def bad_value(argument: str, expected: str, got: object, remedy: str = "") -> Va
     return ValueError(_sentence(argument, expected, got, remedy))
 
 
+def missing_extra(what: str, package: str, extra: str) -> ImportError:
+    """Return the `ImportError` for a package that an extra installs."""
+    return ImportError(f"{what} needs {package}: pip install 'implicit-attention[{extra}]'")
+
+
 def bad_type(argument: str, expected: str, got: object, remedy: str = "") -> TypeError:
     """Return the `TypeError` for an argument of a type that cannot work."""
     return TypeError(_sentence(argument, expected, got, remedy))

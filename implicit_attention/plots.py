@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from implicit_attention.errors import bad_value
+from implicit_attention.errors import bad_value, missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,7 +186,7 @@ def _figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ImportError("plots need matplotlib: pip install 'implicit-attention[plot]'") from error
+        raise missing_extra("a plot", "matplotlib", "plot") from error
     return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 

@@ -10,11 +10,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from implicit_attention.kernels.triton import adjoint, forward, merge, token
+from implicit_attention.kernels.triton import adjoint, forward, merge, residual, token
 
 KERNELS = {
     "forward": forward.settle_block.fn, "adjoint": adjoint.solve_block.fn, "merge": merge.merge_rows,
-    "token": token.settle_token,
+    "token": token.settle_token, "residual": residual.largest_in_rows,
 }  # fmt: skip
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 OPTIONAL = {"constant": "bias", "inverse": "norm", **{name: name for name in ("added", "turn", "given", "strict")}}
@@ -22,15 +22,17 @@ NARROW = {"key", "value", "weight", "constant", "added", "given", "query", "grad
 FLOATS = {"rtol", "atol", "far", "same_root", "slow_ratio"}
 CONSTANTS = {
     "scale": 0.25, "eps": 1e-6, "near_singular": 1e-3, "heads": 4, "groups": 2, "dim": 24, "dp": 32, "hp": 16,
-    "rows_": 32,
+    "rows_": 32, "span": 4096,
 }  # fmt: skip
 TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
     "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "a", "step", "p", "moved", "fixed",
+    "f",
 }  # fmt: skip
 INTEGERS = {
     "forward": {"sweeps": "*i64", "status": "*i64"},
     "adjoint": dict.fromkeys(("sweeps", "status", "suspect"), "*i32"),
+    "residual": {"found": "*i32"},
 }
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels that a map is not needed for: roots of single rows, the merge by log-sum-exp."""
+"""The Triton kernels that no causal map is needed for: roots of rows, the merge by log-sum-exp, residuals."""
 
 import os
 import subprocess
@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from implicit_attention import Anderson, Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, fixed_point
+from implicit_attention.kernels import residual
 from implicit_attention.kernels.triton import merge
 from implicit_attention.kernels.triton.row_equation import solve_row
 from implicit_attention.rows import RowProblem, solve_rows
@@ -136,6 +138,52 @@ def test_merge_equals_torch(dtype, poisoned):
     torch.testing.assert_close(lse, wanted_lse, rtol=allowed, atol=allowed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 5)], ids=str)
+def test_residuals_are_those_of_torch_bit_by_bit(rows, dtype, monkeypatch):
+    """Rows that fill no program, and more than one; zeros, subnormal numbers, NaN and Inf among them."""
+    monkeypatch.setattr("implicit_attention.kernels.triton.residual.SPAN", 32)
+    for length in (1, 31, 33, 70):
+        y, f = torch.randn(2, rows[0], rows[1] * length, dtype=dtype, device=DEVICE).unbind()
+        y[:, 0], f[:, 0] = f[:, 0].clone(), 1e-41
+        for place, value in ((0, 0.0), (-1, torch.inf), (-1, -torch.inf), (0, torch.nan), (-1, torch.nan)):
+            f.view(-1)[place] = value
+            for mine, theirs in zip(residual.fused(y, f, rows), residual.measured(y, f, rows), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0.0, atol=0.0, equal_nan=True)
+    strided = torch.randn(8, 6, dtype=dtype, device=DEVICE)[::2, ::3]
+    for mine, theirs in zip(residual.fused(strided, y[:1, :1].expand_as(strided), (4, 2)),
+                            residual.measured(strided, y[:1, :1].expand_as(strided), (4, 2)), strict=True):  # fmt: skip
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("solver", [Picard, Anderson, NewtonKrylov], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("options", [{}, {"normalize_over": "keys"}], ids=["queries", "keys"])
+def test_iterations_measured_by_the_kernel_are_the_same(solver, options):
+    """Samples that freeze at different steps, and gradients, whose equation is iterated on as well."""
+    outcomes = []
+    for kernel in ("triton", "torch"):
+        torch.manual_seed(0)
+        settings = solver(rtol=1e-8, atol=1e-8, kernel=kernel)
+        layer = ImplicitQueryAttention(8, 2, query_input=True, solver=settings, adjoint=Implicit(settings), **options)
+        x = torch.randn(3, 5, 8, dtype=F64) * torch.tensor([0.1, 1.0, 3.0], dtype=F64)[:, None, None]
+        x = x.to(DEVICE).requires_grad_()
+        solution = layer.to(DEVICE, F64).solve(x)
+        solution.value.square().sum().backward()
+        outcomes.append((solution.value, solution.abs_trace, solution.rel_trace, solution.steps, x.grad))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*outcomes, strict=True))
+
+
+def test_a_kernel_that_cannot_measure_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="`kernel` must be one of 'auto', 'torch', 'triton'"):
+        Picard(kernel="numba")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r'`kernel` must be "auto" or "torch" unless a CUDA device.*on cpu'):
+        fixed_point(torch.cos, torch.zeros(1, 2), solver=Picard(kernel="triton"))
+    monkeypatch.setattr("implicit_attention.kernels.residual.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"implicit-attention\[gpu\]"):
+        fixed_point(torch.cos, torch.zeros(1, 2), solver=Picard(kernel="triton"))
+
+
 EVERYTHING = ("norm", "turn", "bias", "added", "strict")
 
 
@@ -149,6 +197,7 @@ EVERYTHING = ("norm", "turn", "bias", "added", "strict")
         ("adjoint", "fp64", "given"),
         ("merge", "fp16"),
         ("token", "bf16", "norm"),
+        ("residual", "fp32"),
     ],
     ids=lambda a: "-".join(a[:2]),
 )

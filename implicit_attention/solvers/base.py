@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from implicit_attention import maps
-from implicit_attention.errors import NonFiniteError, check_positive
+from implicit_attention.errors import NonFiniteError, check_choice, check_positive
+from implicit_attention.kernels import residual as residuals
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -227,14 +228,18 @@ class Solver(Method, ABC):
 
     Attributes:
         max_steps: Steps after which a system that is not within `atol + rtol max|F(y)|` is reported.
+        kernel: What measures residuals: "torch"; "triton" (the extra `gpu`; CUDA devices; not run on a device yet), in
+            one pass over memory; or "auto", which is torch until that has been measured.
     """
 
     max_steps: int = 50
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
         check_positive("max_steps", self.max_steps, integer=True)
+        check_choice("kernel", self.kernel, residuals.KERNELS)
 
     @abstractmethod
     def init(self, y: Tensor) -> Any:
@@ -329,6 +334,7 @@ class _Bookkeeping:
 
     def __init__(self, solver: Solver, y0: Tensor, system_ndim: int, row_ndim: int, linear: bool) -> None:
         self.rtol, self.atol = solver.tolerances(y0.dtype, linear=linear)
+        self.measure = residuals.measure_with(solver.kernel, y0)
         self.shape = y0.shape[:row_ndim]
         count = y0.shape[:system_ndim].numel()
         self.rows = (count, y0.shape[system_ndim:row_ndim].numel())
@@ -342,8 +348,7 @@ class _Bookkeeping:
     @torch.no_grad()
     def observe(self, y: Tensor, f: Tensor) -> Tensor:
         """Measure an iterate `[S, n]`; return which systems must go on, `[S]`."""
-        residual = _largest(f - y, self.rows)
-        size = _largest(f, self.rows)
+        residual, size = self.measure(y, f, self.rows)
         if self.traces:
             before, before_size = self.traces[-1]
             frozen = ~self.active[:, None]
@@ -392,9 +397,3 @@ class _Bookkeeping:
             evaluations=system.evaluations,
             history=history,
         )
-
-
-def _largest(t: Tensor, rows: tuple[int, int]) -> Tensor:
-    """The largest modulus in each row, `[S, R]`; NaN stays NaN."""
-    blocks = t.detach().reshape(*rows, -1)
-    return blocks.abs().amax(-1)

@@ -4,10 +4,9 @@ Importing this room does not import triton; `engine`, which does, is imported wh
 """
 
 import torch
-from torch import Tensor
 
 from implicit_attention.causal_system import CausalSystem
-from implicit_attention.kernels.triton import interpreted
+from implicit_attention.kernels.triton import misplaced
 
 
 def hindrance(system: CausalSystem) -> str | None:
@@ -19,9 +18,3 @@ def hindrance(system: CausalSystem) -> str | None:
     if not kinds <= {torch.float16, torch.bfloat16, torch.float32, torch.float64} or len(kinds) > 1:
         return f"the tensors are {' and '.join(sorted(map(str, kinds)))}"
     return "dropout is on" if system.spec.dropout else None
-
-
-def misplaced(tensor: Tensor) -> str | None:
-    """Return why no kernel runs where a tensor is, in words; None if they do."""
-    device = tensor.device
-    return None if device.type == "cuda" or (device.type == "cpu" and interpreted()) else f"the tensors are on {device}"

@@ -1,4 +1,4 @@
-"""Triton kernels: the diagonal blocks of a causal solve and of its adjoint, the merge by log-sum-exp.
+"""Triton kernels: the diagonal blocks of a causal solve and of its adjoint, the merge by log-sum-exp, residuals.
 
 Importing this room does not import triton; its modules, which do, are imported where they are used. They know tensors
 alone; `triton_blocks` calls them for a causal map.
@@ -6,7 +6,15 @@ alone; `triton_blocks` calls them for a causal map.
 
 import os
 
+from torch import Tensor
+
 
 def interpreted() -> bool:
     """Return whether Triton's interpreter runs the kernels, as the environment says; ask before the first one runs."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def misplaced(tensor: Tensor) -> str | None:
+    """Return why no kernel runs where a tensor is, in words; None if they do."""
+    device = tensor.device
+    return None if device.type == "cuda" or (device.type == "cpu" and interpreted()) else f"the tensors are on {device}"

@@ -5,9 +5,11 @@ measured matmul rate are taken in the layer's dtype. Without a device nothing is
 """
 
 import argparse
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ TOLERANCE = 1e-2  # in bfloat16; the gate is held in float32 to GATE_TOLERANCE
 GATE_TOLERANCE, GATE_LENGTH = 1e-4, 200
 NAMES = (SDPA, OURS, "unrolled", "torchdeq-picard")
 FLEX = "flex"
+BLOCKS = (16, 32, 64, 128, 256)  # rows of a diagonal block
 # At most so many times one pass of SDPA, forward + backward; a decode step; at least so much faster than unrolled.
 TIME_TARGETS, DECODE_TARGET, UNROLLED_TARGET = {8192: 1.5, 32768: 1.25}, 1.3, 6.0
 NO_DEVICE = "NO DEVICE: torch finds no CUDA device here, so nothing was measured. Run it on a machine that has one."
@@ -170,7 +173,21 @@ def measure_shape(
     return found | {
         "decode": decode_step(layer, batch, length, repeats),
         "iteration": iteration(layer, batch, length, repeats),
+        "blocks": blocks(case, repeats),
     }
+
+
+def blocks(case: Case, repeats: int) -> dict[int, float]:
+    """Seconds of ours, forward and backward, by the rows of a diagonal block: they set how deep the recursion goes."""
+    solver = case.layer.solver
+    assert isinstance(solver, ForwardSubstitution)
+    rows = [rows for rows in BLOCKS if rows <= case.start.shape[1]]
+    runs = {}
+    for size in rows:
+        layer = copy.copy(case.layer)  # shares all weights
+        layer.solver = replace(solver, block=size)
+        runs[size] = CONTESTANTS[OURS].enter(replace(case, layer=layer), TOLERANCE).forward_backward
+    return {size: measure.timing(taken)["median_seconds"] for size, taken in timed(runs, repeats).items()}
 
 
 def iteration(layer: ImplicitQueryAttention, batch: int, length: int, repeats: int) -> dict[str, Any]:

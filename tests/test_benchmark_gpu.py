@@ -44,6 +44,7 @@ def test_the_harness_works_on_the_cpu(monkeypatch, tmp_path, capsys):
             assert shape["rows"][name][passes]["share_of_matmul_rate"] > 0
     assert shape["decode"]["time_ratio"] > 0
     assert shape["iteration"]["torch"] > 0
+    assert set(shape["blocks"]) == {16}
     assert torch.get_default_dtype() == torch.float32
 
 

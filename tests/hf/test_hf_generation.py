@@ -77,6 +77,16 @@ def test_greedy_generation_needs_no_cache(options, dtype):
     assert torch.equal(model.generate(tokens, cache_implementation="static", **settings), expected)
 
 
+def test_triton_kernels_generate_the_same(brisk_interpreter):
+    """Prompt by blocks, then token by token, in a cache of fixed size."""
+    tokens, settings = tiny.tokens(2, 5), {"max_new_tokens": 4, "do_sample": False}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    solver = {"name": "forward_substitution", "rtol": 1e-9, "atol": 1e-9}
+    expected = tiny.make(solver=solver, **sizes).generate(tokens, use_cache=False, **settings)
+    model = tiny.make(solver={**solver, "kernel": "triton"}, **sizes)
+    assert torch.equal(model.generate(tokens, cache_implementation="static", **settings), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_256_tokens_with_cache_and_without(dtype):

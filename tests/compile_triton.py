@@ -32,7 +32,6 @@ TENSORS = {
 INTEGERS = {
     "forward": {"sweeps": "*i64", "status": "*i64"},
     "adjoint": dict.fromkeys(("sweeps", "status", "suspect"), "*i32"),
-    "residual": {"found": "*i32"},
 }
 
 
@@ -51,7 +50,8 @@ def main(name: str, kind: str, *options: str) -> None:
             signature[argument] = f"*{kind}" if argument in narrow else f"*{wide}"
         else:
             other = "fp32" if argument in FLOATS else "i32"
-            signature[argument] = INTEGERS.get(name, {}).get(argument, other)
+            bits = {"found": "*i64" if kind == "fp64" else "*i32"}
+            signature[argument] = (bits | INTEGERS.get(name, {})).get(argument, other)
     source = ASTSource(KERNELS[name], signature, known)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 1})
     print(name, kind, *options, f"{made.metadata.shared} bytes of shared memory", f"{len(made.asm['cubin'])} of code")

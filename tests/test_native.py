@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,10 +248,27 @@ def test_whoever_uses_a_kernel_has_loaded_it(small_kernel, tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_kernel_that_no_other_process_can_compile(small_kernel, caplog):
+def test_a_path_that_only_this_process_understands_does_no_harm(small_kernel, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "path", [Path("/nowhere"), "", *sys.path])
+    assert small_kernel("small_kernel", KERNEL).seven().cache_hits == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (None, "there is no Python to start"),
+        ("/nowhere/python", "No such file or directory: '/nowhere/python'"),
+        ("/bin/false", "it ended with status 1"),
+        (sys.executable, "cannot import name 'seven'"),
+    ],
+    ids=["none", "missing", "fails", "hidden"],
+)
+def test_where_no_other_process_compiles_this_one_does(program, said, small_kernel, monkeypatch, caplog):
     module = small_kernel("hidden_kernel", KERNEL + "\nkept = seven\ndel seven\n")
+    monkeypatch.setattr(sys, "executable", program)
     assert module.kept().cache_hits == 0
-    assert "cannot import name 'seven'" in caplog.text
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -64,32 +64,34 @@ def mean_jacobian(equation, start, end):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_equilibrium_is_off_by_its_residual_and_the_rounding_of_one_map(name, options, dtype):
-    """With F the exact map, G the rounded one and y where G was solved to a residual r, e = y - y* obeys
-    `e = (I - J)^-1 (y - F(y))` exactly, J the mean Jacobian between the two; and `|y - F(y)| <= r + |G(y) - F(y)|`.
+    """With F the exact map, y* its equilibrium, G the rounded map and y where G was solved to a residual r:
 
-    What is rounded once more is the result that is returned. The map's rounding is that of the readable torch map;
-    a kernel sums in another order, which may double it.
+    `|y - F(y)| <= r + |G(y) - F(y)|`, and `y - y* = (I - J)^-1 (y - F(y))` with J the mean Jacobian between the two.
+
+    Residuals are measured before iterates are rounded to what is returned: half a rounding more. The map's rounding is
+    that of the readable torch map; a kernel sums in another order, which may double it.
     """
     eps = torch.finfo(dtype).eps
     layer, x = make(name, dtype, options, eps / 4)
     exact = exactly(layer)
     with torch.no_grad():
-        solution, truth = layer.solve(x), exact.solve(x.to(F64))
+        solution, truth = layer.solve(x), exact.solve(x.to(F64)).value
         assert bool(solution.converged.all())
         rough, wide = layer.equation(x), exact.equation(x.to(F64))
         y = solution.value.to(F64)
-        rounding = largest(rough.function(solution.value, *rough.args).to(F64) - wide.function(y, *wide.args))
-        inverse = torch.linalg.inv(torch.eye(y.numel(), dtype=F64) - mean_jacobian(wide, truth.value, y))
-    amplified = float(inverse.abs().sum(1).max())
-    stored = eps / 2 * largest(y)
-    assert largest(y - truth.value) <= amplified * (float(solution.residual.max()) + 2 * rounding + stored) + stored
-    assert rounding > 0  # else nothing is tested
+        image = wide.function(y, *wide.args)
+        rounding = largest(rough.function(solution.value, *rough.args).to(F64) - image)
+        assert rounding > 0  # else nothing is tested
+        assert largest(y - image) <= float(solution.residual.max()) + 2 * rounding + eps / 2 * largest(y)
+        jacobian = mean_jacobian(wide, truth, y)
+        error = torch.linalg.solve(torch.eye(y.numel(), dtype=F64) - jacobian, (y - image).flatten())
+        torch.testing.assert_close((y - truth).flatten(), error, rtol=0.0, atol=1e-6 * largest(y))  # of the quadrature
 
 
 @DTYPES
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", SOLVERS)
-def test_gradients_lose_no_more_than_backpropagation_through_the_loop(name, options, dtype):
+def test_gradients_lose_at_most_twice_what_backpropagation_through_the_loop_does(name, options, dtype):
     """The readable reference in the same dtype: the loop written out, differentiated by autograd."""
     eps = torch.finfo(dtype).eps
     layer, x = make(name, dtype, options, eps / 4)
@@ -111,7 +113,7 @@ def test_gradients_lose_no_more_than_backpropagation_through_the_loop(name, opti
             y = equation.function(y, *equation.args)
         return gradients(of, y, leaf)
 
-    truth = solved(exactly(layer))
-    stored = eps * max(largest(true) for true in truth)
-    for mine, reference, true in zip(solved(layer), unrolled(layer), truth, strict=True):
-        assert largest(mine - true) <= 2 * largest(reference - true) + stored
+    for mine, reference, true in zip(solved(layer), unrolled(layer), solved(exactly(layer)), strict=True):
+        # Where the gradient is zero both are noise alone, and of two such samples either may have the larger extreme.
+        factor = 4 if largest(true) < 1e-9 else 2
+        assert largest(mine - true) <= factor * (largest(reference - true) + eps * largest(true))

@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from torch.func import jacfwd, jacrev, vmap
 
-from implicit_attention import Anderson, Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, fixed_point
+from implicit_attention import Anderson, Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, Unrolled, fixed_point
 from implicit_attention.kernels import residual
 from implicit_attention.kernels.triton import merge
 from implicit_attention.kernels.triton.row_equation import solve_row
@@ -173,6 +174,21 @@ def test_iterations_measured_by_the_kernel_are_the_same(solver, options):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*outcomes, strict=True))
 
 
+def test_transforms_of_unrolled_iterations():
+    """Within them tensors have no memory of their own: torch measures."""
+    b = torch.tensor([0.3, -0.2, 0.1], dtype=F64, device=DEVICE)
+
+    def solved(b, kernel):
+        start = torch.zeros(1, 3, dtype=F64, device=DEVICE)
+        solver = Picard(rtol=1e-10, atol=1e-10, kernel=kernel)
+        return fixed_point(lambda y, b: torch.cos(0.5 * y) + b, start, (b,), solver=solver, adjoint=Unrolled()).value
+
+    for transform in (jacrev, jacfwd):
+        assert torch.equal(transform(solved)(b, "triton"), transform(solved)(b, "torch"))
+    with pytest.raises(Exception, match=r"torch.func.vmap does not allow"):
+        vmap(lambda b: solved(b, "triton"))(b.expand(2, 3))
+
+
 def test_a_kernel_that_cannot_measure_is_an_error(monkeypatch):
     with pytest.raises(ValueError, match="`kernel` must be one of 'auto', 'torch', 'triton'"):
         Picard(kernel="numba")
@@ -198,6 +214,7 @@ EVERYTHING = ("norm", "turn", "bias", "added", "strict")
         ("merge", "fp16"),
         ("token", "bf16", "norm"),
         ("residual", "fp32"),
+        ("residual", "fp64"),
     ],
     ids=lambda a: "-".join(a[:2]),
 )

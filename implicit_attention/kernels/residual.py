@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from implicit_attention.errors import Came, bad_value, missing_extra
 from implicit_attention.kernels.triton import misplaced
@@ -60,10 +61,12 @@ def _largest(t: Tensor, rows: tuple[int, int]) -> Tensor:
 
 def fused(y: Tensor, f: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return the same, bit by bit; arguments as in `measured`, in float32 or float64."""
+    if is_functorch_wrapped_tensor(y) or is_functorch_wrapped_tensor(f):  # has no memory that a kernel could read
+        return measured(y, f, rows)
     kernels = import_module("implicit_attention.kernels.triton.residual")
     count, whole = rows[0] * rows[1], torch.int64 if f.dtype == torch.float64 else torch.int32
     length, found = f.numel() // count, torch.zeros(2, count, dtype=whole, device=f.device)
-    grid = count, -(-length // kernels.SPAN)
+    grid = (count * -(-length // kernels.SPAN),)
     kernels.largest_in_rows[grid](y.detach().contiguous(), f.detach().contiguous(), found, length, count, kernels.SPAN)
     residual, size = found.view(f.dtype).view(2, *rows).unbind()
     return residual, size

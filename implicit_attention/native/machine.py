@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
+_ONE_AT_A_TIME = threading.Lock()
 _SIGNATURE = types.void(types.CPointer(types.int64))
 LANES = 64 if llvm.get_host_cpu_features().get("avx512f") else 32  # bytes of a vector register
 
@@ -45,12 +47,19 @@ def kernel(function: Any) -> Any:
 
     @cache
     def compile_it() -> Any:
-        with _telling():
-            if not _is_kept(function):
-                _compile_elsewhere(function)
-            return compile_here(function)
+        with _ONE_AT_A_TIME, _telling():
+            if _needs_no_compiler(function):
+                return compile_here(function)
+            said = _compile_elsewhere(function)
+            made = compile_here(function)
+            if not made.cache_hits:
+                logging.getLogger("implicit_attention").warning(
+                    "A kernel was compiled by the process that uses it, as another one could not (%s). Its last digits "
+                    "may differ from those of later processes: start again if they matter.", said,
+                )  # fmt: skip
+            return made
 
-    compile_it.function = function
+    compile_it.function = function  # for the process that compiles it
     return compile_it
 
 
@@ -62,27 +71,30 @@ def compile_here(function: Any) -> Any:
         return cfunc(_SIGNATURE, error_model="numpy")(function)
 
 
-def _is_kept(function: Any) -> bool:
-    """Whether numba has kept a function, or has nowhere to keep it."""
+def _needs_no_compiler(function: Any) -> bool:
+    """Whether numba has kept a function, or has nowhere to keep it, so that every process has to compile."""
     try:
         return FunctionCache(function).load_overload(_SIGNATURE, cpu_target.target_context) is not None
     except RuntimeError:
         return True
 
 
-def _compile_elsewhere(function: Any) -> None:
-    """Let another process compile and keep a function; where that fails, nothing is lost but the last digits."""
-    module, name = function.__module__, function.__name__
+def _compile_elsewhere(function: Any) -> str:
+    """Let another process compile and keep a function; return what that one said."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        return "there is no Python to start"
+    # It has to find this library, and what this process finds; relative entries may mean another folder by now.
+    root, module, name = str(Path(__file__).parents[2]), function.__module__, function.__name__
+    folders = [folder for folder in sys.path if isinstance(folder, str) and os.path.isabs(folder)]
     code = (
-        f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import compile_here; "
-        f"from {module} import {name}; compile_here({name}.function)"
+        f"import sys; sys.path[:] = {folders if root in folders else [root, *folders]!r}; "
+        f"from {__name__} import compile_here; from {module} import {name}; compile_here({name}.function)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if found.returncode:
-        logging.getLogger("implicit_attention").warning(
-            "A process that was to compile a kernel failed, so this one compiles it; its last digits may differ from "
-            "those of later processes. It said: %s", found.stderr.strip().rpartition("\n")[-1],
-        )  # fmt: skip
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        return str(error)
+    return done.stderr.strip().rpartition("\n")[-1] or f"it ended with status {done.returncode}"
 
 
 @contextmanager

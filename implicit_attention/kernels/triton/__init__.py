@@ -6,6 +6,7 @@ alone; `triton_blocks` calls them for a causal map.
 
 import os
 
+import torch
 from torch import Tensor
 
 
@@ -17,4 +18,7 @@ def interpreted() -> bool:
 def misplaced(tensor: Tensor) -> str | None:
     """Return why no kernel runs where a tensor is, in words; None if they do."""
     device = tensor.device
-    return None if device.type == "cuda" or (device.type == "cpu" and interpreted()) else f"the tensors are on {device}"
+    if device.type == "cuda":
+        current = torch.cuda.current_device()
+        return None if device.index == current else f"the tensors are on {device} and the current device is {current}"
+    return None if device.type == "cpu" and interpreted() else f"the tensors are on {device}"

@@ -8,9 +8,12 @@ SPAN = 4096  # numbers of a program
 
 @triton.jit
 def _bits(x):
-    """The bits of moduli: integers in their order, Inf above every number and NaN above Inf."""
-    whole = tl.int64 if x.dtype == tl.float64 else tl.int32
-    return tl.abs(x).to(whole, bitcast=True)
+    """The bits of moduli: integers in their order, Inf above every number and NaN, of either sign, above Inf."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return bits
 
 
 @triton.jit(do_not_specialize=["length", "count"])
@@ -23,10 +26,11 @@ def largest_in_rows(y, f, found, length, count, span: tl.constexpr):
         found: Bits of moduli `[2, count]`, zeros.
         length: Numbers of a row.
         count: Rows.
-        span: Numbers of a program.
+        span: Numbers of a program; each row has as many programs as it takes, one row after another.
     """
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1).to(tl.int64) * span + tl.arange(0, span)
+    parts = tl.cdiv(length, span)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    at = (tl.program_id(0) % parts).to(tl.int64) * span + tl.arange(0, span)
     inside = at < length
     before = tl.load(y + row * length + at, mask=inside, other=0.0)
     after = tl.load(f + row * length + at, mask=inside, other=0.0)

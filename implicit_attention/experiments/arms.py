@@ -45,6 +45,7 @@ class Sizes:
         tolerance: To which equilibria are solved in training and judging, absolute and relative.
         kernel: Of `ForwardSubstitution`.
         precision: What products are computed in, a name in `PRECISIONS`; by autocast where it is not "float32".
+        bias_rate: Learning rate of relative biases, in that of all else.
     """
 
     embed_dim: int = 64
@@ -60,6 +61,7 @@ class Sizes:
     tolerance: float = 1e-4
     kernel: str = "auto"
     precision: str = "float32"
+    bias_rate: float = 10.0
 
     def __post_init__(self) -> None:
         """Refuse a precision that no autocast has."""

@@ -35,7 +35,8 @@ CHOICES = (
     Choice(
         "positions",
         ("positions", "positions-bytes"),
-        {'"rope"': "implicit-rope", '"relative"': "implicit-relative", '"alibi"': "implicit-alibi",
+        # At one rate, as optimisers have it that are given a model's parameters.
+        {'"rope"': "implicit-rope", '"relative"': "implicit-relative-one-rate", '"alibi"': "implicit-alibi",
          "None": "implicit-none"},
     ),
     Choice(

@@ -22,7 +22,6 @@ Tell = Callable[[float], None]
 
 JUDGED_SEED = 1  # the same held-out sequences for every arm and seed
 MEASURED = 8  # sequences on which gradients and starts are compared
-BIAS_RATE = 10.0  # learning rate of relative biases, in that of all else
 MOST_AT_ONCE = 64  # sequences judged together
 
 
@@ -137,7 +136,7 @@ class _Course:
         self.model = build(arm_named(run.arm), run.task, run.sizes, run.seed)
         self.batches = torch.Generator().manual_seed(run.seed)
         self.judged = dict(run.task.held_out(self.training.held_out, JUDGED_SEED))
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, run.rate), lr=run.rate)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, run.rate, run.sizes.bias_rate), lr=run.rate)
         steps = self.training.steps
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_factor(step, steps))
         self.curve: list[Record] = []
@@ -230,7 +229,7 @@ class _Course:
         }  # fmt: skip
 
 
-def parameter_groups(model: SequenceModel, rate: float) -> list[dict[str, Any]]:
+def parameter_groups(model: SequenceModel, rate: float, bias_rate: float) -> list[dict[str, Any]]:
     """Return a model's parameters for the optimiser: relative biases learn faster, and nothing pulls them to zero.
 
     A bias has to grow to about log N before it singles an offset out of N, and Adam moves it by about the learning
@@ -239,11 +238,12 @@ def parameter_groups(model: SequenceModel, rate: float) -> list[dict[str, Any]]:
     Args:
         model: The model.
         rate: Learning rate of all others.
+        bias_rate: That of the biases, in that of all others.
     """
     tables = [part.table for part in model.modules() if isinstance(part, RelativeBias)]
     apart = {id(table) for table in tables}
     others = [p for p in model.parameters() if id(p) not in apart]
-    return [{"params": others}, {"params": tables, "lr": BIAS_RATE * rate, "weight_decay": 0.0}]
+    return [{"params": others}, {"params": tables, "lr": bias_rate * rate, "weight_decay": 0.0}]
 
 
 def rate_factor(step: int, steps: int) -> float:

@@ -25,7 +25,9 @@ solved, then the highest mean; it need not be ahead by more than the spread."""
 
 DEFAULTS = """What the tables below say about the options of `ImplicitQueryAttention`. Of two rows one is *ahead* if
 more of its seeds solved the task, or, with as many, if the means differ by more than the two deviations together.
-Recommended is the first value that is never behind; the library's own stands first."""
+Recommended is the first value that is never behind; the library's own stands first. Relative biases count here as they
+learn at one rate with all else, which is what an optimiser does that is given a model's parameters; at ten times that
+rate, as in all other rows, they are worth more."""
 
 SOLVER = "How equilibria were solved, at the last evaluation, and whether another start leads to the same:"
 

@@ -224,8 +224,11 @@ def _studies() -> list[Table]:
         )
         for name in (None, "alibi", "rope", "relative")
     }
+    positions["implicit-relative-one-rate"] = Row(
+        "implicit", f'{title}, `positions="relative"` at one rate with all else', replace(_RECALL_SIZES, bias_rate=1.0)
+    )
     of_bytes = {
-        name: replace(row, sizes=replace(_BYTES_SIZES, positions=row.sizes.positions))
+        name: replace(row, sizes=replace(_BYTES_SIZES, positions=row.sizes.positions, bias_rate=row.sizes.bias_rate))
         for name, row in positions.items()
     }
     adjoints = {

@@ -333,7 +333,7 @@ def test_choice_is_visible():
     assert kernel_for(make("auto", 1e-8, x.dtype), x) != "triton", "what has not been measured is not picked"
 
 
-def test_maps_on_a_cuda_device():
+def test_maps_on_a_cuda_device(monkeypatch):
     class OnDevice:
         """A map whose tensors say that they are on a CUDA device."""
 
@@ -341,14 +341,18 @@ def test_maps_on_a_cuda_device():
             self.spec, self.length = system.spec, system.length
             self.key = self.value = self
 
-        dtype, device = torch.bfloat16, torch.device("cuda")
+        dtype, device = torch.bfloat16, torch.device("cuda:1")
 
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     equation = make("auto", 1e-8, F64).equation(inputs(1, 20))
     system = OnDevice(CausalSystem(equation.function, equation.args))
     assert block_kernels.chosen("triton", system) == "triton"
     assert block_kernels.chosen("auto", system) == "torch"
     with pytest.raises(ValueError, match=r"`kernel` must be .* where the tensors are on cuda"):
         block_kernels.chosen("numba", system)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # where Triton would launch
+    with pytest.raises(ValueError, match="the tensors are on cuda:1 and the current device is 0"):
+        block_kernels.chosen("triton", system)
 
 
 def test_triton_where_it_cannot_serve_is_an_error(monkeypatch):

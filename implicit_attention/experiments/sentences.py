@@ -67,7 +67,10 @@ def machines(found: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[str]:
             line = f"{environment.get('processor', 'an unknown processor')}, PyTorch {versions.get('torch', 'unknown')}"
             line += f", implicit-attention {versions.get('implicit-attention', 'unknown')}"
             seen[line] = seen.get(line, 0.0) + run["seconds"]
-    return [f"Trained on {line}: {seconds / 3600:.1f} hours of one core in all." for line, seconds in seen.items()]
+    return [
+        f"Trained on {line}: {seconds / 3600:.1f} hours of one core, without the runs that chose learning rates."
+        for line, seconds in seen.items()
+    ]
 
 
 def settings(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[str]:

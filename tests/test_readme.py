@@ -139,14 +139,19 @@ def test_prices_are_those_that_were_measured():
     assert sentence in " ".join(README.read_text(encoding="utf-8").split())
 
 
+@cache
+def results():
+    return records.load(ROOT / "docs" / "data" / "eval")
+
+
 def score(table, row):
-    runs = records.load(ROOT / "docs" / "data" / "eval")[table][row]
+    runs = results()[table][row]
     return f"{abs(statistics.mean(run['score'] for run in runs)):.3f}"
 
 
 def price(table):
     """Seconds of a step of training, relative to one ordinary layer."""
-    rows = records.load(ROOT / "docs" / "data" / "eval")[table]
+    rows = results()[table]
     implicit, ordinary = (
         statistics.mean(run["seconds"] / run["last_step"] for run in rows[row]) for row in ("implicit", "ordinary")
     )
@@ -172,6 +177,5 @@ def test_results_are_those_that_were_measured():
     ):
         assert sentence in text
     assert all(2 <= round(price(table)) <= 3 for table in ("recall-64", "recall-128", "parity", "words-s3", "khop-48"))
-    runs = records.load(ROOT / "docs" / "data" / "eval")
-    assert all(run["solved_at"] for table in recall for run in runs[table]["implicit"])
-    assert [len(runs[table]["implicit"]) for table in recall] == [5, 5]
+    assert all(run["solved_at"] for table in recall for run in results()[table]["implicit"])
+    assert [len(results()[table]["implicit"]) for table in recall] == [5, 5]

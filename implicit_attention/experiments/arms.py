@@ -23,7 +23,7 @@ from implicit_attention.tasks.task import Task
 
 MARGIN = 0.02  # by how much the numbers of parameters of two arms of a table may differ
 ADJOINTS = {"implicit": ImplicitAdjoint(), "phantom": Phantom(), "one step": Phantom(steps=1, damping=1.0)}
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_STEPS = 24  # of an iterative solver: one row that does not settle keeps all others waiting
 
 
@@ -44,7 +44,7 @@ class Sizes:
         adjoint: Of implicit layers, a name in `ADJOINTS`.
         tolerance: To which equilibria are solved in training and judging, absolute and relative.
         kernel: Of `ForwardSubstitution`.
-        precision: What products are computed in, a name in `PRECISIONS`; by autocast where it is not "float32".
+        precision: What products are computed in, a name in `PRECISIONS`; autocast sees to it, but for "float32".
         bias_rate: Learning rate of relative biases, in that of all else.
     """
 

@@ -118,7 +118,7 @@ class SequenceModel(nn.Module):
         *,
         tokens: bool,
         loops: int = 1,
-        precision: torch.dtype = torch.float32,
+        precision: torch.dtype | None = None,
     ) -> None:
         """Make the model.
 
@@ -129,7 +129,7 @@ class SequenceModel(nn.Module):
             embed_dim: D.
             tokens: Whether inputs are tokens.
             loops: How often the blocks are applied, with the same weights.
-            precision: What products are computed in, by autocast if it is narrower than the weights are.
+            precision: What autocast computes products in; None for no autocast.
         """
         super().__init__()
         self.embedding: nn.Module = nn.Embedding(inputs, embed_dim) if tokens else nn.Linear(inputs, embed_dim)
@@ -141,8 +141,7 @@ class SequenceModel(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """Return the context that the model computes in."""
-        narrow = self.precision != torch.float32
-        return torch.autocast(self.head.weight.device.type, self.precision if narrow else None, enabled=narrow)
+        return torch.autocast(self.head.weight.device.type, self.precision, enabled=self.precision is not None)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return `[B, N, outputs]` for tokens `[B, N]` or features `[B, N, F]`."""

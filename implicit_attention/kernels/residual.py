@@ -5,7 +5,6 @@ that is no small part of an iteration.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -63,10 +62,13 @@ def fused(y: Tensor, f: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return the same, bit by bit; arguments as in `measured`, in float32 or float64."""
     if is_functorch_wrapped_tensor(y) or is_functorch_wrapped_tensor(f):  # has no memory that a kernel could read
         return measured(y, f, rows)
-    kernels = import_module("implicit_attention.kernels.triton.residual")
+    from implicit_attention.kernels.triton import residual as triton_kernel  # imports triton
+
     count, whole = rows[0] * rows[1], torch.int64 if f.dtype == torch.float64 else torch.int32
     length, found = f.numel() // count, torch.zeros(2, count, dtype=whole, device=f.device)
-    grid = (count * -(-length // kernels.SPAN),)
-    kernels.largest_in_rows[grid](y.detach().contiguous(), f.detach().contiguous(), found, length, count, kernels.SPAN)
+    span = triton_kernel.SPAN
+    triton_kernel.largest_in_rows[(count * -(-length // span),)](
+        y.detach().contiguous(), f.detach().contiguous(), found, length, count, span
+    )
     residual, size = found.view(f.dtype).view(2, *rows).unbind()
     return residual, size

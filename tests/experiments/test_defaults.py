@@ -8,7 +8,7 @@ from implicit_attention import ForwardSubstitution
 from implicit_attention.experiments import choices, records
 from implicit_attention.hf import ImplicitAttentionConfig
 
-FOUND = records.load(Path(__file__).parent.parent.parent / "docs" / "data" / "eval")
+RECORDS = Path(__file__).parent.parent.parent / "docs" / "data" / "eval"
 
 
 def test_defaults_are_those_that_the_results_recommend():
@@ -23,5 +23,6 @@ def test_defaults_are_those_that_the_results_recommend():
         "adjoint": f'"{config.adjoint}"',
         "tolerance": f"{tolerance:g}",
     }
-    recommended = {choice.option: choices.recommended(choice, FOUND) for choice in choices.CHOICES}
+    found = records.load(RECORDS)
+    recommended = {choice.option: choices.recommended(choice, found) for choice in choices.CHOICES}
     assert defaults == recommended

@@ -20,5 +20,7 @@ def misplaced(tensor: Tensor) -> str | None:
     device = tensor.device
     if device.type == "cuda":
         current = torch.cuda.current_device()
-        return None if device.index == current else f"the tensors are on {device} and the current device is {current}"
+        if device.index == current:
+            return None
+        return f"the tensors are on {device} and the current device is {current}, which torch.cuda.set_device changes"
     return None if device.type == "cpu" and interpreted() else f"the tensors are on {device}"

@@ -44,6 +44,22 @@ class Merger(Protocol):
         """Merge attention over more columns, `[B, H, r, d]` and `[B, H, r]`, into rows that are not solved yet."""
 
 
+class ForwardSweeper(Protocol):
+    """Settles blocks of many rows in place."""
+
+    def settle(self, rows: slice) -> bool:
+        """Settle a block; return whether that has been done. If not, it is as it was."""
+
+
+class AdjointSweeper(Protocol):
+    """Solves the adjoint of blocks of many rows in place."""
+
+    residual: Tensor  # of the last block, `[B]`
+
+    def solve(self, rows: slice) -> int:
+        """Solve a block; return the sweeps that it took, 0 if it is not solved and left as it was."""
+
+
 @dataclass(frozen=True)
 class _Compiled:
     """What is known about an engine before it is imported.
@@ -140,6 +156,26 @@ def engine(kernel: str, system: CausalSystem) -> Any:
     """
     name = chosen(kernel, system)
     return None if name == "torch" else import_module(_COMPILED[name].module)
+
+
+def sweeper(kernel: str, system: CausalSystem) -> Any:
+    """Return what sweeps over blocks of many rows, where the chosen kernel has such a thing and it serves the map.
+
+    Args:
+        kernel: As in `chosen`.
+        system: The map.
+
+    Returns:
+        `triton_blocks.sweeps` or None.
+
+    Raises:
+        ImportError: As in `chosen`.
+        ValueError: As in `chosen`.
+    """
+    if chosen(kernel, system) != "triton":
+        return None
+    sweeps = import_module("implicit_attention.triton_blocks.sweeps")
+    return sweeps if sweeps.serves(system) else None
 
 
 def token_solver(kernel: str, like: Tensor) -> Any:

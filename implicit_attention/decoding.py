@@ -170,13 +170,8 @@ def _root(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: tupl
     solve = block_kernels.token_solver(layer.solver.kernel, x)
     if solve is None:
         return _iterate(layer, x, value, token, tolerance)
-    fixed = None if layer.W_Q is None else layer.W_Q(x)[:, 0]
-    if layer.Omega_Q.bias is not None:
-        bias = layer.Omega_Q.bias.expand(len(x), -1)
-        fixed = bias if fixed is None else fixed + bias
-    weight = layer.Omega_Q.weight.to(value.dtype)
-    eps = NORM_EPS if layer.qk_norm else None
-    p, moved, query = solve(token.key, token.a, token.step, token.lse, weight, fixed, eps)
+    made = _linear_query(layer, x, token, value.dtype).view(len(x), layer.num_kv_heads, 1 + layer.num_heads, -1)
+    p, moved, query = solve(token.key, made, token.lse, NORM_EPS if layer.qk_norm else None)
     return _Root(p[..., None], query[:, :, None], moved[..., None], 1)
 
 

@@ -69,7 +69,7 @@ class ForwardSubstitution(DirectSolver):
         """
         system = CausalSystem(_causal(function), args)
         forward = _Forward(system, self, dtype)
-        forward.descend(0, system.length, self.block)
+        forward.descend(0, system.length, forward.widest)
         residual, size = forward.residual, forward.size
         return Solution(
             value=forward.y.flatten(-2).to(dtype),
@@ -106,7 +106,7 @@ class ForwardSubstitution(DirectSolver):
         """
         system = CausalSystem(_causal(function), args)
         backward = _Backward(system, y, memo, grad, needs, self)
-        backward.descend(0, system.length, self.block)
+        backward.descend(0, system.length, backward.widest)
         return backward.solution()
 
     def kernel_for(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
@@ -205,9 +205,15 @@ class _Forward:
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
         engine = block_kernels.engine(solver.kernel, system)
         self.compiled: block_kernels.ForwardKernel | None = None
+        into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
         if engine is not None:
-            into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
             self.compiled = engine.ForwardKernel(system, into, min(solver.block, system.length), self.rtol, self.atol)
+        self.narrowest = self.widest = solver.block
+        self.swept: block_kernels.ForwardSweeper | None = None
+        sweeps = block_kernels.sweeper(solver.kernel, system)
+        if sweeps is not None and system.length > solver.block:
+            self.widest = max(solver.block, sweeps.widest(system.length))
+            self.swept = sweeps.ForwardSweeps(system, into, self.widest, self.rtol, self.atol)
         kernel: Any = self.compiled
         self.merger: block_kernels.Merger | None = kernel if isinstance(kernel, block_kernels.Merger) else None
 
@@ -233,6 +239,11 @@ class _Forward:
         before.copy_(total)
 
     def _settle(self, rows: slice) -> None:
+        n = rows.stop - rows.start
+        if self.swept is not None and n > self.narrowest:
+            if not self.swept.settle(rows):
+                self.descend(rows.start, rows.stop, max(self.narrowest, (n + 1) // 2))
+            return
         if self.compiled is None:
             self._settle_eagerly(rows)
             return
@@ -315,10 +326,20 @@ class _Backward:
         self.sweeps, self.near_singular = 0, 0
         engine = block_kernels.engine(solver.kernel, system)
         self.compiled: block_kernels.AdjointKernel | None = None
+        at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
         if engine is not None and not self.bias_grad:  # they keep no slopes of biases
-            at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
             block = min(solver.block, system.length)
             self.compiled = engine.AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
+        self.narrowest = self.widest = solver.block
+        self.swept: block_kernels.AdjointSweeper | None = None
+        self.made: Tensor | None = None
+        sweeps = block_kernels.sweeper(solver.kernel, system)
+        if sweeps is not None and self.compiled is not None and system.length > solver.block:
+            self.widest = max(solver.block, sweeps.widest(system.length))
+            self.made = system.key.new_empty(*shape, system.groups * system.dim)
+            into = {"later": self.d_query, "lam": self.lam, "d_key": self.d_key, "d_value": self.d_value,
+                    "made": self.made, "own": self.rest.get("self_score")}  # fmt: skip
+            self.swept = sweeps.AdjointSweeps(system, at, self.grad, into, self.allowed, self.widest)
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -354,6 +375,15 @@ class _Backward:
                 self.d_terms[i] = part if before is None else before + part
 
     def _solve(self, rows: slice) -> None:
+        n = rows.stop - rows.start
+        if self.swept is not None and n > self.narrowest:
+            sweeps = self.swept.solve(rows)
+            if sweeps:
+                self.residual = torch.maximum(self.residual, self.swept.residual)
+                self.sweeps = max(self.sweeps, sweeps)
+            else:
+                self.descend(rows.start, rows.stop, max(self.narrowest, (n + 1) // 2))
+            return
         system, found = self.system, None if self.compiled is None else self.compiled.solve(rows)
         diagonal = found is not None  # of slope, that is all there is
         if found is None:
@@ -366,13 +396,10 @@ class _Backward:
         self.lam[:, rows] = found.lam
         self.d_key[:, :, rows] += found.d_key
         self.d_value[:, :, rows] += found.d_value
-        made = found.d_made.flatten(0, 1)
-        if "weight" in self.rest:
-            self.rest["weight"].addmm_(made.mT, self.at.y[:, rows].reshape(len(made), -1))
-        if "bias" in self.rest:
-            self.rest["bias"] += made.sum(0)
-        if "added" in self.rest:
-            self.rest["added"][:, rows] = found.d_made
+        if self.made is not None:
+            self.made[:, rows] = found.d_made
+        else:
+            self._through_map(found.d_made, rows)
         if "self_score" in self.rest:
             self.rest["self_score"][:, :, rows] = (
                 found.slope[..., 0] if diagonal else found.slope.diagonal(dim1=-2, dim2=-1)
@@ -380,6 +407,18 @@ class _Backward:
         if self.bias_grad:
             at = slice(system.past + rows.start, system.past + rows.stop)
             self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))
+
+    def _through_map(self, d_made: Tensor, rows: slice) -> None:
+        """Add what the cotangents of the linear map's outputs give what it has besides the outputs."""
+        made, y = d_made.flatten(0, 1), self.at.y[:, rows].flatten(-2).flatten(0, 1)
+        if "weight" in self.rest and made.dtype == y.dtype:
+            self.rest["weight"].addmm_(made.mT, y)
+        elif "weight" in self.rest:  # as in the gradient of a linear map: summed in float32, rounded once
+            self.rest["weight"] += made.mT @ y.to(made.dtype)
+        if "bias" in self.rest:
+            self.rest["bias"] += made.sum(0, dtype=self.system.wide)
+        if "added" in self.rest:
+            self.rest["added"][:, rows] = d_made
 
     def _within(self, found: BlockAdjoint) -> Tensor:
         """Whether a block's residual is within tolerance of the cotangent, or of a solution that is larger."""
@@ -394,6 +433,8 @@ class _Backward:
         if self.system.past:
             assert self.system.past_column is not None and self.system.past_value is not None
             self._pull(slice(0, self.system.length), self.system.past_column, self.system.past_value, 0)
+        if self.made is not None:
+            self._through_map(self.made, slice(0, self.system.length))
         by_name: dict[str, Tensor | None] = {"key": self.d_key, "value": self.d_value, **self.rest}
         by_name |= {f"term{i}": grad for i, grad in enumerate(self.d_terms)}
         by_arg = []

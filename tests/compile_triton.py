@@ -10,28 +10,41 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from implicit_attention.kernels.triton import adjoint, forward, merge, residual, token
+from implicit_attention.kernels.triton import adjoint, forward, merge, residual, sweep, sweep_adjoint, token
 
 KERNELS = {
     "forward": forward.settle_block.fn, "adjoint": adjoint.solve_block.fn, "merge": merge.merge_rows,
     "token": token.settle_token, "residual": residual.largest_in_rows,
 }  # fmt: skip
+SWEEPS = {
+    "begin": sweep.begin_rows, "queries": sweep.make_queries, "attend": sweep.attend_rows, "judge": sweep.judge_rows,
+    "hand-over": sweep.hand_over_rows, "begin-adjoint": sweep_adjoint.begin_adjoint,
+    "pull-queries": sweep_adjoint.pull_queries, "through-map": sweep_adjoint.through_map,
+    "judge-adjoint": sweep_adjoint.judge_adjoint, "pull-values": sweep_adjoint.pull_values,
+    "pull-keys": sweep_adjoint.pull_keys,
+}  # fmt: skip
+KERNELS |= SWEEPS
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
-OPTIONAL = {"constant": "bias", "inverse": "norm", **{name: name for name in ("added", "turn", "given", "strict")}}
-NARROW = {"key", "value", "weight", "constant", "added", "given", "query", "grad", "out"}
-FLOATS = {"rtol", "atol", "far", "same_root", "slow_ratio"}
+OPTIONAL = {"constant": "bias", "bias": "bias", "start": "start", "inverse": "norm", **{name: name for name in ("added", "turn", "given", "strict")}}
+NARROW = {
+    "key", "value", "weight", "constant", "added", "given", "query", "grad", "out", "source", "bias", "narrow", "made",
+}  # fmt: skip
+FLOATS = {"rtol", "atol", "far", "same_root", "slow_ratio", "too_far"}
 CONSTANTS = {
     "scale": 0.25, "eps": 1e-6, "near_singular": 1e-3, "heads": 4, "groups": 2, "dim": 24, "dp": 32, "hp": 16,
     "rows_": 32, "span": 4096,
-}  # fmt: skip
+}
+OF_SWEEPS = {"dim": 64, "span": 2, "depth": 64, "columns_": 64, "samples_": 8}  # fmt: skip
 TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
-    "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "a", "step", "p", "moved", "fixed",
-    "f",
+    "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "p", "moved", "f", "grams", "start",
+    "before", "state", "new_lse",
 }  # fmt: skip
+STRIDES = {"_b", "_h", "_g", "_n", "_o"}
 INTEGERS = {
     "forward": {"sweeps": "*i64", "status": "*i64"},
     "adjoint": dict.fromkeys(("sweeps", "status", "suspect"), "*i32"),
+    "hand-over": {"sweeps": "*i64"}, "attend": {"far": "*i32"}, "judge": {"far": "*i32"},
 }
 
 
@@ -40,21 +53,31 @@ def main(name: str, kind: str, *options: str) -> None:
         **CONSTANTS, "normed": "norm" in options, "operand": TYPES[kind], "narrow": TYPES[kind],
         "precision": "tf32x3" if kind in ("bf16", "fp16") else "ieee",
     }  # fmt: skip
-    narrow = {"weight", "fixed"} if name == "token" else NARROW
+    if name in SWEEPS:
+        tile = 128 if name in ("queries", "through-map") else 64
+        constants |= OF_SWEEPS | {"rows_": tile, "wide": tl.float64 if kind == "fp64" else tl.float32}
+        del constants["narrow"]
+    narrow = set() if name == "token" else NARROW
     wide = "fp64" if kind == "fp64" else "fp32"
     signature, known = {}, {}
     for argument in KERNELS[name].arg_names:
         if argument in constants or OPTIONAL.get(argument, "") not in ("", *options):
             signature[argument], known[argument] = "constexpr", constants.get(argument)
-        elif argument in TENSORS:
+        elif argument in TENSORS and argument not in INTEGERS.get(name, {}):
             signature[argument] = f"*{kind}" if argument in narrow else f"*{wide}"
         else:
             other = "fp32" if argument in FLOATS else "i32"
-            bits = {"found": "*i64" if kind == "fp64" else "*i32"}
+            bits = {"found": "*i64" if kind == "fp64" else "*i32", "status": "*i32"}
             signature[argument] = (bits | INTEGERS.get(name, {})).get(argument, other)
-    source = ASTSource(KERNELS[name], signature, known)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 1})
-    print(name, kind, *options, f"{made.metadata.shared} bytes of shared memory", f"{len(made.asm['cubin'])} of code")
+    # Addresses and strides are multiples of 16, as those of most tensors are.
+    even = [i for i, a in enumerate(KERNELS[name].arg_names) if signature[a][0] == "*" or a[-2:] in STRIDES]
+    source = ASTSource(KERNELS[name], signature, known, {(i,): [["tt.divisibility", 16]] for i in even})
+    launch = {"num_warps": 4, "num_stages": 1}
+    if name in ("queries", "through-map"):
+        launch = {"num_warps": 8, "num_stages": 3}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+    print(name, kind, *options, f"{made.metadata.shared} bytes of shared memory", f"{len(made.asm['cubin'])} of code",
+          "wgmma" if "wgmma" in made.asm["ptx"] else "", "async" if "cp.async" in made.asm["ptx"] else "")
 
 
 main(*sys.argv[1:])

@@ -19,7 +19,7 @@ from implicit_attention.kernels import residual
 from implicit_attention.kernels.triton import merge
 from implicit_attention.kernels.triton.row_equation import solve_row
 from implicit_attention.rows import RowProblem, solve_rows
-from implicit_attention.triton_blocks.engine import padded
+from implicit_attention.triton_blocks.call import padded
 
 pytestmark = pytest.mark.usefixtures("brisk_interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

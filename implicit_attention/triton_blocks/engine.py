@@ -5,55 +5,12 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from implicit_attention.causal_system import CausalSystem
 from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, hand_back, near_singular
-from implicit_attention.kernels.triton import adjoint, forward, interpreted, merge
-
-TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
-_LEAST = 16  # what a product of matrices takes
-
-
-def padded(size: int) -> int:
-    """Return the power of two that a size is padded to in a tile."""
-    return max(_LEAST, int(triton.next_power_of_2(size)))
-
-
-class _Call:
-    """What both kernels of a block are told of a map: its tensors, their strides, and the types of products."""
-
-    def __init__(self, system: CausalSystem) -> None:
-        self.system, like = system, system.key
-        self.key, self.value = _rows_contiguous(system.key), _rows_contiguous(system.value)
-        self.weight = None if system.weight is None else _rows_contiguous(system.weight)
-        self.given = None if system.self_score is None else system.self_score.detach().contiguous()
-        self.turn = None if system.rotation is None else system.rotation.to(system.wide).contiguous()
-        self.dp, self.hp = padded(system.dim), padded(system.heads)
-        narrow = like.dtype in (torch.float16, torch.bfloat16)
-        # Half types multiply on the tensor cores; the interpreter multiplies bit patterns if it gets them.
-        self.operand = TYPES[system.wide if interpreted() else like.dtype]
-        self.precision = "tf32x3" if narrow else "ieee"
-
-    def strides(self) -> dict[str, int]:
-        """Strides by argument."""
-        found = {"weight_o": 0 if self.weight is None else self.weight.stride(0)}
-        for name, t, dims in (("key", self.key, "bhn"), ("value", self.value, "bgn")):
-            found |= {f"{name}_{dim}": stride for dim, stride in zip(dims, t.stride(), strict=False)}
-        one = self.turn is None or self.turn.shape[1] == 1
-        found["turn_b"] = 0 if one or self.turn is None else self.turn.stride(1)
-        found["turn_half"] = 0 if self.turn is None else self.turn.stride(0)
-        return found
-
-    def sizes(self) -> dict[str, Any]:
-        """What a kernel is compiled for."""
-        system = self.system
-        return {
-            "scale": system.spec.scale, "heads": system.heads, "groups": system.groups, "dim": system.dim,
-            "dp": self.dp, "hp": self.hp, "operand": self.operand, "precision": self.precision,
-        }  # fmt: skip
-
+from implicit_attention.kernels.triton import adjoint, forward, merge
+from implicit_attention.triton_blocks.call import Call, contiguous, rows_contiguous
 
 class ForwardKernel:
     """Settles diagonal blocks in place."""
@@ -70,7 +27,7 @@ class ForwardKernel:
             rtol: Relative tolerance.
             atol: Absolute tolerance.
         """
-        self.system, self.into, self.call = system, into, _Call(system)
+        self.system, self.into, self.call = system, into, Call(system)
         batch, heads, y = system.batch, system.heads, into["y"]
         self.slot = forward.scratch_size(heads, system.groups, self.call.dp, self.call.hp)
         self.work = y.new_empty(batch, self.slot)
@@ -96,7 +53,7 @@ class ForwardKernel:
         system, call, into, n = self.system, self.call, self.into, rows.stop - rows.start
         strict, strict_b, strict_h = system.compiled_bias(rows) or (None, 0, 0)
         forward.settle_block[(system.batch,)](
-            call.key, call.value, call.weight, _contiguous(system.bias), _contiguous(system.added), call.turn,
+            call.key, call.value, call.weight, contiguous(system.bias), contiguous(system.added), call.turn,
             call.given, strict, into["y"], into["lse"], into["query"],
             into["inverse"] if into["inverse"].numel() else None,
             into["residual"], into["size"], into["sweeps"], self.before_y, self.before_lse, self.status, self.work,
@@ -116,7 +73,7 @@ class ForwardKernel:
             lse: Its log-sum-exp, `[B, H, r]`.
         """
         system, count = self.system, rows.stop - rows.start
-        out, lse = _rows_contiguous(out), _rows_contiguous(lse)
+        out, lse = rows_contiguous(out), rows_contiguous(lse)
         merge.merge_rows[(system.batch * system.heads, triton.cdiv(count, merge.MERGED))](
             self.into["y"], self.into["lse"], out, lse, *out.stride()[:3], *lse.stride()[:2], system.length,
             rows.start, count, system.heads, system.dim, self.call.dp, merge.MERGED,
@@ -140,7 +97,7 @@ class AdjointKernel:
             allowed: Tolerance per sample, `[B]`.
             block: The most rows of a block.
         """
-        self.system, self.call, self.later, self.block = system, _Call(system), later, block
+        self.system, self.call, self.later, self.block = system, Call(system), later, block
         self.at = {name: t.detach().contiguous() for name, t in at.items() if t.numel()}
         self.grad, self.allowed = grad.detach().contiguous(), allowed.to(system.wide).contiguous()
         batch, heads, groups = system.batch, system.heads, system.groups
@@ -195,12 +152,3 @@ class AdjointKernel:
             sweeps=sweeps,
             near_singular=near_singular(part("gain", batch * n, heads, heads)[suspects]),
         )
-
-
-def _rows_contiguous(t: Tensor) -> Tensor:
-    t = t.detach()
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().contiguous()

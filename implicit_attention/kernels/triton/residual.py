@@ -3,17 +3,9 @@
 import triton
 import triton.language as tl
 
+from implicit_attention.kernels.triton.tiles import bits
+
 SPAN = 4096  # numbers of a program
-
-
-@triton.jit
-def _bits(x):
-    """The bits of moduli: integers in their order, Inf above every number and NaN, of either sign, above Inf."""
-    if x.dtype == tl.float64:
-        bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    else:
-        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return bits
 
 
 @triton.jit(do_not_specialize=["length", "count"])
@@ -34,5 +26,5 @@ def largest_in_rows(y, f, found, length, count, span: tl.constexpr):
     inside = at < length
     before = tl.load(y + row * length + at, mask=inside, other=0.0)
     after = tl.load(f + row * length + at, mask=inside, other=0.0)
-    tl.atomic_max(found + row, tl.max(_bits(after - before), 0))
-    tl.atomic_max(found + count + row, tl.max(_bits(after), 0))
+    tl.atomic_max(found + row, tl.max(bits(after - before), 0))
+    tl.atomic_max(found + count + row, tl.max(bits(after), 0))

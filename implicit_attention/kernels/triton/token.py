@@ -1,7 +1,7 @@
-"""The row problem of one new token per sample, in one launch: what is left of a decode step after its attention.
+"""The row equation of one token per sample, one program each: what is left of a decode step after its attention.
 
-All other columns come before the token, so attention over them is known, and its output is `a + p (v - a)` per head.
-One program takes one sample: what Omega_Q makes of both ends, the row's equation, its root, the output, the query.
+All other columns are known, so attention over them is, and the token's output is `a + p (v - a)` per head. What Omega_Q
+makes of both ends is found before, by a product of matrices. A program finds the row's equation, its root and the query.
 Nothing is read by the host on the way.
 """
 
@@ -13,25 +13,20 @@ from implicit_attention.kernels.triton.row_equation import add_group, evaluate, 
 
 @triton.jit
 def settle_token(
-    key, a, step, lse, weight, fixed, p, moved, query, work, weight_o, slot,
+    key, made, lse, p, moved, query, grams,
     eps: tl.constexpr, normed: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
-    dp: tl.constexpr, hp: tl.constexpr, narrow: tl.constexpr,
+    dp: tl.constexpr, hp: tl.constexpr,
 ):  # fmt: skip
     """Solve the equation of one token per sample.
 
     Args:
-        key: Scaled, before its rotation, `[B, H, d]`, in the type of the state, as are `a`, `step` and `lse`.
-        a: Attention over the columns before, `[B, H, d]`.
-        step: The token's value less that, `[B, H, d]`.
-        lse: The log-sum-exp of the columns before, `[B, H]`.
-        weight: Omega_Q, `[G d, H d]`, rows contiguous.
-        fixed: What is added to what it makes, `[B, G d]`, or None.
+        key: Scaled, before its rotation, `[B, H, d]`, in the type of the state, as are `made` and `lse`.
+        made: The query before its norm as a linear map of `(1, p)`, `[B, G, 1 + H, d]`.
+        lse: The log-sum-exp of all other columns, `[B, H]`.
         p: `[B, H]`, filled with the weights on the own column.
         moved: `[B, H]`, filled with how far one more step would move them; inf in samples that are not solved.
         query: `[B, G, d]`, filled with the query of the output before its rotation.
-        work: Scratch, `[B, slot]`.
-        weight_o: Stride of the outputs of Omega_Q.
-        slot: `G (hp dp + dp + hp hp + hp + 1)`.
+        grams: Scratch, `[B, G, hp hp + hp + 1]`.
         eps: Of the norm.
         normed: Whether queries are normed.
         heads: H.
@@ -39,33 +34,23 @@ def settle_token(
         dim: d.
         dp: d, padded to a power of two from 16 on.
         hp: H, padded likewise.
-        narrow: Type of Omega_Q and of what it multiplies.
     """
     b = tl.program_id(0).to(tl.int64)
-    wide: tl.constexpr = a.dtype.element_ty
+    wide: tl.constexpr = made.dtype.element_ty
     shared: tl.constexpr = heads // groups
     h = tl.arange(0, hp)
     at = tl.arange(0, dp)
     real = h < heads
     within = at < dim
-    ends = work + b * slot  # [G, hp + 1, dp]: the query's way with each head's weight, and where it starts
-    grams = ends + groups * (hp + 1) * dp  # [G, hp hp + hp + 1]
+    made += b * groups * (1 + heads) * dim
+    grams += b * groups * (hp * hp + hp + 1)
     alpha = tl.zeros([hp], wide)
     beta = tl.zeros([hp, hp], wide)
     for g in range(groups):
-        base = tl.zeros([dp], wide)
-        if fixed is not None:
-            base += tl.load(fixed + (b * groups + g) * dim + at, mask=within, other=0.0).to(wide)
-        ways = tl.zeros([hp, dp], wide)
-        for of in range(heads):
-            omega = weight + (g * dim + at)[:, None].to(tl.int64) * weight_o + (of * dim + at)[None, :]
-            omega = tl.load(omega, mask=within[:, None] & within[None, :], other=0.0).to(wide)  # [d of q, d of y]
-            start = tl.load(a + (b * heads + of) * dim + at, mask=within, other=0.0).to(narrow).to(wide)
-            way = tl.load(step + (b * heads + of) * dim + at, mask=within, other=0.0).to(narrow).to(wide)
-            base += tl.sum(omega * start[None, :], 1)
-            ways += tl.where((h == of)[:, None], tl.sum(omega * way[None, :], 1)[None, :], 0.0)
-        tl.store(ends + (g * (hp + 1) + h)[:, None] * dp + at[None, :], ways)
-        tl.store(ends + (g * (hp + 1) + hp) * dp + at, base)
+        of = made + g * (1 + heads) * dim
+        base = tl.load(of + at, mask=within, other=0.0)
+        way = of + (1 + h)[:, None] * dim + at[None, :]
+        ways = tl.load(way, mask=real[:, None] & within[None, :], other=0.0)
         mine = (real & (h // shared == g))[:, None] & within[None, :]
         own_key = tl.load(key + (b * heads + h)[:, None] * dim + at[None, :], mask=mine, other=0.0)
         alpha, beta = add_group(alpha, beta, base, ways, own_key, grams, g, 1.0, eps, normed, dim, hp)
@@ -83,8 +68,10 @@ def settle_token(
     tl.store(p + b * heads + h, root.to(wide), mask=real)
     tl.store(moved + b * heads + h, off.to(wide), mask=real)
     for g in range(groups):
-        ways = tl.load(ends + (g * (hp + 1) + h)[:, None] * dp + at[None, :])
-        q = tl.load(ends + (g * (hp + 1) + hp) * dp + at) + tl.sum(root.to(wide)[:, None] * ways, 0)
+        of = made + g * (1 + heads) * dim
+        ways = of + (1 + h)[:, None] * dim + at[None, :]
+        ways = tl.load(ways, mask=real[:, None] & within[None, :], other=0.0)
+        q = tl.load(of + at, mask=within, other=0.0) + tl.sum(root.to(wide)[:, None] * ways, 0)
         if normed:
             q = q / tl.sqrt(tl.sum(q * q, 0) / dim + eps)
         tl.store(query + (b * groups + g) * dim + at, q, mask=within)

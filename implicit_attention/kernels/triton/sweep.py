@@ -1,0 +1,414 @@
+"""Sweeps over a block of many rows in Triton, all of the device at work on each; `README.md` beside this file says why.
+
+A sweep is two launches: queries from outputs, then attention within the block, merged with what the rows saw before
+it. Whether a sample goes on is decided on the device: programs of a sample that has settled return at once. An argument
+that is None is one that the map does not have.
+"""
+
+import triton
+import triton.language as tl
+
+from implicit_attention.kernels.triton.tiles import bits
+
+SPAN = tl.constexpr(256)  # rows whose residuals are looked at together
+
+
+@triton.jit
+def settled(found, sweep, b, batch, n, rtol, atol, wide: tl.constexpr):
+    """Whether all of a sample's rows were within tolerance at a sweep; never before the first.
+
+    Args:
+        found: Bits of residuals and of sizes, `[sweeps, 2, B, n]`, zeros where nothing was swept.
+        sweep: Which.
+        b: The sample.
+        batch: B.
+        n: Rows of the block.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        wide: Type of what the bits are of.
+
+    Returns:
+        Whether. A sample that is left alone leaves zeros, so one that has settled stays settled.
+    """
+    outside = 1
+    if sweep >= 0:
+        outside = 0
+        residuals = found + (2 * sweep * batch + b) * n
+        for i in range(0, n, SPAN):
+            at = i + tl.arange(0, SPAN)
+            off = tl.load(residuals + at, mask=at < n, other=0).to(wide, bitcast=True)
+            size = tl.load(residuals + batch * n + at, mask=at < n, other=0).to(wide, bitcast=True)
+            outside += tl.sum(tl.where(off <= atol + rtol * size, 0, 1), 0)  # NaN is not within
+    return outside == 0
+
+
+@triton.jit
+def rotated(q, turn, turn_half, place, mask, back: tl.constexpr, span: tl.constexpr, half: tl.constexpr):
+    """Rotate queries `[rows, span, 2 half]` by the angles of the positions `place`, or back."""
+    rows_: tl.constexpr = q.shape[0]
+    low, high = tl.split(tl.permute(tl.reshape(q, [rows_, span, 2, half]), (0, 1, 3, 2)))
+    angle = turn + (place * half)[:, None] + tl.arange(0, half)[None, :]
+    cos = tl.load(angle, mask=mask[:, None], other=0.0)[:, None, :]
+    sin = tl.load(angle + turn_half, mask=mask[:, None], other=0.0)[:, None, :]
+    if back:
+        sin = -sin
+    both = tl.join(low * cos - high * sin, high * cos + low * sin)
+    return tl.reshape(tl.permute(both, (0, 1, 3, 2)), [rows_, span, 2 * half])
+
+
+@triton.jit(do_not_specialize=["first", "n", "length"])
+def begin_rows(
+    y, lse, value, state, narrow, value_b, value_g, value_n, length, first, n,
+    heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr,
+):  # fmt: skip
+    """Start from what the rows saw before the block, or from their own values where they saw nothing.
+
+    Args:
+        y: Attention to the columns before the block, `[B, N, H, d]`.
+        lse: Its log-sum-exp, `[B, H, N]`.
+        value: `[B, G, N, d]`, rows contiguous.
+        state: `[2, B, n, H, d]`; the first is filled.
+        narrow: `[B, n, H, d]`, filled with the same in the type of the inputs.
+        value_b: Stride of samples.
+        value_g: Of groups.
+        value_n: Of rows.
+        length: N.
+        first: The block's first row.
+        n: Its rows.
+        heads: H.
+        groups: G.
+        dim: d, a power of two.
+        rows_: Rows of a program.
+    """
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1)
+    rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
+    place = (first + rows).to(tl.int64)
+    at = tl.arange(0, dim)
+    real = (rows < n)[:, None]
+    seen = tl.load(lse + (b * heads + h) * length + place, mask=rows < n, other=0.0) != -float("inf")
+    before = tl.load(y + ((b * length + place)[:, None] * heads + h) * dim + at[None, :], mask=real, other=0.0)
+    own = value + b * value_b + (h // (heads // groups)) * value_g + place[:, None] * value_n + at[None, :]
+    start = tl.where(seen[:, None], before, tl.load(own, mask=real, other=0.0).to(before.dtype))
+    into = ((b * n + rows)[:, None] * heads + h) * dim + at[None, :]
+    tl.store(state + into, start, mask=real)
+    tl.store(narrow + into, start.to(narrow.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["first", "n", "length", "batch", "sweep"])
+def make_queries(
+    source, weight, bias, added, turn, key, query, inverse, start, found,
+    source_b, source_g, source_n, weight_o, turn_b, turn_half, key_b, key_h, key_n,
+    batch, length, first, n, sweep, rtol, atol, eps,
+    scale: tl.constexpr, normed: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
+    span: tl.constexpr, rows_: tl.constexpr, depth: tl.constexpr,
+    wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """The queries of the block's rows, or, with `start`, the scores of their own columns at y = v.
+
+    Args:
+        source: The outputs, `[B, n, H, d]`, or with `start` the values `[B, G, N, d]`, in the type of the inputs.
+        weight: Omega_Q, `[G d, H d]`, rows contiguous.
+        bias: `[G d]` or None.
+        added: `[B, N, G d]` or None.
+        turn: Cosines and sines, `[2, 1 or B, N, d / 2]`, or None.
+        key: `[B, H, N, d]`, rows contiguous; read with `start` alone.
+        query: `[B, N, G, d]`, filled unless `start`.
+        inverse: One over the root mean square before the norm, `[B, N, G]`, filled unless `start`; or None.
+        start: `[B, H, N]`, filled; or None.
+        found: As in `settled`; read unless `start`.
+        source_b: Stride of samples.
+        source_g: Of groups.
+        source_n: Of rows.
+        weight_o: Of outputs.
+        turn_b: Of samples, or 0.
+        turn_half: Between cosines and sines.
+        key_b: Of samples.
+        key_h: Of heads.
+        key_n: Of rows.
+        batch: B.
+        length: N.
+        first: The block's first row.
+        n: Its rows.
+        sweep: Which sweep, from 0.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        eps: Of the norm.
+        scale: Factor on the scores.
+        normed: Whether queries are normed.
+        heads: H.
+        groups: G.
+        dim: d, a power of two.
+        span: Groups of a program.
+        rows_: Rows of a program.
+        depth: How many of a row's numbers are multiplied together, a power of two.
+        wide: Type of what is accumulated.
+        operand: Type in which tensors enter products.
+        precision: Of the products of float32 tensors.
+    """
+    b = tl.program_id(2).to(tl.int64)
+    if start is None:
+        if settled(found, sweep - 1, b, batch, n, rtol, atol, wide):
+            return
+    narrow: tl.constexpr = query.dtype.element_ty
+    shared: tl.constexpr = heads // groups
+    rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
+    real = rows < n
+    place = (first + rows).to(tl.int64)
+    out = tl.program_id(1) * (span * dim) + tl.arange(0, span * dim)
+    known = out < groups * dim
+    q = tl.zeros([rows_, span * dim], wide)
+    for c in range(0, heads * dim, depth):
+        into = c + tl.arange(0, depth)
+        within = into < heads * dim
+        if start is None:
+            at = source + ((b * n + rows) * (heads * dim))[:, None] + into[None, :]
+        else:
+            of = (into // dim // shared).to(tl.int64) * source_g + into % dim
+            at = source + b * source_b + (place * source_n)[:, None] + of[None, :]
+        u = tl.load(at, mask=real[:, None] & within[None, :], other=0.0).to(operand)
+        omega = weight + (out.to(tl.int64) * weight_o)[:, None] + into[None, :]
+        omega = tl.load(omega, mask=known[:, None] & within[None, :], other=0.0).to(operand)
+        q += tl.dot(u, tl.trans(omega), input_precision=precision).to(wide)
+    if bias is not None:
+        q += tl.load(bias + out, mask=known, other=0.0).to(wide)[None, :]
+    if added is not None:
+        at = added + ((b * length + place) * (groups * dim))[:, None] + out[None, :]
+        q += tl.load(at, mask=real[:, None] & known[None, :], other=0.0).to(wide)
+    q = tl.reshape(q, [rows_, span, dim])
+    group = tl.program_id(1) * span + tl.arange(0, span)
+    of = real[:, None] & (group < groups)[None, :]
+    if normed:
+        norm = 1.0 / tl.sqrt(tl.sum(q * q, 2) / dim + eps)
+        q = q * norm[:, :, None]
+        if start is None:
+            tl.store(inverse + ((b * length + place) * groups)[:, None] + group[None, :], norm, mask=of)
+    if turn is not None:
+        q = rotated(q, turn + b * turn_b, turn_half, place, real, False, span, dim // 2)
+    if start is None:
+        at = query + ((b * length + place) * (groups * dim))[:, None] + out[None, :]
+        q = tl.reshape(q, [rows_, span * dim]).to(narrow)
+        tl.store(at, q, mask=real[:, None] & known[None, :])
+    else:
+        q = q.to(narrow).to(wide)
+        at = tl.arange(0, dim)
+        for s in range(shared):
+            head = (group * shared + s).to(tl.int64)
+            k = key + b * key_b + (place * key_n)[:, None, None] + (head * key_h)[None, :, None] + at[None, None, :]
+            own = tl.sum(tl.load(k, mask=of[:, :, None], other=0.0).to(wide) * q, 2) * scale
+            tl.store(start + ((b * heads + head) * length)[None, :] + place[:, None], own, mask=of)
+
+
+@triton.jit(do_not_specialize=["first", "n", "length", "batch", "sweep"])
+def attend_rows(
+    key, value, query, given, strict, start, before, before_lse, state, narrow, lse, found, far,
+    key_b, key_h, key_n, value_b, value_g, value_n, strict_b, strict_h,
+    batch, length, first, n, sweep, rtol, atol, too_far,
+    scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
+    rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """The map at the block's iterate: attention within the block, merged with what the rows saw before it.
+
+    Args:
+        key: `[B, H, N, d]`, rows contiguous.
+        value: `[B, G, N, d]`, likewise.
+        query: `[B, N, G, d]`.
+        given: Scores of the own columns where they do not depend on the outputs, `[B, H, N]`; or None.
+        strict: Biases, `[1 or B, 1 or H, n, n]`, or None.
+        start: Scores of the own columns at y = v, without biases, `[B, H, N]`; None where they are given.
+        before: Attention to the columns before the block, `[B, N, H, d]`.
+        before_lse: Its log-sum-exp, `[B, H, N]`.
+        state: The iterate and the next, which is filled, `[2, B, n, H, d]`.
+        narrow: The next in the type of the inputs, `[B, n, H, d]`, filled.
+        lse: Log-sum-exp of all columns, `[B, H, n]`, filled.
+        found: As in `settled`; this sweep's are raised.
+        far: `[sweeps, B, n]`, zeros; 1 where an own weight is further than `too_far` from that at y = v.
+        key_b: Stride of samples.
+        key_h: Of heads.
+        key_n: Of rows.
+        value_b: Of samples.
+        value_g: Of groups.
+        value_n: Of rows.
+        strict_b: Of samples, or 0.
+        strict_h: Of heads, or 0.
+        batch: As in `make_queries`, as are those that follow.
+        length: N.
+        first: The block's first row.
+        n: Its rows.
+        sweep: Which sweep.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        too_far: As `diagonal.FAR`.
+        scale: Factor on the scores.
+        heads: H.
+        groups: G.
+        dim: d.
+        rows_: Rows of a program.
+        columns_: Columns that are attended to together.
+        wide: Type of what is accumulated.
+        operand: Type in which tensors enter products.
+        precision: Of the products of float32 tensors.
+    """
+    b = tl.program_id(2).to(tl.int64)
+    if settled(found, sweep - 1, b, batch, n, rtol, atol, wide):
+        return
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most columns first
+    h = tl.program_id(1)
+    g = h // (heads // groups)
+    rows = tile * rows_ + tl.arange(0, rows_)
+    real = rows < n
+    place = (first + rows).to(tl.int64)
+    at = tl.arange(0, dim)
+    inside = real[:, None] & (at < dim)[None, :]
+    k = key + b * key_b + h * key_h + (place * key_n)[:, None] + at[None, :]
+    k = tl.load(k, mask=inside, other=0.0).to(operand)
+    peak = tl.load(before_lse + (b * heads + h) * length + place, mask=real, other=-float("inf"))
+    out = tl.load(before + ((b * length + place)[:, None] * heads + h) * dim + at[None, :], mask=inside, other=0.0)
+    total = tl.where(peak == -float("inf"), 0.0, 1.0).to(wide)
+    out = out * total[:, None]
+    if strict is not None:
+        strict += b * strict_b + h * strict_h
+
+    for c in range(0, tl.minimum((tile + 1) * rows_, n), columns_):
+        columns = c + tl.arange(0, columns_)
+        there = (first + columns).to(tl.int64)
+        column = (columns < n)[:, None] & (at < dim)[None, :]
+        q = tl.load(query + ((b * length + there)[:, None] * groups + g) * dim + at[None, :], mask=column, other=0.0)
+        v = value + b * value_b + g * value_g + (there * value_n)[:, None] + at[None, :]
+        v = tl.load(v, mask=column, other=0.0).to(operand)
+        scores = tl.dot(k, tl.trans(q.to(operand)), input_precision=precision).to(wide) * scale
+        if strict is not None:
+            pairs = real[:, None] & (columns < n)[None, :]
+            scores += tl.load(strict + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0)
+        scores = tl.where(columns[None, :] < rows[:, None], scores, -float("inf"))
+        top = tl.maximum(peak, tl.max(scores, 1))
+        safe = tl.where(top == -float("inf"), 0.0, top)
+        shrink = tl.exp(peak - safe)
+        weights = tl.exp(scores - safe[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        weights = weights.to(narrow.dtype.element_ty).to(operand)
+        out = out * shrink[:, None] + tl.dot(weights, v, input_precision=precision).to(wide)
+        peak = top
+    # The own column apart, in full precision: of it depends at which root a row is.
+    if given is None:
+        own = query + ((b * length + place)[:, None] * groups + g) * dim + at[None, :]
+        own = tl.sum(tl.load(own, mask=inside, other=0.0).to(wide) * k.to(wide), 1) * scale
+    else:
+        own = tl.load(given + (b * heads + h) * length + place, mask=real, other=0.0).to(wide)
+    own_bias = own * 0.0
+    if strict is not None:
+        own_bias = tl.load(strict + rows * (n + 1), mask=real, other=0.0)
+    own += own_bias
+    v = value + b * value_b + g * value_g + (place * value_n)[:, None] + at[None, :]
+    v = tl.load(v, mask=inside, other=0.0).to(wide)
+    top = tl.maximum(peak, own)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    shrink = tl.exp(peak - top)
+    weight = tl.exp(own - top)
+    rest = total * shrink
+    total = rest + weight
+    seen = total != 0.0  # NaN too
+    safe = tl.where(seen, total, 1.0)
+    out = (out * shrink[:, None] + weight[:, None] * v) / safe[:, None]
+    tl.store(lse + (b * heads + h) * n + rows, tl.where(seen, top + tl.log(safe), -float("inf")), mask=real)
+
+    parity = sweep % 2
+    into = ((b * n + rows)[:, None] * heads + h) * dim + at[None, :]
+    extent = batch.to(tl.int64) * n * heads * dim
+    last = tl.load(state + parity * extent + into, mask=inside, other=0.0)
+    tl.store(state + (1 - parity) * extent + into, out, mask=inside)
+    tl.store(narrow + into, out.to(narrow.dtype.element_ty), mask=inside)
+    off = found + (2 * sweep * batch + b) * n + rows
+    tl.atomic_max(off, tl.max(bits(out - last), 1), mask=real)
+    tl.atomic_max(off + batch * n, tl.max(bits(out), 1), mask=real)
+    if start is not None:
+        first_own = tl.load(start + (b * heads + h) * length + place, mask=real, other=0.0) + own_bias
+        peak = tl.maximum(top, first_own)
+        then = tl.exp(first_own - peak)
+        whole = rest * tl.exp(top - peak) + then
+        moved = tl.abs(then / tl.where(whole == 0.0, 1.0, whole) - weight / safe)
+        moved = tl.where(real & (own != -float("inf")) & (moved > too_far), 1, 0)
+        if tl.max(moved, 0) > 0:
+            tl.atomic_max(far + (sweep * batch + b) * n + rows, moved, mask=real)
+
+
+@triton.jit(do_not_specialize=["n", "batch", "sweeps"])
+def judge_rows(found, far, status, batch, n, sweeps, rtol, atol, wide: tl.constexpr):
+    """The sweep t at which a sample had settled, -1 if it has not, -2 - t if rows may be at other roots than are wanted.
+
+    Args:
+        found: As in `settled`.
+        far: As in `attend_rows`.
+        status: `[B]`, filled.
+        batch: B.
+        n: Rows of the block.
+        sweeps: How many there were.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        wide: Type of what the bits in `found` are of.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    at_last = -1
+    for i in range(sweeps):
+        sweep = sweeps - 1 - i
+        if settled(found, sweep, b, batch, n, rtol, atol, wide):
+            at_last = sweep
+    if at_last >= 0:
+        count = 0
+        for i in range(0, n, SPAN):
+            at = i + tl.arange(0, SPAN)
+            count += tl.sum(tl.load(far + (at_last * batch + b) * n + at, mask=at < n, other=0), 0)
+        if count > 0:
+            at_last = -2 - at_last
+    tl.store(status + b, at_last)
+
+
+@triton.jit(do_not_specialize=["first", "n", "length", "batch"])
+def hand_over_rows(
+    status, state, new_lse, found, y, lse, residual, size, sweeps, batch, length, first, n,
+    heads: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr, samples_: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """Hand the iterates over at which the samples settled; nothing if one of them has not.
+
+    Args:
+        status: As `judge_rows` leaves it.
+        state: As in `attend_rows`.
+        new_lse: As `lse` there.
+        found: As in `settled`.
+        y: `[B, N, H, d]`, filled in the block's rows, as are those that follow.
+        lse: `[B, H, N]`.
+        residual: `[B, N]`.
+        size: `[B, N]`.
+        sweeps: `[B, N]`.
+        batch: B.
+        length: N.
+        first: The block's first row.
+        n: Its rows.
+        heads: H.
+        dim: d.
+        rows_: Rows of a program.
+        samples_: B, padded to a power of two.
+        wide: Type of what the bits in `found` are of.
+    """
+    every = tl.arange(0, samples_)
+    if tl.min(tl.load(status + every, mask=every < batch, other=0), 0) < 0:
+        return
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1)
+    sweep = tl.load(status + b)
+    rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
+    real = rows < n
+    place = first + rows
+    at = tl.arange(0, dim)
+    extent = batch.to(tl.int64) * n * heads * dim
+    done = state + (sweep % 2) * extent + ((b * n + rows)[:, None] * heads + h) * dim + at[None, :]
+    done = tl.load(done, mask=real[:, None], other=0.0)
+    tl.store(y + ((b * length + place)[:, None] * heads + h) * dim + at[None, :], done, mask=real[:, None])
+    total = tl.load(new_lse + (b * heads + h) * n + rows, mask=real, other=0.0)
+    tl.store(lse + (b * heads + h) * length + place, total, mask=real)
+    if h == 0:
+        off = found + (2 * sweep * batch + b) * n + rows
+        tl.store(residual + b * length + place, tl.load(off, mask=real, other=0).to(wide, bitcast=True), mask=real)
+        extents = tl.load(off + batch * n, mask=real, other=0).to(wide, bitcast=True)
+        tl.store(size + b * length + place, extents, mask=real)
+        tl.store(sweeps + b * length + place, (sweep + 1).to(tl.int64) + tl.zeros([rows_], tl.int64), mask=real)

@@ -1,0 +1,62 @@
+"""What every Triton kernel of a causal map is told: tensors, strides, sizes, and the types of products."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from implicit_attention.causal_system import CausalSystem
+from implicit_attention.kernels.triton import interpreted
+
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+_LEAST = 16  # what a product of matrices takes
+
+
+def padded(size: int) -> int:
+    """Return the power of two that a size is padded to in a tile."""
+    return max(_LEAST, int(triton.next_power_of_2(size)))
+
+
+class Call:
+    """What both kernels of a block are told of a map: its tensors, their strides, and the types of products."""
+
+    def __init__(self, system: CausalSystem) -> None:
+        self.system, like = system, system.key
+        self.key, self.value = rows_contiguous(system.key), rows_contiguous(system.value)
+        self.weight = None if system.weight is None else rows_contiguous(system.weight)
+        self.given = None if system.self_score is None else system.self_score.detach().contiguous()
+        self.turn = None if system.rotation is None else system.rotation.to(system.wide).contiguous()
+        self.dp, self.hp = padded(system.dim), padded(system.heads)
+        narrow = like.dtype in (torch.float16, torch.bfloat16)
+        # Half types multiply on the tensor cores; the interpreter multiplies bit patterns if it gets them.
+        self.operand = TYPES[system.wide if interpreted() else like.dtype]
+        self.precision = "tf32x3" if narrow else "ieee"
+
+    def strides(self) -> dict[str, int]:
+        """Strides by argument."""
+        found = {"weight_o": 0 if self.weight is None else self.weight.stride(0)}
+        for name, t, dims in (("key", self.key, "bhn"), ("value", self.value, "bgn")):
+            found |= {f"{name}_{dim}": stride for dim, stride in zip(dims, t.stride(), strict=False)}
+        one = self.turn is None or self.turn.shape[1] == 1
+        found["turn_b"] = 0 if one or self.turn is None else self.turn.stride(1)
+        found["turn_half"] = 0 if self.turn is None else self.turn.stride(0)
+        return found
+
+    def sizes(self) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        system = self.system
+        return {
+            "scale": system.spec.scale, "heads": system.heads, "groups": system.groups, "dim": system.dim,
+            "dp": self.dp, "hp": self.hp, "operand": self.operand, "precision": self.precision,
+        }  # fmt: skip
+
+
+def rows_contiguous(t: Tensor) -> Tensor:
+    t = t.detach()
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().contiguous()

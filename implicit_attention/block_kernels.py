@@ -44,20 +44,35 @@ class Merger(Protocol):
         """Merge attention over more columns, `[B, H, r, d]` and `[B, H, r]`, into rows that are not solved yet."""
 
 
-class ForwardSweeper(Protocol):
+class Sweeper(Protocol):
+    """Sweeps over blocks of many rows, in place; it may go on from one before it knows that it has settled."""
+
+    def check(self) -> None:
+        """Raise `Unsettled` if the last block had not settled."""
+
+
+class ForwardSweeper(Sweeper, Protocol):
     """Settles blocks of many rows in place."""
 
     def settle(self, rows: slice) -> bool:
         """Settle a block; return whether that has been done. If not, it is as it was."""
 
 
-class AdjointSweeper(Protocol):
-    """Solves the adjoint of blocks of many rows in place."""
+class AdjointSweeper(Sweeper, Protocol):
+    """Solves the adjoint of blocks of many rows in place.
 
-    residual: Tensor  # of the last block, `[B]`
+    Attributes:
+        largest: The largest residual so far, `[B]`.
+        sweeps: The most sweeps of a block.
+        near_singular: Rows that are known to have a gain close to 1.
+    """
 
-    def solve(self, rows: slice) -> int:
-        """Solve a block; return the sweeps that it took, 0 if it is not solved and left as it was."""
+    largest: Tensor
+    sweeps: int
+    near_singular: int
+
+    def solve(self, rows: slice, *, exactly: bool) -> bool:
+        """Solve a block, the rows' own columns `exactly` or not; return whether that has been done."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ class Block:
     settled: bool
 
 
+class Unsettled(Exception):  # noqa: N818 -- no error: the caller starts again
+    """A block that was taken for settled had not settled, and what followed on it is void."""
+
+
 class DiagonalBlock:
     """The keys, values and biases of some rows, as they are in every sweep."""
 

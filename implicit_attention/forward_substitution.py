@@ -15,13 +15,14 @@ from torch import Tensor
 from implicit_attention import block_kernels
 from implicit_attention.attention_map import AttentionMap
 from implicit_attention.causal_system import CausalSystem, Queries
-from implicit_attention.diagonal import BlockAdjoint, BlockAdjointSolver, BlockSolver, own_jacobian
+from implicit_attention.diagonal import BlockAdjoint, BlockAdjointSolver, BlockSolver, Unsettled, own_jacobian
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 from implicit_attention.linear import largest
 from implicit_attention.row_problem import gelfand_radius
 from implicit_attention.solvers import NewtonKrylov, Solution, Solver
 from implicit_attention.solvers.base import AdjointSolution, DirectSolver
 
+EXACTLY = 128  # rows of a block whose own columns can be solved for in sweeps: what that takes grows with them
 HANDED_OVER = 4  # rows that a compiled kernel gives up on together
 
 
@@ -68,8 +69,10 @@ class ForwardSubstitution(DirectSolver):
             NonFiniteError: If it gives NaN or Inf.
         """
         system = CausalSystem(_causal(function), args)
-        forward = _Forward(system, self, dtype)
-        forward.descend(0, system.length, forward.widest)
+        try:
+            forward = _Forward(system, self, dtype).solved()
+        except Unsettled:
+            forward = _Forward(system, self, dtype, cautious=True).solved()
         residual, size = forward.residual, forward.size
         return Solution(
             value=forward.y.flatten(-2).to(dtype),
@@ -105,9 +108,10 @@ class ForwardSubstitution(DirectSolver):
             The gradients, and how well the equation was solved.
         """
         system = CausalSystem(_causal(function), args)
-        backward = _Backward(system, y, memo, grad, needs, self)
-        backward.descend(0, system.length, backward.widest)
-        return backward.solution()
+        try:
+            return _Backward(system, y, memo, grad, needs, self).solution()
+        except Unsettled:
+            return _Backward(system, y, memo, grad, needs, self, cautious=True).solution()
 
     def kernel_for(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
         """Return what computes the diagonal blocks of a map: "torch", "numba" or "triton".
@@ -188,7 +192,9 @@ def _seen(system: CausalSystem, low: int, middle: int, high: int) -> tuple[slice
 class _Forward:
     """The recursion. In rows that are not solved yet, `y` and `lse` hold attention over the columns before them."""
 
-    def __init__(self, system: CausalSystem, solver: ForwardSubstitution, dtype: torch.dtype) -> None:
+    def __init__(
+        self, system: CausalSystem, solver: ForwardSubstitution, dtype: torch.dtype, *, cautious: bool = False
+    ) -> None:
         self.system, (self.rtol, self.atol) = system, solver.tolerances(dtype)
         new, shape = system.key.new_zeros, (system.batch, system.length)
         self.query = new(*shape, system.groups, system.dim)
@@ -213,9 +219,18 @@ class _Forward:
         sweeps = block_kernels.sweeper(solver.kernel, system)
         if sweeps is not None and system.length > solver.block:
             self.widest = max(solver.block, sweeps.widest(system.length))
-            self.swept = sweeps.ForwardSweeps(system, into, self.widest, self.rtol, self.atol)
+            self.swept = sweeps.ForwardSweeps(
+                system, into, self.widest, self.rtol, self.atol, cautious=cautious
+            )
         kernel: Any = self.compiled
         self.merger: block_kernels.Merger | None = kernel if isinstance(kernel, block_kernels.Merger) else None
+
+    def solved(self) -> "_Forward":
+        """Solve all rows."""
+        self.descend(0, self.system.length, self.widest)
+        if self.swept is not None:
+            self.swept.check()
+        return self
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -282,7 +297,8 @@ class _At:
 
     def __init__(self, system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...]) -> None:
         self.system = system
-        self.y = y.to(system.wide).view(*y.shape[:2], system.heads, system.dim)
+        self.given = y.view(*y.shape[:2], system.heads, system.dim)  # in the type that it came in
+        self.y = self.given.to(system.wide)
         if memo:
             self.query, self.lse, self.inverse = memo
             return
@@ -305,7 +321,7 @@ class _Backward:
 
     def __init__(
         self, system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...], grad: Tensor, needs: tuple[bool, ...],
-        solver: ForwardSubstitution,
+        solver: ForwardSubstitution, *, cautious: bool = False,
     ) -> None:  # fmt: skip
         self.system, self.at = system, _At(system, y, memo)
         self.grad, self.rtol = grad.reshape(self.at.y.shape), solver.tolerances(y.dtype, linear=True)[0]
@@ -339,7 +355,10 @@ class _Backward:
             self.made = system.key.new_empty(*shape, system.groups * system.dim)
             into = {"later": self.d_query, "lam": self.lam, "d_key": self.d_key, "d_value": self.d_value,
                     "made": self.made, "own": self.rest.get("self_score")}  # fmt: skip
-            self.swept = sweeps.AdjointSweeps(system, at, self.grad, into, self.allowed, self.widest)
+            at |= {"y": self.at.given}
+            self.swept = sweeps.AdjointSweeps(
+                system, at, self.grad, into, self.allowed, self.widest, cautious=cautious
+            )
 
     def descend(self, low: int, high: int, block: int) -> None:
         if high - low <= block:
@@ -360,7 +379,7 @@ class _Backward:
         self.d_value[:, :, cols] += d_value
 
     def _pull(self, rows: slice, query: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        whole = (self.at.y[:, rows].transpose(1, 2), self.at.lse[:, :, rows])
+        whole = (self.at.given[:, rows].transpose(1, 2), self.at.lse[:, :, rows])
         d_key, d_query, d_value, d_terms = self.system.below_backward(
             self.lam[:, rows].transpose(1, 2), rows, query, value, first, whole, self.bias_grad
         )
@@ -377,11 +396,7 @@ class _Backward:
     def _solve(self, rows: slice) -> None:
         n = rows.stop - rows.start
         if self.swept is not None and n > self.narrowest:
-            sweeps = self.swept.solve(rows)
-            if sweeps:
-                self.residual = torch.maximum(self.residual, self.swept.residual)
-                self.sweeps = max(self.sweeps, sweeps)
-            else:
+            if not self._sweep(self.swept, rows):
                 self.descend(rows.start, rows.stop, max(self.narrowest, (n + 1) // 2))
             return
         system, found = self.system, None if self.compiled is None else self.compiled.solve(rows)
@@ -408,6 +423,13 @@ class _Backward:
             at = slice(system.past + rows.start, system.past + rows.stop)
             self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))
 
+    def _sweep(self, sweeper: block_kernels.AdjointSweeper, rows: slice) -> bool:
+        """Sweep a block; the first rows of all, whose own columns are heavy, have these solved for from the start."""
+        first = self.system.past + rows.start == 0 and self.system.self_score is None
+        few = rows.stop - rows.start <= EXACTLY
+        swept = not first and sweeper.solve(rows, exactly=False)
+        return swept or (few and sweeper.solve(rows, exactly=True))
+
     def _through_map(self, d_made: Tensor, rows: slice) -> None:
         """Add what the cotangents of the linear map's outputs give what it has besides the outputs."""
         made, y = d_made.flatten(0, 1), self.at.y[:, rows].flatten(-2).flatten(0, 1)
@@ -429,7 +451,16 @@ class _Backward:
         return within
 
     def solution(self) -> AdjointSolution:
-        """What was found, by tensor of the map, in its dtype. Past columns are constants: rows see them all."""
+        """Solve, and return what was found by tensor of the map, in its dtype.
+
+        Past columns are constants: rows see them all.
+        """
+        self.descend(0, self.system.length, self.widest)
+        if self.swept is not None:
+            self.swept.check()
+            self.residual = torch.maximum(self.residual, self.swept.largest)
+            self.sweeps = max(self.sweeps, self.swept.sweeps)
+            self.near_singular += self.swept.near_singular
         if self.system.past:
             assert self.system.past_column is not None and self.system.past_value is not None
             self._pull(slice(0, self.system.length), self.system.past_column, self.system.past_value, 0)

@@ -19,7 +19,9 @@ KERNELS = {
 SWEEPS = {
     "begin": sweep.begin_rows, "queries": sweep.make_queries, "attend": sweep.attend_rows, "judge": sweep.judge_rows,
     "hand-over": sweep.hand_over_rows, "begin-adjoint": sweep_adjoint.begin_adjoint,
-    "pull-queries": sweep_adjoint.pull_queries, "through-map": sweep_adjoint.through_map,
+    "pull-queries": sweep_adjoint.pull_queries,
+    "through-map": sweep_adjoint.through_map,
+    "own-columns": sweep_adjoint.own_columns,
     "judge-adjoint": sweep_adjoint.judge_adjoint, "pull-values": sweep_adjoint.pull_values,
     "pull-keys": sweep_adjoint.pull_keys,
 }  # fmt: skip
@@ -34,11 +36,13 @@ CONSTANTS = {
     "scale": 0.25, "eps": 1e-6, "near_singular": 1e-3, "heads": 4, "groups": 2, "dim": 24, "dp": 32, "hp": 16,
     "rows_": 32, "span": 4096,
 }
-OF_SWEEPS = {"dim": 64, "span": 2, "depth": 64, "columns_": 64, "samples_": 8}  # fmt: skip
+OF_SWEEPS = {
+    "dim": 64, "span": 2, "depth": 64, "columns_": 64, "samples_": 8, "strictly": False, "raises": True, "hp": 16,
+}  # fmt: skip  # fmt: skip
 TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
     "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "p", "moved", "f", "grams", "start",
-    "before", "state", "new_lse",
+    "before", "state", "new_lse", "delta", "us", "inverses",
 }  # fmt: skip
 STRIDES = {"_b", "_h", "_g", "_n", "_o"}
 INTEGERS = {
@@ -67,7 +71,7 @@ def main(name: str, kind: str, *options: str) -> None:
             signature[argument] = f"*{kind}" if argument in narrow else f"*{wide}"
         else:
             other = "fp32" if argument in FLOATS else "i32"
-            bits = {"found": "*i64" if kind == "fp64" else "*i32", "status": "*i32"}
+            bits = {"found": "*i64" if kind == "fp64" else "*i32", "status": "*i32", "where": "*i32"}
             signature[argument] = (bits | INTEGERS.get(name, {})).get(argument, other)
     # Addresses and strides are multiples of 16, as those of most tensors are.
     even = [i for i, a in enumerate(KERNELS[name].arg_names) if signature[a][0] == "*" or a[-2:] in STRIDES]

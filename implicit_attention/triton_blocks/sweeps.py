@@ -1,18 +1,21 @@
 """What calls the Triton kernels that sweep over blocks of many rows, and when a block is left to others.
 
-A block is swept while its sweeps contract. One that does not settle, or that has a row whose own weight is far from
-where it started, so that it may be at another root than is wanted, is left as it was.
+A block is swept while its sweeps contract; one that does not settle is left as it was. The host is not waited for while
+blocks are calm: their launches are one CUDA graph, and a look at the device says of the block before whether it has
+settled. If it has not, all is done again with a look at each block (`Unsettled`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import FAR, SAME_ROOT
+from implicit_attention.causal_system import CausalSystem, Queries
+from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, Unsettled, near_singular, own_jacobian
 from implicit_attention.kernels.triton import interpreted, sweep, sweep_adjoint
 from implicit_attention.triton_blocks.call import TYPES, Call, contiguous
 from implicit_attention.triton_blocks.token import solve_token
@@ -21,7 +24,7 @@ MOST_SWEEPS = 24
 WIDEST = ((8192, 512), (0, 256))  # rows of the widest blocks, by the least length that has them
 _LEAST_DIM, _MOST_DIM = 16, 256
 _GRID = 65536  # programs in the third dimension of a launch
-_FIRST, _MORE = 4, 2  # sweeps that are launched before the first look at the device, if nothing is known, and before others
+_FEW, _MORE = 4, 8  # sweeps that are launched together where blocks have settled in fewer, and elsewhere
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class _Tiles:
         width: Outputs of such a program, at least a head's.
         depth: What such a program multiplies together.
         queries: Launch options of such a program.
-        attended: Rows and columns of a tile of attention.
-        attends: Launch options of its program.
+        attended: Rows of a program of attention; columns, where it is one of columns.
+        against: Columns, or rows, that it takes together; divides the former.
+        attends: Launch options of such a program.
     """
 
     rows: int
@@ -42,21 +46,22 @@ class _Tiles:
     depth: int
     queries: dict[str, int]
     attended: int
+    against: int
     attends: dict[str, int]
 
 
 def _tiles(system: CausalSystem) -> _Tiles:
     if interpreted():
         one = {"num_warps": 1, "num_stages": 1}
-        return _Tiles(rows=16, width=32, depth=16, queries=one, attended=16, attends=one)
+        return _Tiles(rows=16, width=32, depth=16, queries=one, attended=32, against=16, attends=one)
     if system.narrow == system.wide:
         return _Tiles(
             rows=64, width=64, depth=32, queries={"num_warps": 4, "num_stages": 2},
-            attended=32, attends={"num_warps": 4, "num_stages": 1},
+            attended=32, against=32, attends={"num_warps": 4, "num_stages": 1},
         )  # fmt: skip
     return _Tiles(
         rows=128, width=128, depth=64, queries={"num_warps": 8, "num_stages": 3},
-        attended=64, attends={"num_warps": 4, "num_stages": 2},
+        attended=64, against=64, attends={"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
 
 
@@ -79,18 +84,18 @@ def widest(length: int) -> int:
 class _Sweeps:
     """What both directions need to know of a map."""
 
-    def __init__(self, system: CausalSystem, rows: int) -> None:
-        self.system, self.call, self.tiles = system, Call(system), _tiles(system)
+    def __init__(self, system: CausalSystem, rows: int, cautious: bool) -> None:
+        self.system, self.call, self.tiles, self.rows = system, Call(system), _tiles(system), rows
         self.weight = self.call.weight
         if self.weight is None:  # one head whose key has absorbed Omega_Q
             self.weight = torch.eye(system.dim, dtype=system.narrow, device=system.key.device)
         self.span = max(1, self.tiles.width // system.dim)
-        size = system.batch * rows * system.heads * system.dim
+        size, device = system.batch * rows * system.heads * system.dim, system.key.device
         self.state = system.key.new_empty(2 * size, dtype=system.wide)
-        self.status = torch.empty(system.batch, dtype=torch.int32, device=system.key.device)
+        self.status = torch.empty(system.batch, dtype=torch.int32, device=device)
+        self.where = torch.zeros(1, dtype=torch.int32, device=device)
         self.bits = torch.int64 if system.wide == torch.float64 else torch.int32
         self.samples = int(triton.next_power_of_2(system.batch))
-        self.guess = _FIRST
         strides = self.call.strides()
         self.key_value = {name: at for name, at in strides.items() if name[:4] in ("key_", "valu")}
         self.turned = {name: strides[name] for name in ("turn_b", "turn_half")}
@@ -99,6 +104,63 @@ class _Sweeps:
         self.types = {
             "wide": TYPES[system.wide], "operand": self.call.operand, "precision": self.call.precision,
         }  # fmt: skip
+        # A graph holds the addresses of a block's biases, which change from block to block.
+        self.graphed = device.type == "cuda" and system.spec.plain and not torch.cuda.is_current_stream_capturing()
+        self.graphs: dict[object, torch.cuda.CUDAGraph] = {}
+        self.warm, self.calm, self.hopeful = False, False, self.graphed and not cautious
+        self.guess = self.sweeps = 0
+        self.host = torch.empty(system.batch, dtype=torch.int32, pin_memory=self.hopeful)
+        self.looked: torch.cuda.Event | None = None
+
+    def launch(self, key: object, n: int, work: Callable[[], None]) -> None:
+        """Launch kernels: those of whole blocks as a CUDA graph, once they have been compiled."""
+        if not (self.graphed and self.warm and n == self.rows):
+            work()
+            return
+        if key not in self.graphs:
+            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graphs[key] = graph
+        self.graphs[key].replay()
+
+    def goes_on(self, n: int) -> bool:
+        """Whether to go on to the next block before it is known that this one has settled; if so, prepare the look."""
+        if not (self.hopeful and self.calm and n == self.rows):
+            return False
+        self.host.copy_(self.status, non_blocking=True)
+        self.looked = torch.cuda.Event()
+        self.looked.record()
+        return True
+
+    def check(self) -> None:
+        """Look at the block before.
+
+        Raises:
+            Unsettled: If it had not settled when its successor was begun.
+        """
+        if self.looked is None:
+            return
+        self.looked.synchronize()
+        self.looked = None
+        states: list[int] = self.host.tolist()
+        if min(states) < 0:
+            raise Unsettled
+        self.took(max(states) + 1, calm=True)
+
+    def took(self, sweeps: int, *, calm: bool) -> None:
+        """Remember how a block settled."""
+        self.guess, self.sweeps, self.calm, self.warm = sweeps, max(self.sweeps, sweeps), calm, True
+
+    def at_once(self) -> int:
+        """Sweeps to launch before a look."""
+        return _FEW if 0 < self.guess < _FEW else _MORE
 
     def by_map(self, n: int, out: int) -> tuple[int, int, int]:
         """Programs that multiply by Omega_Q, for so many heads' worth of outputs."""
@@ -112,7 +174,9 @@ class _Sweeps:
 class ForwardSweeps(_Sweeps):
     """Settles blocks in place."""
 
-    def __init__(self, system: CausalSystem, into: dict[str, Tensor], rows: int, rtol: float, atol: float) -> None:
+    def __init__(
+        self, system: CausalSystem, into: dict[str, Tensor], rows: int, rtol: float, atol: float, *, cautious: bool
+    ) -> None:
         """Prepare what is the same for all blocks.
 
         Args:
@@ -121,8 +185,9 @@ class ForwardSweeps(_Sweeps):
             rows: The most rows of a block.
             rtol: Relative tolerance.
             atol: Absolute tolerance.
+            cautious: Whether to look at each block before the next.
         """
-        super().__init__(system, rows)
+        super().__init__(system, rows, cautious)
         self.into, self.rtol, self.atol = into, rtol, atol
         batch, new = system.batch, system.key.new_empty
         self.narrow = new(batch * rows * system.heads * system.dim)
@@ -136,7 +201,9 @@ class ForwardSweeps(_Sweeps):
         self.start: Tensor | None = None
         if system.self_score is None:
             self.start = new(batch, system.heads, system.length, dtype=system.wide)
-            self._make_queries(self.call.value, self.call.value.stride()[:3], self.start, 0, system.length, 0)
+            self._make_queries(
+                self.call.value, self.call.value.stride()[:3], self.start, self.where, system.length, 0
+            )
 
     def settle(self, rows: slice) -> bool:
         """Settle a block; return whether that has been done. If not, it is as it was.
@@ -144,53 +211,69 @@ class ForwardSweeps(_Sweeps):
         Args:
             rows: The block.
         """
-        system, into, n = self.system, self.into, rows.stop - rows.start
+        self.check()
+        system, n = self.system, rows.stop - rows.start
         strict, strict_b, strict_h = system.compiled_bias(rows) or (None, 0, 0)
-        told = {"length": system.length, "first": rows.start, "n": n}
-        judged = {"batch": system.batch, "rtol": self.rtol, "atol": self.atol}
-        found = self.found[: MOST_SWEEPS * 2 * system.batch * n].zero_()
-        far = self.far[: MOST_SWEEPS * system.batch * n].zero_()
-        attends, tile = self.tiles.attends, self.tiles.attended
-        grid = self.by_tile(n, system.heads)
-        sweep.begin_rows[grid](
-            into["y"], into["lse"], self.call.value, self.state, self.narrow, *self.call.value.stride()[:3],
-            rows_=tile, **told, **self.shape,
-        )  # fmt: skip
-        done, most = 0, self.guess
+        biased = {"strict": strict, "strict_b": strict_b, "strict_h": strict_h}
+        self.where.fill_(rows.start)
+        done, most = 0, MOST_SWEEPS if system.past + rows.start == 0 else self.at_once()
         while done < MOST_SWEEPS:
-            for at in range(done, most):
-                self._make_queries(self.narrow, (0, 0, 0), None, rows.start, n, at)
-                sweep.attend_rows[grid](
-                    self.call.key, self.call.value, into["query"], self.call.given, strict, self.start,
-                    into["y"], into["lse"], self.state, self.narrow, self.lse, found, far,
-                    strict_b=strict_b, strict_h=strict_h, sweep=at, too_far=FAR, rows_=tile, columns_=tile,
-                    scale=system.spec.scale, **self.key_value, **told, **judged, **self.shape, **self.types, **attends,
-                )  # fmt: skip
-            sweep.judge_rows[(system.batch,)](
-                found, far, self.status, n=n, sweeps=most, wide=self.types["wide"], **judged
-            )
-            states = self._hand_over(rows)
-            if min(states) < -1:
+            self.launch((done, most), n, partial(self._sweep, n, done, most, biased))
+            if self.goes_on(n):
+                return True
+            states: list[int] = self.status.tolist()
+            calm = most <= _MORE and min(states) >= 0
+            if -1 not in states and min(states) < -1:
                 checked = self._check_roots(rows, strict, states, most)
                 if checked is None:
                     return False
-                states = self._hand_over(rows) if checked else [-1]
+                if checked:
+                    self._hand_over(n)
+                    states = self.status.tolist()
+                else:
+                    states = [-1]
             if min(states) >= 0:
-                self.guess = max(states) + 1
+                self.took(max(states) + 1, calm=calm)
                 return True
-            done, most = most, min(most + _MORE, MOST_SWEEPS)
+            done, most = most, min(most + _FEW, MOST_SWEEPS)
         return False
 
-    def _hand_over(self, rows: slice) -> list[int]:
-        """Hand over what has settled, if all has; return the samples' states."""
-        system, into, n = self.system, self.into, rows.stop - rows.start
+    def _sweep(self, n: int, done: int, most: int, biased: dict[str, Any]) -> None:
+        """Sweep a block on, see which samples have settled, and hand them over if all have."""
+        system, into, tile = self.system, self.into, self.tiles.attended
+        found = self.found[: MOST_SWEEPS * 2 * system.batch * n]
+        far = self.far[: MOST_SWEEPS * system.batch * n]
+        grid = self.by_tile(n, system.heads)
+        judged = {"batch": system.batch, "rtol": self.rtol, "atol": self.atol}
+        if done == 0:
+            found.zero_()
+            far.zero_()
+            sweep.begin_rows[grid](
+                into["y"], into["lse"], self.call.value, self.state, self.narrow, *self.call.value.stride()[:3],
+                system.length, self.where, n, rows_=tile, **self.shape,
+            )  # fmt: skip
+        for at in range(done, most):
+            self._make_queries(self.narrow, (0, 0, 0), None, self.where, n, at)
+            sweep.attend_rows[grid](
+                self.call.key, self.call.value, into["query"], self.call.given, start=self.start,
+                before=into["y"], before_lse=into["lse"], state=self.state, narrow=self.narrow, lse=self.lse,
+                found=found, far=far, sweep=at, too_far=FAR, rows_=tile, columns_=self.tiles.against,
+                scale=system.spec.scale, length=system.length, where=self.where, n=n, **biased, **self.key_value,
+                **judged, **self.shape, **self.types, **self.tiles.attends,
+            )  # fmt: skip
+        sweep.judge_rows[(system.batch,)](
+            found, far, self.status, n=n, sweeps=most, wide=self.types["wide"], **judged
+        )
+        self._hand_over(n)
+
+    def _hand_over(self, n: int) -> None:
+        """Hand over what has settled, if all has."""
+        system, into = self.system, self.into
         sweep.hand_over_rows[self.by_tile(n, system.heads)](
             self.status, self.state, self.lse, self.found, into["y"], into["lse"], into["residual"], into["size"],
-            into["sweeps"], batch=system.batch, length=system.length, first=rows.start, n=n, heads=system.heads,
+            into["sweeps"], batch=system.batch, length=system.length, where=self.where, n=n, heads=system.heads,
             dim=system.dim, rows_=self.tiles.attended, samples_=self.samples, wide=self.types["wide"],
         )  # fmt: skip
-        states: list[int] = self.status.tolist()
-        return states
 
     def _check_roots(self, rows: slice, strict: Tensor | None, states: list[int], most: int) -> bool | None:
         """Solve the own equations of rows that are far from where they started, in samples that have settled.
@@ -253,13 +336,13 @@ class ForwardSweeps(_Sweeps):
         return torch.cat([made[:, :, None], ways], 2)
 
     def _make_queries(
-        self, source: Tensor, strides: tuple[int, ...], start: Tensor | None, first: int, n: int, at: int
+        self, source: Tensor, strides: tuple[int, ...], start: Tensor | None, where: Tensor, n: int, at: int
     ) -> None:
         system, tiles = self.system, self.tiles
         sweep.make_queries[self.by_map(n, system.groups)](
             source, self.weight, self.bias, self.added, self.call.turn, self.call.key, self.into["query"],
             self.inverse, start, self.found, *strides, weight_o=self.weight.stride(0), batch=system.batch,
-            length=system.length, first=first, n=n, sweep=at, rtol=self.rtol, atol=self.atol,
+            length=system.length, where=where, n=n, sweep=at, rtol=self.rtol, atol=self.atol,
             scale=system.spec.scale, span=self.span, rows_=tiles.rows, depth=tiles.depth,
             **self.key_strides, **self.turned, **self.normed, **self.shape, **self.types, **tiles.queries,
         )  # fmt: skip
@@ -269,8 +352,8 @@ class AdjointSweeps(_Sweeps):
     """Solves the adjoint of blocks in place."""
 
     def __init__(
-        self, system: CausalSystem, at: dict[str, Tensor], grad: Tensor, into: dict[str, Tensor], allowed: Tensor,
-        rows: int,
+        self, system: CausalSystem, at: dict[str, Tensor], grad: Tensor, into: dict[str, Tensor | None],
+        allowed: Tensor, rows: int, *, cautious: bool,
     ) -> None:  # fmt: skip
         """Prepare what is the same for all blocks.
 
@@ -280,62 +363,160 @@ class AdjointSweeps(_Sweeps):
             grad: Cotangent, `[B, N, H, d]`.
             into: The tensors of the recursion by name: later `[B, N, G, d]`, the cotangents of the queries from rows
                 after the block; lam `[B, N, H, d]`, whose storage may be that of `later`; d_key and d_value, which are
-                added to; made `[B, N, G d]`; and own `[B, H, N]` where own scores are given.
+                added to; made `[B, N, G d]`; and own `[B, H, N]` where own scores are given, else None.
             allowed: Tolerance per sample, `[B]`.
             rows: The most rows of a block.
+            cautious: Whether to look at each block before the next.
         """
-        super().__init__(system, rows)
+        super().__init__(system, rows, cautious)
         self.at = {name: t.detach().contiguous() for name, t in at.items() if t.numel()}
         self.grad, self.into, self.allowed = grad.detach().contiguous(), into, allowed.to(system.wide).contiguous()
-        size = system.batch * rows * system.heads * system.dim
-        self.narrow = system.key.new_empty(2 * size)
-        self.found = system.key.new_empty(MOST_SWEEPS, system.batch, dtype=self.bits)
-        self.residual = system.key.new_empty(system.batch, dtype=system.wide)
+        new, size = system.key.new_empty, system.batch * rows * system.heads
+        self.narrow, self.delta = new(2 * size * system.dim), new(2 * size, dtype=system.wide)
+        self.found = new(MOST_SWEEPS, system.batch, dtype=self.bits)
+        self.residual, self.largest = torch.zeros(2, system.batch, dtype=system.wide, device=grad.device).unbind()
+        self.near_singular = 0
 
-    def solve(self, rows: slice) -> int:
-        """Solve a block; return the sweeps that it took, 0 if it is not solved and left as it was.
+    def solve(self, rows: slice, *, exactly: bool) -> bool:
+        """Solve a block; return whether that has been done. If not, it is as it was.
 
         Args:
             rows: The block.
+            exactly: Whether the rows' own columns are solved for, of which early rows have heavy ones.
         """
-        system, call, at, into, n = self.system, self.call, self.at, self.into, rows.stop - rows.start
+        self.check()
+        system, n = self.system, rows.stop - rows.start
         strict, strict_b, strict_h = system.compiled_bias(rows) or (None, 0, 0)
-        told = {"length": system.length, "first": rows.start, "n": n}
-        tiles, tile = self.tiles, self.tiles.attended
-        biased = {"strict_b": strict_b, "strict_h": strict_h, "scale": system.spec.scale}
-        attends = {"batch": system.batch, "rows_": tile, "columns_": tile, **biased, **self.key_value, **told,
-                   **self.shape, **self.types, **tiles.attends}  # fmt: skip
-        known = (call.given, strict, at["y"], at["lse"])
-        self.found.zero_()
-        sweep_adjoint.begin_adjoint[self.by_tile(n, system.heads)](
-            self.grad, self.state, self.narrow, heads=system.heads, dim=system.dim, rows_=tile, **told
-        )
-        done, most = 0, self.guess
+        biased = {"strict": strict, "strict_b": strict_b, "strict_h": strict_h}
+        self.where.fill_(rows.start)
+        own = _OwnColumns(self, rows) if exactly and self.call.given is None else None
+        done, most = 0, self.at_once()
         while done < MOST_SWEEPS:
-            for i in range(done, most):
-                sweep_adjoint.pull_queries[self.by_tile(n, system.groups)](
-                    call.key, call.value, at["query"], at.get("inverse"), call.turn, *known, self.narrow,
-                    into["later"], into["made"], self.found, self.allowed, sweep=i, **self.turned, **attends,
-                )  # fmt: skip
-                sweep_adjoint.through_map[self.by_map(n, system.heads)](
-                    into["made"], self.weight, self.grad, self.state, self.narrow, self.found, self.allowed,
-                    weight_o=self.weight.stride(0), batch=system.batch, sweep=i, span=self.span, rows_=tiles.rows,
-                    depth=tiles.depth, **told, **self.shape, **self.types, **tiles.queries,
-                )  # fmt: skip
-            sweep_adjoint.judge_adjoint[(system.batch,)](
-                self.found, self.allowed, self.status, self.residual, system.batch, most, self.types["wide"]
-            )
-            sweep_adjoint.pull_values[self.by_tile(n, system.groups)](
-                call.key, call.value, at["query"], *known, self.narrow, into["d_value"], into.get("own"),
-                self.status, samples_=self.samples, **attends,
-            )  # fmt: skip
-            sweep_adjoint.pull_keys[self.by_tile(n, system.heads)](
-                call.key, call.value, at["query"], *known, self.state, self.narrow, into["d_key"], into["lam"],
-                self.status, samples_=self.samples, **attends,
-            )  # fmt: skip
+            work = partial(self._sweep, n, done, most, biased, own)
+            if own is None:
+                self.launch((done, most), n, work)
+            else:
+                work()
+            torch.maximum(self.largest, self.residual, out=self.largest)
+            if own is None and self.goes_on(n):
+                return True
             states: list[int] = self.status.tolist()
             if min(states) >= 0:
-                self.guess = max(states) + 1
-                return self.guess
-            done, most = most, min(most + _MORE, MOST_SWEEPS)
-        return 0
+                self.took(max(states) + 1, calm=most <= _MORE)
+                self.near_singular += 0 if own is None else own.finish()
+                return True
+            done, most = most, min(most + _FEW, MOST_SWEEPS)
+        return False
+
+    def _sweep(self, n: int, done: int, most: int, biased: dict[str, Any], own: "_OwnColumns | None") -> None:
+        """Sweep a block on, see which samples are solved, and hand them over if all are."""
+        system, call, at, into, tiles = self.system, self.call, self.at, self.into, self.tiles
+        by_group, by_head = self.by_tile(n, system.groups), self.by_tile(n, system.heads)
+        told = {"length": system.length, "where": self.where, "n": n, "batch": system.batch}
+        given = call.given is not None
+        common = {
+            "key": call.key, "value": call.value, "query": at["query"], "lse": at["lse"], "narrow": self.narrow,
+            "delta": self.delta, "scale": system.spec.scale, **biased, **self.key_value, **told, **self.shape,
+            **self.types, **tiles.attends,
+        }  # fmt: skip
+        by_columns = {"rows_": tiles.against, "columns_": tiles.attended}
+        by_rows = {"rows_": tiles.attended, "columns_": tiles.against}
+        if done == 0:
+            self.found.zero_()
+            sweep_adjoint.begin_adjoint[by_head](
+                self.grad, at["y"], self.state, self.narrow, self.delta, system.length, self.where, n, system.heads,
+                system.dim, tiles.attended,
+            )  # fmt: skip
+        for i in range(done, most):
+            sweep_adjoint.pull_queries[by_group](
+                inverse=at.get("inverse"), turn=call.turn, later=into["later"], made=into["made"], found=self.found,
+                allowed=self.allowed, sweep=i, strictly=given or own is not None, **self.turned, **common, **by_columns,
+            )  # fmt: skip
+            if own is None:
+                self.through_map(into["made"], self.grad, at["y"], self.state, self.narrow, i, True, told)
+            else:
+                own.solve(i)
+        sweep_adjoint.judge_adjoint[(system.batch,)](
+            self.found, self.allowed, self.status, self.residual, system.batch, most, self.types["wide"]
+        )
+        sweep_adjoint.pull_values[by_group](
+            given=call.given, d_value=into["d_value"], own=into["own"], status=self.status, samples_=self.samples,
+            **common, **by_columns,
+        )  # fmt: skip
+        sweep_adjoint.pull_keys[by_head](
+            state=self.state, d_key=into["d_key"], lam=into["lam"], status=self.status, strictly=given,
+            samples_=self.samples, **common, **by_rows,
+        )  # fmt: skip
+
+    def through_map(
+        self, made: Tensor | None, grad: Tensor, y: Tensor, state: Tensor, narrow: Tensor | None, at: int,
+        raises: bool, told: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Launch the kernel of that name.
+
+        Args:
+            made: As there, as are those that follow.
+            grad: `[B, N, H, d]`.
+            y: `[B, N, H, d]`.
+            state: `[2, B, n, H, d]`.
+            narrow: `[2, B, n, H, d]` or None.
+            at: The sweep.
+            raises: Whether residuals are found.
+            told: Batch, length, first row and rows.
+        """
+        system, tiles = self.system, self.tiles
+        sweep_adjoint.through_map[self.by_map(told["n"], system.heads)](
+            made, self.weight, grad, y, state, narrow, self.delta, self.found, self.allowed, self.weight.stride(0),
+            sweep=at, raises=raises, span=self.span, rows_=tiles.rows, depth=tiles.depth, **told, **self.shape,
+            **self.types, **tiles.queries,
+        )  # fmt: skip
+
+
+class _OwnColumns:
+    """The rows' own columns, of rank one per head, solved for exactly in every sweep; see `diagonal._OwnColumns`."""
+
+    def __init__(self, sweeps: AdjointSweeps, rows: slice) -> None:
+        self.sweeps, self.rows, self.n = sweeps, rows, rows.stop - rows.start
+        system, at = sweeps.system, sweeps.at
+        batch, heads, dim, n = system.batch, system.heads, system.dim, self.n
+        self.y = at["y"][:, rows].to(system.wide).contiguous()
+        inverse = at.get("inverse")
+        queries = Queries(at["query"][:, rows].to(system.wide), None if inverse is None else inverse[:, rows])
+        key = system.key[:, :, rows].to(system.wide) * system.spec.scale
+        own = (key * system.per_head(queries.query.transpose(1, 2))).sum(-1)
+        _, bias = system.block_bias(rows)
+        lse = at["lse"][:, :, rows]
+        p = torch.exp((own if bias is None else own + bias) - lse.masked_fill(torch.isneginf(lse), 0.0))
+        value = system.per_head(system.value[:, :, rows].to(system.wide)).transpose(1, 2)
+        self.u = (p.transpose(1, 2)[..., None] * (value - self.y)).contiguous()
+        matrix = own_jacobian(system, rows, self.y, queries, p)
+        eye = torch.eye(heads, dtype=system.wide, device=matrix.device)
+        self.inverses = torch.linalg.inv_ex(eye - matrix.mT)[0].contiguous()
+        # An eigenvalue at a distance e from 1 makes the norm of the inverse 1 / e or more.
+        self.suspects = matrix[~(self.inverses.flatten(2).norm(dim=-1) * NEAR_SINGULAR < 1.0)]
+        self.f = self.u.new_full((2, batch, n, heads, dim), torch.inf)
+        self.made = system.key.new_empty(2, batch, n, system.groups * dim)
+        self.inside = {"length": n, "where": torch.zeros_like(sweeps.where), "n": n, "batch": batch}
+        self.told = {"length": system.length, "where": sweeps.where, "n": n, "batch": batch}
+
+    def solve(self, at: int) -> None:
+        """From what lacks the own columns' part to the next cotangents of the outputs."""
+        sweeps, system, call = self.sweeps, self.sweeps.system, self.sweeps.call
+        sweeps.through_map(sweeps.into["made"], sweeps.grad, self.y, self.f, None, at, True, self.told)
+        sweep_adjoint.own_columns[(self.n, system.batch)](
+            self.f, self.u, self.inverses, call.key, sweeps.at["query"], sweeps.at.get("inverse"), call.turn,
+            self.made, sweeps.found, sweeps.allowed, sweep=at, scale=system.spec.scale, hp=call.hp,
+            wide=sweeps.types["wide"], num_warps=4, **sweeps.key_strides, **sweeps.turned, **self.told, **sweeps.shape,
+        )  # fmt: skip
+        new = 1 - at % 2
+        sweeps.through_map(
+            self.made[new], self.f[new], self.y, sweeps.state, sweeps.narrow, at, False, self.inside
+        )
+
+    def finish(self) -> int:
+        """Add the own columns' part to what was made; return how many rows cannot be differentiated."""
+        sample = torch.arange(self.sweeps.system.batch, device=self.made.device)
+        made = self.sweeps.into["made"]
+        assert made is not None
+        made[:, self.rows] += self.made[(self.sweeps.status % 2).long(), sample]
+        return near_singular(self.suspects)

@@ -56,9 +56,9 @@ def rotated(q, turn, turn_half, place, mask, back: tl.constexpr, span: tl.conste
     return tl.reshape(tl.permute(both, (0, 1, 3, 2)), [rows_, span, 2 * half])
 
 
-@triton.jit(do_not_specialize=["first", "n", "length"])
+@triton.jit(do_not_specialize=["n", "length"])
 def begin_rows(
-    y, lse, value, state, narrow, value_b, value_g, value_n, length, first, n,
+    y, lse, value, state, narrow, value_b, value_g, value_n, length, where, n,
     heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr,
 ):  # fmt: skip
     """Start from what the rows saw before the block, or from their own values where they saw nothing.
@@ -73,13 +73,14 @@ def begin_rows(
         value_g: Of groups.
         value_n: Of rows.
         length: N.
-        first: The block's first row.
+        where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         heads: H.
         groups: G.
         dim: d, a power of two.
         rows_: Rows of a program.
     """
+    first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1)
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
@@ -95,11 +96,11 @@ def begin_rows(
     tl.store(narrow + into, start.to(narrow.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["first", "n", "length", "batch", "sweep"])
+@triton.jit(do_not_specialize=["n", "length", "batch", "sweep"])
 def make_queries(
     source, weight, bias, added, turn, key, query, inverse, start, found,
     source_b, source_g, source_n, weight_o, turn_b, turn_half, key_b, key_h, key_n,
-    batch, length, first, n, sweep, rtol, atol, eps,
+    batch, length, where, n, sweep, rtol, atol, eps,
     scale: tl.constexpr, normed: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     span: tl.constexpr, rows_: tl.constexpr, depth: tl.constexpr,
     wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
@@ -128,7 +129,7 @@ def make_queries(
         key_n: Of rows.
         batch: B.
         length: N.
-        first: The block's first row.
+        where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         sweep: Which sweep, from 0.
         rtol: Relative tolerance.
@@ -146,6 +147,7 @@ def make_queries(
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
+    first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
     if start is None:
         if settled(found, sweep - 1, b, batch, n, rtol, atol, wide):
@@ -199,11 +201,40 @@ def make_queries(
             tl.store(start + ((b * heads + head) * length)[None, :] + place[:, None], own, mask=of)
 
 
-@triton.jit(do_not_specialize=["first", "n", "length", "batch", "sweep"])
+@triton.jit
+def _attend_tile(
+    k, queries, values, strict, out, total, peak, rows, columns, there, value_n, n, edge: tl.constexpr,
+    groups: tl.constexpr, dim: tl.constexpr, scale: tl.constexpr, to: tl.constexpr, operand: tl.constexpr,
+    precision: tl.constexpr,
+):  # fmt: skip
+    """Attend to some columns more; with `edge` not every row sees all of them, and none its own."""
+    wide: tl.constexpr = out.dtype
+    real = (columns < n)[:, None]
+    at = tl.arange(0, dim)
+    q = tl.load(queries + (there * (groups * dim))[:, None] + at[None, :], mask=real, other=0.0).to(operand)
+    v = tl.load(values + (there * value_n)[:, None] + at[None, :], mask=real, other=0.0).to(operand)
+    scores = tl.dot(k, tl.trans(q), input_precision=precision).to(wide) * scale
+    if strict is not None:
+        pairs = (rows < n)[:, None] & (columns < n)[None, :]
+        scores += tl.load(strict + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0)
+    if edge:
+        scores = tl.where(columns[None, :] < rows[:, None], scores, -float("inf"))
+    top = tl.maximum(peak, tl.max(scores, 1))
+    safe = top
+    if edge or strict is not None:
+        safe = tl.where(top == -float("inf"), 0.0, top)
+    shrink = tl.exp(peak - safe)
+    weights = tl.exp(scores - safe[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    out = out * shrink[:, None] + tl.dot(weights.to(to).to(operand), v, input_precision=precision).to(wide)
+    return out, total, top
+
+
+@triton.jit(do_not_specialize=["n", "length", "batch", "sweep"])
 def attend_rows(
     key, value, query, given, strict, start, before, before_lse, state, narrow, lse, found, far,
     key_b, key_h, key_n, value_b, value_g, value_n, strict_b, strict_h,
-    batch, length, first, n, sweep, rtol, atol, too_far,
+    batch, length, where, n, sweep, rtol, atol, too_far,
     scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +264,7 @@ def attend_rows(
         strict_h: Of heads, or 0.
         batch: As in `make_queries`, as are those that follow.
         length: N.
-        first: The block's first row.
+        where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         sweep: Which sweep.
         rtol: Relative tolerance.
@@ -243,18 +274,20 @@ def attend_rows(
         heads: H.
         groups: G.
         dim: d.
-        rows_: Rows of a program.
+        rows_: Rows of a program, a multiple of `columns_`.
         columns_: Columns that are attended to together.
         wide: Type of what is accumulated.
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
+    first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
     if settled(found, sweep - 1, b, batch, n, rtol, atol, wide):
         return
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most columns first
     h = tl.program_id(1)
     g = h // (heads // groups)
+    to: tl.constexpr = narrow.dtype.element_ty
     rows = tile * rows_ + tl.arange(0, rows_)
     real = rows < n
     place = (first + rows).to(tl.int64)
@@ -269,26 +302,21 @@ def attend_rows(
     if strict is not None:
         strict += b * strict_b + h * strict_h
 
-    for c in range(0, tl.minimum((tile + 1) * rows_, n), columns_):
+    queries = query + (b * length * groups + g) * dim
+    values = value + b * value_b + g * value_g
+    for c in range(0, tile * rows_, columns_):  # columns that all of the rows see
         columns = c + tl.arange(0, columns_)
-        there = (first + columns).to(tl.int64)
-        column = (columns < n)[:, None] & (at < dim)[None, :]
-        q = tl.load(query + ((b * length + there)[:, None] * groups + g) * dim + at[None, :], mask=column, other=0.0)
-        v = value + b * value_b + g * value_g + (there * value_n)[:, None] + at[None, :]
-        v = tl.load(v, mask=column, other=0.0).to(operand)
-        scores = tl.dot(k, tl.trans(q.to(operand)), input_precision=precision).to(wide) * scale
-        if strict is not None:
-            pairs = real[:, None] & (columns < n)[None, :]
-            scores += tl.load(strict + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0)
-        scores = tl.where(columns[None, :] < rows[:, None], scores, -float("inf"))
-        top = tl.maximum(peak, tl.max(scores, 1))
-        safe = tl.where(top == -float("inf"), 0.0, top)
-        shrink = tl.exp(peak - safe)
-        weights = tl.exp(scores - safe[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        weights = weights.to(narrow.dtype.element_ty).to(operand)
-        out = out * shrink[:, None] + tl.dot(weights, v, input_precision=precision).to(wide)
-        peak = top
+        out, total, peak = _attend_tile(
+            k, queries, values, strict, out, total, peak, rows, columns, (first + columns).to(tl.int64), value_n, n,
+            False, groups, dim, scale, to, operand, precision,
+        )  # fmt: skip
+    for c in range(tile * rows_, tl.minimum((tile + 1) * rows_, n), columns_):
+        columns = c + tl.arange(0, columns_)
+        out, total, peak = _attend_tile(
+            k, queries, values, strict, out, total, peak, rows, columns, (first + columns).to(tl.int64), value_n, n,
+            True, groups, dim, scale, to, operand, precision,
+        )  # fmt: skip
+
     # The own column apart, in full precision: of it depends at which root a row is.
     if given is None:
         own = query + ((b * length + place)[:, None] * groups + g) * dim + at[None, :]
@@ -317,7 +345,7 @@ def attend_rows(
     extent = batch.to(tl.int64) * n * heads * dim
     last = tl.load(state + parity * extent + into, mask=inside, other=0.0)
     tl.store(state + (1 - parity) * extent + into, out, mask=inside)
-    tl.store(narrow + into, out.to(narrow.dtype.element_ty), mask=inside)
+    tl.store(narrow + into, out.to(to), mask=inside)
     off = found + (2 * sweep * batch + b) * n + rows
     tl.atomic_max(off, tl.max(bits(out - last), 1), mask=real)
     tl.atomic_max(off + batch * n, tl.max(bits(out), 1), mask=real)
@@ -363,9 +391,9 @@ def judge_rows(found, far, status, batch, n, sweeps, rtol, atol, wide: tl.conste
     tl.store(status + b, at_last)
 
 
-@triton.jit(do_not_specialize=["first", "n", "length", "batch"])
+@triton.jit(do_not_specialize=["n", "length", "batch"])
 def hand_over_rows(
-    status, state, new_lse, found, y, lse, residual, size, sweeps, batch, length, first, n,
+    status, state, new_lse, found, y, lse, residual, size, sweeps, batch, length, where, n,
     heads: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr, samples_: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
     """Hand the iterates over at which the samples settled; nothing if one of them has not.
@@ -382,7 +410,7 @@ def hand_over_rows(
         sweeps: `[B, N]`.
         batch: B.
         length: N.
-        first: The block's first row.
+        where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         heads: H.
         dim: d.
@@ -390,6 +418,7 @@ def hand_over_rows(
         samples_: B, padded to a power of two.
         wide: Type of what the bits in `found` are of.
     """
+    first = tl.load(where)
     every = tl.arange(0, samples_)
     if tl.min(tl.load(status + every, mask=every < batch, other=0), 0) < 0:
         return

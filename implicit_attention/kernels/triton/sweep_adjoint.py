@@ -1,6 +1,7 @@
 """The adjoint of a block of many rows by sweeps in Triton; the counterpart of `sweep`.
 
-A sweep is two launches: cotangents of the queries from those of the outputs, then these back through Omega_Q. An
+A sweep is two launches: cotangents of the queries from those of the outputs, then these back through Omega_Q. Where
+rows' own columns make sweeps slow, these columns are solved for exactly, in two launches more (`own_columns`). An
 argument that is None is one that the map does not have.
 """
 
@@ -36,72 +37,118 @@ def _all_solved(status, batch, samples_: tl.constexpr):
 
 
 @triton.jit
-def _slopes(k, q, v, lam, y, lse, given, bias, scale: tl.constexpr, rows, columns, real, operand: tl.constexpr,
-            precision: tl.constexpr):  # fmt: skip
-    """Weights and the cotangents of the scores, `[rows, columns]`, of a tile of the block."""
+def _tile(tensor, places, stride, real, dim: tl.constexpr):
+    """Rows of a matrix with contiguous columns, `[places, dim]`, zero where they are not real."""
+    at = tl.arange(0, dim)
+    return tl.load(tensor + (places * stride)[:, None] + at[None, :], mask=real[:, None], other=0.0)
+
+
+@triton.jit
+def _slopes(
+    k, q, v, lam, lse, delta, strict, own, rows, columns, n, edge: tl.constexpr, strictly: tl.constexpr,
+    scale: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Weights of a tile `[rows, columns]` and the cotangents of its scores; of rows that are not real, the latter are 0.
+
+    Args that say what is seen: with `edge` not every row sees every column, with `strictly` none its own; `own` are the
+    scores of own columns that are given, or None.
+    """
     wide: tl.constexpr = lse.dtype
     scores = tl.dot(k, tl.trans(q), input_precision=precision).to(wide) * scale
-    if bias is not None:
-        scores += bias
-    diagonal = rows[:, None] == columns[None, :]
-    if given is not None:
-        scores = tl.where(diagonal, given[:, None], scores)
-    visible = (columns[None, :] <= rows[:, None]) & real[:, None]
-    p = tl.exp(tl.where(visible, scores - lse[:, None], -float("inf")))
-    along = tl.sum(lam.to(wide) * y.to(wide), 1)
-    return p, p * (tl.dot(lam, tl.trans(v), input_precision=precision).to(wide) - along[:, None])
+    if strict is not None:
+        pairs = (rows < n)[:, None] & (columns < n)[None, :]
+        scores += tl.load(strict + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0)
+    if edge:
+        if own is not None:
+            scores = tl.where(rows[:, None] == columns[None, :], own[:, None], scores)
+        if strictly:
+            scores = tl.where(columns[None, :] < rows[:, None], scores, -float("inf"))
+        else:
+            scores = tl.where(columns[None, :] <= rows[:, None], scores, -float("inf"))
+    p = tl.exp(scores - lse[:, None])
+    return p, p * (tl.dot(lam, tl.trans(v), input_precision=precision).to(wide) - delta[:, None])
 
 
-@triton.jit(do_not_specialize=["first", "n", "length"])
+@triton.jit
+def _row_tile(key, narrow, lse, delta, rows, place, n, key_n, lam_n, dim: tl.constexpr, operand: tl.constexpr):
+    """Keys, cotangents, log-sum-exps and `lam . y` of some rows."""
+    real = rows < n
+    k = _tile(key, place, key_n, real, dim).to(operand)
+    lam = _tile(narrow, rows, lam_n, real, dim).to(operand)
+    total = tl.load(lse + place, mask=real, other=0.0)
+    return k, lam, tl.where(total == -float("inf"), 0.0, total), tl.load(delta + rows, mask=real, other=0.0)
+
+
+@triton.jit
+def _before_map(
+    total, q, inverse, turn, turn_half, place, real, groups: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr
+):  # fmt: skip
+    """From the cotangents of a group's queries `[rows, dim]` to those of the linear map's output."""
+    if inverse is not None:
+        norm = tl.load(inverse + place * groups, mask=real, other=0.0)
+        along = tl.sum(total * q, 1) / dim
+        total = (total - q * along[:, None]) * norm[:, None]
+    if turn is not None:
+        total = tl.reshape(total, [rows_, 1, dim])
+        total = tl.reshape(rotated(total, turn, turn_half, place, real, True, 1, dim // 2), [rows_, dim])
+    return total
+
+
+@triton.jit(do_not_specialize=["n", "length"])
 def begin_adjoint(
-    grad, state, narrow, length, first, n, heads: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr
+    grad, y, state, narrow, delta, length, where, n, heads: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr
 ):  # fmt: skip
     """Start from the cotangent of the outputs.
 
     Args:
         grad: `[B, N, H, d]`.
-        state: `[2, B, n, H, d]`; the first is filled.
-        narrow: The same in the type of the inputs; the first is filled.
+        y: The equilibrium, `[B, N, H, d]`.
+        state: `[2, B, n, H, d]`; the first is filled, as in those that follow.
+        narrow: The same in the type of the inputs.
+        delta: `lam . y` of that, `[2, B, H, n]`.
         length: N.
-        first: The block's first row.
+        where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         heads: H.
         dim: d, a power of two.
         rows_: Rows of a program.
     """
+    first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1)
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
-    at = tl.arange(0, dim)
-    real = (rows < n)[:, None]
-    start = grad + ((b * length + first + rows)[:, None] * heads + h) * dim + at[None, :]
-    start = tl.load(start, mask=real, other=0.0)
-    into = ((b * n + rows)[:, None] * heads + h) * dim + at[None, :]
-    tl.store(state + into, start.to(state.dtype.element_ty), mask=real)
-    tl.store(narrow + into, start.to(narrow.dtype.element_ty), mask=real)
+    real = rows < n
+    wide: tl.constexpr = state.dtype.element_ty
+    at = ((b * length + first) * heads + h) * dim
+    start = _tile(grad + at, rows, heads * dim, real, dim)
+    known = _tile(y + at, rows, heads * dim, real, dim).to(wide)
+    rounded = start.to(narrow.dtype.element_ty)
+    into = ((b * n + rows)[:, None] * heads + h) * dim + tl.arange(0, dim)[None, :]
+    tl.store(state + into, start.to(wide), mask=real[:, None])
+    tl.store(narrow + into, rounded, mask=real[:, None])
+    tl.store(delta + (b * heads + h) * n + rows, tl.sum(rounded.to(wide) * known, 1), mask=real)
 
 
-@triton.jit(do_not_specialize=["first", "n", "length", "batch", "sweep"])
+@triton.jit(do_not_specialize=["n", "length", "batch", "sweep"])
 def pull_queries(
-    key, value, query, inverse, turn, given, strict, y, lse, narrow, later, made, found, allowed,
+    key, value, query, inverse, turn, strict, lse, narrow, delta, later, made, found, allowed,
     key_b, key_h, key_n, value_b, value_g, value_n, turn_b, turn_half, strict_b, strict_h,
-    batch, length, first, n, sweep,
-    scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
+    batch, length, where, n, sweep,
+    scale: tl.constexpr, strictly: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """From the cotangents of the block's outputs to those of what Omega_Q made.
 
     Args:
-        key: As in `sweep.attend_rows`, as are `value`, `given`, `strict` and all strides.
+        key: As in `sweep.attend_rows`, as are `value`, `strict` and all strides.
         value: `[B, G, N, d]`.
         query: The equilibrium's, `[B, N, G, d]`.
         inverse: `[B, N, G]`, or None without a norm.
         turn: As in `sweep.make_queries`.
-        given: `[B, H, N]` or None.
         strict: `[1 or B, 1 or H, n, n]` or None.
-        y: The equilibrium, `[B, N, H, d]`.
         lse: `[B, H, N]`.
         narrow: Cotangents of the outputs, this sweep's and the next's, `[2, B, n, H, d]`.
+        delta: `lam . y` of these, `[2, B, H, n]`.
         later: Cotangents of the queries from rows after the block, `[B, N, G, d]`.
         made: `[B, N, G d]`, the block's rows filled.
         found: As in `solved`.
@@ -118,10 +165,11 @@ def pull_queries(
         strict_h: Stride.
         batch: B.
         length: N.
-        first: The block's first row.
+        where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         sweep: Which sweep, from 0.
         scale: Factor on the scores.
+        strictly: Whether the rows' own columns are left out.
         heads: H.
         groups: G.
         dim: d, a power of two.
@@ -131,70 +179,68 @@ def pull_queries(
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
+    first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
     if solved(found, allowed, sweep - 1, b, batch, wide):
         return
     g = tl.program_id(1)
     shared: tl.constexpr = heads // groups
     to: tl.constexpr = narrow.dtype.element_ty
-    columns = tl.program_id(0) * columns_ + tl.arange(0, columns_)
-    real_columns = columns < n
+    begin = tl.program_id(0) * columns_
+    columns = begin + tl.arange(0, columns_)
+    real = columns < n
     there = (first + columns).to(tl.int64)
-    at = tl.arange(0, dim)
-    column = real_columns[:, None] & (at < dim)[None, :]
-    q = tl.load(query + ((b * length + there)[:, None] * groups + g) * dim + at[None, :], mask=column, other=0.0)
-    q = q.to(operand)
-    v = value + b * value_b + g * value_g + (there * value_n)[:, None] + at[None, :]
-    v = tl.load(v, mask=column, other=0.0).to(operand)
-    narrow += (sweep % 2) * batch.to(tl.int64) * n * heads * dim
+    at = (b * length * groups + g) * dim
+    q = _tile(query + at, there, groups * dim, real, dim).to(operand)
+    v = _tile(value + b * value_b + g * value_g, there, value_n, real, dim).to(operand)
+    parity = sweep % 2
+    narrow += (parity * batch.to(tl.int64) + b) * n * heads * dim
+    delta += (parity * batch.to(tl.int64) + b) * heads * n
     total = tl.zeros([columns_, dim], wide)
     for s in range(shared):
         h = g * shared + s
-        for i in range(tl.program_id(0) * columns_, n, rows_):
+        keys = key + b * key_b + h * key_h
+        sums = lse + (b * heads + h) * length
+        bias = strict
+        if strict is not None:
+            bias = strict + b * strict_b + h * strict_h
+        for i in range(begin, tl.minimum(begin + columns_, n), rows_):
             rows = i + tl.arange(0, rows_)
-            real = rows < n
-            place = (first + rows).to(tl.int64)
-            row = real[:, None] & (at < dim)[None, :]
-            k = key + b * key_b + h * key_h + (place * key_n)[:, None] + at[None, :]
-            k = tl.load(k, mask=row, other=0.0).to(operand)
-            lam = tl.load(narrow + ((b * n + rows)[:, None] * heads + h) * dim + at[None, :], mask=row, other=0.0)
-            known = tl.load(y + ((b * length + place)[:, None] * heads + h) * dim + at[None, :], mask=row, other=0.0)
-            total_lse = tl.load(lse + (b * heads + h) * length + place, mask=real, other=0.0)
-            total_lse = tl.where(total_lse == -float("inf"), 0.0, total_lse)
-            bias = strict
-            own = given
-            if strict is not None:
-                bias = strict + b * strict_b + h * strict_h
-                pairs = real[:, None] & real_columns[None, :]
-                bias = tl.load(bias + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0)
-            if given is not None:
-                own = tl.load(given + (b * heads + h) * length + place, mask=real, other=0.0).to(wide)
-                if strict is not None:
-                    own += tl.load(strict + b * strict_b + h * strict_h + rows * (n + 1), mask=real, other=0.0)
-            _, slope = _slopes(k, q, v, lam.to(operand), known, total_lse, own, bias, scale, rows, columns, real,
-                               operand, precision)  # fmt: skip
-            if given is not None:
-                slope = tl.where(rows[:, None] == columns[None, :], 0.0, slope)
-            slope = tl.trans(slope).to(to).to(operand)
-            total += tl.dot(slope, k, input_precision=precision).to(wide)
-    into = ((b * length + there)[:, None] * groups + g) * dim + at[None, :]
-    total = total * scale + tl.load(later + into, mask=column, other=0.0)
+            k, lam, known, along = _row_tile(
+                keys, narrow + h * dim, sums, delta + h * n, rows, (first + rows).to(tl.int64), n, key_n, heads * dim,
+                dim, operand,
+            )  # fmt: skip
+            _, slope = _slopes(
+                k, q, v, lam, known, along, bias, None, rows, columns, n, True, strictly, scale, operand, precision
+            )
+            total += tl.dot(tl.trans(slope).to(to).to(operand), k, input_precision=precision).to(wide)
+        for i in range(begin + columns_, n, rows_):
+            rows = i + tl.arange(0, rows_)
+            k, lam, known, along = _row_tile(
+                keys, narrow + h * dim, sums, delta + h * n, rows, (first + rows).to(tl.int64), n, key_n, heads * dim,
+                dim, operand,
+            )  # fmt: skip
+            _, slope = _slopes(
+                k, q, v, lam, known, along, bias, None, rows, columns, n, False, strictly, scale, operand, precision
+            )
+            total += tl.dot(tl.trans(slope).to(to).to(operand), k, input_precision=precision).to(wide)
+    total = total * scale + _tile(later + at, there, groups * dim, real, dim)
+    norm = inverse
     if inverse is not None:
-        norm = tl.load(inverse + (b * length + there) * groups + g, mask=real_columns, other=0.0)
-        along = tl.sum(total * q.to(wide), 1) / dim
-        total = (total - q.to(wide) * along[:, None]) * norm[:, None]
+        norm = inverse + b * length * groups + g
+    angle = turn
     if turn is not None:
-        total = tl.reshape(total, [columns_, 1, dim])
-        total = rotated(total, turn + b * turn_b, turn_half, there, real_columns, True, 1, dim // 2)
-        total = tl.reshape(total, [columns_, dim])
-    tl.store(made + into, total.to(made.dtype.element_ty), mask=column)
+        angle = turn + b * turn_b
+    total = _before_map(total, q.to(wide), norm, angle, turn_half, there, real, groups, dim, columns_)
+    into = made + at + (there * (groups * dim))[:, None] + tl.arange(0, dim)[None, :]
+    tl.store(into, total.to(made.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["first", "n", "length", "batch", "sweep"])
+@triton.jit(do_not_specialize=["n", "length", "batch", "sweep"])
 def through_map(
-    made, weight, grad, state, narrow, found, allowed, weight_o, batch, length, first, n, sweep,
-    heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, span: tl.constexpr, rows_: tl.constexpr,
-    depth: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
+    made, weight, grad, y, state, narrow, delta, found, allowed, weight_o, batch, length, where, n, sweep,
+    raises: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, span: tl.constexpr,
+    rows_: tl.constexpr, depth: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """From the cotangents of what Omega_Q made to the next ones of the outputs, `grad + made Omega_Q`.
 
@@ -202,16 +248,19 @@ def through_map(
         made: As in `pull_queries`.
         weight: Omega_Q, `[G d, H d]`, rows contiguous.
         grad: `[B, N, H, d]`.
+        y: `[B, N, H, d]`; read if `narrow` is there.
         state: This sweep's cotangents and the next, which are filled, `[2, B, n, H, d]`.
-        narrow: The same in the type of the inputs.
-        found: As in `solved`; this sweep's is raised.
+        narrow: The same in the type of the inputs, or None.
+        delta: As in `pull_queries`; the next's are filled, if `narrow` is there.
+        found: As in `solved`; this sweep's is raised if `raises`.
         allowed: As there.
         weight_o: Stride of the outputs of Omega_Q.
         batch: B.
         length: N.
-        first: The block's first row.
+        where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         sweep: Which sweep, from 0.
+        raises: Whether the difference between the two in `state` is the residual.
         heads: H.
         groups: G.
         dim: d, a power of two.
@@ -222,10 +271,10 @@ def through_map(
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
+    first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
     if solved(found, allowed, sweep - 1, b, batch, wide):
         return
-    to: tl.constexpr = narrow.dtype.element_ty
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
     real = rows < n
     place = (first + rows).to(tl.int64)
@@ -236,7 +285,7 @@ def through_map(
         into = c + tl.arange(0, depth)
         within = into < groups * dim
         u = made + ((b * length + place) * (groups * dim))[:, None] + into[None, :]
-        u = tl.load(u, mask=real[:, None] & within[None, :], other=0.0).to(to).to(operand)
+        u = tl.load(u, mask=real[:, None] & within[None, :], other=0.0).to(operand)
         omega = weight + (into.to(tl.int64) * weight_o)[:, None] + out[None, :]
         omega = tl.load(omega, mask=within[:, None] & known[None, :], other=0.0).to(operand)
         lam += tl.dot(u, omega, input_precision=precision).to(wide)
@@ -244,13 +293,96 @@ def through_map(
     at = ((b * length + place) * (heads * dim))[:, None] + out[None, :]
     lam += tl.load(grad + at, mask=both, other=0.0).to(wide)
     into = ((b * n + rows) * (heads * dim))[:, None] + out[None, :]
-    extent = batch.to(tl.int64) * n * heads * dim
-    last = tl.load(state + (sweep % 2) * extent + into, mask=both, other=0.0)
-    into += (1 - sweep % 2) * extent
+    extent = batch.to(tl.int64) * n * heads
+    parity = sweep % 2
+    if raises:
+        last = tl.load(state + parity * extent * dim + into, mask=both, other=0.0)
+        off = bits(tl.where(both, lam - last, 0.0))
+        tl.atomic_max(found + sweep * batch + b, tl.max(tl.max(off, 1), 0))
+    into += (1 - parity) * extent * dim
     tl.store(state + into, lam, mask=both)
-    tl.store(narrow + into, lam.to(to), mask=both)
-    off = bits(tl.where(both, lam - last, 0.0))
-    tl.atomic_max(found + sweep * batch + b, tl.max(tl.max(off, 1), 0))
+    if narrow is not None:
+        rounded = lam.to(narrow.dtype.element_ty)
+        tl.store(narrow + into, rounded, mask=both)
+        along = rounded.to(wide) * tl.load(y + at, mask=both, other=0.0).to(wide)
+        along = tl.sum(tl.reshape(along, [rows_, span, dim]), 2)
+        head = tl.program_id(1) * span + tl.arange(0, span)
+        at = ((1 - parity) * extent + (b * heads + head) * n)[None, :] + rows[:, None]
+        tl.store(delta + at, along, mask=real[:, None] & (head < heads)[None, :])
+
+
+@triton.jit(do_not_specialize=["n", "length", "batch", "sweep"])
+def own_columns(
+    f, us, inverses, key, query, inverse, turn, made, found, allowed, key_b, key_h, key_n, turn_b, turn_half,
+    batch, length, where, n, sweep,
+    scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, hp: tl.constexpr,
+    wide: tl.constexpr,
+):  # fmt: skip
+    """What the own columns give the cotangents of the linear map's output, for `f`, which lacks their part.
+
+    `z = (I - M^T)^-1 (u . f)` per row, and `sum_h z_h k_h` for the queries (Sherman, Morrison and Woodbury).
+
+    Args:
+        f: This sweep's before and the new, `[2, B, n, H, d]`.
+        us: `p (v - y)`, `[B, n, H, d]`.
+        inverses: `(I - M^T)^-1`, `[B, n, H, H]`.
+        key: As in `pull_queries`, as are `query`, `inverse` and `turn` and all strides.
+        query: `[B, N, G, d]`.
+        inverse: `[B, N, G]` or None.
+        turn: `[2, 1 or B, N, d / 2]` or None.
+        made: This sweep's and the next's, which are filled, `[2, B, n, G d]`.
+        found: As in `solved`.
+        allowed: As there.
+        key_b: Stride.
+        key_h: Stride.
+        key_n: Stride.
+        turn_b: Stride.
+        turn_half: Stride.
+        batch: B.
+        length: N.
+        where: The block's first row, on the device, so that a graph of launches serves all blocks.
+        n: Its rows.
+        sweep: Which sweep, from 0.
+        scale: Factor on the scores.
+        heads: H.
+        groups: G.
+        dim: d, a power of two.
+        hp: H, padded to a power of two.
+        wide: Type of what is accumulated.
+    """
+    first = tl.load(where)
+    b = tl.program_id(1).to(tl.int64)
+    if solved(found, allowed, sweep - 1, b, batch, wide):
+        return
+    i = tl.program_id(0)
+    shared: tl.constexpr = heads // groups
+    head = tl.arange(0, hp)
+    real = head < heads
+    at = tl.arange(0, dim)
+    new = 1 - sweep % 2
+    row = (new * batch.to(tl.int64) + b) * n + i
+    every = (head * dim)[:, None] + at[None, :]
+    now = tl.load(f + row * heads * dim + every, mask=real[:, None], other=0.0)
+    u = tl.load(us + (b * n + i) * heads * dim + every, mask=real[:, None], other=0.0)
+    right = tl.sum(now * u, 1)
+    pairs = real[:, None] & real[None, :]
+    turned_back = inverses + (b * n + i) * heads * heads + (head * heads)[:, None] + head[None, :]
+    z = tl.sum(tl.load(turned_back, mask=pairs, other=0.0) * right[None, :], 1) * scale
+    place = (first + i).to(tl.int64) + tl.zeros([1], tl.int64)
+    k = key + b * key_b + (first + i).to(tl.int64) * key_n + (head * key_h)[:, None] + at[None, :]
+    k = tl.load(k, mask=real[:, None], other=0.0).to(wide) * z[:, None]
+    for g in range(groups):
+        total = tl.sum(tl.where((head // shared == g)[:, None], k, 0.0), 0)[None, :]
+        q = tl.load(query + ((b * length + place) * groups + g)[:, None] * dim + at[None, :]).to(wide)
+        norm = inverse
+        if inverse is not None:
+            norm = inverse + b * length * groups + g
+        angle = turn
+        if turn is not None:
+            angle = turn + b * turn_b
+        total = _before_map(total, q, norm, angle, turn_half, place, place >= 0, groups, dim, 1)
+        into = made + (row * groups + g) * dim + at[None, :]
+        tl.store(into, total.to(made.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["batch", "sweeps"])
@@ -277,10 +409,10 @@ def judge_adjoint(found, allowed, status, residual, batch, sweeps, wide: tl.cons
         tl.store(residual + b, tl.load(found + at_last * batch + b).to(wide, bitcast=True))
 
 
-@triton.jit(do_not_specialize=["first", "n", "length", "batch"])
+@triton.jit(do_not_specialize=["n", "length", "batch"])
 def pull_values(
-    key, value, query, given, strict, y, lse, narrow, d_value, own, status,
-    key_b, key_h, key_n, value_b, value_g, value_n, strict_b, strict_h, batch, length, first, n,
+    key, value, query, given, strict, lse, narrow, delta, d_value, own, status,
+    key_b, key_h, key_n, value_b, value_g, value_n, strict_b, strict_h, batch, length, where, n,
     scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, samples_: tl.constexpr,
     rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -290,11 +422,11 @@ def pull_values(
         key: As in `pull_queries`, as are all that are not named here.
         value: `[B, G, N, d]`.
         query: `[B, N, G, d]`.
-        given: `[B, H, N]` or None.
+        given: Scores of the own columns where they do not depend on the outputs, `[B, H, N]`, or None.
         strict: `[1 or B, 1 or H, n, n]` or None.
-        y: `[B, N, H, d]`.
         lse: `[B, H, N]`.
         narrow: `[2, B, n, H, d]`.
+        delta: `[2, B, H, n]`.
         d_value: `[B, G, N, d]`, added to.
         own: `[B, H, N]`, the block's filled, or None.
         status: As `judge_adjoint` leaves it.
@@ -308,7 +440,7 @@ def pull_values(
         strict_h: Stride.
         batch: B.
         length: N.
-        first: The block's first row.
+        where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         scale: Factor on the scores.
         heads: H.
@@ -321,65 +453,77 @@ def pull_values(
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
+    first = tl.load(where)
     if not _all_solved(status, batch, samples_):
         return
     b = tl.program_id(2).to(tl.int64)
     g = tl.program_id(1)
     shared: tl.constexpr = heads // groups
     to: tl.constexpr = narrow.dtype.element_ty
-    columns = tl.program_id(0) * columns_ + tl.arange(0, columns_)
-    real_columns = columns < n
+    begin = tl.program_id(0) * columns_
+    columns = begin + tl.arange(0, columns_)
+    real = columns < n
     there = (first + columns).to(tl.int64)
-    at = tl.arange(0, dim)
-    column = real_columns[:, None] & (at < dim)[None, :]
-    q = tl.load(query + ((b * length + there)[:, None] * groups + g) * dim + at[None, :], mask=column, other=0.0)
-    q = q.to(operand)
-    v = value + b * value_b + g * value_g + (there * value_n)[:, None] + at[None, :]
-    v = tl.load(v, mask=column, other=0.0).to(operand)
-    narrow += (tl.load(status + b) % 2) * batch.to(tl.int64) * n * heads * dim
+    q = _tile(query + (b * length * groups + g) * dim, there, groups * dim, real, dim).to(operand)
+    v = _tile(value + b * value_b + g * value_g, there, value_n, real, dim).to(operand)
+    parity = tl.load(status + b) % 2
+    narrow += (parity * batch.to(tl.int64) + b) * n * heads * dim
+    delta += (parity * batch.to(tl.int64) + b) * heads * n
     total = tl.zeros([columns_, dim], wide)
     for s in range(shared):
         h = g * shared + s
+        keys = key + b * key_b + h * key_h
+        sums = lse + (b * heads + h) * length
         d_own = tl.zeros([columns_], wide)
-        for i in range(tl.program_id(0) * columns_, n, rows_):
+        bias = strict
+        if strict is not None:
+            bias = strict + b * strict_b + h * strict_h
+        for i in range(begin, tl.minimum(begin + columns_, n), rows_):
             rows = i + tl.arange(0, rows_)
-            real = rows < n
             place = (first + rows).to(tl.int64)
-            row = real[:, None] & (at < dim)[None, :]
-            k = key + b * key_b + h * key_h + (place * key_n)[:, None] + at[None, :]
-            k = tl.load(k, mask=row, other=0.0).to(operand)
-            lam = tl.load(narrow + ((b * n + rows)[:, None] * heads + h) * dim + at[None, :], mask=row, other=0.0)
-            lam = lam.to(operand)
-            known = tl.load(y + ((b * length + place)[:, None] * heads + h) * dim + at[None, :], mask=row, other=0.0)
-            total_lse = tl.load(lse + (b * heads + h) * length + place, mask=real, other=0.0)
-            total_lse = tl.where(total_lse == -float("inf"), 0.0, total_lse)
-            bias = strict
-            known_own = given
-            if strict is not None:
-                bias = strict + b * strict_b + h * strict_h
-                pairs = real[:, None] & real_columns[None, :]
-                bias = tl.load(bias + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0)
-            if given is not None:
-                known_own = tl.load(given + (b * heads + h) * length + place, mask=real, other=0.0).to(wide)
-                if strict is not None:
-                    known_own += tl.load(strict + b * strict_b + h * strict_h + rows * (n + 1), mask=real, other=0.0)
-            p, slope = _slopes(k, q, v, lam, known, total_lse, known_own, bias, scale, rows, columns, real,
-                               operand, precision)  # fmt: skip
+            k, lam, known, along = _row_tile(
+                keys, narrow + h * dim, sums, delta + h * n, rows, place, n, key_n, heads * dim, dim, operand
+            )
+            self_score = _own_scores(given, bias, b * heads + h, length, place, rows, n, wide)
+            p, slope = _slopes(
+                k, q, v, lam, known, along, bias, self_score, rows, columns, n, True, False, scale, operand, precision
+            )
             total += tl.dot(tl.trans(p).to(to).to(operand), lam, input_precision=precision).to(wide)
-            if own is not None:
-                d_own += tl.sum(tl.where(rows[:, None] == columns[None, :], slope, 0.0), 0)
+            d_own += tl.sum(tl.where(rows[:, None] == columns[None, :], slope, 0.0), 0)
+        for i in range(begin + columns_, n, rows_):
+            rows = i + tl.arange(0, rows_)
+            k, lam, known, along = _row_tile(
+                keys, narrow + h * dim, sums, delta + h * n, rows, (first + rows).to(tl.int64), n, key_n, heads * dim,
+                dim, operand,
+            )  # fmt: skip
+            p, _ = _slopes(
+                k, q, v, lam, known, along, bias, None, rows, columns, n, False, False, scale, operand, precision
+            )
+            total += tl.dot(tl.trans(p).to(to).to(operand), lam, input_precision=precision).to(wide)
         if own is not None:
-            tl.store(own + (b * heads + h) * length + there, d_own, mask=real_columns)
-    into = d_value + ((b * groups + g) * length + there)[:, None] * dim + at[None, :]
-    tl.store(into, tl.load(into, mask=column, other=0.0) + total, mask=column)
+            tl.store(own + (b * heads + h) * length + there, d_own, mask=real)
+    into = d_value + ((b * groups + g) * length + there)[:, None] * dim + tl.arange(0, dim)[None, :]
+    tl.store(into, tl.load(into, mask=real[:, None], other=0.0) + total, mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["first", "n", "length", "batch"])
+@triton.jit
+def _own_scores(given, bias, system, length, place, rows, n, wide: tl.constexpr):
+    """The scores of the own columns that are given, biased, or None."""
+    own = given
+    if given is not None:
+        own = tl.load(given + system * length + place, mask=rows < n, other=0.0).to(wide)
+        if bias is not None:
+            own += tl.load(bias + rows * (n + 1), mask=rows < n, other=0.0)
+    return own
+
+
+@triton.jit(do_not_specialize=["n", "length", "batch"])
 def pull_keys(
-    key, value, query, given, strict, y, lse, state, narrow, d_key, lam, status,
-    key_b, key_h, key_n, value_b, value_g, value_n, strict_b, strict_h, batch, length, first, n,
-    scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, samples_: tl.constexpr,
-    rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
+    key, value, query, strict, lse, state, narrow, delta, d_key, lam, status,
+    key_b, key_h, key_n, value_b, value_g, value_n, strict_b, strict_h, batch, length, where, n,
+    scale: tl.constexpr, strictly: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
+    samples_: tl.constexpr, rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr,
+    precision: tl.constexpr,
 ):  # fmt: skip
     """Add to the keys' gradients what the block gives them, and hand the solution over; nothing unless all is solved.
 
@@ -387,12 +531,11 @@ def pull_keys(
         key: As in `pull_values`, as are all that are not named here.
         value: `[B, G, N, d]`.
         query: `[B, N, G, d]`.
-        given: `[B, H, N]` or None.
         strict: `[1 or B, 1 or H, n, n]` or None.
-        y: `[B, N, H, d]`.
         lse: `[B, H, N]`.
         state: `[2, B, n, H, d]`.
         narrow: `[2, B, n, H, d]`.
+        delta: `[2, B, H, n]`.
         d_key: `[B, H, N, d]`, added to.
         lam: `[B, N, H, d]`, the block's rows filled.
         status: As `judge_adjoint` leaves it.
@@ -406,65 +549,64 @@ def pull_keys(
         strict_h: Stride.
         batch: B.
         length: N.
-        first: The block's first row.
+        where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         scale: Factor on the scores.
+        strictly: Whether scores of own columns do not depend on the keys.
         heads: H.
         groups: G.
         dim: d.
         samples_: B, padded to a power of two.
-        rows_: Rows of a program.
+        rows_: Rows of a program, a multiple of `columns_`.
         columns_: Columns that are taken together.
         wide: Type of what is accumulated.
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
+    first = tl.load(where)
     if not _all_solved(status, batch, samples_):
         return
     b = tl.program_id(2).to(tl.int64)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * rows_
     h = tl.program_id(1)
     g = h // (heads // groups)
     to: tl.constexpr = narrow.dtype.element_ty
-    rows = tile * rows_ + tl.arange(0, rows_)
+    rows = begin + tl.arange(0, rows_)
     real = rows < n
     place = (first + rows).to(tl.int64)
     at = tl.arange(0, dim)
-    row = real[:, None] & (at < dim)[None, :]
-    k = key + b * key_b + h * key_h + (place * key_n)[:, None] + at[None, :]
-    k = tl.load(k, mask=row, other=0.0).to(operand)
-    parity = (tl.load(status + b) % 2) * batch.to(tl.int64) * n * heads * dim
-    of = ((b * n + rows)[:, None] * heads + h) * dim + at[None, :]
-    into = ((b * length + place)[:, None] * heads + h) * dim + at[None, :]
-    rounded = tl.load(narrow + parity + of, mask=row, other=0.0).to(operand)
-    tl.store(lam + into, tl.load(state + parity + of, mask=row, other=0.0), mask=row)
-    known = tl.load(y + into, mask=row, other=0.0)
-    total_lse = tl.load(lse + (b * heads + h) * length + place, mask=real, other=0.0)
-    total_lse = tl.where(total_lse == -float("inf"), 0.0, total_lse)
-    own = given
+    parity = tl.load(status + b) % 2
+    narrow += (parity * batch.to(tl.int64) + b) * n * heads * dim
+    state += (parity * batch.to(tl.int64) + b) * n * heads * dim
+    delta += (parity * batch.to(tl.int64) + b) * heads * n
+    k, rounded, known, along = _row_tile(
+        key + b * key_b + h * key_h, narrow + h * dim, lse + (b * heads + h) * length, delta + h * n, rows, place, n,
+        key_n, heads * dim, dim, operand,
+    )  # fmt: skip
+    into = lam + ((b * length + place)[:, None] * heads + h) * dim + at[None, :]
+    tl.store(into, _tile(state + h * dim, rows, heads * dim, real, dim), mask=real[:, None])
     if strict is not None:
         strict += b * strict_b + h * strict_h
-    if given is not None:
-        own = tl.load(given + (b * heads + h) * length + place, mask=real, other=0.0).to(wide)
-        if strict is not None:
-            own += tl.load(strict + rows * (n + 1), mask=real, other=0.0)
+    queries = query + (b * length * groups + g) * dim
+    values = value + b * value_b + g * value_g
     total = tl.zeros([rows_, dim], wide)
-    for c in range(0, tl.minimum((tile + 1) * rows_, n), columns_):
+    for c in range(0, begin, columns_):
         columns = c + tl.arange(0, columns_)
         there = (first + columns).to(tl.int64)
-        column = (columns < n)[:, None] & (at < dim)[None, :]
-        q = tl.load(query + ((b * length + there)[:, None] * groups + g) * dim + at[None, :], mask=column, other=0.0)
-        q = q.to(operand)
-        v = value + b * value_b + g * value_g + (there * value_n)[:, None] + at[None, :]
-        v = tl.load(v, mask=column, other=0.0).to(operand)
-        bias = strict
-        if strict is not None:
-            pairs = real[:, None] & (columns < n)[None, :]
-            bias = tl.load(strict + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0)
-        _, slope = _slopes(k, q, v, rounded, known, total_lse, own, bias, scale, rows, columns, real,
-                           operand, precision)  # fmt: skip
-        if given is not None:
-            slope = tl.where(rows[:, None] == columns[None, :], 0.0, slope)
+        q = _tile(queries, there, groups * dim, columns < n, dim).to(operand)
+        v = _tile(values, there, value_n, columns < n, dim).to(operand)
+        _, slope = _slopes(
+            k, q, v, rounded, known, along, strict, None, rows, columns, n, False, strictly, scale, operand, precision
+        )
+        total += tl.dot(slope.to(to).to(operand), q, input_precision=precision).to(wide)
+    for c in range(begin, tl.minimum(begin + rows_, n), columns_):
+        columns = c + tl.arange(0, columns_)
+        there = (first + columns).to(tl.int64)
+        q = _tile(queries, there, groups * dim, columns < n, dim).to(operand)
+        v = _tile(values, there, value_n, columns < n, dim).to(operand)
+        _, slope = _slopes(
+            k, q, v, rounded, known, along, strict, None, rows, columns, n, True, strictly, scale, operand, precision
+        )
         total += tl.dot(slope.to(to).to(operand), q, input_precision=precision).to(wide)
     into = d_key + ((b * heads + h) * length + place)[:, None] * dim + at[None, :]
-    tl.store(into, tl.load(into, mask=row, other=0.0) + total * scale, mask=row)
+    tl.store(into, tl.load(into, mask=real[:, None], other=0.0) + total * scale, mask=real[:, None])

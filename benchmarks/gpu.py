@@ -1,21 +1,23 @@
 """On a CUDA device: forward, backward and a decode step against flash attention and everything else that iterates.
 
 First the solvers have to be right in float32 (`benchmarks.gate`). Then time, memory and the share of the device's
-measured matmul rate are taken in the layer's dtype. Without a device nothing is measured, and the exit status says so.
+measured matmul rate are taken in the layer's dtype. The unit is SDPA by PyTorch's flash kernel; "sdpa-default" is SDPA
+as PyTorch picks its kernel itself (cuDNN's on Hopper), and what the others iterate on too. What takes minutes is not
+asked of the longest sequences. Without a device nothing is measured, and the exit status says so.
 """
 
 import argparse
-import copy
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import decode, measure
 from benchmarks.gate import Gate, reached
@@ -29,8 +31,10 @@ SYSTEMS = 128  # batch times heads, at least
 TOLERANCE = 1e-2  # in bfloat16; the gate is held in float32 to GATE_TOLERANCE
 GATE_TOLERANCE, GATE_LENGTH = 1e-4, 200
 NAMES = (SDPA, OURS, "unrolled", "torchdeq-picard")
-FLEX = "flex"
-BLOCKS = (16, 32, 64, 128, 256)  # rows of a diagonal block
+DEFAULT, FLEX = "sdpa-default", "flex"
+COMPILED_AT = 8192  # the one length that FlexAttention is compiled for, which takes seconds
+LONGEST = {"unrolled": 32768, "torchdeq-picard": 8192, "iteration": 8192, "reached": 8192}
+BLOCKS = (128, 256, 512, 1024)  # rows of the blocks that are swept first
 # At most so many times one pass of SDPA, forward + backward; a decode step; at least so much faster than unrolled.
 TIME_TARGETS, DECODE_TARGET, UNROLLED_TARGET = {8192: 1.5, 32768: 1.25}, 1.3, 6.0
 NO_DEVICE = "NO DEVICE: torch finds no CUDA device here, so nothing was measured. Run it on a machine that has one."
@@ -83,7 +87,7 @@ def run(
             tell(where)
             try:
                 shapes.append(measure_shape(layer, names, batch, length, repeats, result["matmul_flops_per_second"]))
-            except Exception as error:  # out of memory or of registers: the other shapes still count
+            except (Exception, KeyboardInterrupt) as error:  # out of memory, registers or patience: the others count
                 failed[where] = f"{type(error).__name__}: {error}"
                 tell(f"not measured: {failed[where]}")
     found = targets(shapes)
@@ -164,9 +168,16 @@ def measure_shape(
     case = make_case(layer, batch, length)
     chosen = {name: CONTESTANTS[name] for name in names}
     if case.start.is_cuda:
-        chosen[FLEX] = Contestant("FlexAttention, one pass", flex)
+        chosen |= {DEFAULT: CONTESTANTS[SDPA]}
+        if length == COMPILED_AT:
+            chosen |= {FLEX: Contestant("FlexAttention, one pass", flex)}
+    chosen = {name: contestant for name, contestant in chosen.items() if length <= LONGEST.get(name, length)}
     entrants = {name: contestant.enter(case, TOLERANCE) for name, contestant in chosen.items()}
-    runs = {(n, p): partial(getattr(entrant, p)) for n, entrant in entrants.items() for p in PASSES}
+    runs: dict[tuple[str, str], Callable[[], object]] = {
+        (n, p): getattr(entrant, p) for n, entrant in entrants.items() for p in PASSES
+    }
+    if case.start.is_cuda:
+        runs |= {(SDPA, p): partial(by_flash, runs[SDPA, p]) for p in PASSES}
     seconds = timed(runs, repeats)
     rows: dict[str, dict[str, Any]] = {name: {} for name in entrants}
     for (name, passes), taken in seconds.items():
@@ -175,26 +186,46 @@ def measure_shape(
         work = 2.0 * batch * layer.embed_dim * length**2 * (1.0 if passes == "forward" else 3.5)
         figures["share_of_matmul_rate"] = work / figures["median_seconds"] / rate
         rows[name][passes] = figures
-    rows[OURS] |= reached(case, entrants[OURS].forward(), TOLERANCE) | {"failures": entrants[OURS].failures}
+    rows[OURS]["failures"] = entrants[OURS].failures
+    if length <= LONGEST["reached"]:
+        rows[OURS] |= reached(case, entrants[OURS].forward(), TOLERANCE)
     found = {"length": length, "batch": batch, "head_dim": layer.embed_dim // layer.num_heads, "rows": rows}
-    return found | {
-        "decode": decode_step(layer, batch, length, repeats),
-        "iteration": iteration(layer, batch, length, repeats),
-        "blocks": blocks(case, repeats),
-    }
+    if length <= LONGEST["iteration"]:
+        found["iteration"] = iteration(layer, batch, length, repeats)
+    found |= {"decode": decode_step(layer, batch, length, 5 * repeats), "blocks": blocks(case, repeats)}
+    tell(json.dumps(told(found)))
+    return found
+
+
+def told(shape: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a shape when it has been measured: milliseconds by contestant and pass, and the decode step."""
+    rows = {f"{n}, {p}": round(1e3 * row[p]["median_seconds"], 3) for n, row in shape["rows"].items() for p in PASSES}
+    return rows | {"decode": round(shape["decode"]["time_ratio"], 3)}
+
+
+def by_flash(run: Callable[[], object]) -> object:
+    """Run with PyTorch's own flash kernel."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return run()
 
 
 def blocks(case: Case, repeats: int) -> dict[int, float]:
-    """Seconds of ours, forward and backward, by the rows of a diagonal block: they set how deep the recursion goes."""
-    solver = case.layer.solver
-    assert isinstance(solver, ForwardSubstitution)
-    rows = [rows for rows in BLOCKS if rows <= case.start.shape[1]]
-    runs = {}
-    for size in rows:
-        layer = copy.copy(case.layer)  # shares all weights
-        layer.solver = replace(solver, block=size)
-        runs[size] = CONTESTANTS[OURS].enter(replace(case, layer=layer), TOLERANCE).forward_backward
-    return {size: measure.timing(taken)["median_seconds"] for size, taken in timed(runs, repeats).items()}
+    """Seconds of ours, forward and backward, by the rows of the widest blocks: they set how deep the recursion goes."""
+    if not case.start.is_cuda:
+        return {}
+    from implicit_attention.triton_blocks import sweeps
+
+    def of(rows: int) -> None:
+        before = sweeps.WIDEST
+        sweeps.WIDEST = ((0, rows),)
+        try:
+            ours.forward_backward()
+        finally:
+            sweeps.WIDEST = before
+
+    ours = CONTESTANTS[OURS].enter(case, TOLERANCE)
+    runs = {rows: partial(of, rows) for rows in BLOCKS if rows <= case.start.shape[1]}
+    return {rows: measure.timing(taken)["median_seconds"] for rows, taken in timed(runs, repeats).items()}
 
 
 def iteration(layer: ImplicitQueryAttention, batch: int, length: int, repeats: int) -> dict[str, Any]:
@@ -229,7 +260,9 @@ def iteration(layer: ImplicitQueryAttention, batch: int, length: int, repeats: i
 def decode_step(layer: ImplicitQueryAttention, batch: int, context: int, repeats: int) -> dict[str, Any]:
     """One new token per sample after a context, against SDPA over preallocated keys and values."""
     like = layer.W_K.weight
-    with torch.no_grad(), defaults(like):
+    # cuDNN's kernel would prepare itself anew at every step, for some 40 ms: the context has another length each time.
+    flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if like.is_cuda else nullcontext()
+    with torch.no_grad(), defaults(like), flash:
         steps = decode.prepared(layer, torch.randn(batch, context, layer.embed_dim), context + repeats + 2)
         x = torch.randn(batch, 1, layer.embed_dim)
         chosen = {name: partial(steps[name], x) for name in (decode.ATTENTION_LAYER, decode.SOLVE)}
@@ -255,10 +288,11 @@ def targets(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for shape in shapes:
         both, where = "forward_backward", f"at N = {shape['length']}, d = {shape['head_dim']}"
         ours = shape["rows"][OURS][both]
+        unrolled = shape["rows"].get("unrolled")
         if shape["length"] in TIME_TARGETS:
             found.append(target(f"time of SDPA {where}", ours["time_ratio"], TIME_TARGETS[shape["length"]]))
-            unrolled = shape["rows"]["unrolled"][both]["median_seconds"]
-            share = ours["median_seconds"] / unrolled
+        if shape["length"] in TIME_TARGETS and unrolled is not None:
+            share = ours["median_seconds"] / unrolled[both]["median_seconds"]
             found.append(target(f"time of ten unrolled iterations {where}", share, 1.0 / UNROLLED_TARGET))
         found.append(target(f"decode step {where}", shape["decode"]["time_ratio"], DECODE_TARGET))
     return found
@@ -273,8 +307,9 @@ def draw(shapes: list[dict[str, Any]], path: Path) -> None:
     for axes, dim in zip(figure.subplots(1, len(dims), squeeze=False)[0], dims, strict=True):
         at = [shape for shape in shapes if shape["head_dim"] == dim]
         for name in at[0]["rows"]:
-            ratios = [shape["rows"][name]["forward_backward"]["time_ratio"] for shape in at]
-            axes.plot([shape["length"] for shape in at], ratios, marker="o", label=name)
+            there = [shape for shape in at if name in shape["rows"]]
+            ratios = [shape["rows"][name]["forward_backward"]["time_ratio"] for shape in there]
+            axes.plot([shape["length"] for shape in there], ratios, marker="o", label=name)
         axes.set(title=f"head dimension {dim}", xlabel="tokens N", xscale="log", yscale="log")
         axes.legend(frameon=False)
     figure.supylabel("forward + backward, relative to SDPA")

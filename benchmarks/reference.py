@@ -123,7 +123,7 @@ def amplification(function: CausalMap, tensors: Tensors, y: Tensor, iterations: 
     def solve(product: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:
         return iterate(lambda e: right + product(e), right, 1e-4 * float(right.abs().max()), 500)
 
-    direction = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    direction = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0)).to(y.device)
     growth = 1.0
     for _ in range(iterations):
         direction = direction / direction.norm()

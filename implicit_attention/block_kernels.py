@@ -193,15 +193,15 @@ def sweeper(kernel: str, system: CausalSystem) -> Any:
     return sweeps if sweeps.serves(system) else None
 
 
-def token_solver(kernel: str, like: Tensor) -> Any:
-    """Return what solves the equation of one decoded token per sample in one launch, None if torch does, in many.
+def token_kernels(kernel: str, like: Tensor) -> Any:
+    """Return what decodes one token per sample in few launches, None if torch does, in many.
 
     Args:
         kernel: As in `chosen`.
         like: A tensor of the map.
 
     Returns:
-        `triton_blocks.token.solve_token` or None.
+        `triton_blocks.token` or None.
 
     Raises:
         ImportError: As in `chosen`.
@@ -210,4 +210,4 @@ def token_solver(kernel: str, like: Tensor) -> Any:
     if kernel != "triton":
         return None
     _check(kernel, misplaced(like))
-    return import_module("implicit_attention.triton_blocks.token").solve_token
+    return import_module("implicit_attention.triton_blocks.token")

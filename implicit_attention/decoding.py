@@ -6,13 +6,14 @@ before its norm, so the query map is applied to a and v alone, and the iteration
 works on H numbers. From p = 1, the start `y = v`, it is Picard's; where each of its steps is at most half as long as
 the one before, its limit is the root that `rows.solve_rows` returns. Any other token is left to the solver.
 
-With `kernel="triton"` the row problem is one launch (`kernels/triton/token`), and the device is looked at once a step.
+With `kernel="triton"` all that is no product of matrices and no attention is three launches (`kernels/triton/token`),
+and the device is looked at once a step.
 """
 
 from functools import lru_cache
 from math import inf
 from operator import le
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,16 @@ class _Root(NamedTuple):
     steps: int
 
 
+class _Found(NamedTuple):
+    """A token that is within tolerance."""
+
+    y: Tensor  # [B, 1, D]
+    column: Tensor  # its query, rotated, [B, G, 1, d]
+    residual: Tensor  # [B, 1]
+    relative: Tensor  # over the size of y, [B, 1]
+    steps: int
+
+
 def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
     """Return the equilibrium of one new token per sample, and add it to the cache; None if it needs the solver.
 
@@ -75,35 +86,28 @@ def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
     if past is None:
         return None
     rotation = None if layer.positions is None else layer.positions.rotation(1, x, past.position)
-    value, token = _prepare(layer, x, past, rotation)
+    made = layer.W_K(x)
+    value = split_heads(x if layer.Omega_V is None else layer.Omega_V(x), layer.num_kv_heads).to(made.dtype)
     if isinstance(cache, DecodeCache):
         cache.check(value)
-    tolerance = layer.solver.tolerances(x.dtype)
-    root = _root(layer, x, value, token, tolerance)
-    if root is None:
+    assert isinstance(layer.solver, ForwardSubstitution)
+    kernels = block_kernels.token_kernels(layer.solver.kernel, x) if layer.self_query == "output" else None
+    if kernels is None:
+        found = _in_torch(layer, x, made, value, past, rotation)
+    else:
+        found = _in_few(kernels, layer, x, made, value, past, rotation)
+    if found is None:
         return None
-    y = torch.addcmul(token.a, root.p, token.step).flatten(1)[:, None]
-    ends = [y.abs().amax((1, 2))]
-    if root.moved is not None:
-        ends.append((root.moved * token.step).abs_().amax((1, 2)))
-    sizes, *judged = torch.stack(ends).tolist()  # one look at the device
-    residuals = judged[0] if judged else [0.0] * len(sizes)
-    # Written so that NaN is not within tolerance: the solver will say what is wrong.
-    if not all(r <= tolerance[0] * size + tolerance[1] < inf for r, size in zip(residuals, sizes, strict=True)):
-        return None
-    column = root.query if rotation is None else rotate(root.query, rotation)
-    cache.append(column.to(value.dtype), value, None)
-    tiny = torch.finfo(y.dtype).tiny
-    relative = [r / max(size, tiny) for r, size in zip(residuals, sizes, strict=True)]
-    residual, ratio = torch.tensor([residuals, relative], dtype=y.dtype, device=y.device)[..., None]  # each [B, 1]
+    cache.append(found.column.to(value.dtype), value, None)
+    y = found.y
     return Solution(
         value=y.to(x.dtype),
-        residual=residual,
-        steps=torch.full((len(sizes), 1), root.steps, device=y.device),
-        converged=torch.ones(len(sizes), 1, dtype=torch.bool, device=y.device),
-        abs_trace=residual[None],
-        rel_trace=ratio[None],
-        evaluations=root.steps,
+        residual=found.residual,
+        steps=torch.full((len(y), 1), found.steps, device=y.device),
+        converged=torch.ones(len(y), 1, dtype=torch.bool, device=y.device),
+        abs_trace=found.residual[None],
+        rel_trace=found.relative[None],
+        evaluations=found.steps,
     )
 
 
@@ -129,18 +133,64 @@ def serves(layer: Layer, x: Tensor) -> bool:
     )
 
 
-def _prepare(layer: Layer, x: Tensor, past: Past, rotation: Tensor | None) -> tuple[Tensor, _Token]:
-    """Return the new value `[B, G, 1, d]`, and the token."""
-    heads, groups = layer.num_heads, layer.num_kv_heads
-    key = split_heads(layer.W_K(x), heads)
+def _in_few(
+    kernels: Any, layer: Layer, x: Tensor, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None
+) -> _Found | None:
+    """In few launches, with one look at the device."""
+    assert layer.Omega_Q.weight is not None
+    temperature = None if layer.temperature is None else layer.temperature.to(made.dtype)
+    key, scaled = kernels.keys(
+        made.unflatten(-1, (layer.num_heads, -1)), temperature, rotation, layer.scale, NORM_EPS
+    )
+    a, lse = _attend(layer, key, past)
+    fixed = None if layer.W_Q is None else layer.W_Q(x)[:, 0]
+    if layer.Omega_Q.bias is not None:
+        fixed = layer.Omega_Q.bias[None] if fixed is None else fixed + layer.Omega_Q.bias
+    by_head = layer.Omega_Q.weight.to(value.dtype).view(-1, layer.num_heads, layer.head_dim).permute(1, 2, 0)
+    y, column, judged = kernels.solve_token(
+        scaled, a[:, :, 0], lse[..., 0].to(scaled.dtype), value[:, :, 0], by_head, fixed, rotation,
+        NORM_EPS if layer.qk_norm else None, layer.solver.tolerances(x.dtype), x.dtype,
+    )  # fmt: skip
+    if not all(judged[2].tolist()):
+        return None
+    return _Found(y, column, judged[0, :, None], judged[1, :, None], 1)
+
+
+def _in_torch(
+    layer: Layer, x: Tensor, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None
+) -> _Found | None:
+    """In torch's operations."""
+    token = _prepare(layer, made, value, past, rotation)
+    tolerance = layer.solver.tolerances(x.dtype)
+    root = _given(layer, x, value, token) if layer.self_query == "input" else None
+    root = _iterate(layer, x, value, token, tolerance) if root is None else root
+    if root is None:
+        return None
+    y = torch.addcmul(token.a, root.p, token.step).flatten(1)[:, None]
+    ends = [y.abs().amax((1, 2))]
+    if root.moved is not None:
+        ends.append((root.moved * token.step).abs_().amax((1, 2)))
+    sizes, *judged = torch.stack(ends).tolist()  # one look at the device
+    residuals = judged[0] if judged else [0.0] * len(sizes)
+    # Written so that NaN is not within tolerance: the solver will say what is wrong.
+    if not all(r <= tolerance[0] * size + tolerance[1] < inf for r, size in zip(residuals, sizes, strict=True)):
+        return None
+    column = root.query if rotation is None else rotate(root.query, rotation)
+    tiny = torch.finfo(y.dtype).tiny
+    relative = [r / max(size, tiny) for r, size in zip(residuals, sizes, strict=True)]
+    residual, ratio = torch.tensor([residuals, relative], dtype=y.dtype, device=y.device)[..., None]  # each [B, 1]
+    return _Found(y, column, residual, ratio, root.steps)
+
+
+def _prepare(layer: Layer, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None) -> _Token:
+    heads, key = layer.num_heads, split_heads(made, layer.num_heads)
     wide = torch.promote_types(key.dtype, torch.float32)
-    value = split_heads(x if layer.Omega_V is None else layer.Omega_V(x), groups).to(key.dtype)
     if layer.temperature is not None:
         key = _normed(key.to(wide)).to(key.dtype) * layer.temperature[:, None, None].to(key.dtype)
     a, lse = _attend(layer, key if rotation is None else rotate(key, rotation), past)
     a = a[:, :, 0].to(wide)
     step = _per_head(value[:, :, 0], heads).to(wide) - a
-    return value, _Token(key[:, :, 0].to(wide) * layer.scale, a, lse[..., 0], step)
+    return _Token(key[:, :, 0].to(wide) * layer.scale, a, lse[..., 0], step)
 
 
 def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
@@ -163,19 +213,7 @@ def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
     return out.reshape(key.shape), lse.reshape(key.shape[:-1])
 
 
-def _root(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]) -> _Root | None:
-    if layer.self_query == "input":
-        return _given(layer, x, value, token, tolerance)
-    assert isinstance(layer.solver, ForwardSubstitution)
-    solve = block_kernels.token_solver(layer.solver.kernel, x)
-    if solve is None:
-        return _iterate(layer, x, value, token, tolerance)
-    made = _linear_query(layer, x, token, value.dtype).view(len(x), layer.num_kv_heads, 1 + layer.num_heads, -1)
-    p, moved, query = solve(token.key, made, token.lse, NORM_EPS if layer.qk_norm else None)
-    return _Root(p[..., None], query[:, :, None], moved[..., None], 1)
-
-
-def _given(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]) -> _Root:
+def _given(layer: Layer, x: Tensor, value: Tensor, token: _Token) -> _Root:
     """With `self_query="input"` the own score is that of the start, and nothing is left to be solved."""
     start = _per_head(value, layer.num_heads)
     own = (token.key * _per_head(_phi(layer, x, start)[:, :, 0], layer.num_heads)).sum(-1)

@@ -357,7 +357,7 @@ class _Backward:
                     "made": self.made, "own": self.rest.get("self_score")}  # fmt: skip
             at |= {"y": self.at.given}
             self.swept = sweeps.AdjointSweeps(
-                system, at, self.grad, into, self.allowed, self.widest, cautious=cautious
+                system, at, self.grad, into, self.allowed, self.rtol, self.widest, cautious=cautious
             )
 
     def descend(self, low: int, high: int, block: int) -> None:
@@ -424,10 +424,9 @@ class _Backward:
             self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))
 
     def _sweep(self, sweeper: block_kernels.AdjointSweeper, rows: slice) -> bool:
-        """Sweep a block; the first rows of all, whose own columns are heavy, have these solved for from the start."""
-        first = self.system.past + rows.start == 0 and self.system.self_score is None
-        few = rows.stop - rows.start <= EXACTLY
-        swept = not first and sweeper.solve(rows, exactly=False)
+        """Sweep a block, if need be with the rows' own columns solved for; the first rows of all want the most sweeps."""
+        first, few = self.system.past + rows.start == 0, rows.stop - rows.start <= EXACTLY
+        swept = (few or not first) and sweeper.solve(rows, exactly=False)
         return swept or (few and sweeper.solve(rows, exactly=True))
 
     def _through_map(self, d_made: Tensor, rows: slice) -> None:

@@ -13,8 +13,8 @@ from triton.compiler import ASTSource
 from implicit_attention.kernels.triton import adjoint, forward, merge, residual, sweep, sweep_adjoint, token
 
 KERNELS = {
-    "forward": forward.settle_block.fn, "adjoint": adjoint.solve_block.fn, "merge": merge.merge_rows,
-    "token": token.settle_token, "residual": residual.largest_in_rows,
+    "forward": forward.settle_block, "adjoint": adjoint.solve_block, "merge": merge.merge_rows,
+    "token": token.settle_token, "token-keys": token.prepare_keys, "token-ends": token.prepare_ends, "residual": residual.largest_in_rows,
 }  # fmt: skip
 SWEEPS = {
     "begin": sweep.begin_rows, "queries": sweep.make_queries, "attend": sweep.attend_rows, "judge": sweep.judge_rows,
@@ -42,7 +42,7 @@ OF_SWEEPS = {
 TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
     "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "p", "moved", "f", "grams", "start",
-    "before", "state", "new_lse", "delta", "us", "inverses",
+    "before", "state", "new_lse", "delta", "us", "inverses", "fixed", "a", "ends", "temperature", "scaled", "judged",
 }  # fmt: skip
 STRIDES = {"_b", "_h", "_g", "_n", "_o"}
 INTEGERS = {
@@ -61,7 +61,11 @@ def main(name: str, kind: str, *options: str) -> None:
         tile = 128 if name in ("queries", "through-map") else 64
         constants |= OF_SWEEPS | {"rows_": tile, "wide": tl.float64 if kind == "fp64" else tl.float32}
         del constants["narrow"]
-    narrow = set() if name == "token" else NARROW
+    elif name == "token-ends":
+        constants["wide"] = tl.float64 if kind == "fp64" else tl.float32
+    narrow = {"token": {"made", "fixed", "a", "value", "query", "y"}, "token-ends": {"a", "value", "ends"}}.get(
+        name, NARROW | {"temperature"} if name == "token-keys" else NARROW
+    )  # fmt: skip
     wide = "fp64" if kind == "fp64" else "fp32"
     signature, known = {}, {}
     for argument in KERNELS[name].arg_names:

@@ -10,6 +10,7 @@ from torch import Tensor
 from implicit_attention.causal_system import CausalSystem
 from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, hand_back, near_singular
 from implicit_attention.kernels.triton import adjoint, forward, merge
+from implicit_attention.kernels.triton.tiles import LAUNCH
 from implicit_attention.triton_blocks.call import Call, contiguous, rows_contiguous
 
 class ForwardKernel:
@@ -57,7 +58,7 @@ class ForwardKernel:
             call.given, strict, into["y"], into["lse"], into["query"],
             into["inverse"] if into["inverse"].numel() else None,
             into["residual"], into["size"], into["sweeps"], self.before_y, self.before_lse, self.status, self.work,
-            strict_b=strict_b, strict_h=strict_h, first=rows.start, n=n, **self.told,
+            strict_b=strict_b, strict_h=strict_h, first=rows.start, n=n, **self.told, **LAUNCH,
         )  # fmt: skip
         done: list[int] = self.status.tolist()
         y = self.before_y[: system.batch * n * system.heads * system.dim]
@@ -132,7 +133,7 @@ class AdjointKernel:
             call.key, call.value, call.weight, call.turn, call.given, strict, at["y"], at["query"], at.get("inverse"),
             at["lse"], self.grad, self.later, self.allowed, found["lam"], found["d_made"], found["d_key"],
             found["d_value"], found["own"], self.residual, self.sweeps, self.suspect, found["gain"], self.status,
-            self.work, strict_b=strict_b, strict_h=strict_h, first=rows.start, n=n, **self.told,
+            self.work, strict_b=strict_b, strict_h=strict_h, first=rows.start, n=n, **self.told, **LAUNCH,
         )  # fmt: skip
         solved, sweeps = torch.stack([self.status.amin(), self.sweeps.amax()]).tolist()
         if not solved:

@@ -18,13 +18,13 @@ from implicit_attention.causal_system import CausalSystem, Queries
 from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, Unsettled, near_singular, own_jacobian
 from implicit_attention.kernels.triton import interpreted, sweep, sweep_adjoint
 from implicit_attention.triton_blocks.call import TYPES, Call, contiguous
-from implicit_attention.triton_blocks.token import solve_token
+from implicit_attention.triton_blocks.token import solve_rows
 
-MOST_SWEEPS = 24
+MOST_SWEEPS = 32
 WIDEST = ((8192, 512), (0, 256))  # rows of the widest blocks, by the least length that has them
 _LEAST_DIM, _MOST_DIM = 16, 256
 _GRID = 65536  # programs in the third dimension of a launch
-_FEW, _MORE = 4, 8  # sweeps that are launched together where blocks have settled in fewer, and elsewhere
+_FEW, _MORE, _MANY = 4, 8, 16  # sweeps that are launched together: where blocks settle in fewer, elsewhere, at first
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class _Sweeps:
         self.graphs: dict[object, torch.cuda.CUDAGraph] = {}
         self.warm, self.calm, self.hopeful = False, False, self.graphed and not cautious
         self.guess = self.sweeps = 0
-        self.host = torch.empty(system.batch, dtype=torch.int32, pin_memory=self.hopeful)
+        self.host = torch.empty(system.batch, dtype=torch.int32, device="cpu", pin_memory=self.hopeful)
         self.looked: torch.cuda.Event | None = None
 
     def launch(self, key: object, n: int, work: Callable[[], None]) -> None:
@@ -216,7 +216,7 @@ class ForwardSweeps(_Sweeps):
         strict, strict_b, strict_h = system.compiled_bias(rows) or (None, 0, 0)
         biased = {"strict": strict, "strict_b": strict_b, "strict_h": strict_h}
         self.where.fill_(rows.start)
-        done, most = 0, MOST_SWEEPS if system.past + rows.start == 0 else self.at_once()
+        done, most = 0, min(_MANY if system.past + rows.start == 0 else self.at_once(), MOST_SWEEPS)
         while done < MOST_SWEEPS:
             self.launch((done, most), n, partial(self._sweep, n, done, most, biased))
             if self.goes_on(n):
@@ -308,9 +308,12 @@ class ForwardSweeps(_Sweeps):
         p = torch.exp((key * query).sum(-1) + bias - lse)
         others = (1.0 - p).clamp_min(torch.finfo(p.dtype).tiny)
         a = (f[samples, positions] - p[..., None] * row.value) / others[..., None]
-        made = self._made(a, row.value - a, row.constant)
         eps = self.normed["eps"] if self.normed["normed"] else None
-        root, moved, _ = solve_token(row.key, made, lse + others.log() - bias, eps)
+        fixed = None if row.constant is None else row.constant.flatten(1)
+        by_head = self.weight.view(-1, heads, dim).permute(1, 2, 0)
+        root, moved = solve_rows(
+            row.key, torch.cat([a, row.value - a]), lse + others.log() - bias, by_head, fixed, eps
+        )
         off = (root - p).abs().amax(-1)
         lost, elsewhere = torch.stack([~torch.isfinite(moved).all(), (off > SAME_ROOT).any()]).tolist()
         if lost:
@@ -327,13 +330,6 @@ class ForwardSweeps(_Sweeps):
         endless = f.new_full((), torch.inf).view(self.bits)
         residuals[:most, 0, samples[off > SAME_ROOT], positions[off > SAME_ROOT]] = endless
         return False
-
-    def _made(self, a: Tensor, step: Tensor, constant: Tensor | None) -> Tensor:
-        """The queries of rows before the norm as linear maps of `(1, p)`, `[R, G, 1 + H, d]`, for ends `[R, H, d]`."""
-        made = self.system.contributions(a.to(self.system.narrow).to(a.dtype)).sum(2)
-        made = made if constant is None else made + constant
-        ways = self.system.contributions(step.to(self.system.narrow).to(a.dtype))
-        return torch.cat([made[:, :, None], ways], 2)
 
     def _make_queries(
         self, source: Tensor, strides: tuple[int, ...], start: Tensor | None, where: Tensor, n: int, at: int
@@ -353,7 +349,7 @@ class AdjointSweeps(_Sweeps):
 
     def __init__(
         self, system: CausalSystem, at: dict[str, Tensor], grad: Tensor, into: dict[str, Tensor | None],
-        allowed: Tensor, rows: int, *, cautious: bool,
+        allowed: Tensor, rtol: float, rows: int, *, cautious: bool,
     ) -> None:  # fmt: skip
         """Prepare what is the same for all blocks.
 
@@ -365,16 +361,18 @@ class AdjointSweeps(_Sweeps):
                 after the block; lam `[B, N, H, d]`, whose storage may be that of `later`; d_key and d_value, which are
                 added to; made `[B, N, G d]`; and own `[B, H, N]` where own scores are given, else None.
             allowed: Tolerance per sample, `[B]`.
+            rtol: Relative tolerance of rows whose solution is larger than the cotangent.
             rows: The most rows of a block.
             cautious: Whether to look at each block before the next.
         """
         super().__init__(system, rows, cautious)
         self.at = {name: t.detach().contiguous() for name, t in at.items() if t.numel()}
+        self.rtol = rtol
         self.grad, self.into, self.allowed = grad.detach().contiguous(), into, allowed.to(system.wide).contiguous()
         new, size = system.key.new_empty, system.batch * rows * system.heads
         self.narrow, self.delta = new(2 * size * system.dim), new(2 * size, dtype=system.wide)
-        self.found = new(MOST_SWEEPS, system.batch, dtype=self.bits)
-        self.residual, self.largest = torch.zeros(2, system.batch, dtype=system.wide, device=grad.device).unbind()
+        self.found = new(MOST_SWEEPS * 2 * system.batch * rows, dtype=self.bits)
+        self.largest = torch.zeros(system.batch, dtype=system.wide, device=grad.device)
         self.near_singular = 0
 
     def solve(self, rows: slice, *, exactly: bool) -> bool:
@@ -390,14 +388,13 @@ class AdjointSweeps(_Sweeps):
         biased = {"strict": strict, "strict_b": strict_b, "strict_h": strict_h}
         self.where.fill_(rows.start)
         own = _OwnColumns(self, rows) if exactly and self.call.given is None else None
-        done, most = 0, self.at_once()
+        done, most = 0, min(self.at_once(), MOST_SWEEPS)
         while done < MOST_SWEEPS:
             work = partial(self._sweep, n, done, most, biased, own)
             if own is None:
                 self.launch((done, most), n, work)
             else:
                 work()
-            torch.maximum(self.largest, self.residual, out=self.largest)
             if own is None and self.goes_on(n):
                 return True
             states: list[int] = self.status.tolist()
@@ -421,8 +418,9 @@ class AdjointSweeps(_Sweeps):
         }  # fmt: skip
         by_columns = {"rows_": tiles.against, "columns_": tiles.attended}
         by_rows = {"rows_": tiles.attended, "columns_": tiles.against}
+        found = self.found[: MOST_SWEEPS * 2 * system.batch * n]
         if done == 0:
-            self.found.zero_()
+            found.zero_()
             sweep_adjoint.begin_adjoint[by_head](
                 self.grad, at["y"], self.state, self.narrow, self.delta, system.length, self.where, n, system.heads,
                 system.dim, tiles.attended,
@@ -430,14 +428,14 @@ class AdjointSweeps(_Sweeps):
         for i in range(done, most):
             sweep_adjoint.pull_queries[by_group](
                 inverse=at.get("inverse"), turn=call.turn, later=into["later"], made=into["made"], found=self.found,
-                allowed=self.allowed, sweep=i, strictly=given or own is not None, **self.turned, **common, **by_columns,
+                allowed=self.allowed, rtol=self.rtol, sweep=i, strictly=given or own is not None, **self.turned, **common, **by_columns,
             )  # fmt: skip
             if own is None:
                 self.through_map(into["made"], self.grad, at["y"], self.state, self.narrow, i, True, told)
             else:
                 own.solve(i)
         sweep_adjoint.judge_adjoint[(system.batch,)](
-            self.found, self.allowed, self.status, self.residual, system.batch, most, self.types["wide"]
+            self.found, self.allowed, self.status, self.largest, system.batch, n, most, self.rtol, self.types["wide"]
         )
         sweep_adjoint.pull_values[by_group](
             given=call.given, d_value=into["d_value"], own=into["own"], status=self.status, samples_=self.samples,
@@ -467,7 +465,7 @@ class AdjointSweeps(_Sweeps):
         system, tiles = self.system, self.tiles
         sweep_adjoint.through_map[self.by_map(told["n"], system.heads)](
             made, self.weight, grad, y, state, narrow, self.delta, self.found, self.allowed, self.weight.stride(0),
-            sweep=at, raises=raises, span=self.span, rows_=tiles.rows, depth=tiles.depth, **told, **self.shape,
+            sweep=at, rtol=self.rtol, raises=raises, span=self.span, rows_=tiles.rows, depth=tiles.depth, **told, **self.shape,
             **self.types, **tiles.queries,
         )  # fmt: skip
 
@@ -505,7 +503,7 @@ class _OwnColumns:
         sweeps.through_map(sweeps.into["made"], sweeps.grad, self.y, self.f, None, at, True, self.told)
         sweep_adjoint.own_columns[(self.n, system.batch)](
             self.f, self.u, self.inverses, call.key, sweeps.at["query"], sweeps.at.get("inverse"), call.turn,
-            self.made, sweeps.found, sweeps.allowed, sweep=at, scale=system.spec.scale, hp=call.hp,
+            self.made, sweeps.found, sweeps.allowed, sweep=at, rtol=sweeps.rtol, scale=system.spec.scale, hp=call.hp,
             wide=sweeps.types["wide"], num_warps=4, **sweeps.key_strides, **sweeps.turned, **self.told, **sweeps.shape,
         )  # fmt: skip
         new = 1 - at % 2

@@ -11,7 +11,6 @@ from implicit_attention.kernels.triton.row_equation import eliminate
 from implicit_attention.kernels.triton.tiles import (
     ROWS,
     R,
-    configurations,
     load_bias,
     load_rows,
     load_scratch,
@@ -157,7 +156,6 @@ def _correct(now, out, us, ascent, inverses, right, m, heads: tl.constexpr, dp: 
     tl.debug_barrier()
 
 
-@triton.autotune(configs=configurations(), key=["heads", "groups", "dim"])
 @triton.jit(do_not_specialize=["first", "n"])
 def solve_block(
     key, value, weight, turn, given, strict, y, query, inverse, lse, grad, later, allowed,

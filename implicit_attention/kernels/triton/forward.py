@@ -12,7 +12,6 @@ from implicit_attention.kernels.triton.row_equation import add_group, solve_row
 from implicit_attention.kernels.triton.tiles import (
     ROWS,
     R,
-    configurations,
     load_bias,
     load_rows,
     load_scratch,
@@ -211,7 +210,6 @@ def _own_weights(weights, i, heads: tl.constexpr, hp: tl.constexpr):
     return tl.load(weights + h * (R * R) + i * (R + 1), mask=h < heads, other=0.0)
 
 
-@triton.autotune(configs=configurations(), key=["heads", "groups", "dim"], restore_value=["y", "lse"])
 @triton.jit(do_not_specialize=["first", "n", "rtol", "atol"])
 def settle_block(
     key, value, weight, constant, added, turn, given, strict,

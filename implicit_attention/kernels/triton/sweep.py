@@ -14,7 +14,7 @@ SPAN = tl.constexpr(256)  # rows whose residuals are looked at together
 
 
 @triton.jit
-def settled(found, sweep, b, batch, n, rtol, atol, wide: tl.constexpr):
+def settled(found, sweep, b, batch, n, rtol, atol, wide: tl.constexpr, larger: tl.constexpr = False):
     """Whether all of a sample's rows were within tolerance at a sweep; never before the first.
 
     Args:
@@ -26,6 +26,7 @@ def settled(found, sweep, b, batch, n, rtol, atol, wide: tl.constexpr):
         rtol: Relative tolerance.
         atol: Absolute tolerance.
         wide: Type of what the bits are of.
+        larger: Whether the larger of both tolerances is allowed, instead of their sum.
 
     Returns:
         Whether. A sample that is left alone leaves zeros, so one that has settled stays settled.
@@ -38,7 +39,10 @@ def settled(found, sweep, b, batch, n, rtol, atol, wide: tl.constexpr):
             at = i + tl.arange(0, SPAN)
             off = tl.load(residuals + at, mask=at < n, other=0).to(wide, bitcast=True)
             size = tl.load(residuals + batch * n + at, mask=at < n, other=0).to(wide, bitcast=True)
-            outside += tl.sum(tl.where(off <= atol + rtol * size, 0, 1), 0)  # NaN is not within
+            allowed = atol + rtol * size
+            if larger:
+                allowed = tl.maximum(atol, rtol * size)
+            outside += tl.sum(tl.where(off <= allowed, 0, 1), 0)  # NaN is not within
     return outside == 0
 
 

@@ -8,26 +8,27 @@ argument that is None is one that the map does not have.
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.sweep import rotated
+from implicit_attention.kernels.triton.sweep import SPAN, rotated, settled
 from implicit_attention.kernels.triton.tiles import bits
 
 
 @triton.jit
-def solved(found, allowed, sweep, b, batch, wide: tl.constexpr):
-    """Whether a sample's residual was within tolerance at a sweep, never before the first; it stays so once it was.
+def solved(found, allowed, sweep, b, batch, n, rtol, wide: tl.constexpr):
+    """Whether a sample's rows were all within tolerance at a sweep: of the cotangent, or of a solution that is larger.
+
+    A row whose gain is close to 1 has a large solution, which is rounded when rows before it are told of it.
 
     Args:
-        found: Bits of residuals, `[sweeps, B]`, zeros where nothing was swept.
-        allowed: Tolerance, `[B]`.
+        found: As in `sweep.settled`.
+        allowed: Tolerance of the whole, `[B]`.
         sweep: Which.
         b: The sample.
         batch: B.
+        n: Rows of the block.
+        rtol: Relative tolerance.
         wide: Type of what the bits are of.
     """
-    done = False
-    if sweep >= 0:
-        done = tl.load(found + sweep * batch + b).to(wide, bitcast=True) <= tl.load(allowed + b)  # NaN is not
-    return done
+    return settled(found, sweep, b, batch, n, rtol, tl.load(allowed + b), wide, True)
 
 
 @triton.jit
@@ -133,7 +134,7 @@ def begin_adjoint(
 def pull_queries(
     key, value, query, inverse, turn, strict, lse, narrow, delta, later, made, found, allowed,
     key_b, key_h, key_n, value_b, value_g, value_n, turn_b, turn_half, strict_b, strict_h,
-    batch, length, where, n, sweep,
+    batch, length, where, n, sweep, rtol,
     scale: tl.constexpr, strictly: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -168,6 +169,7 @@ def pull_queries(
         where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         sweep: Which sweep, from 0.
+        rtol: As in `solved`.
         scale: Factor on the scores.
         strictly: Whether the rows' own columns are left out.
         heads: H.
@@ -181,7 +183,7 @@ def pull_queries(
     """
     first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
-    if solved(found, allowed, sweep - 1, b, batch, wide):
+    if solved(found, allowed, sweep - 1, b, batch, n, rtol, wide):
         return
     g = tl.program_id(1)
     shared: tl.constexpr = heads // groups
@@ -238,7 +240,7 @@ def pull_queries(
 
 @triton.jit(do_not_specialize=["n", "length", "batch", "sweep"])
 def through_map(
-    made, weight, grad, y, state, narrow, delta, found, allowed, weight_o, batch, length, where, n, sweep,
+    made, weight, grad, y, state, narrow, delta, found, allowed, weight_o, batch, length, where, n, sweep, rtol,
     raises: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, span: tl.constexpr,
     rows_: tl.constexpr, depth: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -260,6 +262,7 @@ def through_map(
         where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         sweep: Which sweep, from 0.
+        rtol: As in `solved`.
         raises: Whether the difference between the two in `state` is the residual.
         heads: H.
         groups: G.
@@ -273,7 +276,7 @@ def through_map(
     """
     first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
-    if solved(found, allowed, sweep - 1, b, batch, wide):
+    if solved(found, allowed, sweep - 1, b, batch, n, rtol, wide):
         return
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
     real = rows < n
@@ -295,10 +298,11 @@ def through_map(
     into = ((b * n + rows) * (heads * dim))[:, None] + out[None, :]
     extent = batch.to(tl.int64) * n * heads
     parity = sweep % 2
+    off = found + (2 * sweep * batch + b) * n + rows
     if raises:
         last = tl.load(state + parity * extent * dim + into, mask=both, other=0.0)
-        off = bits(tl.where(both, lam - last, 0.0))
-        tl.atomic_max(found + sweep * batch + b, tl.max(tl.max(off, 1), 0))
+        tl.atomic_max(off, tl.max(bits(tl.where(both, lam - last, 0.0)), 1), mask=real)
+    tl.atomic_max(off + batch * n, tl.max(bits(lam), 1), mask=real)
     into += (1 - parity) * extent * dim
     tl.store(state + into, lam, mask=both)
     if narrow is not None:
@@ -314,7 +318,7 @@ def through_map(
 @triton.jit(do_not_specialize=["n", "length", "batch", "sweep"])
 def own_columns(
     f, us, inverses, key, query, inverse, turn, made, found, allowed, key_b, key_h, key_n, turn_b, turn_half,
-    batch, length, where, n, sweep,
+    batch, length, where, n, sweep, rtol,
     scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, hp: tl.constexpr,
     wide: tl.constexpr,
 ):  # fmt: skip
@@ -343,6 +347,7 @@ def own_columns(
         where: The block's first row, on the device, so that a graph of launches serves all blocks.
         n: Its rows.
         sweep: Which sweep, from 0.
+        rtol: As in `solved`.
         scale: Factor on the scores.
         heads: H.
         groups: G.
@@ -352,7 +357,7 @@ def own_columns(
     """
     first = tl.load(where)
     b = tl.program_id(1).to(tl.int64)
-    if solved(found, allowed, sweep - 1, b, batch, wide):
+    if solved(found, allowed, sweep - 1, b, batch, n, rtol, wide):
         return
     i = tl.program_id(0)
     shared: tl.constexpr = heads // groups
@@ -385,28 +390,35 @@ def own_columns(
         tl.store(into, total.to(made.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["batch", "sweeps"])
-def judge_adjoint(found, allowed, status, residual, batch, sweeps, wide: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "batch", "sweeps"])
+def judge_adjoint(found, allowed, status, largest, batch, n, sweeps, rtol, wide: tl.constexpr):
     """The sweep at which a sample was solved, -1 if it is not.
 
     Args:
         found: As in `solved`.
         allowed: As there.
         status: `[B]`, filled.
-        residual: `[B]`, filled where it is solved.
+        largest: Largest residual, `[B]`, raised where it is solved.
         batch: B.
+        n: Rows of the block.
         sweeps: How many there were.
+        rtol: As in `solved`.
         wide: Type of what the bits in `found` are of.
     """
     b = tl.program_id(0).to(tl.int64)
     at_last = -1
     for i in range(sweeps):
         sweep = sweeps - 1 - i
-        if solved(found, allowed, sweep, b, batch, wide):
+        if solved(found, allowed, sweep, b, batch, n, rtol, wide):
             at_last = sweep
     tl.store(status + b, at_last)
     if at_last >= 0:
-        tl.store(residual + b, tl.load(found + at_last * batch + b).to(wide, bitcast=True))
+        worst = tl.load(largest + b)
+        for i in range(0, n, SPAN):
+            at = i + tl.arange(0, SPAN)
+            off = tl.load(found + (2 * at_last * batch + b) * n + at, mask=at < n, other=0).to(wide, bitcast=True)
+            worst = tl.maximum(worst, tl.max(off, 0))
+        tl.store(largest + b, worst)
 
 
 @triton.jit(do_not_specialize=["n", "length", "batch"])

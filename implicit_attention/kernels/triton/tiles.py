@@ -1,24 +1,12 @@
-"""What the kernels of a diagonal block share: tiles of 16 rows, the query map's norm and rotation, autotuning."""
+"""What the kernels of a diagonal block share: tiles of 16 rows, the query map's norm and rotation; bits of numbers."""
 
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton import interpreted
-
 ROWS = 16  # rows that are settled together: the least that a product of matrices takes
 R = tl.constexpr(ROWS)
-
-
-def configurations() -> list[triton.Config]:
-    """The table that `triton.autotune` picks from; one entry in the interpreter, where there is nothing to tune.
-
-    Loads must not be moved ahead of the barriers that guard the scratch: no software pipeline (`num_stages=1`).
-
-    Returns:
-        The configurations.
-    """
-    warps = (4,) if interpreted() else (4, 8, 16)
-    return [triton.Config({}, num_warps=count, num_stages=1) for count in warps]
+# Loads must not be moved ahead of the barriers that guard the scratch: no software pipeline.
+LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit

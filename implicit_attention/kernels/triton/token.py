@@ -1,8 +1,8 @@
-"""The row equation of one token per sample, one program each: what is left of a decode step after its attention.
+"""A decoded token per sample: what is left of a step beside products of matrices and one attention.
 
 All other columns are known, so attention over them is, and the token's output is `a + p (v - a)` per head. What Omega_Q
-makes of both ends is found before, by a product of matrices. A program finds the row's equation, its root and the query.
-Nothing is read by the host on the way.
+makes of both ends is a product of matrices. One program per sample finds the row's equation, its root, the output and
+the query. Nothing is read by the host on the way.
 """
 
 import triton
@@ -12,21 +12,123 @@ from implicit_attention.kernels.triton.row_equation import add_group, evaluate, 
 
 
 @triton.jit
+def _turned(q, other, turn, at, dim: tl.constexpr):
+    """Rotate `[h, d]` by cosines and sines `turn` `[2, d / 2]`, given what stands in the other half of each row."""
+    half: tl.constexpr = dim // 2
+    low = at < half
+    place = tl.where(low, at, at - half)
+    cos = tl.load(turn + place, mask=at < dim, other=0.0)
+    sin = tl.load(turn + half + place, mask=at < dim, other=0.0)
+    return q * cos[None, :] + other * tl.where(low, -sin, sin)[None, :]
+
+
+@triton.jit
+def prepare_keys(
+    made, temperature, turn, key, scaled, turn_b, scale: tl.constexpr, eps: tl.constexpr, dim: tl.constexpr,
+    dp: tl.constexpr, heads: tl.constexpr,
+):  # fmt: skip
+    """Norm, temper and rotate one head's key of a sample.
+
+    Args:
+        made: `[B, H, d]`, contiguous.
+        temperature: `[H]` in the type of `made`, or None: no norm either.
+        turn: Cosines and sines of each sample, `[1 or B, 2, d / 2]`, or None.
+        key: As `made`, filled with the key as it enters scores.
+        scaled: `[B, H, d]`, filled with the key before its rotation times `scale`.
+        turn_b: Stride of samples, or 0.
+        scale: Factor on the scores.
+        eps: Of the norm.
+        dim: d.
+        dp: d, padded to a power of two.
+        heads: H.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(0)
+    wide: tl.constexpr = scaled.dtype.element_ty
+    narrow: tl.constexpr = key.dtype.element_ty
+    at = tl.arange(0, dp)
+    real = at < dim
+    half: tl.constexpr = dim // 2
+    of = (b * heads + h) * dim
+    other = tl.where(at < half, at + half, at - half)
+    k = tl.load(made + of + at, mask=real, other=0.0).to(wide)
+    swapped = tl.load(made + of + other, mask=real & (other < dim), other=0.0).to(wide)
+    if temperature is not None:
+        norm = 1.0 / tl.sqrt(tl.sum(k * k, 0) / dim + eps)
+        warmth = tl.load(temperature + h).to(wide)
+        k = ((k * norm).to(narrow).to(wide) * warmth).to(narrow).to(wide)
+        swapped = ((swapped * norm).to(narrow).to(wide) * warmth).to(narrow).to(wide)
+    tl.store(scaled + of + at, k * scale, mask=real)
+    if turn is not None:
+        k = tl.reshape(_turned(k[None, :], swapped[None, :], turn + b * turn_b, at, dim), [dp])
+    tl.store(key + of + at, k.to(narrow), mask=real)
+
+
+@triton.jit
+def prepare_ends(
+    a, value, ends, value_b, value_g, a_b, a_h, batch, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
+    dp: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """Put attention over the columns before, and the way from there to the value, where Omega_Q is applied by head.
+
+    Args:
+        a: `[B, H, d]`.
+        value: `[B, G, d]`.
+        ends: `[H, 2 B, d]`, filled.
+        value_b: Stride of samples.
+        value_g: Of groups.
+        a_b: Of samples.
+        a_h: Of heads.
+        batch: B.
+        heads: H.
+        groups: G.
+        dim: d.
+        dp: d, padded to a power of two.
+        wide: Type in which the way is taken.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(0)
+    at = tl.arange(0, dp)
+    real = at < dim
+    start = tl.load(a + b * a_b + h * a_h + at, mask=real, other=0.0).to(wide)
+    v = tl.load(value + b * value_b + (h // (heads // groups)) * value_g + at, mask=real, other=0.0).to(wide)
+    into = ends + (h * 2 * batch + b) * dim + at
+    tl.store(into, start.to(ends.dtype.element_ty), mask=real)
+    tl.store(into + batch * dim, (v - start).to(ends.dtype.element_ty), mask=real)
+
+
+@triton.jit
 def settle_token(
-    key, made, lse, p, moved, query, grams,
+    key, made, fixed, lse, a, value, turn, p, moved, query, y, judged, grams,
+    fixed_b, value_b, value_g, a_b, a_h, turn_b, batch, rtol, atol,
     eps: tl.constexpr, normed: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     dp: tl.constexpr, hp: tl.constexpr,
 ):  # fmt: skip
     """Solve the equation of one token per sample.
 
     Args:
-        key: Scaled, before its rotation, `[B, H, d]`, in the type of the state, as are `made` and `lse`.
-        made: The query before its norm as a linear map of `(1, p)`, `[B, G, 1 + H, d]`.
-        lse: The log-sum-exp of all other columns, `[B, H]`.
-        p: `[B, H]`, filled with the weights on the own column.
-        moved: `[B, H]`, filled with how far one more step would move them; inf in samples that are not solved.
-        query: `[B, G, d]`, filled with the query of the output before its rotation.
+        key: Scaled, before its rotation, `[B, H, d]`, in the type of the state.
+        made: What Omega_Q makes of each head's `a`, and of `v - a`, `[H, 2 B, G d]`.
+        fixed: What is added to that, `[1 or B, G d]`, or None.
+        lse: The log-sum-exp of all other columns, `[B, H]`, in the type of the state.
+        a: Attention over them, `[B, H, d]`; read with `y`, as are those that follow.
+        value: `[B, G, d]`.
+        turn: Cosines and sines of each sample, `[1 or B, 2, d / 2]`, or None.
+        p: `[B, H]`, filled with the weights on the own column, or None.
+        moved: `[B, H]`, filled with how far one more step would move them, inf where they are not solved for; or None.
+        query: `[B, G, d]`, filled with the query of the output, rotated; used with `y`.
+        y: The output, `[B, H, d]`, filled, or None.
+        judged: `[3, B]`, filled with its residual, that over its size, and 1 where it is within tolerance, else 0.
         grams: Scratch, `[B, G, hp hp + hp + 1]`.
+        fixed_b: Stride of samples, or 0.
+        value_b: Of samples.
+        value_g: Of groups.
+        a_b: Of samples.
+        a_h: Of heads.
+        turn_b: Of samples, or 0.
+        batch: B.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
         eps: Of the norm.
         normed: Whether queries are normed.
         heads: H.
@@ -36,24 +138,28 @@ def settle_token(
         hp: H, padded likewise.
     """
     b = tl.program_id(0).to(tl.int64)
-    wide: tl.constexpr = made.dtype.element_ty
+    wide: tl.constexpr = lse.dtype.element_ty
     shared: tl.constexpr = heads // groups
+    half: tl.constexpr = dim // 2
     h = tl.arange(0, hp)
     at = tl.arange(0, dp)
+    other = tl.where(at < half, at + half, at - half)
     real = h < heads
     within = at < dim
-    made += b * groups * (1 + heads) * dim
+    every = real[:, None] & within[None, :]
+    ends = made + (h.to(tl.int64) * 2 * batch + b)[:, None] * (groups * dim)
+    ways = ends + batch.to(tl.int64) * groups * dim
     grams += b * groups * (hp * hp + hp + 1)
     alpha = tl.zeros([hp], wide)
     beta = tl.zeros([hp, hp], wide)
     for g in range(groups):
-        of = made + g * (1 + heads) * dim
-        base = tl.load(of + at, mask=within, other=0.0)
-        way = of + (1 + h)[:, None] * dim + at[None, :]
-        ways = tl.load(way, mask=real[:, None] & within[None, :], other=0.0)
+        base = tl.sum(tl.load(ends + g * dim + at[None, :], mask=every, other=0.0).to(wide), 0)
+        if fixed is not None:
+            base += tl.load(fixed + b * fixed_b + g * dim + at, mask=within, other=0.0).to(wide)
+        way = tl.load(ways + g * dim + at[None, :], mask=every, other=0.0).to(wide)
         mine = (real & (h // shared == g))[:, None] & within[None, :]
         own_key = tl.load(key + (b * heads + h)[:, None] * dim + at[None, :], mask=mine, other=0.0)
-        alpha, beta = add_group(alpha, beta, base, ways, own_key, grams, g, 1.0, eps, normed, dim, hp)
+        alpha, beta = add_group(alpha, beta, base, way, own_key, grams, g, 1.0, eps, normed, dim, hp)
     tl.debug_barrier()
 
     offset = -tl.load(lse + b * heads + h, mask=real, other=float("inf")).to(tl.float64)
@@ -64,14 +170,40 @@ def settle_token(
     beta = beta.to(tl.float64)
     root, solved = solve_row(alpha, beta, offset, gram, heads, groups, hp)
     target, _ = evaluate(alpha, beta, offset, gram, root, heads, groups, hp)
-    off = tl.where(solved, tl.abs(target - root), float("inf"))
-    tl.store(p + b * heads + h, root.to(wide), mask=real)
-    tl.store(moved + b * heads + h, off.to(wide), mask=real)
-    for g in range(groups):
-        of = made + g * (1 + heads) * dim
-        ways = of + (1 + h)[:, None] * dim + at[None, :]
-        ways = tl.load(ways, mask=real[:, None] & within[None, :], other=0.0)
-        q = tl.load(of + at, mask=within, other=0.0) + tl.sum(root.to(wide)[:, None] * ways, 0)
-        if normed:
-            q = q / tl.sqrt(tl.sum(q * q, 0) / dim + eps)
-        tl.store(query + (b * groups + g) * dim + at, q, mask=within)
+    off = tl.where(solved, tl.abs(target - root), float("inf")).to(wide)
+    root = root.to(wide)
+    if p is not None:
+        tl.store(p + b * heads + h, root, mask=real)
+        tl.store(moved + b * heads + h, off, mask=real)
+    if y is not None:
+        start = tl.load(a + b * a_b + (h * a_h)[:, None] + at[None, :], mask=every, other=0.0).to(wide)
+        v = value + b * value_b + (h // shared * value_g)[:, None] + at[None, :]
+        step = tl.load(v, mask=every, other=0.0).to(wide) - start
+        out = start + root[:, None] * step
+        tl.store(y + (b * heads + h)[:, None] * dim + at[None, :], out.to(y.dtype.element_ty), mask=every)
+        size = tl.max(tl.max(tl.abs(out), 1), 0)
+        residual = tl.max(tl.where(real, off * tl.max(tl.abs(step), 1), 0.0), 0)
+        lost = tl.sum(tl.sum(tl.where(tl.abs(out) < float("inf"), 0, 1), 1), 0)
+        fine = (residual <= atol + rtol * size) & (lost == 0) & (solved != 0)
+        tl.store(judged + b, residual)
+        tl.store(judged + batch + b, residual / tl.maximum(size, 1e-30))
+        tl.store(judged + 2 * batch + b, tl.where(fine, 1.0, 0.0).to(wide))
+        for g in range(groups):
+            q = tl.sum(tl.load(ends + g * dim + at[None, :], mask=every, other=0.0).to(wide), 0)
+            q += tl.sum(root[:, None] * tl.load(ways + g * dim + at[None, :], mask=every, other=0.0).to(wide), 0)
+            if fixed is not None:
+                q += tl.load(fixed + b * fixed_b + g * dim + at, mask=within, other=0.0).to(wide)
+            if normed:
+                q = q / tl.sqrt(tl.sum(q * q, 0) / dim + eps)
+            if turn is not None:
+                halves = every & (other < dim)[None, :]
+                swapped = tl.sum(tl.load(ends + g * dim + other[None, :], mask=halves, other=0.0).to(wide), 0)
+                way = tl.load(ways + g * dim + other[None, :], mask=halves, other=0.0).to(wide)
+                swapped += tl.sum(root[:, None] * way, 0)
+                if fixed is not None:
+                    at_other = fixed + b * fixed_b + g * dim + other
+                    swapped += tl.load(at_other, mask=within & (other < dim), other=0.0).to(wide)
+                if normed:
+                    swapped = swapped / tl.sqrt(tl.sum(swapped * swapped, 0) / dim + eps)
+                q = tl.reshape(_turned(q[None, :], swapped[None, :], turn + b * turn_b, at, dim), [dp])
+            tl.store(query + (b * groups + g) * dim + at, q.to(query.dtype.element_ty), mask=within)

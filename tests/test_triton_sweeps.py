@@ -1,0 +1,265 @@
+"""Sweeps over blocks of many rows in Triton, against the torch blocks: outputs, gradients, and who does what.
+
+Without a device they run in Triton's interpreter, with the smallest blocks that have several tiles.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from implicit_attention import forward_substitution as substitution
+from implicit_attention.causal_system import CausalSystem
+from implicit_attention.diagonal import BlockAdjointSolver, BlockSolver, Unsettled
+from implicit_attention.errors import NonFiniteError
+from implicit_attention.triton_blocks import sweeps
+from implicit_attention.triton_blocks.engine import AdjointKernel, ForwardKernel
+from tests.test_triton_blocks import DEVICE, F64, OPTIONS, assert_same, inputs, make, refuse, run
+
+pytestmark = pytest.mark.usefixtures("brisk_interpreter", "narrow_blocks")
+BLOCK = 8  # rows that are left to the other kernel
+
+
+@pytest.fixture
+def narrow_blocks(monkeypatch):
+    """Sweep over 32 rows, so that 45 are a whole block and a part of one."""
+    monkeypatch.setattr(sweeps, "WIDEST", ((0, 32),))
+
+
+@pytest.fixture
+def swept_alone(monkeypatch):
+    """Refuse whatever else could settle a block."""
+    for kernel, name in ((BlockSolver, "settle"), (BlockAdjointSolver, "solve"), (ForwardKernel, "settle"),
+                         (AdjointKernel, "solve")):  # fmt: skip
+        monkeypatch.setattr(kernel, name, refuse)
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """A record of the blocks: rows, direction and whether sweeps settled them."""
+    record, settle, solve = [], sweeps.ForwardSweeps.settle, sweeps.AdjointSweeps.solve
+
+    def forward(self, rows):
+        record.append(("forward", rows.start, rows.stop, settle(self, rows)))
+        return record[-1][-1]
+
+    def backward(self, rows, *, exactly):
+        record.append(("exactly" if exactly else "backward", rows.start, rows.stop, solve(self, rows, exactly=exactly)))
+        return record[-1][-1]
+
+    monkeypatch.setattr(sweeps.ForwardSweeps, "settle", forward)
+    monkeypatch.setattr(sweeps.AdjointSweeps, "solve", backward)
+    return record
+
+
+@pytest.mark.parametrize("n", [9, 32, 45], ids=lambda n: f"N{n}")
+def test_equals_torch(n, poisoned):
+    assert_same(inputs(2, n, 32), 1e-8, 1e-7, block=BLOCK)
+
+
+@pytest.mark.parametrize("name", ["alibi", "input", "self-input", "self-input-alibi", "window", "groups", "identity"])
+def test_equals_torch_for_every_option(name, poisoned):
+    options = {"heads": 2, **OPTIONS[name]}
+    assert_same(inputs(1, 45, 32 * options["heads"] // 2), 1e-6, 1e-5, block=BLOCK, **options)
+
+
+@pytest.mark.parametrize("name", ["norm", "rope", "relative"])
+def test_equals_torch_where_sweeps_are_slow(name, poisoned):
+    """Norms over 16 numbers make heavy rows: halved blocks, the other kernel, own columns solved for."""
+    assert_same(inputs(1, 38, 32), 1e-5, 1e-4, block=BLOCK, **OPTIONS[name])
+
+
+@pytest.mark.parametrize(("embed", "heads"), [(16, 1), (64, 4), (64, 2)], ids=str)
+def test_equals_torch_for_any_head_dimension(embed, heads, poisoned):
+    assert_same(inputs(1, 33, embed), 1e-7, 1e-6, heads=heads, block=BLOCK)
+
+
+def test_dimensions_that_are_no_powers_of_two_are_left_to_the_other_kernel(swept):
+    assert_same(inputs(1, 17, 48), 1e-6, 1e-5, block=BLOCK)
+    assert not swept
+
+
+def test_blocks_are_swept_and_nothing_else(swept_alone, swept):
+    run("triton", inputs(2, 45, 32), 1e-5, block=BLOCK)
+    assert swept == [
+        ("forward", 0, 32, True), ("forward", 32, 45, True), ("backward", 32, 45, True), ("backward", 0, 32, True),
+    ]  # fmt: skip
+
+
+def test_after_a_cache(swept):
+    """Rows that see columns before the first."""
+    x, found = inputs(2, 45, 32), []
+    for kernel, tol in (("triton", 1e-9), ("torch", 1e-11)):
+        layer = make(kernel, tol, x.dtype, embed=32, block=BLOCK)
+        cache = layer.make_cache(2, 45)
+        with torch.no_grad():
+            layer(x[:, :13], cache=cache)
+            found.append(layer(x[:, 13:], cache=cache))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-8)
+    assert swept[-1] == ("forward", 0, 32, True)
+
+
+def with_two_roots(row):
+    """A map whose row has two stable roots, one of them where the iteration starts: its weight on itself is tiny there.
+
+    With all other columns' output a, `p = sigmoid(w . a - l + w . (v - a) p)`; v is chosen so that the slope is 12.
+    """
+    layer = make("torch", 1e-12, F64, embed=32, heads=1)
+    with torch.no_grad():
+        equation = layer.equation(inputs(1, 45, 32))
+    args = [a.detach().clone() for a in equation.args]
+    named = dict(zip(equation.function.names, args, strict=True))
+    y = layer.solver.equilibrium(equation.function, tuple(args), F64).value[0, row]
+    way, value = named["key"][0, 0, row] * layer.scale, named["value"][0, 0, row].clone()
+    p = equation.function.weights(layer.solver.equilibrium(equation.function, tuple(args), F64).value, *args)
+    a = (y - p[0, 0, row, row] * value) / (1.0 - p[0, 0, row, row])
+    named["value"][0, 0, row] = a + 12.0 * way / (way @ way)
+    return equation.function, tuple(args)
+
+
+@pytest.mark.parametrize("row", [5, 40], ids=["first-block", "later-block"])
+def test_rows_are_taken_to_the_roots_that_are_wanted(row, monkeypatch, swept):
+    checked, check = [], sweeps.ForwardSweeps._check_roots
+
+    def checking(self, *args):
+        checked.append(check(self, *args))
+        return checked[-1]
+
+    monkeypatch.setattr(sweeps.ForwardSweeps, "_check_roots", checking)
+    function, args = with_two_roots(row)
+    solver = substitution.ForwardSubstitution(rtol=1e-7, atol=1e-7, kernel="triton", block=BLOCK)
+    with torch.no_grad():
+        found = solver.equilibrium(function, args, F64)
+        wanted = make("torch", 1e-11, F64).solver.equilibrium(function, args, F64).value
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.value, wanted, rtol=1e-5, atol=1e-5)
+    assert float(function.weights(wanted, *args)[0, 0, row, row]) > 0.9
+    if row == 40:
+        assert checked == [False], "the row was taken to its root, which is not far from where y = v is"
+        assert swept == [("forward", 0, 32, True), ("forward", 32, 45, True)]
+
+
+def test_own_columns_are_solved_for_where_sweeps_are_slow(swept):
+    x = inputs(1, 45, 32)
+    solution, grads = run("triton", x, 1e-6, qk_norm=True, block=BLOCK)
+    other, other_grads = run("torch", x, 1e-10, qk_norm=True, block=BLOCK)
+    assert bool(solution.converged.all())
+    assert any(kind == "exactly" and done for kind, *_, done in swept)
+    torch.testing.assert_close(solution.value, other.value, rtol=1e-5, atol=1e-5)
+    scale = max(float(g.abs().max()) for g in other_grads)
+    for mine, theirs in zip(grads, other_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-4 * scale)
+
+
+def test_residual_is_that_of_the_value_returned(swept_alone):
+    x = inputs(2, 45, 32)
+    layer = make("triton", 1e-3, x.dtype, embed=32, block=BLOCK)
+    with torch.no_grad():
+        solution = layer.solve(x)
+        equation = layer.equation(x)
+        again = (equation.function(solution.value, *equation.args) - solution.value).abs().amax(-1)
+    torch.testing.assert_close(solution.residual, again, rtol=1e-6, atol=1e-13)
+    assert float(again.max()) > 1e-5, "samples stop when they are within tolerance"
+
+
+def test_same_bits_alone_and_in_a_batch(swept_alone):
+    x = inputs(3, 45, 32, dtype=torch.float32)
+    found = []
+    for of in (x, x[1:2]):
+        leaf = of.clone().requires_grad_()
+        solution = make("triton", 1e-4, x.dtype, embed=32, block=BLOCK).solve(leaf)
+        (grad,) = torch.autograd.grad(solution.value.square().sum(), leaf)
+        found.append((solution.value.detach(), solution.residual.detach(), grad))
+    for whole, alone in zip(*found, strict=True):
+        assert torch.equal(alone, whole[1:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_lower_precision_is_as_exact_as_torch(dtype, swept_alone):
+    tol, x = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype], inputs(1, 45, 32).to(dtype)
+    eps = torch.finfo(dtype).eps
+
+    def found(kernel, of):
+        layer = make(kernel, tol if of is dtype else 1e-11, dtype, embed=32, block=BLOCK)
+        leaf = x.to(of).requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            if kernel == "torch":
+                patch.setattr(BlockSolver, "settle", SETTLE)
+                patch.setattr(BlockAdjointSolver, "solve", SOLVE)
+            value = layer.to(of).solve(leaf).value
+            weight = inputs(*value.shape, seed=1).to(of)
+            grads = torch.autograd.grad(value, [leaf, *layer.parameters()], weight)
+        return value.detach().double(), [g.double() for g in grads]
+
+    exact, exact_grads = found("torch", F64)
+    rough, rough_grads = found("torch", dtype)
+    ours, our_grads = found("triton", dtype)
+    assert float((ours - exact).abs().max()) <= 2 * float((rough - exact).abs().max()) + tol + eps
+    for mine, other, theirs in zip(our_grads, rough_grads, exact_grads, strict=True):
+        floor = 4 * (tol + eps) * float(theirs.abs().max())
+        assert float((mine - theirs).abs().max()) <= 2 * float((other - theirs).abs().max()) + floor
+
+
+SETTLE, SOLVE = BlockSolver.settle, BlockAdjointSolver.solve
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+def test_nan_is_an_error():
+    x = inputs(2, 45, 32)
+    x[1, 20, 3] = torch.nan
+    with pytest.raises((NonFiniteError, ValueError)), torch.no_grad():
+        make("triton", 1e-6, x.dtype, embed=32, block=BLOCK).solve(x)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+def test_a_block_that_does_not_settle_is_as_it_was():
+    x = inputs(2, 32, 32)
+    layer = make("triton", 1e-9, x.dtype, embed=32, block=BLOCK)
+    equation = layer.equation(x)
+    args = [a.detach().clone() for a in equation.args]
+    args[equation.function.names.index("key")][1, :, 17] = torch.nan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps, "MOST_SWEEPS", 4)
+        forward = substitution._Forward(CausalSystem(equation.function, tuple(args)), layer.solver, x.dtype)
+        before = forward.y.clone(), forward.lse.clone(), forward.residual.clone()
+        assert not forward.swept.settle(slice(0, 32))
+    for now, then in zip((forward.y, forward.lse, forward.residual), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_what_followed_on_a_block_that_had_not_settled_is_done_again(monkeypatch):
+    """Blocks are gone on from before they are known to have settled; on a device alone, so here it is pretended."""
+    cautious, check = [], sweeps.ForwardSweeps.check
+
+    def late(self):
+        cautious.append(not self.hopeful)
+        if len(cautious) == 2:
+            raise Unsettled
+        check(self)
+
+    x = inputs(2, 45, 32)
+    wanted = run("triton", x, 1e-8, block=BLOCK)[0].value
+    monkeypatch.setattr(sweeps._Sweeps, "check", late)
+    begun = []
+    init = sweeps._Sweeps.__init__
+    monkeypatch.setattr(
+        sweeps._Sweeps, "__init__", lambda self, s, r, cautious: begun.append(cautious) or init(self, s, r, cautious)
+    )
+    with torch.no_grad():
+        found = make("triton", 1e-8, x.dtype, embed=32, block=BLOCK).solve(x).value
+    assert begun == [False, True]
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs are of devices")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_graphs_give_the_bits_of_single_launches(dtype, monkeypatch):
+    x, found = inputs(2, 480, 128, dtype=dtype), []
+    for graphs in (True, False):
+        if not graphs:
+            monkeypatch.setattr(sweeps._Sweeps, "launch", lambda self, key, n, work: work())
+            monkeypatch.setattr(sweeps._Sweeps, "goes_on", lambda self, n: False)
+        leaf = x.clone().requires_grad_()
+        value = make("triton", 1e-2, dtype, embed=128, block=16).solve(leaf).value
+        found.append((value.detach(), *torch.autograd.grad(value.float().square().sum(), leaf)))
+    assert torch.equal(found[0][0], found[1][0])

@@ -172,6 +172,7 @@ def test_results_are_those_that_were_measured():
         f"which a GRU learned to {gru[0]} and {gru[1]}, it left at chance ({chance[0]} and {chance[1]})",
         f"it needed {score('bytes-1', 'implicit')} bits where two ordinary",
         f"layers needed {score('bytes-1', 'ordinary-2')}",
+        f"in four blocks {score('bytes-4', 'implicit')} where a GRU needed {score('bytes-4', 'gru')}",
         f"without a causal mask {price('digits'):.0f} times",
         f"error of {score('digits', 'implicit')}, ordinary attention, looped, with {score('digits', 'looped')}",
     ):
@@ -179,3 +180,6 @@ def test_results_are_those_that_were_measured():
     assert all(2 <= round(price(table)) <= 3 for table in ("recall-64", "recall-128", "parity", "words-s3", "khop-48"))
     assert all(run["solved_at"] for table in recall for run in results()[table]["implicit"])
     assert [len(results()[table]["implicit"]) for table in recall] == [5, 5]
+    solved = {row: [bool(run["solved_at"]) for run in results()["recall-256"][row]] for row in ("implicit", "ordinary-2")}
+    assert [sum(of) for of in solved.values()] == [4, 0], "four of five seeds, and none"
+    assert [len(of) for of in solved.values()] == [5, 5]

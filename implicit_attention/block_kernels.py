@@ -119,7 +119,7 @@ def chosen(kernel: str, system: CausalSystem) -> str:
 
     Args:
         kernel: What is asked for: "auto" takes numba where it is installed, where it serves the map, and where it
-            pays; Triton's kernels, which have not run on a device yet, only if they are asked for.
+            pays; Triton's kernels, which have been measured in part alone, only if they are asked for.
         system: The map.
 
     Returns:

@@ -140,7 +140,7 @@ def _in_few(
     assert layer.Omega_Q.weight is not None
     temperature = None if layer.temperature is None else layer.temperature.to(made.dtype)
     key, scaled = kernels.keys(
-        made.unflatten(-1, (layer.num_heads, -1)), temperature, rotation, layer.scale, NORM_EPS
+        made.view(*made.shape[:2], layer.num_heads, -1), temperature, rotation, layer.scale, NORM_EPS
     )
     a, lse = _attend(layer, key, past)
     fixed = None if layer.W_Q is None else layer.W_Q(x)[:, 0]

@@ -31,11 +31,12 @@ class ForwardSubstitution(DirectSolver):
     """The exact solver of causal maps: about one attention pass plus the diagonal blocks, for any weights.
 
     Attributes:
-        block: Rows of a diagonal block; one that does not settle is halved, down to single rows.
+        block: Rows of a diagonal block; one that does not settle is halved, down to single rows. Triton's kernels
+            sweep over wider ones first.
         kernel: What computes the diagonal blocks: "torch"; "numba" (the extra `cpu`; float32 and float64 on the CPU
             without dropout), several times faster, but compiled for a minute or two when it is first used on a
-            machine; "triton" (the extra `gpu`; CUDA devices, without dropout; not run on a device yet); or "auto":
-            numba where it is installed and serves. See `kernel_for`.
+            machine; "triton" (the extra `gpu`; CUDA devices, without dropout); or "auto": numba where it is installed and
+            serves. See `kernel_for`.
         fallback: What solves the equations that have no causal structure to go by: adjoints that are
             differentiated again or taken under torch.func transforms.
 
@@ -219,9 +220,7 @@ class _Forward:
         sweeps = block_kernels.sweeper(solver.kernel, system)
         if sweeps is not None and system.length > solver.block:
             self.widest = max(solver.block, sweeps.widest(system.length))
-            self.swept = sweeps.ForwardSweeps(
-                system, into, self.widest, self.rtol, self.atol, cautious=cautious
-            )
+            self.swept = sweeps.ForwardSweeps(system, into, self.widest, self.rtol, self.atol, cautious=cautious)
         kernel: Any = self.compiled
         self.merger: block_kernels.Merger | None = kernel if isinstance(kernel, block_kernels.Merger) else None
 
@@ -424,7 +423,7 @@ class _Backward:
             self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))
 
     def _sweep(self, sweeper: block_kernels.AdjointSweeper, rows: slice) -> bool:
-        """Sweep a block, if need be with the rows' own columns solved for; the first rows of all want the most sweeps."""
+        """Sweep a block, if need be with own columns solved for; the first rows of all want the most sweeps."""
         first, few = self.system.past + rows.start == 0, rows.stop - rows.start <= EXACTLY
         swept = (few or not first) and sweeper.solve(rows, exactly=False)
         return swept or (few and sweeper.solve(rows, exactly=True))
@@ -450,10 +449,7 @@ class _Backward:
         return within
 
     def solution(self) -> AdjointSolution:
-        """Solve, and return what was found by tensor of the map, in its dtype.
-
-        Past columns are constants: rows see them all.
-        """
+        """Solve; what was found, by tensor of the map, in its dtype. Past columns are constants: rows see them all."""
         self.descend(0, self.system.length, self.widest)
         if self.swept is not None:
             self.swept.check()

@@ -14,7 +14,8 @@ from implicit_attention.kernels.triton import adjoint, forward, merge, residual,
 
 KERNELS = {
     "forward": forward.settle_block, "adjoint": adjoint.solve_block, "merge": merge.merge_rows,
-    "token": token.settle_token, "token-keys": token.prepare_keys, "token-ends": token.prepare_ends, "residual": residual.largest_in_rows,
+    "token": token.settle_token, "token-keys": token.prepare_keys, "token-ends": token.prepare_ends,
+    "residual": residual.largest_in_rows,
 }  # fmt: skip
 SWEEPS = {
     "begin": sweep.begin_rows, "queries": sweep.make_queries, "attend": sweep.attend_rows, "judge": sweep.judge_rows,
@@ -27,14 +28,24 @@ SWEEPS = {
 }  # fmt: skip
 KERNELS |= SWEEPS
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
-OPTIONAL = {"constant": "bias", "bias": "bias", "start": "start", "inverse": "norm", **{name: name for name in ("added", "turn", "given", "strict")}}
+OPTIONAL = {"constant": "bias", "inverse": "norm"} | {
+    name: name for name in ("bias", "start", "added", "turn", "given", "strict")
+}
 NARROW = {
     "key", "value", "weight", "constant", "added", "given", "query", "grad", "out", "source", "bias", "narrow", "made",
 }  # fmt: skip
 FLOATS = {"rtol", "atol", "far", "same_root", "slow_ratio", "too_far"}
 CONSTANTS = {
-    "scale": 0.25, "eps": 1e-6, "near_singular": 1e-3, "heads": 4, "groups": 2, "dim": 24, "dp": 32, "hp": 16,
-    "rows_": 32, "span": 4096,
+    "scale": 0.25,
+    "eps": 1e-6,
+    "near_singular": 1e-3,
+    "heads": 4,
+    "groups": 2,
+    "dim": 24,
+    "dp": 32,
+    "hp": 16,
+    "rows_": 32,
+    "span": 4096,
 }
 OF_SWEEPS = {
     "dim": 64, "span": 2, "depth": 64, "columns_": 64, "samples_": 8, "strictly": False, "raises": True, "hp": 16,
@@ -42,13 +53,15 @@ OF_SWEEPS = {
 TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
     "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "p", "moved", "f", "grams", "start",
-    "before", "state", "new_lse", "delta", "us", "inverses", "fixed", "a", "ends", "temperature", "scaled", "judged",
+    "before", "state", "new_lse", "delta", "us", "inverses", "fixed", "a", "ends", "temperature", "scaled", "judged", "largest",
 }  # fmt: skip
 STRIDES = {"_b", "_h", "_g", "_n", "_o"}
 INTEGERS = {
     "forward": {"sweeps": "*i64", "status": "*i64"},
     "adjoint": dict.fromkeys(("sweeps", "status", "suspect"), "*i32"),
-    "hand-over": {"sweeps": "*i64"}, "attend": {"far": "*i32"}, "judge": {"far": "*i32"},
+    "hand-over": {"sweeps": "*i64"},
+    "attend": {"far": "*i32"},
+    "judge": {"far": "*i32"},
 }
 
 
@@ -84,8 +97,15 @@ def main(name: str, kind: str, *options: str) -> None:
     if name in ("queries", "through-map"):
         launch = {"num_warps": 8, "num_stages": 3}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
-    print(name, kind, *options, f"{made.metadata.shared} bytes of shared memory", f"{len(made.asm['cubin'])} of code",
-          "wgmma" if "wgmma" in made.asm["ptx"] else "", "async" if "cp.async" in made.asm["ptx"] else "")
+    print(
+        name,
+        kind,
+        *options,
+        f"{made.metadata.shared} bytes of shared memory",
+        f"{len(made.asm['cubin'])} of code",
+        "wgmma" if "wgmma" in made.asm["ptx"] else "",
+        "async" if "cp.async" in made.asm["ptx"] else "",
+    )
 
 
 main(*sys.argv[1:])

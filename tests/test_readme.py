@@ -180,6 +180,8 @@ def test_results_are_those_that_were_measured():
     assert all(2 <= round(price(table)) <= 3 for table in ("recall-64", "recall-128", "parity", "words-s3", "khop-48"))
     assert all(run["solved_at"] for table in recall for run in results()[table]["implicit"])
     assert [len(results()[table]["implicit"]) for table in recall] == [5, 5]
-    solved = {row: [bool(run["solved_at"]) for run in results()["recall-256"][row]] for row in ("implicit", "ordinary-2")}
+    solved = {
+        row: [bool(run["solved_at"]) for run in results()["recall-256"][row]] for row in ("implicit", "ordinary-2")
+    }
     assert [sum(of) for of in solved.values()] == [4, 0], "four of five seeds, and none"
     assert [len(of) for of in solved.values()] == [5, 5]

@@ -7,7 +7,8 @@ softmax can be differentiated apart. A causal mask it aligns to the last row and
 only where there are as many rows as columns.
 
 cuDNN's kernel (`native/cudnn/MHA.cpp`) does the same, on Hopper in two thirds of the time, but prepares itself for
-every new shape for some 40 ms: it takes large calls without a mask, unless `torch.backends.cuda.enable_cudnn_sdp(False)`.
+every new shape for some 40 ms: it takes large calls without a mask, unless it is switched off by
+`torch.backends.cuda.enable_cudnn_sdp(False)`.
 """
 
 import torch
@@ -97,7 +98,7 @@ def _suits_cudnn(spec: AttentionSpec, query: Tensor, key: Tensor) -> bool:
         and query.shape[-1] % _MULTIPLE == 0
         and query.shape[-1] <= _CUDNN_WIDEST
         and query.device.type == "cuda"
-        and torch.backends.cuda.cudnn_sdp_enabled()
+        and torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         and torch.cuda.get_device_capability(query.device) >= _CUDNN_OLDEST
     )
 

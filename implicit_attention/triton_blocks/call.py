@@ -20,7 +20,7 @@ def padded(size: int) -> int:
 
 
 class Call:
-    """What both kernels of a block are told of a map: its tensors, their strides, and the types of products."""
+    """What the kernels of a block are told of a map: its tensors, their strides, and the types of products."""
 
     def __init__(self, system: CausalSystem) -> None:
         self.system, like = system, system.key
@@ -54,9 +54,11 @@ class Call:
 
 
 def rows_contiguous(t: Tensor) -> Tensor:
+    """Return a tensor without a graph, its rows contiguous."""
     t = t.detach()
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:
+    """Return a tensor without a graph, contiguous; None if there is none."""
     return None if t is None else t.detach().contiguous()

@@ -1,7 +1,6 @@
 """What calls the Triton kernels for a causal map: sizes, strides, scratch, and what they leave."""
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -12,6 +11,7 @@ from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, Blo
 from implicit_attention.kernels.triton import adjoint, forward, merge
 from implicit_attention.kernels.triton.tiles import LAUNCH
 from implicit_attention.triton_blocks.call import Call, contiguous, rows_contiguous
+
 
 class ForwardKernel:
     """Settles diagonal blocks in place."""

@@ -86,9 +86,8 @@ class _Sweeps:
 
     def __init__(self, system: CausalSystem, rows: int, cautious: bool) -> None:
         self.system, self.call, self.tiles, self.rows = system, Call(system), _tiles(system), rows
-        self.weight = self.call.weight
-        if self.weight is None:  # one head whose key has absorbed Omega_Q
-            self.weight = torch.eye(system.dim, dtype=system.narrow, device=system.key.device)
+        identity = torch.eye(system.dim, dtype=system.narrow, device=system.key.device)  # the key has absorbed Omega_Q
+        self.weight = identity if self.call.weight is None else self.call.weight
         self.span = max(1, self.tiles.width // system.dim)
         size, device = system.batch * rows * system.heads * system.dim, system.key.device
         self.state = system.key.new_empty(2 * size, dtype=system.wide)
@@ -118,7 +117,7 @@ class _Sweeps:
             work()
             return
         if key not in self.graphs:
-            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 graph.capture_begin(capture_error_mode="thread_local")
@@ -135,7 +134,7 @@ class _Sweeps:
         if not (self.hopeful and self.calm and n == self.rows):
             return False
         self.host.copy_(self.status, non_blocking=True)
-        self.looked = torch.cuda.Event()
+        self.looked = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.looked.record()
         return True
 
@@ -201,15 +200,16 @@ class ForwardSweeps(_Sweeps):
         self.start: Tensor | None = None
         if system.self_score is None:
             self.start = new(batch, system.heads, system.length, dtype=system.wide)
-            self._make_queries(
-                self.call.value, self.call.value.stride()[:3], self.start, self.where, system.length, 0
-            )
+            self._make_queries(self.call.value, self.call.value.stride()[:3], self.start, self.where, system.length, 0)
 
     def settle(self, rows: slice) -> bool:
-        """Settle a block; return whether that has been done. If not, it is as it was.
+        """Settle a block, or leave it as it was.
 
         Args:
             rows: The block.
+
+        Returns:
+            Whether it has been settled, as far as is known.
         """
         self.check()
         system, n = self.system, rows.stop - rows.start
@@ -261,9 +261,7 @@ class ForwardSweeps(_Sweeps):
                 scale=system.spec.scale, length=system.length, where=self.where, n=n, **biased, **self.key_value,
                 **judged, **self.shape, **self.types, **self.tiles.attends,
             )  # fmt: skip
-        sweep.judge_rows[(system.batch,)](
-            found, far, self.status, n=n, sweeps=most, wide=self.types["wide"], **judged
-        )
+        sweep.judge_rows[(system.batch,)](found, far, self.status, n=n, sweeps=most, wide=self.types["wide"], **judged)
         self._hand_over(n)
 
     def _hand_over(self, n: int) -> None:
@@ -311,9 +309,7 @@ class ForwardSweeps(_Sweeps):
         eps = self.normed["eps"] if self.normed["normed"] else None
         fixed = None if row.constant is None else row.constant.flatten(1)
         by_head = self.weight.view(-1, heads, dim).permute(1, 2, 0)
-        root, moved = solve_rows(
-            row.key, torch.cat([a, row.value - a]), lse + others.log() - bias, by_head, fixed, eps
-        )
+        root, moved = solve_rows(row.key, torch.cat([a, row.value - a]), lse + others.log() - bias, by_head, fixed, eps)
         off = (root - p).abs().amax(-1)
         lost, elsewhere = torch.stack([~torch.isfinite(moved).all(), (off > SAME_ROOT).any()]).tolist()
         if lost:
@@ -376,11 +372,14 @@ class AdjointSweeps(_Sweeps):
         self.near_singular = 0
 
     def solve(self, rows: slice, *, exactly: bool) -> bool:
-        """Solve a block; return whether that has been done. If not, it is as it was.
+        """Solve a block, or leave it as it was.
 
         Args:
             rows: The block.
             exactly: Whether the rows' own columns are solved for, of which early rows have heavy ones.
+
+        Returns:
+            Whether it has been solved, as far as is known.
         """
         self.check()
         system, n = self.system, rows.stop - rows.start
@@ -428,7 +427,8 @@ class AdjointSweeps(_Sweeps):
         for i in range(done, most):
             sweep_adjoint.pull_queries[by_group](
                 inverse=at.get("inverse"), turn=call.turn, later=into["later"], made=into["made"], found=self.found,
-                allowed=self.allowed, rtol=self.rtol, sweep=i, strictly=given or own is not None, **self.turned, **common, **by_columns,
+                allowed=self.allowed, rtol=self.rtol, sweep=i, strictly=given or own is not None, **self.turned,
+                **common, **by_columns,
             )  # fmt: skip
             if own is None:
                 self.through_map(into["made"], self.grad, at["y"], self.state, self.narrow, i, True, told)
@@ -465,8 +465,8 @@ class AdjointSweeps(_Sweeps):
         system, tiles = self.system, self.tiles
         sweep_adjoint.through_map[self.by_map(told["n"], system.heads)](
             made, self.weight, grad, y, state, narrow, self.delta, self.found, self.allowed, self.weight.stride(0),
-            sweep=at, rtol=self.rtol, raises=raises, span=self.span, rows_=tiles.rows, depth=tiles.depth, **told, **self.shape,
-            **self.types, **tiles.queries,
+            sweep=at, rtol=self.rtol, raises=raises, span=self.span, rows_=tiles.rows, depth=tiles.depth, **told,
+            **self.shape, **self.types, **tiles.queries,
         )  # fmt: skip
 
 
@@ -507,9 +507,7 @@ class _OwnColumns:
             wide=sweeps.types["wide"], num_warps=4, **sweeps.key_strides, **sweeps.turned, **self.told, **sweeps.shape,
         )  # fmt: skip
         new = 1 - at % 2
-        sweeps.through_map(
-            self.made[new], self.f[new], self.y, sweeps.state, sweeps.narrow, at, False, self.inside
-        )
+        sweeps.through_map(self.made[new], self.f[new], self.y, sweeps.state, sweeps.narrow, at, False, self.inside)
 
     def finish(self) -> int:
         """Add the own columns' part to what was made; return how many rows cannot be differentiated."""

@@ -44,6 +44,9 @@ def keys(made: Tensor, temperature: Tensor | None, rotation: Tensor | None, scal
         rotation: `[2, 1, d / 2]` or `[2, B, 1, 1, d / 2]`, or None.
         scale: Factor on the scores.
         eps: Of the norm.
+
+    Returns:
+        The keys.
     """
     batch, _, heads, dim = made.shape
     made = made.contiguous()
@@ -73,6 +76,9 @@ def solve_token(
         eps: Of the norm; None without one.
         tolerance: Relative and absolute.
         dtype: Of the outputs.
+
+    Returns:
+        The tokens.
     """
     batch, heads, dim = key.shape
     groups, dp, hp = value.shape[1], padded(dim), padded(heads)

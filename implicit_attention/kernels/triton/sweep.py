@@ -153,9 +153,8 @@ def make_queries(
     """
     first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
-    if start is None:
-        if settled(found, sweep - 1, b, batch, n, rtol, atol, wide):
-            return
+    if start is None and settled(found, sweep - 1, b, batch, n, rtol, atol, wide):
+        return
     narrow: tl.constexpr = query.dtype.element_ty
     shared: tl.constexpr = heads // groups
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
@@ -366,7 +365,7 @@ def attend_rows(
 
 @triton.jit(do_not_specialize=["n", "batch", "sweeps"])
 def judge_rows(found, far, status, batch, n, sweeps, rtol, atol, wide: tl.constexpr):
-    """The sweep t at which a sample had settled, -1 if it has not, -2 - t if rows may be at other roots than are wanted.
+    """The sweep t at which a sample had settled, -1 if it has not, -2 - t if rows may be at roots that are not wanted.
 
     Args:
         found: As in `settled`.

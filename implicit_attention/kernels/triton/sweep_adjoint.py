@@ -14,7 +14,7 @@ from implicit_attention.kernels.triton.tiles import bits
 
 @triton.jit
 def solved(found, allowed, sweep, b, batch, n, rtol, wide: tl.constexpr):
-    """Whether a sample's rows were all within tolerance at a sweep: of the cotangent, or of a solution that is larger.
+    """Say if a sample's rows were all within tolerance at a sweep: of the cotangent, or of a solution that is larger.
 
     A row whose gain is close to 1 has a large solution, which is rounded when rows before it are told of it.
 
@@ -27,6 +27,9 @@ def solved(found, allowed, sweep, b, batch, n, rtol, wide: tl.constexpr):
         n: Rows of the block.
         rtol: Relative tolerance.
         wide: Type of what the bits are of.
+
+    Returns:
+        Whether.
     """
     return settled(found, sweep, b, batch, n, rtol, tl.load(allowed + b), wide, True)
 
@@ -49,10 +52,13 @@ def _slopes(
     k, q, v, lam, lse, delta, strict, own, rows, columns, n, edge: tl.constexpr, strictly: tl.constexpr,
     scale: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a tile `[rows, columns]` and the cotangents of its scores; of rows that are not real, the latter are 0.
+    """Find the weights of a tile `[rows, columns]` and the cotangents of its scores, 0 in rows that are not real.
 
     Args that say what is seen: with `edge` not every row sees every column, with `strictly` none its own; `own` are the
     scores of own columns that are given, or None.
+
+    Returns:
+        Both.
     """
     wide: tl.constexpr = lse.dtype
     scores = tl.dot(k, tl.trans(q), input_precision=precision).to(wide) * scale

@@ -35,8 +35,8 @@ class ForwardSubstitution(DirectSolver):
             sweep over wider ones first.
         kernel: What computes the diagonal blocks: "torch"; "numba" (the extra `cpu`; float32 and float64 on the CPU
             without dropout), several times faster, but compiled for a minute or two when it is first used on a
-            machine; "triton" (the extra `gpu`; CUDA devices, without dropout); or "auto": numba where it is installed and
-            serves. See `kernel_for`.
+            machine; "triton" (the extra `gpu`; CUDA devices, without dropout); or "auto": numba where it is installed
+            and serves. See `kernel_for`.
         fallback: What solves the equations that have no causal structure to go by: adjoints that are
             differentiated again or taken under torch.func transforms.
 

@@ -53,7 +53,8 @@ OF_SWEEPS = {
 TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
     "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "p", "moved", "f", "grams", "start",
-    "before", "state", "new_lse", "delta", "us", "inverses", "fixed", "a", "ends", "temperature", "scaled", "judged", "largest",
+    "before", "state", "new_lse", "delta", "us", "inverses", "fixed", "a", "ends", "temperature", "scaled", "judged",
+    "largest",
 }  # fmt: skip
 STRIDES = {"_b", "_h", "_g", "_n", "_o"}
 INTEGERS = {

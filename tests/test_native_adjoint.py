@@ -167,7 +167,7 @@ def test_rows_near_a_fold_are_counted(heads, seed):
     near = Block(8, batch=1, heads=heads, hard=low, seed=seed)
     found = near.compiled()
     assert found.near_singular == 1
-    assert float(found.residual.max()) <= 1e-8
+    assert float(found.residual.max()) <= 1e-9 * float(found.lam.abs().max()), "of a solution that is large there"
     assert Block(8, batch=1, heads=heads, hard=0.9 * low, seed=seed).compiled().near_singular == 0
 
 

@@ -99,26 +99,26 @@ def test_after_a_cache(swept):
     assert swept[-1] == ("forward", 0, 32, True)
 
 
-def with_two_roots(row):
-    """A map whose row has two stable roots, one of them where the iteration starts: its weight on itself is tiny there.
+def with_two_roots(row, batch=1):
+    """A map whose row, in the first sample, has two stable roots, and its weight on itself is tiny at the start.
 
     With all other columns' output a, `p = sigmoid(w . a - l + w . (v - a) p)`; v is chosen so that the slope is 12.
     """
     layer = make("torch", 1e-12, F64, embed=32, heads=1)
     with torch.no_grad():
-        equation = layer.equation(inputs(1, 45, 32))
+        equation = layer.equation(inputs(batch, 45, 32))
     args = [a.detach().clone() for a in equation.args]
     named = dict(zip(equation.function.names, args, strict=True))
-    y = layer.solver.equilibrium(equation.function, tuple(args), F64).value[0, row]
+    y = layer.solver.equilibrium(equation.function, tuple(args), F64).value
+    p = equation.function.weights(y, *args)[0, 0, row, row]
     way, value = named["key"][0, 0, row] * layer.scale, named["value"][0, 0, row].clone()
-    p = equation.function.weights(layer.solver.equilibrium(equation.function, tuple(args), F64).value, *args)
-    a = (y - p[0, 0, row, row] * value) / (1.0 - p[0, 0, row, row])
+    a = (y[0, row] - p * value) / (1.0 - p)
     named["value"][0, 0, row] = a + 12.0 * way / (way @ way)
     return equation.function, tuple(args)
 
 
-@pytest.mark.parametrize("row", [5, 40], ids=["first-block", "later-block"])
-def test_rows_are_taken_to_the_roots_that_are_wanted(row, monkeypatch, swept):
+@pytest.mark.parametrize(("row", "batch"), [(5, 1), (40, 1), (40, 3)], ids=["first-block", "later-block", "batch"])
+def test_rows_are_taken_to_the_roots_that_are_wanted(row, batch, monkeypatch, swept):
     checked, check = [], sweeps.ForwardSweeps._check_roots
 
     def checking(self, *args):
@@ -126,7 +126,7 @@ def test_rows_are_taken_to_the_roots_that_are_wanted(row, monkeypatch, swept):
         return checked[-1]
 
     monkeypatch.setattr(sweeps.ForwardSweeps, "_check_roots", checking)
-    function, args = with_two_roots(row)
+    function, args = with_two_roots(row, batch)
     solver = substitution.ForwardSubstitution(rtol=1e-7, atol=1e-7, kernel="triton", block=BLOCK)
     with torch.no_grad():
         found = solver.equilibrium(function, args, F64)
@@ -134,6 +134,8 @@ def test_rows_are_taken_to_the_roots_that_are_wanted(row, monkeypatch, swept):
     assert bool(found.converged.all())
     torch.testing.assert_close(found.value, wanted, rtol=1e-5, atol=1e-5)
     assert float(function.weights(wanted, *args)[0, 0, row, row]) > 0.9
+    again = (function(found.value, *args) - found.value).abs().amax(-1)
+    torch.testing.assert_close(found.residual, again, rtol=1e-6, atol=1e-13)
     if row == 40:
         assert checked == [False], "the row was taken to its root, which is not far from where y = v is"
         assert swept == [("forward", 0, 32, True), ("forward", 32, 45, True)]

@@ -23,6 +23,8 @@ from implicit_attention.triton_blocks.token import solve_rows
 MOST_SWEEPS = 32
 WIDEST = ((8192, 512), (0, 256))  # rows of the widest blocks, by the least length that has them
 _LEAST_DIM, _MOST_DIM = 16, 256
+_NARROW_DIM = 64
+_SPARE = 10 * 1024  # bytes of shared memory that a program takes beside its tiles, at most
 _GRID = 65536  # programs in the third dimension of a launch
 _FEW, _MORE, _MANY = 4, 8, 16  # sweeps that are launched together: where blocks settle in fewer, elsewhere, at first
 
@@ -50,18 +52,24 @@ class _Tiles:
     attends: dict[str, int]
 
 
-def _tiles(system: CausalSystem) -> _Tiles:
+def _tiles(system: CausalSystem) -> _Tiles | None:
+    """The tiles for a map, None if a multiprocessor's shared memory does not hold them."""
     if interpreted():
         one = {"num_warps": 1, "num_stages": 1}
         return _Tiles(rows=16, width=32, depth=16, queries=one, attended=32, against=16, attends=one)
-    if system.narrow == system.wide:
-        return _Tiles(
-            rows=64, width=64, depth=32, queries={"num_warps": 4, "num_stages": 2},
-            attended=32, against=32, attends={"num_warps": 4, "num_stages": 1},
-        )  # fmt: skip
+    half, dim, size = system.narrow != system.wide, system.dim, system.narrow.itemsize
+    rows, depth, tile = (128, 64, 64) if half else (64, 32, 32)
+    width = max(rows, dim)
+    device: Any = torch.cuda.get_device_properties(system.key.device)
+    room = device.shared_memory_per_block_optin - _SPARE
+    by_map = min(3 if half else 2, room // ((rows + width) * depth * size))
+    # Two tiles of the program's own, and as many of each stage; two programs to a multiprocessor are worth a stage.
+    by_tile = min((3 if dim <= _NARROW_DIM else 2) if half else 1, room // (2 * tile * dim * size) - 1)
+    if min(by_map, by_tile) < 1:
+        return None
     return _Tiles(
-        rows=128, width=128, depth=64, queries={"num_warps": 8, "num_stages": 3},
-        attended=64, against=64, attends={"num_warps": 4, "num_stages": 3},
+        rows=rows, width=rows, depth=depth, queries={"num_warps": 8 if half else 4, "num_stages": by_map},
+        attended=tile, against=tile, attends={"num_warps": 4, "num_stages": by_tile},
     )  # fmt: skip
 
 
@@ -69,7 +77,8 @@ def serves(system: CausalSystem) -> bool:
     """Return whether the kernels can sweep over blocks of a map that Triton's other kernels serve."""
     dim = system.dim
     whole = _LEAST_DIM <= dim <= _MOST_DIM and dim & (dim - 1) == 0
-    return whole and system.batch < _GRID and (interpreted() or system.wide == torch.float32)
+    known = whole and system.batch < _GRID and (interpreted() or system.wide == torch.float32)
+    return known and _tiles(system) is not None
 
 
 def widest(length: int) -> int:
@@ -85,7 +94,9 @@ class _Sweeps:
     """What both directions need to know of a map."""
 
     def __init__(self, system: CausalSystem, rows: int, cautious: bool) -> None:
-        self.system, self.call, self.tiles, self.rows = system, Call(system), _tiles(system), rows
+        tiles = _tiles(system)
+        assert tiles is not None, "asked for where `serves` is not true"
+        self.system, self.call, self.tiles, self.rows = system, Call(system), tiles, rows
         identity = torch.eye(system.dim, dtype=system.narrow, device=system.key.device)  # the key has absorbed Omega_Q
         self.weight = identity if self.call.weight is None else self.call.weight
         self.span = max(1, self.tiles.width // system.dim)
@@ -294,7 +305,7 @@ class ForwardSweeps(_Sweeps):
         far = self.far[: MOST_SWEEPS * batch * n].view(MOST_SWEEPS, batch, n)[at, sample] > 0
         samples, positions = (far & checked[:, None]).nonzero(as_tuple=True)
         state = self.state[: 2 * batch * n * heads * dim].view(2, batch, n, heads, dim)
-        f = state[1 - at % 2, sample]  # F of the iterates, [B, n, H, d]
+        new = 1 - at % 2  # where F of the iterates is
         lse = self.lse[: batch * heads * n].view(batch, heads, n)[samples, :, positions]  # [R, H]
         row = system.row(samples, rows.start + positions, None)
         key = system.key[samples, :, rows.start + positions].to(system.wide) * system.spec.scale
@@ -305,26 +316,27 @@ class ForwardSweeps(_Sweeps):
             bias = diagonal[samples, :, positions]
         p = torch.exp((key * query).sum(-1) + bias - lse)
         others = (1.0 - p).clamp_min(torch.finfo(p.dtype).tiny)
-        a = (f[samples, positions] - p[..., None] * row.value) / others[..., None]
+        a = (state[new[samples], samples, positions] - p[..., None] * row.value) / others[..., None]
         eps = self.normed["eps"] if self.normed["normed"] else None
         fixed = None if row.constant is None else row.constant.flatten(1)
         by_head = self.weight.view(-1, heads, dim).permute(1, 2, 0)
         root, moved = solve_rows(row.key, torch.cat([a, row.value - a]), lse + others.log() - bias, by_head, fixed, eps)
-        off = (root - p).abs().amax(-1)
-        lost, elsewhere = torch.stack([~torch.isfinite(moved).all(), (off > SAME_ROOT).any()]).tolist()
+        elsewhere = (root - p).abs().amax(-1) > SAME_ROOT
+        lost, moves = torch.stack([~torch.isfinite(moved).all(), elsewhere.any()]).tolist()
         if lost:
             return None
-        if not elsewhere:
+        if not moves:
             self.status.copy_(torch.where(checked, at, self.status))
             return True
-        f = f.clone()
-        f[samples, positions] = torch.lerp(a, row.value, root[..., None])
-        state[:, checked] = f[checked]
-        self.narrow[: f.numel()].view(f.shape)[checked] = f[checked].to(system.narrow)
-        # Their samples have settled at no sweep so far.
+        # Samples with such rows have settled at no sweep so far; the others stay where they are.
+        samples, positions = samples[elsewhere], positions[elsewhere]
+        again = torch.unique(samples)
+        f = state[new[again], again]
+        f[torch.searchsorted(again, samples), positions] = torch.lerp(a, row.value, root[..., None])[elsewhere]
+        state[:, again] = f
+        self.narrow[: batch * n * heads * dim].view(batch, n, heads, dim)[again] = f.to(system.narrow)
         residuals = self.found[: MOST_SWEEPS * 2 * batch * n].view(MOST_SWEEPS, 2, batch, n)
-        endless = f.new_full((), torch.inf).view(self.bits)
-        residuals[:most, 0, samples[off > SAME_ROOT], positions[off > SAME_ROOT]] = endless
+        residuals[:most, 0, samples, positions] = f.new_full((), torch.inf).view(self.bits)
         return False
 
     def _make_queries(

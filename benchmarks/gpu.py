@@ -79,9 +79,12 @@ def run(
         return result | {"correct": False, "verdict": f"WRONG: {', '.join(wrong)}; nothing was measured."}
     shapes: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
+    interrupted = False
     for d in head_dims:
         layer = make_layer(num_heads, d, device, dtype)
         for length in lengths:
+            if interrupted:  # no more; what has been measured is kept
+                break
             batch = max(1, math.ceil(systems / num_heads))
             where = f"d = {d}, N = {length}, batch {batch}"
             tell(where)
@@ -90,6 +93,7 @@ def run(
             except (Exception, KeyboardInterrupt) as error:  # out of memory, registers or patience: the others count
                 failed[where] = f"{type(error).__name__}: {error}"
                 tell(f"not measured: {failed[where]}")
+                interrupted = interrupted or isinstance(error, KeyboardInterrupt)
     found = targets(shapes)
     if plot is not None and shapes:
         draw(shapes, plot)

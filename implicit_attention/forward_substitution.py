@@ -6,6 +6,7 @@ recursion backwards.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,9 +71,10 @@ class ForwardSubstitution(DirectSolver):
             NonFiniteError: If it gives NaN or Inf.
         """
         system = CausalSystem(_causal(function), args)
-        try:
+        forward = None
+        with suppress(Unsettled):
             forward = _Forward(system, self, dtype).solved()
-        except Unsettled:
+        if forward is None:  # outside, where nothing holds what the first try has filled
             forward = _Forward(system, self, dtype, cautious=True).solved()
         residual, size = forward.residual, forward.size
         return Solution(
@@ -109,10 +111,9 @@ class ForwardSubstitution(DirectSolver):
             The gradients, and how well the equation was solved.
         """
         system = CausalSystem(_causal(function), args)
-        try:
+        with suppress(Unsettled):
             return _Backward(system, y, memo, grad, needs, self).solution()
-        except Unsettled:
-            return _Backward(system, y, memo, grad, needs, self, cautious=True).solution()
+        return _Backward(system, y, memo, grad, needs, self, cautious=True).solution()
 
     def kernel_for(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
         """Return what computes the diagonal blocks of a map: "torch", "numba" or "triton".
@@ -258,6 +259,8 @@ class _Forward:
             if not self.swept.settle(rows):
                 self.descend(rows.start, rows.stop, max(self.narrowest, (n + 1) // 2))
             return
+        if self.swept is not None:
+            self.swept.check()
         if self.compiled is None:
             self._settle_eagerly(rows)
             return
@@ -398,6 +401,8 @@ class _Backward:
             if not self._sweep(self.swept, rows):
                 self.descend(rows.start, rows.stop, max(self.narrowest, (n + 1) // 2))
             return
+        if self.swept is not None:
+            self.swept.check()
         system, found = self.system, None if self.compiled is None else self.compiled.solve(rows)
         diagonal = found is not None  # of slope, that is all there is
         if found is None:

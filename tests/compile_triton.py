@@ -54,7 +54,7 @@ TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
     "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "p", "moved", "f", "grams", "start",
     "before", "state", "new_lse", "delta", "us", "inverses", "fixed", "a", "ends", "temperature", "scaled", "judged",
-    "largest",
+    "largest", "latest",
 }  # fmt: skip
 STRIDES = {"_b", "_h", "_g", "_n", "_o"}
 INTEGERS = {
@@ -81,6 +81,8 @@ def main(name: str, kind: str, *options: str) -> None:
         name, NARROW | {"temperature"} if name == "token-keys" else NARROW
     )  # fmt: skip
     wide = "fp64" if kind == "fp64" else "fp32"
+    integers = {p.name: p for p in KERNELS[name].params}
+    assert "batch" not in integers or integers["batch"].do_not_specialize, "a batch of 1 would be no tensor"
     signature, known = {}, {}
     for argument in KERNELS[name].arg_names:
         if argument in constants or OPTIONAL.get(argument, "") not in ("", *options):

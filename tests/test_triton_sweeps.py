@@ -7,11 +7,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton.language as tl
 
 from implicit_attention import forward_substitution as substitution
 from implicit_attention.causal_system import CausalSystem
 from implicit_attention.diagonal import BlockAdjointSolver, BlockSolver, Unsettled
 from implicit_attention.errors import NonFiniteError
+from implicit_attention.kernels.triton import sweep
 from implicit_attention.triton_blocks import sweeps
 from implicit_attention.triton_blocks.engine import AdjointKernel, ForwardKernel
 from tests.test_triton_blocks import DEVICE, F64, OPTIONS, assert_same, inputs, make, refuse, run
@@ -211,6 +213,16 @@ def test_nan_is_an_error():
     x[1, 20, 3] = torch.nan
     with pytest.raises((NonFiniteError, ValueError)), torch.no_grad():
         make("triton", 1e-6, x.dtype, embed=32, block=BLOCK).solve(x)
+
+
+def test_what_has_overflowed_has_not_settled():
+    """An infinite residual is within no tolerance of an infinite size."""
+    bits = torch.tensor([1e-3, torch.inf, torch.nan, 1.0], device=DEVICE).view(torch.int32)
+    for residual, size, wanted in ((0, 3, 0), (1, 1, -1), (1, 3, -1), (2, 3, -1), (3, 3, -1)):
+        found = torch.stack([bits[residual], bits[size]]).view(1, 2, 1, 1).contiguous()
+        far, status = torch.zeros(1, 1, 1, dtype=torch.int32, device=DEVICE), torch.zeros_like(found[0, 0, 0])
+        sweep.judge_rows[(1,)](found, far, status, 1, 1, 1, 1e-2, 1e-2, tl.float32)
+        assert status.item() == wanted, (residual, size)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter

@@ -54,7 +54,7 @@ def forward(
     """Return output `[B, H, N, d]` and log-sum-exp `[B, H, N]`; arguments as in `attention`, two of them empty."""
     dim = query.shape[-1]
     if _suits_cudnn(spec, query, key):
-        out, lse, *_ = _cudnn_forward(query, key, value, None, True, 0.0, False, False, scale=spec.scale)
+        out, lse, *_ = _cudnn_forward(*_padded(query, key, value), None, True, 0.0, False, False, scale=spec.scale)
         return out, lse[..., 0]
     out, lse, *_ = _forward(*_padded(query, key, value), 0.0, spec.is_causal, False, scale=spec.scale)
     return out[..., :dim], lse
@@ -75,6 +75,7 @@ def backward(
     dim, rows, columns = query.shape[-1], query.shape[-2], key.shape[-2]
     if _suits_cudnn(spec, query, key):
         drawn = torch.zeros((), dtype=torch.int64, device=query.device)  # what dropout would be drawn from
+        query, key, value = _padded(query, key, value)
         found = _cudnn_backward(
             grad.contiguous(), query, key, value, out.contiguous(), lse.float().contiguous()[..., None], drawn, drawn,
             None, None, None, rows, columns, 0.0, False, scale=spec.scale,
@@ -98,6 +99,7 @@ def _suits_cudnn(spec: AttentionSpec, query: Tensor, key: Tensor) -> bool:
         and query.shape[-1] % _MULTIPLE == 0
         and query.shape[-1] <= _CUDNN_WIDEST
         and query.device.type == "cuda"
+        and not torch.are_deterministic_algorithms_enabled()
         and torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         and torch.cuda.get_device_capability(query.device) >= _CUDNN_OLDEST
     )

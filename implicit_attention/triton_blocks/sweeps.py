@@ -24,9 +24,14 @@ MOST_SWEEPS = 32
 WIDEST = ((8192, 512), (0, 256))  # rows of the widest blocks, by the least length that has them
 _LEAST_DIM, _MOST_DIM = 16, 256
 _NARROW_DIM = 64
+_AT_ONCE = 2**25  # numbers that are made together for the own equations of rows
 _SPARE = 10 * 1024  # bytes of shared memory that a program takes beside its tiles, at most
 _GRID = 65536  # programs in the third dimension of a launch
-_FEW, _MORE, _MANY = 4, 8, 16  # sweeps that are launched together: where blocks settle in fewer, elsewhere, at first
+_FEW, _MORE, _MANY = (
+    4,
+    8,
+    16,
+)  # sweeps that are launched together: where blocks settle in half as many, elsewhere, at first
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,13 @@ def widest(length: int) -> int:
     return next(rows for least, rows in WIDEST if length >= least)
 
 
+class _Wary:
+    """Solves that still look at each block before the next, since one has been done twice; of no matter for results."""
+
+    AFTER = 64
+    solves = 0
+
+
 class _Sweeps:
     """What both directions need to know of a map."""
 
@@ -117,7 +129,8 @@ class _Sweeps:
         # A graph holds the addresses of a block's biases, which change from block to block.
         self.graphed = device.type == "cuda" and system.spec.plain and not torch.cuda.is_current_stream_capturing()
         self.graphs: dict[object, torch.cuda.CUDAGraph] = {}
-        self.warm, self.calm, self.hopeful = False, False, self.graphed and not cautious
+        self.warm, self.calm, self.hopeful = False, False, self.graphed and not cautious and _Wary.solves == 0
+        _Wary.solves = max(0, _Wary.solves - 1)
         self.guess = self.sweeps = 0
         self.host = torch.empty(system.batch, dtype=torch.int32, device="cpu", pin_memory=self.hopeful)
         self.looked: torch.cuda.Event | None = None
@@ -161,6 +174,7 @@ class _Sweeps:
         self.looked = None
         states: list[int] = self.host.tolist()
         if min(states) < 0:
+            _Wary.solves = _Wary.AFTER
             raise Unsettled
         self.took(max(states) + 1, calm=True)
 
@@ -170,7 +184,7 @@ class _Sweeps:
 
     def at_once(self) -> int:
         """Sweeps to launch before a look."""
-        return _FEW if 0 < self.guess < _FEW else _MORE
+        return _FEW if 0 < self.guess <= _FEW // 2 else _MORE
 
     def by_map(self, n: int, out: int) -> tuple[int, int, int]:
         """Programs that multiply by Omega_Q, for so many heads' worth of outputs."""
@@ -315,12 +329,18 @@ class ForwardSweeps(_Sweeps):
             diagonal = strict.diagonal(dim1=-2, dim2=-1).expand(batch, heads, n)
             bias = diagonal[samples, :, positions]
         p = torch.exp((key * query).sum(-1) + bias - lse)
-        others = (1.0 - p).clamp_min(torch.finfo(p.dtype).tiny)
+        others = (1.0 - p).clamp_min(torch.finfo(p.dtype).eps)
         a = (state[new[samples], samples, positions] - p[..., None] * row.value) / others[..., None]
         eps = self.normed["eps"] if self.normed["normed"] else None
         fixed = None if row.constant is None else row.constant.flatten(1)
         by_head = self.weight.view(-1, heads, dim).permute(1, 2, 0)
-        root, moved = solve_rows(row.key, torch.cat([a, row.value - a]), lse + others.log() - bias, by_head, fixed, eps)
+        roots, sums, few = [], lse + others.log() - bias, max(1, _AT_ONCE // (2 * heads * system.groups * dim))
+        for low in range(0, len(a), few):
+            some = slice(low, low + few)
+            ends = torch.cat([a[some], row.value[some] - a[some]])
+            added = None if fixed is None else fixed[some] if len(fixed) > 1 else fixed
+            roots.append(solve_rows(row.key[some], ends, sums[some], by_head, added, eps))
+        root, moved = (torch.cat(parts) for parts in zip(*roots, strict=True))
         elsewhere = (root - p).abs().amax(-1) > SAME_ROOT
         lost, moves = torch.stack([~torch.isfinite(moved).all(), elsewhere.any()]).tolist()
         if lost:
@@ -380,7 +400,7 @@ class AdjointSweeps(_Sweeps):
         new, size = system.key.new_empty, system.batch * rows * system.heads
         self.narrow, self.delta = new(2 * size * system.dim), new(2 * size, dtype=system.wide)
         self.found = new(MOST_SWEEPS * 2 * system.batch * rows, dtype=self.bits)
-        self.largest = torch.zeros(system.batch, dtype=system.wide, device=grad.device)
+        self.largest, self.latest = torch.zeros(2, system.batch, dtype=system.wide, device=grad.device).unbind()
         self.near_singular = 0
 
     def solve(self, rows: slice, *, exactly: bool) -> bool:
@@ -447,14 +467,15 @@ class AdjointSweeps(_Sweeps):
             else:
                 own.solve(i)
         sweep_adjoint.judge_adjoint[(system.batch,)](
-            self.found, self.allowed, self.status, self.largest, system.batch, n, most, self.rtol, self.types["wide"]
+            self.found, self.allowed, self.status, self.latest, system.batch, n, most, self.rtol, self.types["wide"]
         )
         sweep_adjoint.pull_values[by_group](
             given=call.given, d_value=into["d_value"], own=into["own"], status=self.status, samples_=self.samples,
             **common, **by_columns,
         )  # fmt: skip
         sweep_adjoint.pull_keys[by_head](
-            state=self.state, d_key=into["d_key"], lam=into["lam"], status=self.status, strictly=given,
+            state=self.state, d_key=into["d_key"], lam=into["lam"], status=self.status, latest=self.latest,
+            largest=self.largest, strictly=given,
             samples_=self.samples, **common, **by_rows,
         )  # fmt: skip
 
@@ -499,7 +520,7 @@ class _OwnColumns:
         p = torch.exp((own if bias is None else own + bias) - lse.masked_fill(torch.isneginf(lse), 0.0))
         value = system.per_head(system.value[:, :, rows].to(system.wide)).transpose(1, 2)
         self.u = (p.transpose(1, 2)[..., None] * (value - self.y)).contiguous()
-        matrix = own_jacobian(system, rows, self.y, queries, p)
+        matrix = self._jacobians(queries, p)
         eye = torch.eye(heads, dtype=system.wide, device=matrix.device)
         self.inverses = torch.linalg.inv_ex(eye - matrix.mT)[0].contiguous()
         # An eigenvalue at a distance e from 1 makes the norm of the inverse 1 / e or more.
@@ -508,6 +529,20 @@ class _OwnColumns:
         self.made = system.key.new_empty(2, batch, n, system.groups * dim)
         self.inside = {"length": n, "where": torch.zeros_like(sweeps.where), "n": n, "batch": batch}
         self.told = {"length": system.length, "where": sweeps.where, "n": n, "batch": batch}
+
+    def _jacobians(self, queries: Queries, p: Tensor) -> Tensor:
+        """The rows' own Jacobians, `[B, n, H, H]`, a few rows at a time: each takes `G H d` numbers several times."""
+        system = self.sweeps.system
+        few = max(1, _AT_ONCE // (system.batch * system.groups * system.heads * system.dim))
+        found = []
+        for low in range(0, self.n, few):
+            at = slice(low, min(low + few, self.n))
+            place = slice(self.rows.start + at.start, self.rows.start + at.stop)
+            inverse = None if queries.inverse is None else queries.inverse[:, at]
+            found.append(
+                own_jacobian(system, place, self.y[:, at], Queries(queries.query[:, at], inverse), p[:, :, at])
+            )
+        return torch.cat(found, 1)
 
     def solve(self, at: int) -> None:
         """From what lacks the own columns' part to the next cotangents of the outputs."""

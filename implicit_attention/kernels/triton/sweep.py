@@ -42,7 +42,7 @@ def settled(found, sweep, b, batch, n, rtol, atol, wide: tl.constexpr, larger: t
             allowed = atol + rtol * size
             if larger:
                 allowed = tl.maximum(atol, rtol * size)
-            outside += tl.sum(tl.where(off <= allowed, 0, 1), 0)  # NaN is not within
+            outside += tl.sum(tl.where((off <= allowed) & (off < float("inf")), 0, 1), 0)  # NaN is not within
     return outside == 0
 
 
@@ -86,7 +86,7 @@ def begin_rows(
     """
     first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
     place = (first + rows).to(tl.int64)
     at = tl.arange(0, dim)
@@ -288,7 +288,7 @@ def attend_rows(
     if settled(found, sweep - 1, b, batch, n, rtol, atol, wide):
         return
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most columns first
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     g = h // (heads // groups)
     to: tl.constexpr = narrow.dtype.element_ty
     rows = tile * rows_ + tl.arange(0, rows_)
@@ -426,7 +426,7 @@ def hand_over_rows(
     if tl.min(tl.load(status + every, mask=every < batch, other=0), 0) < 0:
         return
     b = tl.program_id(2).to(tl.int64)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     sweep = tl.load(status + b)
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
     real = rows < n

@@ -11,12 +11,14 @@ import triton.language as tl
 from implicit_attention.kernels.triton.sweep import SPAN, rotated, settled
 from implicit_attention.kernels.triton.tiles import bits
 
+PATIENCE = tl.constexpr(16)  # sweeps after which rows are judged by their own solution, where that is larger
+
 
 @triton.jit
 def solved(found, allowed, sweep, b, batch, n, rtol, wide: tl.constexpr):
-    """Say if a sample's rows were all within tolerance at a sweep: of the cotangent, or of a solution that is larger.
+    """Say if a sample's rows were all within tolerance at a sweep, of the cotangent; late, of a larger solution.
 
-    A row whose gain is close to 1 has a large solution, which is rounded when rows before it are told of it.
+    A row whose gain is close to 1 has a large solution, and what is left at last is its rounding.
 
     Args:
         found: As in `sweep.settled`.
@@ -31,7 +33,8 @@ def solved(found, allowed, sweep, b, batch, n, rtol, wide: tl.constexpr):
     Returns:
         Whether.
     """
-    return settled(found, sweep, b, batch, n, rtol, tl.load(allowed + b), wide, True)
+    late = tl.where(sweep >= PATIENCE, rtol, 0.0)
+    return settled(found, sweep, b, batch, n, late, tl.load(allowed + b), wide, True)
 
 
 @triton.jit
@@ -122,7 +125,7 @@ def begin_adjoint(
     """
     first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
     real = rows < n
     wide: tl.constexpr = state.dtype.element_ty
@@ -191,7 +194,7 @@ def pull_queries(
     b = tl.program_id(2).to(tl.int64)
     if solved(found, allowed, sweep - 1, b, batch, n, rtol, wide):
         return
-    g = tl.program_id(1)
+    g = tl.program_id(1).to(tl.int64)
     shared: tl.constexpr = heads // groups
     to: tl.constexpr = narrow.dtype.element_ty
     begin = tl.program_id(0) * columns_
@@ -380,7 +383,7 @@ def own_columns(
     turned_back = inverses + (b * n + i) * heads * heads + (head * heads)[:, None] + head[None, :]
     z = tl.sum(tl.load(turned_back, mask=pairs, other=0.0) * right[None, :], 1) * scale
     place = (first + i).to(tl.int64) + tl.zeros([1], tl.int64)
-    k = key + b * key_b + (first + i).to(tl.int64) * key_n + (head * key_h)[:, None] + at[None, :]
+    k = key + b * key_b + (first + i).to(tl.int64) * key_n + (head.to(tl.int64) * key_h)[:, None] + at[None, :]
     k = tl.load(k, mask=real[:, None], other=0.0).to(wide) * z[:, None]
     for g in range(groups):
         total = tl.sum(tl.where((head // shared == g)[:, None], k, 0.0), 0)[None, :]
@@ -397,14 +400,14 @@ def own_columns(
 
 
 @triton.jit(do_not_specialize=["n", "batch", "sweeps"])
-def judge_adjoint(found, allowed, status, largest, batch, n, sweeps, rtol, wide: tl.constexpr):
+def judge_adjoint(found, allowed, status, latest, batch, n, sweeps, rtol, wide: tl.constexpr):
     """The sweep at which a sample was solved, -1 if it is not.
 
     Args:
         found: As in `solved`.
         allowed: As there.
         status: `[B]`, filled.
-        largest: Largest residual, `[B]`, raised where it is solved.
+        latest: Its residual, `[B]`, filled where it is solved.
         batch: B.
         n: Rows of the block.
         sweeps: How many there were.
@@ -419,12 +422,12 @@ def judge_adjoint(found, allowed, status, largest, batch, n, sweeps, rtol, wide:
             at_last = sweep
     tl.store(status + b, at_last)
     if at_last >= 0:
-        worst = tl.load(largest + b)
+        worst = tl.load(allowed + b) * 0.0
         for i in range(0, n, SPAN):
             at = i + tl.arange(0, SPAN)
             off = tl.load(found + (2 * at_last * batch + b) * n + at, mask=at < n, other=0).to(wide, bitcast=True)
             worst = tl.maximum(worst, tl.max(off, 0))
-        tl.store(largest + b, worst)
+        tl.store(latest + b, worst)
 
 
 @triton.jit(do_not_specialize=["n", "length", "batch"])
@@ -475,7 +478,7 @@ def pull_values(
     if not _all_solved(status, batch, samples_):
         return
     b = tl.program_id(2).to(tl.int64)
-    g = tl.program_id(1)
+    g = tl.program_id(1).to(tl.int64)
     shared: tl.constexpr = heads // groups
     to: tl.constexpr = narrow.dtype.element_ty
     begin = tl.program_id(0) * columns_
@@ -537,7 +540,7 @@ def _own_scores(given, bias, system, length, place, rows, n, wide: tl.constexpr)
 
 @triton.jit(do_not_specialize=["n", "length", "batch"])
 def pull_keys(
-    key, value, query, strict, lse, state, narrow, delta, d_key, lam, status,
+    key, value, query, strict, lse, state, narrow, delta, d_key, lam, status, latest, largest,
     key_b, key_h, key_n, value_b, value_g, value_n, strict_b, strict_h, batch, length, where, n,
     scale: tl.constexpr, strictly: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     samples_: tl.constexpr, rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr,
@@ -557,6 +560,8 @@ def pull_keys(
         d_key: `[B, H, N, d]`, added to.
         lam: `[B, N, H, d]`, the block's rows filled.
         status: As `judge_adjoint` leaves it.
+        latest: Likewise.
+        largest: The largest residual of all blocks, `[B]`, raised.
         key_b: Stride.
         key_h: Stride.
         key_n: Stride.
@@ -586,9 +591,11 @@ def pull_keys(
         return
     b = tl.program_id(2).to(tl.int64)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * rows_
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     g = h // (heads // groups)
     to: tl.constexpr = narrow.dtype.element_ty
+    if (begin == 0) & (h == 0):
+        tl.store(largest + b, tl.maximum(tl.load(largest + b), tl.load(latest + b)))
     rows = begin + tl.arange(0, rows_)
     real = rows < n
     place = (first + rows).to(tl.int64)

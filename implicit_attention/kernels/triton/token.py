@@ -64,7 +64,7 @@ def prepare_keys(
     tl.store(key + of + at, k.to(narrow), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def prepare_ends(
     a, value, ends, value_b, value_g, a_b, a_h, batch, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     dp: tl.constexpr, wide: tl.constexpr,
@@ -97,7 +97,7 @@ def prepare_ends(
     tl.store(into + batch * dim, (v - start).to(ends.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # of 1 it would make a constant, which is no tensor
 def settle_token(
     key, made, fixed, lse, a, value, turn, p, moved, query, y, judged, grams,
     fixed_b, value_b, value_g, a_b, a_h, turn_b, batch, rtol, atol,

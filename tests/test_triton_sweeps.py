@@ -3,6 +3,8 @@
 Without a device they run in Triton's interpreter, with the smallest blocks that have several tiles.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -101,14 +103,14 @@ def test_after_a_cache(swept):
     assert swept[-1] == ("forward", 0, 32, True)
 
 
-def with_two_roots(row, batch=1):
+def with_two_roots(row, batch=1, n=45):
     """A map whose row, in the first sample, has two stable roots, and its weight on itself is tiny at the start.
 
     With all other columns' output a, `p = sigmoid(w . a - l + w . (v - a) p)`; v is chosen so that the slope is 12.
     """
     layer = make("torch", 1e-12, F64, embed=32, heads=1)
     with torch.no_grad():
-        equation = layer.equation(inputs(batch, 45, 32))
+        equation = layer.equation(inputs(batch, n, 32))
     args = [a.detach().clone() for a in equation.args]
     named = dict(zip(equation.function.names, args, strict=True))
     y = layer.solver.equilibrium(equation.function, tuple(args), F64).value
@@ -263,6 +265,84 @@ def test_what_followed_on_a_block_that_had_not_settled_is_done_again(monkeypatch
         found = make("triton", 1e-8, x.dtype, embed=32, block=BLOCK).solve(x).value
     assert begun == [False, True]
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("room", "dtype", "stages"),
+    [
+        (227, torch.bfloat16, {64: (3, 3), 128: (3, 2), 256: (3, 2)}),  # Hopper
+        (99, torch.float16, {64: (2, 3), 128: (2, 1), 256: None}),
+        (227, torch.float32, {64: (2, 1), 128: (2, 1), 256: (2, 1)}),
+        (64, torch.float32, {64: (2, 1), 128: None}),
+    ],
+    ids=["hopper", "small", "hopper-float32", "tiny"],
+)
+def test_tiles_fit_into_shared_memory(room, dtype, stages, monkeypatch):
+    """Stages of products with Omega_Q, and of attention, by heads' dimension; None where not even one fits."""
+    device = SimpleNamespace(shared_memory_per_block_optin=room * 1024)
+    monkeypatch.setattr(sweeps, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    for dim, wanted in stages.items():
+        system = SimpleNamespace(
+            narrow=dtype, wide=torch.float32, dim=dim, batch=8, key=SimpleNamespace(device=torch.device("cuda"))
+        )
+        tiles = sweeps._tiles(system)
+        assert sweeps.serves(system) == (wanted is not None)
+        assert (tiles and (tiles.queries["num_stages"], tiles.attends["num_stages"])) == wanted, dim
+
+
+@pytest.fixture
+def hopeful(monkeypatch):
+    """Go on from calm blocks as on a device, on which nothing has to be waited for here; record where that is done."""
+
+    class Done:
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+    record, init, goes_on = [], sweeps._Sweeps.__init__, sweeps._Sweeps.goes_on
+
+    def begin(self, system, rows, cautious):
+        init(self, system, rows, cautious)
+        self.hopeful = not cautious
+        record.append("cautious" if cautious else "hopeful")
+
+    def went_on(self, n):
+        record.append(goes_on(self, n))
+        return record[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", Done)
+    monkeypatch.setattr(sweeps._Sweeps, "__init__", begin)
+    monkeypatch.setattr(sweeps._Sweeps, "goes_on", went_on)
+    monkeypatch.setattr(sweeps._Wary, "solves", 0)
+    return record
+
+
+def test_blocks_are_gone_on_from_before_they_are_known_to_have_settled(hopeful):
+    x = inputs(2, 160, 32)
+    ours, grads = run("triton", x, 1e-4, block=BLOCK)
+    wanted, wanted_grads = run("torch", x, 1e-9, block=BLOCK)
+    assert hopeful.count(True) >= 4, "forward and backward"
+    assert "cautious" not in hopeful
+    torch.testing.assert_close(ours.value, wanted.value, rtol=1e-3, atol=1e-3)
+    for mine, theirs in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_a_block_that_was_wrongly_gone_on_from_is_solved_again(hopeful):
+    """Its row is at another root than is wanted, which is seen when the next block has begun."""
+    function, args = with_two_roots(100, n=160)
+    solver = substitution.ForwardSubstitution(rtol=1e-4, atol=1e-4, kernel="triton", block=BLOCK)
+    with torch.no_grad():
+        found = solver.equilibrium(function, args, F64)
+        wanted = make("torch", 1e-9, F64).solver.equilibrium(function, args, F64).value
+    assert True in hopeful
+    assert [entry for entry in hopeful if isinstance(entry, str)] == ["hopeful", "cautious"]
+    assert sweeps._Wary.solves > 0, "the next solves look at each block"
+    assert bool(found.converged.all())
+    torch.testing.assert_close(found.value, wanted, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs are of devices")

@@ -28,6 +28,11 @@ def merge_heads(t: Tensor) -> Tensor:
     return t.transpose(-3, -2).flatten(-2)
 
 
+def by_read_head(weight: Tensor, num_heads: int) -> Tensor:
+    """Return `Omega_Q` `[G d, D]` by the head of the output that it reads, `[H, d, G d]`, a view."""
+    return weight.view(len(weight), num_heads, -1).permute(1, 2, 0)
+
+
 def rms_norm(t: Tensor) -> Tensor:
     """`t / sqrt(mean(t^2) + 1e-6)` over the last dimension, in float32 or wider."""
     wide = t.to(torch.promote_types(t.dtype, torch.float32))

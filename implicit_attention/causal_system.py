@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicit_attention.attention_map import AttentionMap
+from implicit_attention.attention_map import AttentionMap, by_read_head
 from implicit_attention.kernels.attention import attention, partial_backward
 from implicit_attention.positions import rotate, unrotate
 
@@ -129,7 +129,7 @@ class CausalSystem:
     def _by_head(self) -> Tensor:
         """Omega_Q by the head it reads, `[H, d, G d]`."""
         assert self.weight is not None
-        return self.weight.to(self.wide).view(-1, self.heads, self.dim).permute(1, 2, 0).contiguous()
+        return by_read_head(self.weight.to(self.wide), self.heads).contiguous()
 
     def per_head(self, t: Tensor) -> Tensor:
         """`[R, G, ...] -> [R, H, ...]`: what a group's heads share, for each of them."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention import block_kernels
-from implicit_attention.attention_map import NORM_EPS, split_heads
+from implicit_attention.attention_map import NORM_EPS, by_read_head, split_heads
 from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.forward_substitution import ForwardSubstitution
 from implicit_attention.inputs import check_input
@@ -146,7 +146,7 @@ def _in_few(
     fixed = None if layer.W_Q is None else layer.W_Q(x)[:, 0]
     if layer.Omega_Q.bias is not None:
         fixed = layer.Omega_Q.bias[None] if fixed is None else fixed + layer.Omega_Q.bias
-    by_head = layer.Omega_Q.weight.to(value.dtype).view(-1, layer.num_heads, layer.head_dim).permute(1, 2, 0)
+    by_head = by_read_head(layer.Omega_Q.weight.to(value.dtype), layer.num_heads)
     y, column, judged = kernels.solve_token(
         scaled, a[:, :, 0], lse[..., 0].to(scaled.dtype), value[:, :, 0], by_head, fixed, rotation,
         NORM_EPS if layer.qk_norm else None, layer.solver.tolerances(x.dtype), x.dtype,
@@ -269,7 +269,7 @@ def _iterate(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: t
 def _linear_query(layer: Layer, x: Tensor, token: _Token, dtype: torch.dtype) -> Tensor:
     """The query before its norm as a linear map of `(1, p)`: `[B G, 1 + H, d]`."""
     batch, heads, dim = token.a.shape
-    by_head = layer.Omega_Q.weight.to(dtype).view(-1, heads, dim).permute(1, 2, 0)  # [H, d, G d]
+    by_head = by_read_head(layer.Omega_Q.weight.to(dtype), heads)
     ends = torch.cat([token.a, token.step]).to(dtype).transpose(0, 1)  # [H, 2 B, d]
     made = torch.bmm(ends, by_head).to(token.a.dtype).view(heads, 2, batch, -1, dim)
     base = made[:, 0].sum(0, keepdim=True)  # [1, B, G, d]

@@ -191,6 +191,12 @@ def _seen(system: CausalSystem, low: int, middle: int, high: int) -> tuple[slice
     return slice(middle, high), slice(low, middle)
 
 
+def _sweeps(solver: ForwardSubstitution, system: CausalSystem) -> tuple[Any, int]:
+    """What sweeps over blocks that are wider than the solver's, if anything does, and how wide the first ones are."""
+    sweeps = block_kernels.sweeper(solver.kernel, system) if system.length > solver.block else None
+    return sweeps, solver.block if sweeps is None else max(solver.block, sweeps.widest(system.length))
+
+
 class _Forward:
     """The recursion. In rows that are not solved yet, `y` and `lse` hold attention over the columns before them."""
 
@@ -216,11 +222,9 @@ class _Forward:
         into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
         if engine is not None:
             self.compiled = engine.ForwardKernel(system, into, min(solver.block, system.length), self.rtol, self.atol)
-        self.narrowest = self.widest = solver.block
+        self.block, (sweeps, self.widest) = solver.block, _sweeps(solver, system)
         self.swept: block_kernels.ForwardSweeper | None = None
-        sweeps = block_kernels.sweeper(solver.kernel, system)
-        if sweeps is not None and system.length > solver.block:
-            self.widest = max(solver.block, sweeps.widest(system.length))
+        if sweeps is not None:
             self.swept = sweeps.ForwardSweeps(system, into, self.widest, self.rtol, self.atol, cautious=cautious)
         kernel: Any = self.compiled
         self.merger: block_kernels.Merger | None = kernel if isinstance(kernel, block_kernels.Merger) else None
@@ -255,9 +259,9 @@ class _Forward:
 
     def _settle(self, rows: slice) -> None:
         n = rows.stop - rows.start
-        if self.swept is not None and n > self.narrowest:
+        if self.swept is not None and n > self.block:
             if not self.swept.settle(rows):
-                self.descend(rows.start, rows.stop, max(self.narrowest, (n + 1) // 2))
+                self.descend(rows.start, rows.stop, max(self.block, (n + 1) // 2))
             return
         if self.swept is not None:
             self.swept.check()
@@ -348,12 +352,13 @@ class _Backward:
         if engine is not None and not self.bias_grad:  # they keep no slopes of biases
             block = min(solver.block, system.length)
             self.compiled = engine.AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
-        self.narrowest = self.widest = solver.block
+        self.block = self.widest = solver.block
         self.swept: block_kernels.AdjointSweeper | None = None
         self.made: Tensor | None = None
-        sweeps = block_kernels.sweeper(solver.kernel, system)
-        if sweeps is not None and self.compiled is not None and system.length > solver.block:
-            self.widest = max(solver.block, sweeps.widest(system.length))
+        sweeps = None
+        if self.compiled is not None:
+            sweeps, self.widest = _sweeps(solver, system)
+        if sweeps is not None:
             self.made = system.key.new_empty(*shape, system.groups * system.dim)
             into = {"later": self.d_query, "lam": self.lam, "d_key": self.d_key, "d_value": self.d_value,
                     "made": self.made, "own": self.rest.get("self_score")}  # fmt: skip
@@ -397,9 +402,9 @@ class _Backward:
 
     def _solve(self, rows: slice) -> None:
         n = rows.stop - rows.start
-        if self.swept is not None and n > self.narrowest:
+        if self.swept is not None and n > self.block:
             if not self._sweep(self.swept, rows):
-                self.descend(rows.start, rows.stop, max(self.narrowest, (n + 1) // 2))
+                self.descend(rows.start, rows.stop, max(self.block, (n + 1) // 2))
             return
         if self.swept is not None:
             self.swept.check()

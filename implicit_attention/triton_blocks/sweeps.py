@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from implicit_attention.attention_map import by_read_head
 from implicit_attention.causal_system import CausalSystem, Queries
 from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, Unsettled, near_singular, own_jacobian
 from implicit_attention.kernels.triton import interpreted, sweep, sweep_adjoint
@@ -27,11 +28,8 @@ _NARROW_DIM = 64
 _AT_ONCE = 2**25  # numbers that are made together for the own equations of rows
 _SPARE = 10 * 1024  # bytes of shared memory that a program takes beside its tiles, at most
 _GRID = 65536  # programs in the third dimension of a launch
-_FEW, _MORE, _MANY = (
-    4,
-    8,
-    16,
-)  # sweeps that are launched together: where blocks settle in half as many, elsewhere, at first
+# Sweeps that are launched together: where blocks settle in half as many, elsewhere, and in the first rows of all.
+_FEW, _MORE, _MANY = 4, 8, 16
 
 
 @dataclass(frozen=True)
@@ -109,19 +107,19 @@ class _Sweeps:
         tiles = _tiles(system)
         assert tiles is not None, "asked for where `serves` is not true"
         self.system, self.call, self.tiles, self.rows = system, Call(system), tiles, rows
-        identity = torch.eye(system.dim, dtype=system.narrow, device=system.key.device)  # the key has absorbed Omega_Q
-        self.weight = identity if self.call.weight is None else self.call.weight
-        self.span = max(1, self.tiles.width // system.dim)
         size, device = system.batch * rows * system.heads * system.dim, system.key.device
+        weight = self.call.weight  # None: the key has absorbed it
+        self.weight = torch.eye(system.dim, dtype=system.narrow, device=device) if weight is None else weight
+        self.span = max(1, self.tiles.width // system.dim)
         self.state = system.key.new_empty(2 * size, dtype=system.wide)
         self.status = torch.empty(system.batch, dtype=torch.int32, device=device)
         self.where = torch.zeros(1, dtype=torch.int32, device=device)
         self.bits = torch.int64 if system.wide == torch.float64 else torch.int32
         self.samples = int(triton.next_power_of_2(system.batch))
         strides = self.call.strides()
-        self.key_value = {name: at for name, at in strides.items() if name[:4] in ("key_", "valu")}
-        self.turned = {name: strides[name] for name in ("turn_b", "turn_half")}
-        self.key_strides = {name: at for name, at in strides.items() if name[:4] == "key_"}
+        self.key_strides = {name: at for name, at in strides.items() if name.startswith("key_")}
+        self.key_value = self.key_strides | {name: at for name, at in strides.items() if name.startswith("value_")}
+        self.turned = {name: at for name, at in strides.items() if name.startswith("turn_")}
         self.shape = {"heads": system.heads, "groups": system.groups, "dim": system.dim}
         self.types = {
             "wide": TYPES[system.wide], "operand": self.call.operand, "precision": self.call.precision,
@@ -152,6 +150,13 @@ class _Sweeps:
             torch.cuda.current_stream().wait_stream(side)
             self.graphs[key] = graph
         self.graphs[key].replay()
+
+    def begin(self, rows: slice) -> dict[str, Any]:
+        """Look at the block before, go to the next, and return its biases as they are told to kernels."""
+        self.check()
+        self.where.fill_(rows.start)
+        strict, strict_b, strict_h = self.system.compiled_bias(rows) or (None, 0, 0)
+        return {"strict": strict, "strict_b": strict_b, "strict_h": strict_h}
 
     def goes_on(self, n: int) -> bool:
         """Whether to go on to the next block before it is known that this one has settled; if so, prepare the look."""
@@ -236,11 +241,7 @@ class ForwardSweeps(_Sweeps):
         Returns:
             Whether it has been settled, as far as is known.
         """
-        self.check()
-        system, n = self.system, rows.stop - rows.start
-        strict, strict_b, strict_h = system.compiled_bias(rows) or (None, 0, 0)
-        biased = {"strict": strict, "strict_b": strict_b, "strict_h": strict_h}
-        self.where.fill_(rows.start)
+        biased, system, n = self.begin(rows), self.system, rows.stop - rows.start
         done, most = 0, min(_MANY if system.past + rows.start == 0 else self.at_once(), MOST_SWEEPS)
         while done < MOST_SWEEPS:
             self.launch((done, most), n, partial(self._sweep, n, done, most, biased))
@@ -249,12 +250,12 @@ class ForwardSweeps(_Sweeps):
             states: list[int] = self.status.tolist()
             calm = most <= _MORE and min(states) >= 0
             if -1 not in states and min(states) < -1:
-                checked = self._check_roots(rows, strict, states, most)
+                checked = self._check_roots(rows, biased["strict"], states, most)
                 if checked is None:
                     return False
                 if checked:
                     self._hand_over(n)
-                    states = self.status.tolist()
+                    states = [-2 - state if state < -1 else state for state in states]
                 else:
                     states = [-1]
             if min(states) >= 0:
@@ -333,7 +334,7 @@ class ForwardSweeps(_Sweeps):
         a = (state[new[samples], samples, positions] - p[..., None] * row.value) / others[..., None]
         eps = self.normed["eps"] if self.normed["normed"] else None
         fixed = None if row.constant is None else row.constant.flatten(1)
-        by_head = self.weight.view(-1, heads, dim).permute(1, 2, 0)
+        by_head = by_read_head(self.weight, heads)
         roots, sums, few = [], lse + others.log() - bias, max(1, _AT_ONCE // (2 * heads * system.groups * dim))
         for low in range(0, len(a), few):
             some = slice(low, low + few)
@@ -413,11 +414,7 @@ class AdjointSweeps(_Sweeps):
         Returns:
             Whether it has been solved, as far as is known.
         """
-        self.check()
-        system, n = self.system, rows.stop - rows.start
-        strict, strict_b, strict_h = system.compiled_bias(rows) or (None, 0, 0)
-        biased = {"strict": strict, "strict_b": strict_b, "strict_h": strict_h}
-        self.where.fill_(rows.start)
+        biased, n = self.begin(rows), rows.stop - rows.start
         own = _OwnColumns(self, rows) if exactly and self.call.given is None else None
         done, most = 0, min(self.at_once(), MOST_SWEEPS)
         while done < MOST_SWEEPS:
@@ -475,8 +472,7 @@ class AdjointSweeps(_Sweeps):
         )  # fmt: skip
         sweep_adjoint.pull_keys[by_head](
             state=self.state, d_key=into["d_key"], lam=into["lam"], status=self.status, latest=self.latest,
-            largest=self.largest, strictly=given,
-            samples_=self.samples, **common, **by_rows,
+            largest=self.largest, strictly=given, samples_=self.samples, **common, **by_rows,
         )  # fmt: skip
 
     def through_map(

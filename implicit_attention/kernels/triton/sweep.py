@@ -307,18 +307,15 @@ def attend_rows(
 
     queries = query + (b * length * groups + g) * dim
     values = value + b * value_b + g * value_g
-    for c in range(0, tile * rows_, columns_):  # columns that all of the rows see
-        columns = c + tl.arange(0, columns_)
-        out, total, peak = _attend_tile(
-            k, queries, values, strict, out, total, peak, rows, columns, (first + columns).to(tl.int64), value_n, n,
-            False, groups, dim, scale, to, operand, precision,
-        )  # fmt: skip
-    for c in range(tile * rows_, tl.minimum((tile + 1) * rows_, n), columns_):
-        columns = c + tl.arange(0, columns_)
-        out, total, peak = _attend_tile(
-            k, queries, values, strict, out, total, peak, rows, columns, (first + columns).to(tl.int64), value_n, n,
-            True, groups, dim, scale, to, operand, precision,
-        )  # fmt: skip
+    for edge in tl.static_range(2):  # columns that all of the rows see, then those next to the diagonal
+        low = edge * tile * rows_
+        high = tl.minimum((tile + 1) * rows_, n) if edge else tile * rows_
+        for c in range(low, high, columns_):
+            columns = c + tl.arange(0, columns_)
+            out, total, peak = _attend_tile(
+                k, queries, values, strict, out, total, peak, rows, columns, (first + columns).to(tl.int64), value_n, n,
+                edge, groups, dim, scale, to, operand, precision,
+            )  # fmt: skip
 
     # The own column apart, in full precision: of it depends at which root a row is.
     if given is None:

@@ -52,25 +52,26 @@ def _tile(tensor, places, stride, real, dim: tl.constexpr):
 
 @triton.jit
 def _slopes(
-    k, q, v, lam, lse, delta, strict, own, rows, columns, n, edge: tl.constexpr, strictly: tl.constexpr,
+    k, q, v, lam, lse, delta, strict, given, rows, columns, n, edge: tl.constexpr, strictly: tl.constexpr,
     scale: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Find the weights of a tile `[rows, columns]` and the cotangents of its scores, 0 in rows that are not real.
 
-    Args that say what is seen: with `edge` not every row sees every column, with `strictly` none its own; `own` are the
-    scores of own columns that are given, or None.
+    Args that say what is seen: with `edge` not every row sees every column, with `strictly` none its own; `given`
+    points to the head's scores of own columns, where they do not depend on the outputs.
 
     Returns:
         Both.
     """
     wide: tl.constexpr = lse.dtype
     scores = tl.dot(k, tl.trans(q), input_precision=precision).to(wide) * scale
+    if edge and given is not None:
+        own = tl.load(given + rows, mask=rows < n, other=0.0).to(wide)
+        scores = tl.where(rows[:, None] == columns[None, :], own[:, None], scores)
     if strict is not None:
         pairs = (rows < n)[:, None] & (columns < n)[None, :]
         scores += tl.load(strict + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0)
     if edge:
-        if own is not None:
-            scores = tl.where(rows[:, None] == columns[None, :], own[:, None], scores)
         if strictly:
             scores = tl.where(columns[None, :] < rows[:, None], scores, -float("inf"))
         else:
@@ -215,26 +216,20 @@ def pull_queries(
         bias = strict
         if strict is not None:
             bias = strict + b * strict_b + h * strict_h
-        for i in range(begin, tl.minimum(begin + columns_, n), rows_):
-            rows = i + tl.arange(0, rows_)
-            k, lam, known, along = _row_tile(
-                keys, narrow + h * dim, sums, delta + h * n, rows, (first + rows).to(tl.int64), n, key_n, heads * dim,
-                dim, operand,
-            )  # fmt: skip
-            _, slope = _slopes(
-                k, q, v, lam, known, along, bias, None, rows, columns, n, True, strictly, scale, operand, precision
-            )
-            total += tl.dot(tl.trans(slope).to(to).to(operand), k, input_precision=precision).to(wide)
-        for i in range(begin + columns_, n, rows_):
-            rows = i + tl.arange(0, rows_)
-            k, lam, known, along = _row_tile(
-                keys, narrow + h * dim, sums, delta + h * n, rows, (first + rows).to(tl.int64), n, key_n, heads * dim,
-                dim, operand,
-            )  # fmt: skip
-            _, slope = _slopes(
-                k, q, v, lam, known, along, bias, None, rows, columns, n, False, strictly, scale, operand, precision
-            )
-            total += tl.dot(tl.trans(slope).to(to).to(operand), k, input_precision=precision).to(wide)
+        for beyond in tl.static_range(2):  # rows next to the diagonal, then those that see all of the columns
+            low = begin + beyond * columns_
+            high = n if beyond else tl.minimum(begin + columns_, n)
+            for i in range(low, high, rows_):
+                rows = i + tl.arange(0, rows_)
+                k, lam, known, along = _row_tile(
+                    keys, narrow + h * dim, sums, delta + h * n, rows, (first + rows).to(tl.int64), n, key_n,
+                    heads * dim, dim, operand,
+                )  # fmt: skip
+                _, slope = _slopes(
+                    k, q, v, lam, known, along, bias, None, rows, columns, n, beyond == 0, strictly, scale, operand,
+                    precision,
+                )  # fmt: skip
+                total += tl.dot(tl.trans(slope).to(to).to(operand), k, input_precision=precision).to(wide)
     total = total * scale + _tile(later + at, there, groups * dim, real, dim)
     norm = inverse
     if inverse is not None:
@@ -499,43 +494,29 @@ def pull_values(
         bias = strict
         if strict is not None:
             bias = strict + b * strict_b + h * strict_h
-        for i in range(begin, tl.minimum(begin + columns_, n), rows_):
-            rows = i + tl.arange(0, rows_)
-            place = (first + rows).to(tl.int64)
-            k, lam, known, along = _row_tile(
-                keys, narrow + h * dim, sums, delta + h * n, rows, place, n, key_n, heads * dim, dim, operand
-            )
-            self_score = _own_scores(given, bias, b * heads + h, length, place, rows, n, wide)
-            p, slope = _slopes(
-                k, q, v, lam, known, along, bias, self_score, rows, columns, n, True, False, scale, operand, precision
-            )
-            total += tl.dot(tl.trans(p).to(to).to(operand), lam, input_precision=precision).to(wide)
-            d_own += tl.sum(tl.where(rows[:, None] == columns[None, :], slope, 0.0), 0)
-        for i in range(begin + columns_, n, rows_):
-            rows = i + tl.arange(0, rows_)
-            k, lam, known, along = _row_tile(
-                keys, narrow + h * dim, sums, delta + h * n, rows, (first + rows).to(tl.int64), n, key_n, heads * dim,
-                dim, operand,
-            )  # fmt: skip
-            p, _ = _slopes(
-                k, q, v, lam, known, along, bias, None, rows, columns, n, False, False, scale, operand, precision
-            )
-            total += tl.dot(tl.trans(p).to(to).to(operand), lam, input_precision=precision).to(wide)
+        scores = given
+        if given is not None:
+            scores = given + (b * heads + h) * length + first
+        for beyond in tl.static_range(2):  # as in `pull_queries`
+            low = begin + beyond * columns_
+            high = n if beyond else tl.minimum(begin + columns_, n)
+            for i in range(low, high, rows_):
+                rows = i + tl.arange(0, rows_)
+                k, lam, known, along = _row_tile(
+                    keys, narrow + h * dim, sums, delta + h * n, rows, (first + rows).to(tl.int64), n, key_n,
+                    heads * dim, dim, operand,
+                )  # fmt: skip
+                p, slope = _slopes(
+                    k, q, v, lam, known, along, bias, scores, rows, columns, n, beyond == 0, False, scale, operand,
+                    precision,
+                )  # fmt: skip
+                total += tl.dot(tl.trans(p).to(to).to(operand), lam, input_precision=precision).to(wide)
+                if beyond == 0:
+                    d_own += tl.sum(tl.where(rows[:, None] == columns[None, :], slope, 0.0), 0)
         if own is not None:
             tl.store(own + (b * heads + h) * length + there, d_own, mask=real)
     into = d_value + ((b * groups + g) * length + there)[:, None] * dim + tl.arange(0, dim)[None, :]
     tl.store(into, tl.load(into, mask=real[:, None], other=0.0) + total, mask=real[:, None])
-
-
-@triton.jit
-def _own_scores(given, bias, system, length, place, rows, n, wide: tl.constexpr):
-    """The scores of the own columns that are given, biased, or None."""
-    own = given
-    if given is not None:
-        own = tl.load(given + system * length + place, mask=rows < n, other=0.0).to(wide)
-        if bias is not None:
-            own += tl.load(bias + rows * (n + 1), mask=rows < n, other=0.0)
-    return own
 
 
 @triton.jit(do_not_specialize=["n", "length", "batch"])
@@ -615,23 +596,18 @@ def pull_keys(
     queries = query + (b * length * groups + g) * dim
     values = value + b * value_b + g * value_g
     total = tl.zeros([rows_, dim], wide)
-    for c in range(0, begin, columns_):
-        columns = c + tl.arange(0, columns_)
-        there = (first + columns).to(tl.int64)
-        q = _tile(queries, there, groups * dim, columns < n, dim).to(operand)
-        v = _tile(values, there, value_n, columns < n, dim).to(operand)
-        _, slope = _slopes(
-            k, q, v, rounded, known, along, strict, None, rows, columns, n, False, strictly, scale, operand, precision
-        )
-        total += tl.dot(slope.to(to).to(operand), q, input_precision=precision).to(wide)
-    for c in range(begin, tl.minimum(begin + rows_, n), columns_):
-        columns = c + tl.arange(0, columns_)
-        there = (first + columns).to(tl.int64)
-        q = _tile(queries, there, groups * dim, columns < n, dim).to(operand)
-        v = _tile(values, there, value_n, columns < n, dim).to(operand)
-        _, slope = _slopes(
-            k, q, v, rounded, known, along, strict, None, rows, columns, n, True, strictly, scale, operand, precision
-        )
-        total += tl.dot(slope.to(to).to(operand), q, input_precision=precision).to(wide)
+    for edge in tl.static_range(2):  # columns that all of the rows see, then those next to the diagonal
+        low = edge * begin
+        high = tl.minimum(begin + rows_, n) if edge else begin
+        for c in range(low, high, columns_):
+            columns = c + tl.arange(0, columns_)
+            there = (first + columns).to(tl.int64)
+            q = _tile(queries, there, groups * dim, columns < n, dim).to(operand)
+            v = _tile(values, there, value_n, columns < n, dim).to(operand)
+            _, slope = _slopes(
+                k, q, v, rounded, known, along, strict, None, rows, columns, n, edge, strictly, scale, operand,
+                precision,
+            )  # fmt: skip
+            total += tl.dot(slope.to(to).to(operand), q, input_precision=precision).to(wide)
     into = d_key + ((b * heads + h) * length + place)[:, None] * dim + at[None, :]
     tl.store(into, tl.load(into, mask=real[:, None], other=0.0) + total * scale, mask=real[:, None])

@@ -3,10 +3,15 @@
 python tests/compile_triton.py KERNEL TYPE [OPTION ...]
 """
 
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -40,7 +45,6 @@ CONSTANTS = {
     "eps": 1e-6,
     "near_singular": 1e-3,
     "heads": 4,
-    "groups": 2,
     "dim": 24,
     "dp": 32,
     "hp": 16,
@@ -49,7 +53,7 @@ CONSTANTS = {
 }
 OF_SWEEPS = {
     "dim": 64, "span": 2, "depth": 64, "columns_": 64, "samples_": 8, "strictly": False, "raises": True, "hp": 16,
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
     "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "p", "moved", "f", "grams", "start",
@@ -68,7 +72,8 @@ INTEGERS = {
 
 def main(name: str, kind: str, *options: str) -> None:
     constants = {
-        **CONSTANTS, "normed": "norm" in options, "operand": TYPES[kind], "narrow": TYPES[kind],
+        **CONSTANTS, "groups": 4 if "ungrouped" in options else 2, "normed": "norm" in options,
+        "operand": TYPES[kind], "narrow": TYPES[kind],
         "precision": "tf32x3" if kind in ("bf16", "fp16") else "ieee",
     }  # fmt: skip
     if name in SWEEPS:
@@ -97,8 +102,12 @@ def main(name: str, kind: str, *options: str) -> None:
     even = [i for i, a in enumerate(KERNELS[name].arg_names) if signature[a][0] == "*" or a[-2:] in STRIDES]
     source = ASTSource(KERNELS[name], signature, known, {(i,): [["tt.divisibility", 16]] for i in even})
     launch = {"num_warps": 4, "num_stages": 1}
-    if name in ("queries", "through-map"):
-        launch = {"num_warps": 8, "num_stages": 3}
+    if name in ("queries", "through-map"):  # as `sweeps._tiles` has it on Hopper for half types
+        launch = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    elif name in SWEEPS and kind in ("bf16", "fp16"):
+        launch = {"num_warps": 4, "num_stages": 3}
+        if name == "attend" or "ungrouped" in options:
+            launch["maxnreg"] = 128 if name == "attend" else 168
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
     print(
         name,
@@ -108,7 +117,18 @@ def main(name: str, kind: str, *options: str) -> None:
         f"{len(made.asm['cubin'])} of code",
         "wgmma" if "wgmma" in made.asm["ptx"] else "",
         "async" if "cp.async" in made.asm["ptx"] else "",
+        *assembled(made.asm["ptx"]),
     )
+
+
+def assembled(ptx: str) -> list[str]:
+    """What the assembler says of registers, and of bytes that a thread spills from them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return re.findall(r"\d+ registers|\d+ bytes spill stores", said)
 
 
 main(*sys.argv[1:])

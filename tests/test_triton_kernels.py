@@ -1,6 +1,7 @@
 """The Triton kernels that no causal map is needed for: roots of rows, the merge by log-sum-exp, residuals."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -234,9 +235,34 @@ EVERYTHING = ("norm", "turn", "bias", "added", "strict")
 )
 def test_compiles_for_a_device(arguments, tmp_path):
     """The interpreter takes what the compiler refuses: types that change in a loop, names that a branch leaves out."""
+    assert "bytes of shared memory" in compiled(arguments, tmp_path)
+
+
+def compiled(arguments, cache):
+    """What `compile_triton` says of a kernel, in a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "compile_triton.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "bytes of shared memory" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "most"),
+    [
+        (("queries", "bf16", "norm"), 128),
+        (("attend", "bf16", "start"), 128),
+        (("through-map", "bf16"), 128),
+        (("pull-queries", "bf16", "norm", "ungrouped"), 168),
+        (("pull-values", "bf16", "ungrouped"), 168),
+        (("pull-keys", "bf16", "ungrouped"), 168),
+    ],
+    ids=lambda a: a[0] if isinstance(a, tuple) else str(a),
+)
+def test_registers_leave_room_for_several_programs(arguments, most, tmp_path):
+    """On Hopper, heads of 64: next to nothing is spilled, and a multiprocessor holds two programs or more."""
+    said = compiled(arguments, tmp_path)
+    assert int(re.search(r"(\d+) registers", said)[1]) <= most
+    assert int(re.search(r"(\d+) bytes spill", said)[1]) <= 128

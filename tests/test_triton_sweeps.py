@@ -279,11 +279,18 @@ def test_what_followed_on_a_block_that_had_not_settled_is_done_again(monkeypatch
 def test_tiles_fit_into_shared_memory(room, dtype, stages, monkeypatch):
     """Stages of products with Omega_Q, and of attention, by heads' dimension; None where not even one fits."""
     device = SimpleNamespace(shared_memory_per_block_optin=room * 1024)
+    key = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(sweeps, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     for dim, wanted in stages.items():
         system = SimpleNamespace(
-            narrow=dtype, wide=torch.float32, dim=dim, batch=8, key=SimpleNamespace(device=torch.device("cuda"))
+            narrow=dtype,
+            wide=torch.float32,
+            dim=dim,
+            heads=4,
+            groups=4,
+            batch=8,
+            key=SimpleNamespace(device=torch.device("cuda")),
         )
         tiles = sweeps._tiles(system)
         assert sweeps.serves(system) == (wanted is not None)
@@ -305,13 +312,17 @@ def hopeful(monkeypatch):
 
     def begin(self, system, rows, cautious):
         init(self, system, rows, cautious)
-        self.hopeful = not cautious
+        self.hopeful = self.repeats = not cautious
         record.append("cautious" if cautious else "hopeful")
 
     def went_on(self, n):
         record.append(goes_on(self, n))
         return record[-1]
 
+    def captured(work):
+        return SimpleNamespace(replay=lambda: record.append("replay") or work())
+
+    monkeypatch.setattr(sweeps, "_captured", captured)
     monkeypatch.setattr(torch.cuda, "Event", Done)
     monkeypatch.setattr(sweeps._Sweeps, "__init__", begin)
     monkeypatch.setattr(sweeps._Sweeps, "goes_on", went_on)
@@ -324,6 +335,7 @@ def test_blocks_are_gone_on_from_before_they_are_known_to_have_settled(hopeful):
     ours, grads = run("triton", x, 1e-4, block=BLOCK)
     wanted, wanted_grads = run("torch", x, 1e-9, block=BLOCK)
     assert hopeful.count(True) >= 4, "forward and backward"
+    assert hopeful.count("replay") >= 4, "graphs of the first block serve the others"
     assert "cautious" not in hopeful
     torch.testing.assert_close(ours.value, wanted.value, rtol=1e-3, atol=1e-3)
     for mine, theirs in zip(grads, wanted_grads, strict=True):
@@ -338,7 +350,7 @@ def test_a_block_that_was_wrongly_gone_on_from_is_solved_again(hopeful):
         found = solver.equilibrium(function, args, F64)
         wanted = make("torch", 1e-9, F64).solver.equilibrium(function, args, F64).value
     assert True in hopeful
-    assert [entry for entry in hopeful if isinstance(entry, str)] == ["hopeful", "cautious"]
+    assert [entry for entry in hopeful if entry in ("hopeful", "cautious")] == ["hopeful", "cautious"]
     assert sweeps._Wary.solves > 0, "the next solves look at each block"
     assert bool(found.converged.all())
     torch.testing.assert_close(found.value, wanted, rtol=1e-2, atol=1e-2)
@@ -350,7 +362,7 @@ def test_graphs_give_the_bits_of_single_launches(dtype, monkeypatch):
     x, found = inputs(2, 480, 128, dtype=dtype), []
     for graphs in (True, False):
         if not graphs:
-            monkeypatch.setattr(sweeps._Sweeps, "launch", lambda self, key, n, work: work())
+            monkeypatch.setattr(sweeps._Sweeps, "launch", lambda self, n, done, most, sweep: sweep(done, most))
             monkeypatch.setattr(sweeps._Sweeps, "goes_on", lambda self, n: False)
         leaf = x.clone().requires_grad_()
         value = make("triton", 1e-2, dtype, embed=128, block=16).solve(leaf).value

@@ -12,6 +12,7 @@ from implicit_attention.kernels.triton import interpreted
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 _LEAST = 16  # what a product of matrices takes
+_FARTHEST = 2**20  # from row to row: the kernels count within a block in 32 bits
 
 
 def padded(size: int) -> int:
@@ -54,9 +55,9 @@ class Call:
 
 
 def rows_contiguous(t: Tensor) -> Tensor:
-    """Return a tensor without a graph, its rows contiguous."""
+    """Return a tensor without a graph, its rows contiguous, and none far from the next."""
     t = t.detach()
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 and t.stride(-2) <= _FARTHEST else t.contiguous()
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:

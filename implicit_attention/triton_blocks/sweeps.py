@@ -25,9 +25,11 @@ MOST_SWEEPS = 32
 WIDEST = ((8192, 512), (0, 256))  # rows of the widest blocks, by the least length that has them
 _LEAST_DIM, _MOST_DIM = 16, 256
 _NARROW_DIM = 64
+_PARTS = 4  # heads of a program that multiplies by Omega_Q, at most: `sweep_adjoint.through_map` ends in so many parts
 _AT_ONCE = 2**25  # numbers that are made together for the own equations of rows
 _SPARE = 10 * 1024  # bytes of shared memory that a program takes beside its tiles, at most
 _GRID = 65536  # programs in the third dimension of a launch
+_REPEATED = 4  # whole blocks from which on a graph pays
 # Sweeps that are launched together: where blocks settle in half as many, elsewhere, and in the first rows of all.
 _FEW, _MORE, _MANY = 4, 8, 16
 
@@ -44,6 +46,7 @@ class _Tiles:
         attended: Rows of a program of attention; columns, where it is one of columns.
         against: Columns, or rows, that it takes together; divides the former.
         attends: Launch options of such a program.
+        pulls: Launch options of a program of the adjoint's attention.
     """
 
     rows: int
@@ -53,16 +56,17 @@ class _Tiles:
     attended: int
     against: int
     attends: dict[str, int]
+    pulls: dict[str, int]
 
 
 def _tiles(system: CausalSystem) -> _Tiles | None:
     """The tiles for a map, None if a multiprocessor's shared memory does not hold them."""
     if interpreted():
         one = {"num_warps": 1, "num_stages": 1}
-        return _Tiles(rows=16, width=32, depth=16, queries=one, attended=32, against=16, attends=one)
+        return _Tiles(rows=16, width=32, depth=16, queries=one, attended=32, against=16, attends=one, pulls=one)
     half, dim, size = system.narrow != system.wide, system.dim, system.narrow.itemsize
     rows, depth, tile = (128, 64, 64) if half else (64, 32, 32)
-    width = max(rows, dim)
+    width = max(dim, min(rows, _PARTS * dim))
     device: Any = torch.cuda.get_device_properties(system.key.device)
     room = device.shared_memory_per_block_optin - _SPARE
     by_map = min(3 if half else 2, room // ((rows + width) * depth * size))
@@ -70,10 +74,18 @@ def _tiles(system: CausalSystem) -> _Tiles | None:
     by_tile = min((3 if dim <= _NARROW_DIM else 2) if half else 1, room // (2 * tile * dim * size) - 1)
     if min(by_map, by_tile) < 1:
         return None
+    queries = {"num_warps": 8 if half else 4, "num_stages": by_map}
+    attends = {"num_warps": 4 if dim <= 128 else 8, "num_stages": by_tile}
+    pulls = dict(attends)
+    if half and width <= rows:  # registers of a thread: two programs to a multiprocessor
+        queries["maxnreg"] = 128
+    if half and dim <= _NARROW_DIM:  # four
+        attends["maxnreg"] = 128
+    if half and dim <= _NARROW_DIM and system.groups == system.heads:  # three
+        pulls["maxnreg"] = 168
     return _Tiles(
-        rows=rows, width=rows, depth=depth, queries={"num_warps": 8 if half else 4, "num_stages": by_map},
-        attended=tile, against=tile, attends={"num_warps": 4, "num_stages": by_tile},
-    )  # fmt: skip
+        rows=rows, width=width, depth=depth, queries=queries, attended=tile, against=tile, attends=attends, pulls=pulls
+    )
 
 
 def serves(system: CausalSystem) -> bool:
@@ -91,6 +103,18 @@ def widest(length: int) -> int:
         length: N.
     """
     return next(rows for least, rows in WIDEST if length >= least)
+
+
+def _captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Launches as a graph; nothing is launched, and nothing waited for."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+    return graph
 
 
 class _Wary:
@@ -126,30 +150,29 @@ class _Sweeps:
         }  # fmt: skip
         # A graph holds the addresses of a block's biases, which change from block to block.
         self.graphed = device.type == "cuda" and system.spec.plain and not torch.cuda.is_current_stream_capturing()
-        self.graphs: dict[object, torch.cuda.CUDAGraph] = {}
-        self.warm, self.calm, self.hopeful = False, False, self.graphed and not cautious and _Wary.solves == 0
+        self.repeats = self.graphed and system.length >= _REPEATED * rows
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the number of sweeps
+        self.calm, self.hopeful = False, self.graphed and not cautious and _Wary.solves == 0
         _Wary.solves = max(0, _Wary.solves - 1)
         self.guess = self.sweeps = 0
         self.host = torch.empty(system.batch, dtype=torch.int32, device="cpu", pin_memory=self.hopeful)
         self.looked: torch.cuda.Event | None = None
 
-    def launch(self, key: object, n: int, work: Callable[[], None]) -> None:
-        """Launch kernels: those of whole blocks as a CUDA graph, once they have been compiled."""
-        if not (self.graphed and self.warm and n == self.rows):
-            work()
+    def launch(self, n: int, done: int, most: int, sweep: Callable[[int, int], None]) -> None:
+        """Sweep a block: whole ones from their start by a CUDA graph, once its kernels have been compiled.
+
+        Args:
+            n: Rows of the block.
+            done: Sweeps before.
+            most: Sweeps after.
+            sweep: What launches those from the one to the other.
+        """
+        if (n, done) == (self.rows, 0) and most in self.graphs:
+            self.graphs[most].replay()
             return
-        if key not in self.graphs:
-            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    work()
-                finally:
-                    graph.capture_end()
-            torch.cuda.current_stream().wait_stream(side)
-            self.graphs[key] = graph
-        self.graphs[key].replay()
+        sweep(done, most)
+        if self.repeats and n == self.rows and not self.graphs:  # while the device is at work on the first block
+            self.graphs = {count: _captured(partial(sweep, 0, count)) for count in (_FEW, _MORE)}
 
     def begin(self, rows: slice) -> dict[str, Any]:
         """Look at the block before, go to the next, and return its biases as they are told to kernels."""
@@ -185,7 +208,7 @@ class _Sweeps:
 
     def took(self, sweeps: int, *, calm: bool) -> None:
         """Remember how a block settled."""
-        self.guess, self.sweeps, self.calm, self.warm = sweeps, max(self.sweeps, sweeps), calm, True
+        self.guess, self.sweeps, self.calm = sweeps, max(self.sweeps, sweeps), calm
 
     def at_once(self) -> int:
         """Sweeps to launch before a look."""
@@ -244,7 +267,7 @@ class ForwardSweeps(_Sweeps):
         biased, system, n = self.begin(rows), self.system, rows.stop - rows.start
         done, most = 0, min(_MANY if system.past + rows.start == 0 else self.at_once(), MOST_SWEEPS)
         while done < MOST_SWEEPS:
-            self.launch((done, most), n, partial(self._sweep, n, done, most, biased))
+            self.launch(n, done, most, partial(self._sweep, n, biased))
             if self.goes_on(n):
                 return True
             states: list[int] = self.status.tolist()
@@ -264,7 +287,7 @@ class ForwardSweeps(_Sweeps):
             done, most = most, min(most + _FEW, MOST_SWEEPS)
         return False
 
-    def _sweep(self, n: int, done: int, most: int, biased: dict[str, Any]) -> None:
+    def _sweep(self, n: int, biased: dict[str, Any], done: int, most: int) -> None:
         """Sweep a block on, see which samples have settled, and hand them over if all have."""
         system, into, tile = self.system, self.into, self.tiles.attended
         found = self.found[: MOST_SWEEPS * 2 * system.batch * n]
@@ -418,11 +441,11 @@ class AdjointSweeps(_Sweeps):
         own = _OwnColumns(self, rows) if exactly and self.call.given is None else None
         done, most = 0, min(self.at_once(), MOST_SWEEPS)
         while done < MOST_SWEEPS:
-            work = partial(self._sweep, n, done, most, biased, own)
+            sweep = partial(self._sweep, n, biased, own)
             if own is None:
-                self.launch((done, most), n, work)
+                self.launch(n, done, most, sweep)
             else:
-                work()
+                sweep(done, most)
             if own is None and self.goes_on(n):
                 return True
             states: list[int] = self.status.tolist()
@@ -433,7 +456,7 @@ class AdjointSweeps(_Sweeps):
             done, most = most, min(most + _FEW, MOST_SWEEPS)
         return False
 
-    def _sweep(self, n: int, done: int, most: int, biased: dict[str, Any], own: "_OwnColumns | None") -> None:
+    def _sweep(self, n: int, biased: dict[str, Any], own: "_OwnColumns | None", done: int, most: int) -> None:
         """Sweep a block on, see which samples are solved, and hand them over if all are."""
         system, call, at, into, tiles = self.system, self.call, self.at, self.into, self.tiles
         by_group, by_head = self.by_tile(n, system.groups), self.by_tile(n, system.heads)
@@ -442,7 +465,7 @@ class AdjointSweeps(_Sweeps):
         common = {
             "key": call.key, "value": call.value, "query": at["query"], "lse": at["lse"], "narrow": self.narrow,
             "delta": self.delta, "scale": system.spec.scale, **biased, **self.key_value, **told, **self.shape,
-            **self.types, **tiles.attends,
+            **self.types, **tiles.pulls,
         }  # fmt: skip
         by_columns = {"rows_": tiles.against, "columns_": tiles.attended}
         by_rows = {"rows_": tiles.attended, "columns_": tiles.against}
@@ -520,7 +543,7 @@ class _OwnColumns:
         eye = torch.eye(heads, dtype=system.wide, device=matrix.device)
         self.inverses = torch.linalg.inv_ex(eye - matrix.mT)[0].contiguous()
         # An eigenvalue at a distance e from 1 makes the norm of the inverse 1 / e or more.
-        self.suspects = matrix[~(self.inverses.flatten(2).norm(dim=-1) * NEAR_SINGULAR < 1.0)]
+        self.matrix, self.suspect = matrix, ~(self.inverses.flatten(2).norm(dim=-1) * NEAR_SINGULAR < 1.0)
         self.f = self.u.new_full((2, batch, n, heads, dim), torch.inf)
         self.made = system.key.new_empty(2, batch, n, system.groups * dim)
         self.inside = {"length": n, "where": torch.zeros_like(sweeps.where), "n": n, "batch": batch}
@@ -558,4 +581,4 @@ class _OwnColumns:
         made = self.sweeps.into["made"]
         assert made is not None
         made[:, self.rows] += self.made[(self.sweeps.status % 2).long(), sample]
-        return near_singular(self.suspects)
+        return near_singular(self.matrix[self.suspect])

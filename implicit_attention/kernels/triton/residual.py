@@ -26,5 +26,5 @@ def largest_in_rows(y, f, found, length, count, span: tl.constexpr):
     inside = at < length
     before = tl.load(y + row * length + at, mask=inside, other=0.0)
     after = tl.load(f + row * length + at, mask=inside, other=0.0)
-    tl.atomic_max(found + row, tl.max(bits(after - before), 0))
-    tl.atomic_max(found + count + row, tl.max(bits(after), 0))
+    tl.atomic_max(found + row, tl.max(bits(after - before), 0), sem="relaxed")
+    tl.atomic_max(found + count + row, tl.max(bits(after), 0), sem="relaxed")

@@ -10,7 +10,9 @@ import triton.language as tl
 
 from implicit_attention.kernels.triton.tiles import bits
 
-SPAN = tl.constexpr(256)  # rows whose residuals are looked at together
+SPAN = tl.constexpr(512)  # rows whose residuals are looked at together
+LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are powers of two: one instruction each
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -206,28 +208,28 @@ def make_queries(
 
 @triton.jit
 def _attend_tile(
-    k, queries, values, strict, out, total, peak, rows, columns, there, value_n, n, edge: tl.constexpr,
+    k, queries, values, strict, out, total, peak, rows, columns, value_n, n, edge: tl.constexpr,
     groups: tl.constexpr, dim: tl.constexpr, scale: tl.constexpr, to: tl.constexpr, operand: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Attend to some columns more; with `edge` not every row sees all of them, and none its own."""
+    """Attend to some columns more; with `edge` not every row sees all of them, and none its own. `peak` is binary."""
     wide: tl.constexpr = out.dtype
     real = (columns < n)[:, None]
     at = tl.arange(0, dim)
-    q = tl.load(queries + (there * (groups * dim))[:, None] + at[None, :], mask=real, other=0.0).to(operand)
-    v = tl.load(values + (there * value_n)[:, None] + at[None, :], mask=real, other=0.0).to(operand)
-    scores = tl.dot(k, tl.trans(q), input_precision=precision).to(wide) * scale
+    q = tl.load(queries + (columns * (groups * dim))[:, None] + at[None, :], mask=real, other=0.0).to(operand)
+    v = tl.load(values + (columns * value_n)[:, None] + at[None, :], mask=real, other=0.0).to(operand)
+    scores = tl.dot(k, tl.trans(q), input_precision=precision).to(wide) * (scale * LOG2_E)
     if strict is not None:
         pairs = (rows < n)[:, None] & (columns < n)[None, :]
-        scores += tl.load(strict + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0)
+        scores += tl.load(strict + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0) * LOG2_E
     if edge:
         scores = tl.where(columns[None, :] < rows[:, None], scores, -float("inf"))
     top = tl.maximum(peak, tl.max(scores, 1))
     safe = top
     if edge or strict is not None:
         safe = tl.where(top == -float("inf"), 0.0, top)
-    shrink = tl.exp(peak - safe)
-    weights = tl.exp(scores - safe[:, None])
+    shrink = tl.exp2(peak - safe)
+    weights = tl.exp2(scores - safe[:, None])
     total = total * shrink + tl.sum(weights, 1)
     out = out * shrink[:, None] + tl.dot(weights.to(to).to(operand), v, input_precision=precision).to(wide)
     return out, total, top
@@ -283,7 +285,7 @@ def attend_rows(
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
-    first = tl.load(where)
+    first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     if settled(found, sweep - 1, b, batch, n, rtol, atol, wide):
         return
@@ -293,71 +295,71 @@ def attend_rows(
     to: tl.constexpr = narrow.dtype.element_ty
     rows = tile * rows_ + tl.arange(0, rows_)
     real = rows < n
-    place = (first + rows).to(tl.int64)
-    at = tl.arange(0, dim)
-    inside = real[:, None] & (at < dim)[None, :]
-    k = key + b * key_b + h * key_h + (place * key_n)[:, None] + at[None, :]
-    k = tl.load(k, mask=inside, other=0.0).to(operand)
-    peak = tl.load(before_lse + (b * heads + h) * length + place, mask=real, other=-float("inf"))
-    out = tl.load(before + ((b * length + place)[:, None] * heads + h) * dim + at[None, :], mask=inside, other=0.0)
-    total = tl.where(peak == -float("inf"), 0.0, 1.0).to(wide)
-    out = out * total[:, None]
+    at = tl.arange(0, dim)[None, :]
+    inside = real[:, None]
+    queries = query + ((b * length + first) * groups + g) * dim
+    values = value + b * value_b + g * value_g + first * value_n
+    by_head = (b * heads + h) * length + first
+    k = key + b * key_b + h * key_h + first * key_n
+    k = tl.load(k + (rows * key_n)[:, None] + at, mask=inside, other=0.0).to(operand)
+    # The own column apart, in full precision: of it depends at which root a row is.
+    if given is None:
+        own = tl.load(queries + (rows * (groups * dim))[:, None] + at, mask=inside, other=0.0)
+        own = tl.sum(own.to(wide) * k.to(wide), 1) * (scale * LOG2_E)
+    else:
+        own = tl.load(given + by_head + rows, mask=real, other=0.0).to(wide) * LOG2_E
+    own_bias = own * 0.0
     if strict is not None:
         strict += b * strict_b + h * strict_h
+        own_bias = tl.load(strict + rows * (n + 1), mask=real, other=0.0) * LOG2_E
+    own += own_bias
+    peak = tl.load(before_lse + by_head + rows, mask=real, other=-float("inf")) * LOG2_E
+    out = before + ((b * length + first) * heads + h) * dim
+    out = tl.load(out + (rows * (heads * dim))[:, None] + at, mask=inside, other=0.0)
+    total = tl.where(peak == -float("inf"), 0.0, 1.0).to(wide)
+    out = out * total[:, None]
 
-    queries = query + (b * length * groups + g) * dim
-    values = value + b * value_b + g * value_g
     for edge in tl.static_range(2):  # columns that all of the rows see, then those next to the diagonal
         low = edge * tile * rows_
         high = tl.minimum((tile + 1) * rows_, n) if edge else tile * rows_
         for c in range(low, high, columns_):
-            columns = c + tl.arange(0, columns_)
             out, total, peak = _attend_tile(
-                k, queries, values, strict, out, total, peak, rows, columns, (first + columns).to(tl.int64), value_n, n,
-                edge, groups, dim, scale, to, operand, precision,
+                k, queries, values, strict, out, total, peak, rows, c + tl.arange(0, columns_), value_n, n, edge,
+                groups, dim, scale, to, operand, precision,
             )  # fmt: skip
 
-    # The own column apart, in full precision: of it depends at which root a row is.
-    if given is None:
-        own = query + ((b * length + place)[:, None] * groups + g) * dim + at[None, :]
-        own = tl.sum(tl.load(own, mask=inside, other=0.0).to(wide) * k.to(wide), 1) * scale
-    else:
-        own = tl.load(given + (b * heads + h) * length + place, mask=real, other=0.0).to(wide)
-    own_bias = own * 0.0
-    if strict is not None:
-        own_bias = tl.load(strict + rows * (n + 1), mask=real, other=0.0)
-    own += own_bias
-    v = value + b * value_b + g * value_g + (place * value_n)[:, None] + at[None, :]
-    v = tl.load(v, mask=inside, other=0.0).to(wide)
+    v = tl.load(values + (rows * value_n)[:, None] + at, mask=inside, other=0.0).to(wide)
     top = tl.maximum(peak, own)
     top = tl.where(top == -float("inf"), 0.0, top)
-    shrink = tl.exp(peak - top)
-    weight = tl.exp(own - top)
+    shrink = tl.exp2(peak - top)
+    weight = tl.exp2(own - top)
     rest = total * shrink
     total = rest + weight
     seen = total != 0.0  # NaN too
     safe = tl.where(seen, total, 1.0)
     out = (out * shrink[:, None] + weight[:, None] * v) / safe[:, None]
-    tl.store(lse + (b * heads + h) * n + rows, tl.where(seen, top + tl.log(safe), -float("inf")), mask=real)
+    sums = tl.where(seen, top * LN_2 + tl.log(safe), -float("inf"))
+    tl.store(lse + (b * heads + h) * n + rows, sums, mask=real)
 
     parity = sweep % 2
-    into = ((b * n + rows)[:, None] * heads + h) * dim + at[None, :]
     extent = batch.to(tl.int64) * n * heads * dim
-    last = tl.load(state + parity * extent + into, mask=inside, other=0.0)
-    tl.store(state + (1 - parity) * extent + into, out, mask=inside)
-    tl.store(narrow + into, out.to(to), mask=inside)
+    of_head = (b * n * heads + h) * dim
+    into = (rows * (heads * dim))[:, None] + at
+    last = tl.load(state + parity * extent + of_head + into, mask=inside, other=0.0)
+    tl.store(state + (1 - parity) * extent + of_head + into, out, mask=inside)
+    tl.store(narrow + of_head + into, out.to(to), mask=inside)
     off = found + (2 * sweep * batch + b) * n + rows
-    tl.atomic_max(off, tl.max(bits(out - last), 1), mask=real)
-    tl.atomic_max(off + batch * n, tl.max(bits(out), 1), mask=real)
+    tl.atomic_max(off, tl.max(bits(out - last), 1), mask=real, sem="relaxed")
+    tl.atomic_max(off + batch * n, tl.max(bits(out), 1), mask=real, sem="relaxed")
     if start is not None:
-        first_own = tl.load(start + (b * heads + h) * length + place, mask=real, other=0.0) + own_bias
+        first_own = tl.load(start + by_head + rows, mask=real, other=0.0) * LOG2_E + own_bias
         peak = tl.maximum(top, first_own)
-        then = tl.exp(first_own - peak)
-        whole = rest * tl.exp(top - peak) + then
+        then = tl.exp2(first_own - peak)
+        whole = rest * tl.exp2(top - peak) + then
         moved = tl.abs(then / tl.where(whole == 0.0, 1.0, whole) - weight / safe)
         moved = tl.where(real & (own != -float("inf")) & (moved > too_far), 1, 0)
         if tl.max(moved, 0) > 0:
-            tl.atomic_max(far + (sweep * batch + b) * n + rows, moved, mask=real)
+            tl.atomic_max(far + (sweep * batch + b) * n + rows, moved, mask=real, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n", "batch", "sweeps"])

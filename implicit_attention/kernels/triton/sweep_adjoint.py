@@ -8,7 +8,7 @@ argument that is None is one that the map does not have.
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.sweep import SPAN, rotated, settled
+from implicit_attention.kernels.triton.sweep import LOG2_E, SPAN, rotated, settled
 from implicit_attention.kernels.triton.tiles import bits
 
 PATIENCE = tl.constexpr(16)  # sweeps after which rows are judged by their own solution, where that is larger
@@ -52,41 +52,47 @@ def _tile(tensor, places, stride, real, dim: tl.constexpr):
 
 @triton.jit
 def _slopes(
-    k, q, v, lam, lse, delta, strict, given, rows, columns, n, edge: tl.constexpr, strictly: tl.constexpr,
-    scale: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
+    k, q, v, lam, lse, delta, strict, given, rows, columns, n, turned: tl.constexpr, edge: tl.constexpr,
+    strictly: tl.constexpr, scale: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Find the weights of a tile `[rows, columns]` and the cotangents of its scores, 0 in rows that are not real.
+    """Find the weights of a tile and the cotangents of its scores, 0 in rows that are not real.
 
     Args that say what is seen: with `edge` not every row sees every column, with `strictly` none its own; `given`
-    points to the head's scores of own columns, where they do not depend on the outputs.
+    points to the head's scores of own columns, where they do not depend on the outputs. `lse` is binary.
 
     Returns:
-        Both.
+        Both, `[rows, columns]`, or `[columns, rows]` if `turned`, as the product that follows takes its left factor.
     """
     wide: tl.constexpr = lse.dtype
-    scores = tl.dot(k, tl.trans(q), input_precision=precision).to(wide) * scale
+    if turned:
+        r, c, sums, along = rows[None, :], columns[:, None], lse[None, :], delta[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision=precision).to(wide) * (scale * LOG2_E)
+    else:
+        r, c, sums, along = rows[:, None], columns[None, :], lse[:, None], delta[:, None]
+        scores = tl.dot(k, tl.trans(q), input_precision=precision).to(wide) * (scale * LOG2_E)
     if edge and given is not None:
-        own = tl.load(given + rows, mask=rows < n, other=0.0).to(wide)
-        scores = tl.where(rows[:, None] == columns[None, :], own[:, None], scores)
+        own = tl.load(given + r, mask=r < n, other=0.0).to(wide) * LOG2_E
+        scores = tl.where(r == c, own, scores)
     if strict is not None:
-        pairs = (rows < n)[:, None] & (columns < n)[None, :]
-        scores += tl.load(strict + rows[:, None] * n + columns[None, :], mask=pairs, other=0.0)
+        scores += tl.load(strict + r * n + c, mask=(r < n) & (c < n), other=0.0) * LOG2_E
     if edge:
-        if strictly:
-            scores = tl.where(columns[None, :] < rows[:, None], scores, -float("inf"))
-        else:
-            scores = tl.where(columns[None, :] <= rows[:, None], scores, -float("inf"))
-    p = tl.exp(scores - lse[:, None])
-    return p, p * (tl.dot(lam, tl.trans(v), input_precision=precision).to(wide) - delta[:, None])
+        behind: tl.constexpr = 1 if strictly else 0
+        scores = tl.where(c + behind <= r, scores, -float("inf"))
+    p = tl.exp2(scores - sums)
+    if turned:
+        slope = tl.dot(v, tl.trans(lam), input_precision=precision).to(wide)
+    else:
+        slope = tl.dot(lam, tl.trans(v), input_precision=precision).to(wide)
+    return p, p * (slope - along)
 
 
 @triton.jit
-def _row_tile(key, narrow, lse, delta, rows, place, n, key_n, lam_n, dim: tl.constexpr, operand: tl.constexpr):
-    """Keys, cotangents, log-sum-exps and `lam . y` of some rows."""
+def _row_tile(key, narrow, lse, delta, rows, n, key_n, lam_n, dim: tl.constexpr, operand: tl.constexpr):
+    """Keys, cotangents, binary log-sum-exps and `lam . y` of some rows of the block, which the pointers begin with."""
     real = rows < n
-    k = _tile(key, place, key_n, real, dim).to(operand)
+    k = _tile(key, rows, key_n, real, dim).to(operand)
     lam = _tile(narrow, rows, lam_n, real, dim).to(operand)
-    total = tl.load(lse + place, mask=real, other=0.0)
+    total = tl.load(lse + rows, mask=real, other=0.0) * LOG2_E
     return k, lam, tl.where(total == -float("inf"), 0.0, total), tl.load(delta + rows, mask=real, other=0.0)
 
 
@@ -124,7 +130,7 @@ def begin_adjoint(
         dim: d, a power of two.
         rows_: Rows of a program.
     """
-    first = tl.load(where)
+    first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
@@ -191,7 +197,7 @@ def pull_queries(
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
-    first = tl.load(where)
+    first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     if solved(found, allowed, sweep - 1, b, batch, n, rtol, wide):
         return
@@ -201,18 +207,17 @@ def pull_queries(
     begin = tl.program_id(0) * columns_
     columns = begin + tl.arange(0, columns_)
     real = columns < n
-    there = (first + columns).to(tl.int64)
-    at = (b * length * groups + g) * dim
-    q = _tile(query + at, there, groups * dim, real, dim).to(operand)
-    v = _tile(value + b * value_b + g * value_g, there, value_n, real, dim).to(operand)
+    by_group = (b * length + first) * groups + g
+    q = _tile(query + by_group * dim, columns, groups * dim, real, dim).to(operand)
+    v = _tile(value + b * value_b + g * value_g + first * value_n, columns, value_n, real, dim).to(operand)
     parity = sweep % 2
     narrow += (parity * batch.to(tl.int64) + b) * n * heads * dim
     delta += (parity * batch.to(tl.int64) + b) * heads * n
     total = tl.zeros([columns_, dim], wide)
     for s in range(shared):
         h = g * shared + s
-        keys = key + b * key_b + h * key_h
-        sums = lse + (b * heads + h) * length
+        keys = key + b * key_b + h * key_h + first * key_n
+        sums = lse + (b * heads + h) * length + first
         bias = strict
         if strict is not None:
             bias = strict + b * strict_b + h * strict_h
@@ -222,24 +227,44 @@ def pull_queries(
             for i in range(low, high, rows_):
                 rows = i + tl.arange(0, rows_)
                 k, lam, known, along = _row_tile(
-                    keys, narrow + h * dim, sums, delta + h * n, rows, (first + rows).to(tl.int64), n, key_n,
-                    heads * dim, dim, operand,
+                    keys, narrow + h * dim, sums, delta + h * n, rows, n, key_n, heads * dim, dim, operand
                 )  # fmt: skip
                 _, slope = _slopes(
-                    k, q, v, lam, known, along, bias, None, rows, columns, n, beyond == 0, strictly, scale, operand,
-                    precision,
+                    k, q, v, lam, known, along, bias, None, rows, columns, n, True, beyond == 0, strictly, scale,
+                    operand, precision,
                 )  # fmt: skip
-                total += tl.dot(tl.trans(slope).to(to).to(operand), k, input_precision=precision).to(wide)
-    total = total * scale + _tile(later + at, there, groups * dim, real, dim)
+                total += tl.dot(slope.to(to).to(operand), k, input_precision=precision).to(wide)
+    total = total * scale + _tile(later + by_group * dim, columns, groups * dim, real, dim)
     norm = inverse
     if inverse is not None:
-        norm = inverse + b * length * groups + g
+        norm = inverse + by_group
     angle = turn
     if turn is not None:
-        angle = turn + b * turn_b
-    total = _before_map(total, q.to(wide), norm, angle, turn_half, there, real, groups, dim, columns_)
-    into = made + at + (there * (groups * dim))[:, None] + tl.arange(0, dim)[None, :]
+        angle = turn + b * turn_b + first * (dim // 2)
+    total = _before_map(total, q.to(wide), norm, angle, turn_half, columns, real, groups, dim, columns_)
+    into = made + by_group * dim + (columns * (groups * dim))[:, None] + tl.arange(0, dim)[None, :]
     tl.store(into, total.to(made.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def _next_part(
+    lam, grad, y, last, following, narrow, rows, columns, n, stride: tl.constexpr, raises: tl.constexpr
+):  # fmt: skip
+    """Store some columns of the next cotangents; return the bits of what is left, of the size, and `lam . y`."""
+    wide: tl.constexpr = lam.dtype
+    both = (rows < n)[:, None] & (columns < stride)[None, :]
+    at = (rows * stride)[:, None] + columns[None, :]
+    lam += tl.load(grad + at, mask=both, other=0.0).to(wide)
+    left = lam * 0.0
+    if raises:
+        left = tl.where(both, lam - tl.load(last + at, mask=both, other=0.0), 0.0)
+    tl.store(following + at, lam, mask=both)
+    along = tl.zeros([lam.shape[0]], wide)
+    if narrow is not None:
+        rounded = lam.to(narrow.dtype.element_ty)
+        tl.store(narrow + at, rounded, mask=both)
+        along = tl.sum(rounded.to(wide) * tl.load(y + at, mask=both, other=0.0).to(wide), 1)
+    return tl.max(bits(left), 1), tl.max(bits(lam), 1), along
 
 
 @triton.jit(do_not_specialize=["n", "length", "batch", "sweep"])
@@ -278,45 +303,63 @@ def through_map(
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
-    first = tl.load(where)
+    first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     if solved(found, allowed, sweep - 1, b, batch, n, rtol, wide):
         return
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
-    real = rows < n
-    place = (first + rows).to(tl.int64)
-    out = tl.program_id(1) * (span * dim) + tl.arange(0, span * dim)
-    known = out < heads * dim
+    real = (rows < n)[:, None]
+    stride: tl.constexpr = heads * dim
+    begin = tl.program_id(1) * (span * dim)
+    out = begin + tl.arange(0, span * dim)
+    known = (out < stride)[None, :]
     lam = tl.zeros([rows_, span * dim], wide)
+    made += (b * length + first) * (groups * dim)
     for c in range(0, groups * dim, depth):
         into = c + tl.arange(0, depth)
         within = into < groups * dim
-        u = made + ((b * length + place) * (groups * dim))[:, None] + into[None, :]
-        u = tl.load(u, mask=real[:, None] & within[None, :], other=0.0).to(operand)
+        u = tl.load(made + (rows * (groups * dim))[:, None] + into[None, :], mask=real & within[None, :], other=0.0)
         omega = weight + (into.to(tl.int64) * weight_o)[:, None] + out[None, :]
-        omega = tl.load(omega, mask=within[:, None] & known[None, :], other=0.0).to(operand)
-        lam += tl.dot(u, omega, input_precision=precision).to(wide)
-    both = real[:, None] & known[None, :]
-    at = ((b * length + place) * (heads * dim))[:, None] + out[None, :]
-    lam += tl.load(grad + at, mask=both, other=0.0).to(wide)
-    into = ((b * n + rows) * (heads * dim))[:, None] + out[None, :]
-    extent = batch.to(tl.int64) * n * heads
-    parity = sweep % 2
+        omega = tl.load(omega, mask=within[:, None] & known, other=0.0).to(operand)
+        lam += tl.dot(u.to(operand), omega, input_precision=precision).to(wide)
+    extent = batch.to(tl.int64) * n * stride
+    now = sweep % 2 * extent + b * n * stride
+    new = extent - sweep % 2 * extent + b * n * stride
+    grad += (b * length + first) * stride
+    y += (b * length + first) * stride
+    if narrow is not None:
+        narrow += new
+        delta += ((1 - sweep % 2) * batch.to(tl.int64) + b) * heads * n
+    # A quarter of the columns at a time: what all of them want at once is more than the registers hold.
+    some: tl.constexpr = span * dim // 4
+    four = tl.reshape(tl.permute(tl.reshape(lam, [rows_, 4, some]), (0, 2, 1)), [rows_, some, 2, 2])
+    even, odd = tl.split(four)
+    part_0, part_2 = tl.split(even)
+    part_1, part_3 = tl.split(odd)
+    along = tl.zeros([rows_], wide)
+    left, size = bits(along), bits(along)
+    for part in tl.static_range(4):
+        if part == 0:
+            lam = part_0
+        elif part == 1:
+            lam = part_1
+        elif part == 2:
+            lam = part_2
+        else:
+            lam = part_3
+        left_, size_, along_ = _next_part(
+            lam, grad, y, state + now, state + new, narrow, rows, begin + part * some + tl.arange(0, some), n, stride,
+            raises,
+        )  # fmt: skip
+        left, size, along = tl.maximum(left, left_), tl.maximum(size, size_), along + along_
+        head = begin // dim + part * span // 4
+        if narrow is not None and (part + 1) * span % 4 == 0:  # the last columns of a head
+            tl.store(delta + head * n + rows, along, mask=(rows < n) & (head < heads))
+            along = tl.zeros([rows_], wide)
     off = found + (2 * sweep * batch + b) * n + rows
     if raises:
-        last = tl.load(state + parity * extent * dim + into, mask=both, other=0.0)
-        tl.atomic_max(off, tl.max(bits(tl.where(both, lam - last, 0.0)), 1), mask=real)
-    tl.atomic_max(off + batch * n, tl.max(bits(lam), 1), mask=real)
-    into += (1 - parity) * extent * dim
-    tl.store(state + into, lam, mask=both)
-    if narrow is not None:
-        rounded = lam.to(narrow.dtype.element_ty)
-        tl.store(narrow + into, rounded, mask=both)
-        along = rounded.to(wide) * tl.load(y + at, mask=both, other=0.0).to(wide)
-        along = tl.sum(tl.reshape(along, [rows_, span, dim]), 2)
-        head = tl.program_id(1) * span + tl.arange(0, span)
-        at = ((1 - parity) * extent + (b * heads + head) * n)[None, :] + rows[:, None]
-        tl.store(delta + at, along, mask=real[:, None] & (head < heads)[None, :])
+        tl.atomic_max(off, left, mask=rows < n, sem="relaxed")
+    tl.atomic_max(off + batch * n, size, mask=rows < n, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n", "length", "batch", "sweep"])
@@ -359,7 +402,7 @@ def own_columns(
         hp: H, padded to a power of two.
         wide: Type of what is accumulated.
     """
-    first = tl.load(where)
+    first = tl.load(where).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
     if solved(found, allowed, sweep - 1, b, batch, n, rtol, wide):
         return
@@ -469,7 +512,7 @@ def pull_values(
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
-    first = tl.load(where)
+    first = tl.load(where).to(tl.int64)
     if not _all_solved(status, batch, samples_):
         return
     b = tl.program_id(2).to(tl.int64)
@@ -479,43 +522,43 @@ def pull_values(
     begin = tl.program_id(0) * columns_
     columns = begin + tl.arange(0, columns_)
     real = columns < n
-    there = (first + columns).to(tl.int64)
-    q = _tile(query + (b * length * groups + g) * dim, there, groups * dim, real, dim).to(operand)
-    v = _tile(value + b * value_b + g * value_g, there, value_n, real, dim).to(operand)
+    q = _tile(query + ((b * length + first) * groups + g) * dim, columns, groups * dim, real, dim).to(operand)
+    v = _tile(value + b * value_b + g * value_g + first * value_n, columns, value_n, real, dim).to(operand)
     parity = tl.load(status + b) % 2
     narrow += (parity * batch.to(tl.int64) + b) * n * heads * dim
     delta += (parity * batch.to(tl.int64) + b) * heads * n
     total = tl.zeros([columns_, dim], wide)
     for s in range(shared):
         h = g * shared + s
-        keys = key + b * key_b + h * key_h
-        sums = lse + (b * heads + h) * length
+        keys = key + b * key_b + h * key_h + first * key_n
+        by_head = (b * heads + h) * length + first
+        sums = lse + by_head
         d_own = tl.zeros([columns_], wide)
         bias = strict
         if strict is not None:
             bias = strict + b * strict_b + h * strict_h
         scores = given
         if given is not None:
-            scores = given + (b * heads + h) * length + first
+            scores = given + by_head
         for beyond in tl.static_range(2):  # as in `pull_queries`
             low = begin + beyond * columns_
             high = n if beyond else tl.minimum(begin + columns_, n)
             for i in range(low, high, rows_):
                 rows = i + tl.arange(0, rows_)
                 k, lam, known, along = _row_tile(
-                    keys, narrow + h * dim, sums, delta + h * n, rows, (first + rows).to(tl.int64), n, key_n,
-                    heads * dim, dim, operand,
+                    keys, narrow + h * dim, sums, delta + h * n, rows, n, key_n, heads * dim, dim, operand
                 )  # fmt: skip
                 p, slope = _slopes(
-                    k, q, v, lam, known, along, bias, scores, rows, columns, n, beyond == 0, False, scale, operand,
-                    precision,
+                    k, q, v, lam, known, along, bias, scores, rows, columns, n, True, beyond == 0, False, scale,
+                    operand, precision,
                 )  # fmt: skip
-                total += tl.dot(tl.trans(p).to(to).to(operand), lam, input_precision=precision).to(wide)
+                total += tl.dot(p.to(to).to(operand), lam, input_precision=precision).to(wide)
                 if beyond == 0:
-                    d_own += tl.sum(tl.where(rows[:, None] == columns[None, :], slope, 0.0), 0)
+                    d_own += tl.sum(tl.where(rows[None, :] == columns[:, None], slope, 0.0), 1)
         if own is not None:
-            tl.store(own + (b * heads + h) * length + there, d_own, mask=real)
-    into = d_value + ((b * groups + g) * length + there)[:, None] * dim + tl.arange(0, dim)[None, :]
+            tl.store(own + by_head + columns, d_own, mask=real)
+    into = d_value + ((b * groups + g) * length + first) * dim
+    into += (columns * dim)[:, None] + tl.arange(0, dim)[None, :]
     tl.store(into, tl.load(into, mask=real[:, None], other=0.0) + total, mask=real[:, None])
 
 
@@ -567,7 +610,7 @@ def pull_keys(
         operand: Type in which tensors enter products.
         precision: Of the products of float32 tensors.
     """
-    first = tl.load(where)
+    first = tl.load(where).to(tl.int64)
     if not _all_solved(status, batch, samples_):
         return
     b = tl.program_id(2).to(tl.int64)
@@ -579,35 +622,33 @@ def pull_keys(
         tl.store(largest + b, tl.maximum(tl.load(largest + b), tl.load(latest + b)))
     rows = begin + tl.arange(0, rows_)
     real = rows < n
-    place = (first + rows).to(tl.int64)
     at = tl.arange(0, dim)
     parity = tl.load(status + b) % 2
     narrow += (parity * batch.to(tl.int64) + b) * n * heads * dim
     state += (parity * batch.to(tl.int64) + b) * n * heads * dim
     delta += (parity * batch.to(tl.int64) + b) * heads * n
     k, rounded, known, along = _row_tile(
-        key + b * key_b + h * key_h, narrow + h * dim, lse + (b * heads + h) * length, delta + h * n, rows, place, n,
-        key_n, heads * dim, dim, operand,
+        key + b * key_b + h * key_h + first * key_n, narrow + h * dim, lse + (b * heads + h) * length + first,
+        delta + h * n, rows, n, key_n, heads * dim, dim, operand,
     )  # fmt: skip
-    into = lam + ((b * length + place)[:, None] * heads + h) * dim + at[None, :]
+    into = lam + ((b * length + first) * heads + h) * dim + (rows * (heads * dim))[:, None] + at[None, :]
     tl.store(into, _tile(state + h * dim, rows, heads * dim, real, dim), mask=real[:, None])
     if strict is not None:
         strict += b * strict_b + h * strict_h
-    queries = query + (b * length * groups + g) * dim
-    values = value + b * value_b + g * value_g
+    queries = query + ((b * length + first) * groups + g) * dim
+    values = value + b * value_b + g * value_g + first * value_n
     total = tl.zeros([rows_, dim], wide)
     for edge in tl.static_range(2):  # columns that all of the rows see, then those next to the diagonal
         low = edge * begin
         high = tl.minimum(begin + rows_, n) if edge else begin
         for c in range(low, high, columns_):
             columns = c + tl.arange(0, columns_)
-            there = (first + columns).to(tl.int64)
-            q = _tile(queries, there, groups * dim, columns < n, dim).to(operand)
-            v = _tile(values, there, value_n, columns < n, dim).to(operand)
+            q = _tile(queries, columns, groups * dim, columns < n, dim).to(operand)
+            v = _tile(values, columns, value_n, columns < n, dim).to(operand)
             _, slope = _slopes(
-                k, q, v, rounded, known, along, strict, None, rows, columns, n, edge, strictly, scale, operand,
+                k, q, v, rounded, known, along, strict, None, rows, columns, n, False, edge, strictly, scale, operand,
                 precision,
             )  # fmt: skip
             total += tl.dot(slope.to(to).to(operand), q, input_precision=precision).to(wide)
-    into = d_key + ((b * heads + h) * length + place)[:, None] * dim + at[None, :]
+    into = d_key + ((b * heads + h) * length + first) * dim + (rows * dim)[:, None] + at[None, :]
     tl.store(into, tl.load(into, mask=real[:, None], other=0.0) + total * scale, mask=real[:, None])

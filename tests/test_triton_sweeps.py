@@ -290,7 +290,7 @@ def test_tiles_fit_into_shared_memory(room, dtype, stages, monkeypatch):
             heads=4,
             groups=4,
             batch=8,
-            key=SimpleNamespace(device=torch.device("cuda")),
+            key=key,
         )
         tiles = sweeps._tiles(system)
         assert sweeps.serves(system) == (wanted is not None)

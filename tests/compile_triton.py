@@ -15,12 +15,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from implicit_attention.kernels.triton import adjoint, forward, merge, residual, sweep, sweep_adjoint, token
+from implicit_attention.kernels.triton import adjoint, forward, merge, own_rows, residual, sweep, sweep_adjoint, token
 
 KERNELS = {
     "forward": forward.settle_block, "adjoint": adjoint.solve_block, "merge": merge.merge_rows,
     "token": token.settle_token, "token-keys": token.prepare_keys, "token-ends": token.prepare_ends,
-    "residual": residual.largest_in_rows,
+    "residual": residual.largest_in_rows, "compare-roots": own_rows.compare_roots,
 }  # fmt: skip
 SWEEPS = {
     "begin": sweep.begin_rows, "queries": sweep.make_queries, "attend": sweep.attend_rows, "judge": sweep.judge_rows,
@@ -30,6 +30,7 @@ SWEEPS = {
     "own-columns": sweep_adjoint.own_columns,
     "judge-adjoint": sweep_adjoint.judge_adjoint, "pull-values": sweep_adjoint.pull_values,
     "pull-keys": sweep_adjoint.pull_keys,
+    "list-rows": own_rows.list_rows, "own-equations": own_rows.own_equations,
 }  # fmt: skip
 KERNELS |= SWEEPS
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
@@ -44,6 +45,7 @@ CONSTANTS = {
     "scale": 0.25,
     "eps": 1e-6,
     "near_singular": 1e-3,
+    "same": 1e-2,
     "heads": 4,
     "dim": 24,
     "dp": 32,
@@ -53,12 +55,13 @@ CONSTANTS = {
 }
 OF_SWEEPS = {
     "dim": 64, "span": 2, "depth": 64, "columns_": 64, "samples_": 8, "strictly": False, "raises": True, "hp": 16,
+    "checked": True, "least": 1e-7,
 }  # fmt: skip
 TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
     "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "p", "moved", "f", "grams", "start",
     "before", "state", "new_lse", "delta", "us", "inverses", "fixed", "a", "ends", "temperature", "scaled", "judged",
-    "largest", "latest",
+    "largest", "latest", "keys", "sums", "weights", "roots",
 }  # fmt: skip
 STRIDES = {"_b", "_h", "_g", "_n", "_o"}
 INTEGERS = {
@@ -66,7 +69,10 @@ INTEGERS = {
     "adjoint": dict.fromkeys(("sweeps", "status", "suspect"), "*i32"),
     "hand-over": {"sweeps": "*i64"},
     "attend": {"far": "*i32"},
-    "judge": {"far": "*i32"},
+    "judge": {"far": "*i32", "counts": "*i32"},
+    "list-rows": dict.fromkeys(("far", "counts", "listed"), "*i32"),
+    "own-equations": {"listed": "*i32", "ends": "*fp32"},
+    "compare-roots": {"outcome": "*i32"},
 }
 
 

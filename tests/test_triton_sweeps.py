@@ -14,7 +14,7 @@ import triton.language as tl
 from implicit_attention import forward_substitution as substitution
 from implicit_attention.causal_system import CausalSystem
 from implicit_attention.diagonal import BlockAdjointSolver, BlockSolver, Unsettled
-from implicit_attention.kernels.triton import sweep
+from implicit_attention.kernels.triton import own_rows, sweep
 from implicit_attention.triton_blocks import sweeps
 from implicit_attention.triton_blocks.engine import AdjointKernel, ForwardKernel
 from tests.test_triton_blocks import DEVICE, F64, OPTIONS, assert_same, inputs, make, refuse, run
@@ -144,6 +144,52 @@ def test_rows_are_taken_to_the_roots_that_are_wanted(row, batch, monkeypatch, sw
         assert swept == [("forward", 0, 32, True), ("forward", 32, 45, True)]
 
 
+@pytest.mark.parametrize("name", ["norm", "rope", "relative", "input", "window", "groups", "identity"])
+def test_own_equations_are_those_of_the_map(name, poisoned):
+    """Where a block has settled, each row's weight on itself solves the row's own equation."""
+    options = {"heads": 2, **OPTIONS[name]}
+    layer = make("triton", 1e-4, F64, embed=16 * options["heads"], block=BLOCK, **options)
+    with torch.no_grad():
+        for parameter in (p for p_name, p in layer.named_parameters() if "weight" not in p_name):
+            parameter.add_(inputs(1, 1, parameter.numel(), seed=5).view_as(parameter), alpha=0.3)
+        if layer.temperature is not None:
+            layer.temperature.fill_(0.3)
+        equation = layer.equation(inputs(2, 45, layer.embed_dim))
+    function, args = equation.function, tuple(a.detach().clone() for a in equation.args)
+    forward, rows = substitution._Forward(CausalSystem(function, args), layer.solver, F64), slice(0, 32)
+    swept = forward.swept
+    assert swept.settle(rows)
+    marked = (torch.arange(32) % torch.tensor([[3], [5]]) == 1).to(DEVICE)
+    for b, state in enumerate(swept.judged[0].tolist()):
+        at = -2 - state if state < -1 else state
+        swept.judged[0, b] = -2 - at
+        swept.far[: sweeps.MOST_SWEEPS * 64].view(-1, 2, 32)[at, b] = marked[b].int()
+    swept.judged[1] = marked.sum(1)
+    found = swept.own_rows.solve(swept._settled(rows, swept.begin(rows)), int(marked.sum()))
+    assert torch.equal(torch.stack([found.samples, found.positions]), marked.nonzero().T.int())
+    assert not found.outcome.any()
+    y = forward.y.flatten(-2)
+    samples, positions = found.samples.long(), found.positions.long()
+    p = function.weights(y, *args).diagonal(dim1=-2, dim2=-1)[samples, :, positions]
+    new = function(y, *args).view(forward.y.shape)[samples, positions]
+    assert float(p.max()) > 0.05
+    torch.testing.assert_close(found.root, p, rtol=0.0, atol=1e-3)
+    torch.testing.assert_close(found.a + p[..., None] * found.way, new, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_are_listed_sample_by_sample():
+    """Of samples whose rows may be at other roots alone, at the sweep at which they settled; more than fit once."""
+    batch, n = 3, 1100
+    far = (torch.rand(4, batch, n, generator=torch.Generator().manual_seed(0)) < 0.1).int().to(DEVICE)
+    states, at = [-2 - 3, 1, -2], [3, None, 0]
+    wanted = [(b, i) for b, t in enumerate(at) if t is not None for i in far[t, b].nonzero()[:, 0].tolist()]
+    counts = [sum(1 for b, _ in wanted if b == of) for of in range(batch)]
+    status, counted = torch.tensor([states, counts], dtype=torch.int32, device=DEVICE).unbind()
+    listed = status.new_full((2, len(wanted)), -1)
+    own_rows.list_rows[(batch,)](far, status, counted, listed, batch, n, len(wanted), 4)
+    assert listed.T.tolist() == [list(pair) for pair in wanted]
+
+
 def test_own_columns_are_solved_for_where_sweeps_are_slow(swept):
     x = inputs(1, 45, 32)
     solution, grads = run("triton", x, 1e-6, qk_norm=True, block=BLOCK)
@@ -221,8 +267,8 @@ def test_what_has_overflowed_has_not_settled():
     bits = torch.tensor([1e-3, torch.inf, torch.nan, 1.0], device=DEVICE).view(torch.int32)
     for residual, size, wanted in ((0, 3, 0), (1, 1, -1), (1, 3, -1), (2, 3, -1), (3, 3, -1)):
         found = torch.stack([bits[residual], bits[size]]).view(1, 2, 1, 1).contiguous()
-        far, status = torch.zeros(1, 1, 1, dtype=torch.int32, device=DEVICE), torch.zeros_like(found[0, 0, 0])
-        sweep.judge_rows[(1,)](found, far, status, 1, 1, 1, 1e-2, 1e-2, tl.float32)
+        far, (status, counts) = torch.zeros_like(found[0, 0]), torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
+        sweep.judge_rows[(1,)](found, far, status, counts, 1, 1, 1, 1e-2, 1e-2, tl.float32)
         assert status.item() == wanted, (residual, size)
 
 

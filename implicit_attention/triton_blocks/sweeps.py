@@ -14,12 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from implicit_attention.attention_map import by_read_head
 from implicit_attention.causal_system import CausalSystem, Queries
-from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, Unsettled, near_singular, own_jacobian
+from implicit_attention.diagonal import FAR, NEAR_SINGULAR, Unsettled, near_singular, own_jacobian
 from implicit_attention.kernels.triton import interpreted, sweep, sweep_adjoint
+from implicit_attention.kernels.triton.own_rows import ELSEWHERE, LOST
 from implicit_attention.triton_blocks.call import TYPES, Call, contiguous
-from implicit_attention.triton_blocks.token import solve_rows
+from implicit_attention.triton_blocks.own_rows import OwnRows, Settled
 
 MOST_SWEEPS = 32
 WIDEST = ((8192, 512), (0, 256))  # rows of the widest blocks, by the least length that has them
@@ -136,7 +136,8 @@ class _Sweeps:
         self.weight = torch.eye(system.dim, dtype=system.narrow, device=device) if weight is None else weight
         self.span = max(1, self.tiles.width // system.dim)
         self.state = system.key.new_empty(2 * size, dtype=system.wide)
-        self.status = torch.empty(system.batch, dtype=torch.int32, device=device)
+        self.judged = torch.empty(2, system.batch, dtype=torch.int32, device=device)
+        self.status = self.judged[0]
         self.where = torch.zeros(1, dtype=torch.int32, device=device)
         self.bits = torch.int64 if system.wide == torch.float64 else torch.int32
         self.samples = int(triton.next_power_of_2(system.batch))
@@ -250,6 +251,7 @@ class ForwardSweeps(_Sweeps):
         query_map = system.function.query_map
         self.normed = {"eps": query_map.eps, "normed": query_map.normalize}
         self.inverse = into["inverse"] if query_map.normalize else None
+        self.own_rows = OwnRows(self.call, self.weight)
         self.start: Tensor | None = None
         if system.self_score is None:
             self.start = new(batch, system.heads, system.length, dtype=system.wide)
@@ -270,14 +272,14 @@ class ForwardSweeps(_Sweeps):
             self.launch(n, done, most, partial(self._sweep, n, biased))
             if self.goes_on(n):
                 return True
-            states: list[int] = self.status.tolist()
+            states, counts = self.judged.tolist()
             calm = most <= _MORE and min(states) >= 0
             if -1 not in states and min(states) < -1:
-                checked = self._check_roots(rows, biased["strict"], states, most)
+                checked = self._check_roots(self._settled(rows, biased), counts, most)
                 if checked is None:
                     return False
                 if checked:
-                    self._hand_over(n)
+                    self._hand_over(n, True)
                     states = [-2 - state if state < -1 else state for state in states]
                 else:
                     states = [-1]
@@ -310,76 +312,63 @@ class ForwardSweeps(_Sweeps):
                 scale=system.spec.scale, length=system.length, where=self.where, n=n, **biased, **self.key_value,
                 **judged, **self.shape, **self.types, **self.tiles.attends,
             )  # fmt: skip
-        sweep.judge_rows[(system.batch,)](found, far, self.status, n=n, sweeps=most, wide=self.types["wide"], **judged)
-        self._hand_over(n)
+        sweep.judge_rows[(system.batch,)](
+            found, far, *self.judged.unbind(), n=n, sweeps=most, wide=self.types["wide"], **judged
+        )
+        self._hand_over(n, False)
 
-    def _hand_over(self, n: int) -> None:
-        """Hand over what has settled, if all has."""
+    def _settled(self, rows: slice, biased: dict[str, Any]) -> Settled:
+        """The block as it is now."""
+        system, n = self.system, rows.stop - rows.start
+        batch, heads, dim = system.batch, system.heads, system.dim
+        return Settled(
+            rows, self.where, biased, self.into["query"],
+            state=self.state[: 2 * batch * n * heads * dim].view(2, batch, n, heads, dim),
+            lse=self.lse[: batch * heads * n].view(batch, heads, n),
+            far=self.far[: MOST_SWEEPS * batch * n].view(MOST_SWEEPS, batch, n),
+            judged=self.judged,
+        )  # fmt: skip
+
+    def _hand_over(self, n: int, checked: bool) -> None:
+        """Hand over what has settled, and where rows may be at other roots what has been `checked`, if all has."""
         system, into = self.system, self.into
         sweep.hand_over_rows[self.by_tile(n, system.heads)](
             self.status, self.state, self.lse, self.found, into["y"], into["lse"], into["residual"], into["size"],
             into["sweeps"], batch=system.batch, length=system.length, where=self.where, n=n, heads=system.heads,
             dim=system.dim, rows_=self.tiles.attended, samples_=self.samples, wide=self.types["wide"],
+            checked=checked,
         )  # fmt: skip
 
-    def _check_roots(self, rows: slice, strict: Tensor | None, states: list[int], most: int) -> bool | None:
+    def _check_roots(self, block: Settled, counts: list[int], most: int) -> bool | None:
         """Solve the own equations of rows that are far from where they started, in samples that have settled.
 
         Args:
-            rows: The block.
-            strict: Its biases.
-            states: As `sweep.judge_rows` leaves them.
+            block: The block.
+            counts: How many such rows each sample has.
             most: Sweeps that were launched.
 
         Returns:
             True if these samples are at the roots that are wanted; False if some rows were not, which have been taken
             there, so that their samples have to be swept on; None if an equation was not solved.
         """
-        system, n, device = self.system, rows.stop - rows.start, self.state.device
-        batch, heads, dim = system.batch, system.heads, system.dim
-        sample = torch.arange(batch, device=device)
-        at = torch.tensor([-2 - state if state < -1 else 0 for state in states], device=device)
-        checked = torch.tensor([state < -1 for state in states], device=device)
-        far = self.far[: MOST_SWEEPS * batch * n].view(MOST_SWEEPS, batch, n)[at, sample] > 0
-        samples, positions = (far & checked[:, None]).nonzero(as_tuple=True)
-        state = self.state[: 2 * batch * n * heads * dim].view(2, batch, n, heads, dim)
-        new = 1 - at % 2  # where F of the iterates is
-        lse = self.lse[: batch * heads * n].view(batch, heads, n)[samples, :, positions]  # [R, H]
-        row = system.row(samples, rows.start + positions, None)
-        key = system.key[samples, :, rows.start + positions].to(system.wide) * system.spec.scale
-        query = system.per_head(self.into["query"][samples, rows.start + positions].to(system.wide))
-        bias = lse.new_zeros(())
-        if strict is not None:
-            diagonal = strict.diagonal(dim1=-2, dim2=-1).expand(batch, heads, n)
-            bias = diagonal[samples, :, positions]
-        p = torch.exp((key * query).sum(-1) + bias - lse)
-        others = (1.0 - p).clamp_min(torch.finfo(p.dtype).eps)
-        a = (state[new[samples], samples, positions] - p[..., None] * row.value) / others[..., None]
-        eps = self.normed["eps"] if self.normed["normed"] else None
-        fixed = None if row.constant is None else row.constant.flatten(1)
-        by_head = by_read_head(self.weight, heads)
-        roots, sums, few = [], lse + others.log() - bias, max(1, _AT_ONCE // (2 * heads * system.groups * dim))
-        for low in range(0, len(a), few):
-            some = slice(low, low + few)
-            ends = torch.cat([a[some], row.value[some] - a[some]])
-            added = None if fixed is None else fixed[some] if len(fixed) > 1 else fixed
-            roots.append(solve_rows(row.key[some], ends, sums[some], by_head, added, eps))
-        root, moved = (torch.cat(parts) for parts in zip(*roots, strict=True))
-        elsewhere = (root - p).abs().amax(-1) > SAME_ROOT
-        lost, moves = torch.stack([~torch.isfinite(moved).all(), elsewhere.any()]).tolist()
-        if lost:
+        found = self.own_rows.solve(block, sum(counts))
+        outcomes: list[int] = found.outcome.tolist()
+        if LOST in outcomes:
             return None
-        if not moves:
-            self.status.copy_(torch.where(checked, at, self.status))
+        if ELSEWHERE not in outcomes:
             return True
         # Samples with such rows have settled at no sweep so far; the others stay where they are.
-        samples, positions = samples[elsewhere], positions[elsewhere]
+        elsewhere = found.outcome == ELSEWHERE
+        samples, positions = found.samples[elsewhere].long(), found.positions[elsewhere].long()
         again = torch.unique(samples)
-        f = state[new[again], again]
-        f[torch.searchsorted(again, samples), positions] = torch.lerp(a, row.value, root[..., None])[elsewhere]
-        state[:, again] = f
-        self.narrow[: batch * n * heads * dim].view(batch, n, heads, dim)[again] = f.to(system.narrow)
-        residuals = self.found[: MOST_SWEEPS * 2 * batch * n].view(MOST_SWEEPS, 2, batch, n)
+        new = 1 - (-2 - block.judged[0, again]).long() % 2  # where F of the iterates is
+        f = block.state[new, again]
+        y = torch.addcmul(found.a, found.root[..., None], found.way)[elsewhere]
+        f[torch.searchsorted(again, samples), positions] = y
+        block.state[:, again] = f
+        shape = block.state.shape[1:]
+        self.narrow[: shape.numel()].view(shape)[again] = f.to(self.system.narrow)
+        residuals = self.found[: MOST_SWEEPS * 2 * shape[0] * shape[1]].view(MOST_SWEEPS, 2, *shape[:2])
         residuals[:most, 0, samples, positions] = f.new_full((), torch.inf).view(self.bits)
         return False
 

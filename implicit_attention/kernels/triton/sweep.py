@@ -363,13 +363,14 @@ def attend_rows(
 
 
 @triton.jit(do_not_specialize=["n", "batch", "sweeps"])
-def judge_rows(found, far, status, batch, n, sweeps, rtol, atol, wide: tl.constexpr):
+def judge_rows(found, far, status, counts, batch, n, sweeps, rtol, atol, wide: tl.constexpr):
     """The sweep t at which a sample had settled, -1 if it has not, -2 - t if rows may be at roots that are not wanted.
 
     Args:
         found: As in `settled`.
         far: As in `attend_rows`.
         status: `[B]`, filled.
+        counts: How many rows these are, `[B]`, filled.
         batch: B.
         n: Rows of the block.
         sweeps: How many there were.
@@ -379,24 +380,26 @@ def judge_rows(found, far, status, batch, n, sweeps, rtol, atol, wide: tl.conste
     """
     b = tl.program_id(0).to(tl.int64)
     at_last = -1
+    count = 0
     for i in range(sweeps):
         sweep = sweeps - 1 - i
         if settled(found, sweep, b, batch, n, rtol, atol, wide):
             at_last = sweep
     if at_last >= 0:
-        count = 0
         for i in range(0, n, SPAN):
             at = i + tl.arange(0, SPAN)
             count += tl.sum(tl.load(far + (at_last * batch + b) * n + at, mask=at < n, other=0), 0)
         if count > 0:
             at_last = -2 - at_last
     tl.store(status + b, at_last)
+    tl.store(counts + b, count)
 
 
 @triton.jit(do_not_specialize=["n", "length", "batch"])
 def hand_over_rows(
     status, state, new_lse, found, y, lse, residual, size, sweeps, batch, length, where, n,
     heads: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr, samples_: tl.constexpr, wide: tl.constexpr,
+    checked: tl.constexpr,
 ):  # fmt: skip
     """Hand the iterates over at which the samples settled; nothing if one of them has not.
 
@@ -419,14 +422,18 @@ def hand_over_rows(
         rows_: Rows of a program.
         samples_: B, padded to a power of two.
         wide: Type of what the bits in `found` are of.
+        checked: Whether rows that might have been at other roots have been found not to be.
     """
     first = tl.load(where)
     every = tl.arange(0, samples_)
-    if tl.min(tl.load(status + every, mask=every < batch, other=0), 0) < 0:
+    least = tl.min(tl.load(status + every, mask=every < batch, other=0), 0)
+    if least < 0 and not checked:
         return
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     sweep = tl.load(status + b)
+    if checked:
+        sweep = tl.where(sweep < -1, -2 - sweep, sweep)
     rows = tl.program_id(0) * rows_ + tl.arange(0, rows_)
     real = rows < n
     place = first + rows

@@ -1,0 +1,149 @@
+"""The own equations of single rows of a block that has settled: which rows, what they are made of, where they end.
+
+`attend_rows` marks rows whose own weight is far from that at y = v. They are listed, what their equations are made of
+is gathered, and `token.settle_token` finds the roots that are wanted.
+"""
+
+import triton
+import triton.language as tl
+
+from implicit_attention.kernels.triton.sweep import SPAN
+
+SAME, ELSEWHERE, LOST = 0, 1, 2  # how a row's root compares with where the sweeps ended
+_ELSEWHERE, _LOST = tl.constexpr(ELSEWHERE), tl.constexpr(LOST)
+
+
+@triton.jit(do_not_specialize=["batch", "n", "count"])
+def list_rows(far, status, counts, listed, batch, n, count, samples_: tl.constexpr):
+    """List the rows that are far, sample by sample.
+
+    Args:
+        far: As in `sweep.attend_rows`.
+        status: As `sweep.judge_rows` leaves it.
+        counts: Likewise.
+        listed: `[2, count]`, filled with samples and with rows of the block.
+        batch: B.
+        n: Rows of the block.
+        count: The sum of `counts`.
+        samples_: B, padded to a power of two.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    state = tl.load(status + b)
+    if state > -2:
+        return
+    every = tl.arange(0, samples_)
+    begin = tl.sum(tl.load(counts + every, mask=every < b, other=0), 0)
+    far += ((-2 - state) * batch + b) * n
+    for i in range(0, n, SPAN):
+        at = i + tl.arange(0, SPAN)
+        marked = tl.load(far + at, mask=at < n, other=0)
+        into = listed + begin + tl.cumsum(marked, 0) - 1
+        tl.store(into, b.to(tl.int32) + at * 0, mask=marked > 0)
+        tl.store(into + count, at, mask=marked > 0)
+        begin += tl.sum(marked, 0)
+
+
+@triton.jit(do_not_specialize=["batch", "n", "count", "length"])
+def own_equations(
+    listed, status, key, value, query, strict, turn, state, lse, keys, ends, sums, weights,
+    key_b, key_h, key_n, value_b, value_g, value_n, strict_b, strict_h, turn_b, turn_half,
+    batch, length, where, n, count,
+    scale: tl.constexpr, least: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
+    wide: tl.constexpr,
+):  # fmt: skip
+    """Gather what one head adds to the equation of a listed row.
+
+    Args:
+        listed: As `list_rows` leaves it.
+        status: As there.
+        key: As in `sweep.attend_rows`, as are all that are not named here.
+        value: `[B, G, N, d]`.
+        query: `[B, N, G, d]`.
+        strict: `[1 or B, 1 or H, n, n]` or None.
+        turn: As in `sweep.make_queries`.
+        state: `[2, B, n, H, d]`.
+        lse: `[B, H, n]`.
+        keys: `[count, H, d]`, filled with the row's keys before their rotation, times the scale.
+        ends: `[2, count, H, d]`, filled with attention to all other columns, and the way from there to the value.
+        sums: `[count, H]`, filled with the log-sum-exp of these columns, less the bias of the own one.
+        weights: `[count, H]`, filled with the weights on the own column.
+        key_b: Stride.
+        key_h: Stride.
+        key_n: Stride.
+        value_b: Stride.
+        value_g: Stride.
+        value_n: Stride.
+        strict_b: Stride.
+        strict_h: Stride.
+        turn_b: Stride.
+        turn_half: Stride.
+        batch: B.
+        length: N.
+        where: The block's first row, on the device.
+        n: Its rows.
+        count: Rows that are listed.
+        scale: Factor on the scores.
+        least: What all other columns weigh, at least: one rounding.
+        heads: H.
+        groups: G.
+        dim: d, a power of two.
+        wide: Type of what is accumulated.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    g = h // (heads // groups)
+    b = tl.load(listed + r).to(tl.int64)
+    i = tl.load(listed + count + r).to(tl.int64)
+    place = tl.load(where) + i
+    at = tl.arange(0, dim)
+    of_key = key + b * key_b + h * key_h + place * key_n
+    k = tl.load(of_key + at).to(wide)
+    q = tl.load(query + ((b * length + place) * groups + g) * dim + at).to(wide)
+    own = tl.sum(k * q, 0) * scale
+    bias = own * 0.0
+    if strict is not None:
+        bias = tl.load(strict + b * strict_b + h * strict_h + i * (n + 1))
+    total = tl.load(lse + (b * heads + h) * n + i)
+    p = tl.exp(own + bias - total)
+    others = tl.maximum(1.0 - p, least)
+    v = tl.load(value + b * value_b + g * value_g + place * value_n + at).to(wide)
+    settled_at = -2 - tl.load(status + b)
+    new = (1 - settled_at % 2) * batch.to(tl.int64) + b  # where F of the iterate is
+    y = tl.load(state + ((new * n + i) * heads + h) * dim + at)
+    a = (y - p * v) / others
+    if turn is not None:
+        half: tl.constexpr = dim // 2
+        low = at < half
+        angle = turn + b * turn_b + place * half + tl.where(low, at, at - half)
+        across = tl.load(of_key + tl.where(low, at + half, at - half)).to(wide)
+        sin = tl.load(angle + turn_half)
+        k = k * tl.load(angle) + across * tl.where(low, sin, -sin)
+    into = (r * heads + h) * dim + at
+    tl.store(keys + into, k * scale)
+    tl.store(ends + into, a)
+    tl.store(ends + count.to(tl.int64) * heads * dim + into, v - a)
+    tl.store(sums + r * heads + h, total + tl.log(others) - bias)
+    tl.store(weights + r * heads + h, p)
+
+
+@triton.jit
+def compare_roots(weights, roots, moved, outcome, same: tl.constexpr, heads: tl.constexpr, hp: tl.constexpr):
+    """Compare the weights on a row's own column with those that are wanted.
+
+    Args:
+        weights: Where the sweeps ended, `[count, H]`.
+        roots: The wanted, `[count, H]`.
+        moved: How far one more step would move them, `[count, H]`, not finite where they were not found.
+        outcome: `[count]`, filled with SAME, ELSEWHERE or LOST.
+        same: How far apart two equal ones are, at most.
+        heads: H.
+        hp: H, padded to a power of two.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, hp)
+    real = h < heads
+    at = r * heads + h
+    apart = tl.abs(tl.load(roots + at, mask=real, other=0.0) - tl.load(weights + at, mask=real, other=0.0))
+    lost = tl.where(tl.abs(tl.load(moved + at, mask=real, other=0.0)) < float("inf"), 0, 1)
+    found = tl.where(tl.max(apart, 0) > same, _ELSEWHERE, 0)
+    tl.store(outcome + r, tl.where(tl.sum(lost, 0) > 0, _LOST, found))

@@ -128,6 +128,21 @@ class DecodeCache:
         if hidden is not None:
             self._forget_trailing(hidden)
 
+    def take_back(self, count: int) -> None:
+        """Forget the last tokens of every sample again, for example those that were guessed wrongly.
+
+        Args:
+            count: How many.
+
+        Raises:
+            ValueError: If the cache holds fewer.
+        """
+        if not 0 <= count <= self.used:
+            raise bad_value("count", f"from 0 to {self.used}, the tokens in the cache", count)
+        if self.hidden is not None:
+            self.hidden[:, self.used - count : self.used] = False
+        self.used -= count
+
     def check(self, new: Tensor) -> None:
         """Refuse new columns `[B, G, n, d]` that do not fit.
 

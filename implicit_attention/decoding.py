@@ -53,13 +53,18 @@ class _Root(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A token that is within tolerance."""
+    """A token that is within tolerance, or that is if the device says so."""
 
     y: Tensor  # [B, 1, D]
     column: Tensor  # its query, rotated, [B, G, 1, d]
     residual: Tensor  # [B, 1]
     relative: Tensor  # over the size of y, [B, 1]
     steps: int
+    within: Tensor | None = None  # whether each sample is, [B], not zero; None: all are
+
+    def settled(self) -> bool:
+        """Look at the device, if need be."""
+        return self.within is None or all(self.within.tolist())
 
 
 def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
@@ -96,11 +101,12 @@ def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
         found = _in_torch(layer, x, made, value, past, rotation)
     else:
         found = _in_few(kernels, layer, x, made, value, past, rotation)
-    if found is None:
+    ahead = isinstance(cache, DecodeCache)  # it takes tokens back: so the device is looked at last, with nothing to do
+    if found is None or not (ahead or found.settled()):
         return None
     cache.append(found.column.to(value.dtype), value, None)
     y = found.y
-    return Solution(
+    solution = Solution(
         value=y.to(x.dtype),
         residual=found.residual,
         steps=torch.full((len(y), 1), found.steps, device=y.device),
@@ -109,6 +115,16 @@ def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
         rel_trace=found.relative[None],
         evaluations=found.steps,
     )
+    if isinstance(cache, DecodeCache):
+        settled = False
+        try:
+            settled = found.settled()
+        finally:
+            if not settled:
+                cache.take_back(1)
+        if not settled:
+            return None
+    return solution
 
 
 def serves(layer: Layer, x: Tensor) -> bool:
@@ -135,8 +151,8 @@ def serves(layer: Layer, x: Tensor) -> bool:
 
 def _in_few(
     kernels: Any, layer: Layer, x: Tensor, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None
-) -> _Found | None:
-    """In few launches, with one look at the device."""
+) -> _Found:
+    """In few launches; the device has not been looked at."""
     assert layer.Omega_Q.weight is not None
     temperature = None if layer.temperature is None else layer.temperature.to(made.dtype)
     key, scaled = kernels.keys(
@@ -151,9 +167,7 @@ def _in_few(
         scaled, a[:, :, 0], lse[..., 0].to(scaled.dtype), value[:, :, 0], by_head, fixed, rotation,
         NORM_EPS if layer.qk_norm else None, layer.solver.tolerances(x.dtype), x.dtype,
     )  # fmt: skip
-    if not all(judged[2].tolist()):
-        return None
-    return _Found(y, column, judged[0, :, None], judged[1, :, None], 1)
+    return _Found(y, column, judged[0, :, None], judged[1, :, None], 1, judged[2])
 
 
 def _in_torch(

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from implicit_attention import ForwardSubstitution
 from implicit_attention.decoding import decode
+from implicit_attention.triton_blocks import token
 from tests.test_decoding import EXACT, LAYERS, cached, case
 
 pytestmark = pytest.mark.usefixtures("brisk_interpreter")
@@ -74,6 +75,34 @@ def test_the_device_is_looked_at_once(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: looks.append(self.shape) or read(self))
     assert step(layer, x, cache) is not None
     assert looks == [torch.Size([3])]
+
+
+@pytest.mark.parametrize("fails", ["within", "looking"])
+@torch.no_grad()
+def test_a_token_that_is_not_within_tolerance_is_taken_back(fails, monkeypatch):
+    """It enters the cache before the device is looked at."""
+    layer, x = case("qk_norm-rope", n=5)
+    cache = cached(layer, x[:, :-1])
+    held = [t.clone() for t in (cache.past().column, cache.past().value)]
+    within = torch.tensor([1.0, 0.0, 1.0]) if fails == "within" else None
+    solve = token.solve_token
+
+    def spoilt(*args):
+        y, column, judged = solve(*args)
+        return token.Token(y, column, torch.stack([*judged[:2], within]) if fails == "within" else judged)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(token, "solve_token", spoilt)
+    if fails == "within":
+        assert step(layer, x, cache) is None
+    else:
+        monkeypatch.setattr(torch.Tensor, "tolist", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(layer, x, cache)
+    for now, then in zip((cache.past().column, cache.past().value), held, strict=True):
+        assert torch.equal(now, then)
 
 
 @torch.no_grad()

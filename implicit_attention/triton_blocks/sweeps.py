@@ -25,13 +25,13 @@ MOST_SWEEPS = 32
 WIDEST = ((8192, 512), (0, 256))  # rows of the widest blocks, by the least length that has them
 _LEAST_DIM, _MOST_DIM = 16, 256
 _NARROW_DIM = 64
-_PARTS = 4  # heads of a program that multiplies by Omega_Q, at most: `sweep_adjoint.through_map` ends in so many parts
 _AT_ONCE = 2**25  # numbers that are made together for the own equations of rows
 _SPARE = 10 * 1024  # bytes of shared memory that a program takes beside its tiles, at most
 _GRID = 65536  # programs in the third dimension of a launch
 _REPEATED = 4  # whole blocks from which on a graph pays
 # Sweeps that are launched together: where blocks settle in half as many, elsewhere, and in the first rows of all.
 _FEW, _MORE, _MANY = 4, 8, 16
+_SURE = 5  # sweeps of a block whose successor is trusted to settle in `_MORE`: to be wrong costs as much as a solve
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _tiles(system: CausalSystem) -> _Tiles | None:
         return _Tiles(rows=16, width=32, depth=16, queries=one, attended=32, against=16, attends=one, pulls=one)
     half, dim, size = system.narrow != system.wide, system.dim, system.narrow.itemsize
     rows, depth, tile = (128, 64, 64) if half else (64, 32, 32)
-    width = max(dim, min(rows, _PARTS * dim))
+    width = max(rows, dim)
     device: Any = torch.cuda.get_device_properties(system.key.device)
     room = device.shared_memory_per_block_optin - _SPARE
     by_map = min(3 if half else 2, room // ((rows + width) * depth * size))
@@ -184,7 +184,7 @@ class _Sweeps:
 
     def goes_on(self, n: int) -> bool:
         """Whether to go on to the next block before it is known that this one has settled; if so, prepare the look."""
-        if not (self.hopeful and self.calm and n == self.rows):
+        if not (self.hopeful and self.calm and self.guess <= _SURE and n == self.rows):
             return False
         self.host.copy_(self.status, non_blocking=True)
         self.looked = torch.cuda.Event()  # type: ignore[no-untyped-call]

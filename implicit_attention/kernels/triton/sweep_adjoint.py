@@ -246,27 +246,6 @@ def pull_queries(
     tl.store(into, total.to(made.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit
-def _next_part(
-    lam, grad, y, last, following, narrow, rows, columns, n, stride: tl.constexpr, raises: tl.constexpr
-):  # fmt: skip
-    """Store some columns of the next cotangents; return the bits of what is left, of the size, and `lam . y`."""
-    wide: tl.constexpr = lam.dtype
-    both = (rows < n)[:, None] & (columns < stride)[None, :]
-    at = (rows * stride)[:, None] + columns[None, :]
-    lam += tl.load(grad + at, mask=both, other=0.0).to(wide)
-    left = lam * 0.0
-    if raises:
-        left = tl.where(both, lam - tl.load(last + at, mask=both, other=0.0), 0.0)
-    tl.store(following + at, lam, mask=both)
-    along = tl.zeros([lam.shape[0]], wide)
-    if narrow is not None:
-        rounded = lam.to(narrow.dtype.element_ty)
-        tl.store(narrow + at, rounded, mask=both)
-        along = tl.sum(rounded.to(wide) * tl.load(y + at, mask=both, other=0.0).to(wide), 1)
-    return tl.max(bits(left), 1), tl.max(bits(lam), 1), along
-
-
 @triton.jit(do_not_specialize=["n", "length", "batch", "sweep"])
 def through_map(
     made, weight, grad, y, state, narrow, delta, found, allowed, weight_o, batch, length, where, n, sweep, rtol,
@@ -323,40 +302,38 @@ def through_map(
         omega = tl.load(omega, mask=within[:, None] & known, other=0.0).to(operand)
         lam += tl.dot(u.to(operand), omega, input_precision=precision).to(wide)
     extent = batch.to(tl.int64) * n * stride
-    now = sweep % 2 * extent + b * n * stride
-    new = extent - sweep % 2 * extent + b * n * stride
-    grad += (b * length + first) * stride
+    ahead = (1 - sweep % 2) * extent + b * n * stride
+    now = state + sweep % 2 * extent + b * n * stride
+    new = state + ahead
+    at = (rows * stride)[:, None] + out[None, :]
+    lam += tl.load(grad + (b * length + first) * stride + at, mask=real & known, other=0.0).to(wide)
+    tl.store(new + at, lam, mask=real & known)
+    tl.debug_barrier()
+
+    # The rest, some columns at a time: beside a product it would want more registers than there are.
+    some: tl.constexpr = min(dim, 64)
     y += (b * length + first) * stride
-    if narrow is not None:
-        narrow += new
-        delta += ((1 - sweep % 2) * batch.to(tl.int64) + b) * heads * n
-    # A quarter of the columns at a time: what all of them want at once is more than the registers hold.
-    some: tl.constexpr = span * dim // 4
-    four = tl.reshape(tl.permute(tl.reshape(lam, [rows_, 4, some]), (0, 2, 1)), [rows_, some, 2, 2])
-    even, odd = tl.split(four)
-    part_0, part_2 = tl.split(even)
-    part_1, part_3 = tl.split(odd)
-    along = tl.zeros([rows_], wide)
-    left, size = bits(along), bits(along)
-    for part in tl.static_range(4):
-        if part == 0:
-            lam = part_0
-        elif part == 1:
-            lam = part_1
-        elif part == 2:
-            lam = part_2
-        else:
-            lam = part_3
-        left_, size_, along_ = _next_part(
-            lam, grad, y, state + now, state + new, narrow, rows, begin + part * some + tl.arange(0, some), n, stride,
-            raises,
-        )  # fmt: skip
-        left, size, along = tl.maximum(left, left_), tl.maximum(size, size_), along + along_
-        head = begin // dim + part * span // 4
-        if narrow is not None and (part + 1) * span % 4 == 0:  # the last columns of a head
-            tl.store(delta + head * n + rows, along, mask=(rows < n) & (head < heads))
-            along = tl.zeros([rows_], wide)
     off = found + (2 * sweep * batch + b) * n + rows
+    left = bits(tl.zeros([rows_], wide))
+    size = left
+    for s in range(span):
+        along = tl.zeros([rows_], wide)
+        for c in range(0, dim, some):
+            columns = begin + s * dim + c + tl.arange(0, some)
+            both = real & (columns < stride)[None, :]
+            there = (rows * stride)[:, None] + columns[None, :]
+            part = tl.load(new + there, mask=both, other=0.0)
+            size = tl.maximum(size, tl.max(bits(part), 1))
+            if raises:
+                left = tl.maximum(left, tl.max(bits(part - tl.load(now + there, mask=both, other=0.0)), 1))
+            if narrow is not None:
+                rounded = part.to(narrow.dtype.element_ty)
+                tl.store(narrow + ahead + there, rounded, mask=both)
+                along += tl.sum(rounded.to(wide) * tl.load(y + there, mask=both, other=0.0).to(wide), 1)
+        head = begin // dim + s
+        if narrow is not None:
+            into = delta + (((1 - sweep % 2) * batch.to(tl.int64) + b) * heads + head) * n + rows
+            tl.store(into, along, mask=(rows < n) & (head < heads))
     if raises:
         tl.atomic_max(off, left, mask=rows < n, sem="relaxed")
     tl.atomic_max(off + batch * n, size, mask=rows < n, sem="relaxed")

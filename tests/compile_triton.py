@@ -54,7 +54,7 @@ CONSTANTS = {
     "span": 4096,
 }
 OF_SWEEPS = {
-    "dim": 64, "span": 2, "depth": 64, "columns_": 64, "samples_": 8, "strictly": False, "raises": True, "hp": 16,
+    "dim": 64, "samples_": 8, "strictly": False, "raises": True, "hp": 16,
     "checked": True, "least": 1e-7,
 }  # fmt: skip
 TENSORS = {
@@ -77,14 +77,16 @@ INTEGERS = {
 
 
 def main(name: str, kind: str, *options: str) -> None:
+    half, maps = kind in ("bf16", "fp16"), name in ("queries", "through-map")
     constants = {
         **CONSTANTS, "groups": 4 if "ungrouped" in options else 2, "normed": "norm" in options,
         "operand": TYPES[kind], "narrow": TYPES[kind],
-        "precision": "tf32x3" if kind in ("bf16", "fp16") else "ieee",
+        "precision": "tf32x3" if half else "ieee",
     }  # fmt: skip
     if name in SWEEPS:
-        tile = 128 if name in ("queries", "through-map") else 64
-        constants |= OF_SWEEPS | {"rows_": tile, "wide": tl.float64 if kind == "fp64" else tl.float32}
+        tile, depth = (128 if maps else 64, 64) if half else (64 if maps else 32, 32)
+        constants |= OF_SWEEPS | {"rows_": tile, "columns_": tile, "depth": depth, "span": max(1, tile // 64)}
+        constants |= {"wide": tl.float64 if kind == "fp64" else tl.float32}
         del constants["narrow"]
     elif name == "token-ends":
         constants["wide"] = tl.float64 if kind == "fp64" else tl.float32
@@ -107,10 +109,10 @@ def main(name: str, kind: str, *options: str) -> None:
     # Addresses and strides are multiples of 16, as those of most tensors are.
     even = [i for i, a in enumerate(KERNELS[name].arg_names) if signature[a][0] == "*" or a[-2:] in STRIDES]
     source = ASTSource(KERNELS[name], signature, known, {(i,): [["tt.divisibility", 16]] for i in even})
-    launch = {"num_warps": 4, "num_stages": 1}
-    if name in ("queries", "through-map"):  # as `sweeps._tiles` has it on Hopper for half types
+    launch = {"num_warps": 4, "num_stages": 2 if maps else 1}  # as `sweeps._tiles` has it on Hopper
+    if maps and half:
         launch = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
-    elif name in SWEEPS and kind in ("bf16", "fp16"):
+    elif name in SWEEPS and half:
         launch = {"num_warps": 4, "num_stages": 3}
         if name == "attend" or "ungrouped" in options:
             launch["maxnreg"] = 128 if name == "attend" else 168

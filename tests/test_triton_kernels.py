@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.func import jacfwd, jacrev, vmap
 
 from implicit_attention import Anderson, Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, Unrolled, fixed_point
 from implicit_attention.kernels import residual
+from implicit_attention.kernels import triton as kernels
 from implicit_attention.kernels.triton import merge
 from implicit_attention.kernels.triton.row_equation import solve_row
 from implicit_attention.rows import RowProblem, solve_rows
@@ -199,6 +201,19 @@ def test_a_kernel_that_cannot_measure_is_an_error(monkeypatch):
     monkeypatch.setattr("implicit_attention.kernels.residual.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"implicit-attention\[gpu\]"):
         fixed_point(torch.cos, torch.zeros(1, 2), solver=Picard(kernel="triton"))
+
+
+def test_an_old_triton_is_said_to_be_old(monkeypatch):
+    """Its compiler fails on some kernels; what is installed here does not."""
+    assert kernels.outdated() is None
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(kernels, "import_module", lambda name: SimpleNamespace(__version__="3.5.1+git1"))
+    kernels.outdated.cache_clear()
+    there = SimpleNamespace(device=torch.device("cuda", 0))
+    try:
+        assert kernels.misplaced(there) == "Triton 3.5.1+git1 is installed, and 3.6 is needed"
+    finally:
+        kernels.outdated.cache_clear()
 
 
 EVERYTHING = ("norm", "turn", "bias", "added", "strict")

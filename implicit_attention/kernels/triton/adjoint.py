@@ -375,7 +375,7 @@ def solve_block(
                             matrices, inverses, suspect + s, gain + s * heads * heads, m, near_singular, heads, hp
                         )
                         corrections = 1
-                if corrections > 0:
+                if given is None and corrections > 0:
                     corrections += 1
                     _correct(now, out, us, ascent, inverses, right, m, heads, dp, hp)
                 else:

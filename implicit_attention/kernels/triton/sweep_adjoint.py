@@ -311,7 +311,7 @@ def through_map(
     tl.debug_barrier()
 
     # The rest, some columns at a time: beside a product it would want more registers than there are.
-    some: tl.constexpr = min(dim, 64)
+    some: tl.constexpr = 64 if dim > 64 else dim
     y += (b * length + first) * stride
     off = found + (2 * sweep * batch + b) * n + rows
     left = bits(tl.zeros([rows_], wide))

@@ -70,8 +70,9 @@ def _tiles(system: CausalSystem) -> _Tiles | None:
     device: Any = torch.cuda.get_device_properties(system.key.device)
     room = device.shared_memory_per_block_optin - _SPARE
     by_map = min(3 if half else 2, room // ((rows + width) * depth * size))
-    # Two tiles of the program's own, and as many of each stage; two programs to a multiprocessor are worth a stage.
-    by_tile = min((3 if dim <= _NARROW_DIM else 2) if half else 1, room // (2 * tile * dim * size) - 1)
+    # Two tiles of the program's own, as many of each stage, and biases; two programs are worth a stage.
+    tiles, biases = 2 * tile * dim * size, 0 if system.spec.plain else tile * tile * system.wide.itemsize
+    by_tile = min((3 if dim <= _NARROW_DIM else 2) if half else 1, (room - tiles) // (tiles + biases))
     if min(by_map, by_tile) < 1:
         return None
     queries = {"num_warps": 8 if half else 4, "num_stages": by_map}

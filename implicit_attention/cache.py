@@ -128,6 +128,19 @@ class DecodeCache:
         if hidden is not None:
             self._forget_trailing(hidden)
 
+    def claim(self, count: int) -> tuple[Tensor, Tensor]:
+        """Take new tokens, none of them padding, whose columns and values are to be filled in.
+
+        Args:
+            count: How many; `check` says whether they fit.
+
+        Returns:
+            Where their columns and values belong, `[B, G, count, d]` each.
+        """
+        new = slice(self.used, self.used + count)
+        self.used = new.stop
+        return self.column.data[:, :, new], self.value.data[:, :, new]
+
     def take_back(self, count: int) -> None:
         """Forget the last tokens of every sample again, for example those that were guessed wrongly.
 

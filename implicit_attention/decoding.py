@@ -99,32 +99,38 @@ def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
     kernels = block_kernels.token_kernels(layer.solver.kernel, x) if layer.self_query == "output" else None
     if kernels is None:
         found = _in_torch(layer, x, made, value, past, rotation)
-    else:
-        found = _in_few(kernels, layer, x, made, value, past, rotation)
-    ahead = isinstance(cache, DecodeCache)  # it takes tokens back: so the device is looked at last, with nothing to do
-    if found is None or not (ahead or found.settled()):
-        return None
+        return None if found is None else _added(found, x, value, cache)
+    if not isinstance(cache, DecodeCache):
+        found = _in_few(kernels, layer, x, made, value, past, rotation, None)
+        return _added(found, x, value, cache) if found.settled() else None
+    slot = cache.claim(1)  # it takes tokens back: so the device is looked at last, when nothing else is left to do
+    settled = False
+    try:
+        found = _in_few(kernels, layer, x, made, value, past, rotation, slot)
+        solution = _solution(found, x)
+        settled = found.settled()
+    finally:
+        if not settled:
+            cache.take_back(1)
+    return solution if settled else None
+
+
+def _added(found: _Found, x: Tensor, value: Tensor, cache: Cache) -> Solution:
     cache.append(found.column.to(value.dtype), value, None)
-    y = found.y
-    solution = Solution(
-        value=y.to(x.dtype),
+    return _solution(found, x)
+
+
+def _solution(found: _Found, x: Tensor) -> Solution:
+    batch, device = len(x), x.device
+    return Solution(
+        value=found.y.to(x.dtype),
         residual=found.residual,
-        steps=torch.full((len(y), 1), found.steps, device=y.device),
-        converged=torch.ones(len(y), 1, dtype=torch.bool, device=y.device),
+        steps=torch.full((batch, 1), found.steps, device=device),
+        converged=torch.ones(batch, 1, dtype=torch.bool, device=device),
         abs_trace=found.residual[None],
         rel_trace=found.relative[None],
         evaluations=found.steps,
     )
-    if isinstance(cache, DecodeCache):
-        settled = False
-        try:
-            settled = found.settled()
-        finally:
-            if not settled:
-                cache.take_back(1)
-        if not settled:
-            return None
-    return solution
 
 
 def serves(layer: Layer, x: Tensor) -> bool:
@@ -150,9 +156,10 @@ def serves(layer: Layer, x: Tensor) -> bool:
 
 
 def _in_few(
-    kernels: Any, layer: Layer, x: Tensor, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None
-) -> _Found:
-    """In few launches; the device has not been looked at."""
+    kernels: Any, layer: Layer, x: Tensor, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None,
+    slot: tuple[Tensor, Tensor] | None,
+) -> _Found:  # fmt: skip
+    """In few launches, which fill the `slot` of a cache; the device has not been looked at."""
     assert layer.Omega_Q.weight is not None
     temperature = None if layer.temperature is None else layer.temperature.to(made.dtype)
     key, scaled = kernels.keys(
@@ -165,7 +172,7 @@ def _in_few(
     by_head = by_read_head(layer.Omega_Q.weight.to(value.dtype), layer.num_heads)
     y, column, judged = kernels.solve_token(
         scaled, a[:, :, 0], lse[..., 0].to(scaled.dtype), value[:, :, 0], by_head, fixed, rotation,
-        NORM_EPS if layer.qk_norm else None, layer.solver.tolerances(x.dtype), x.dtype,
+        NORM_EPS if layer.qk_norm else None, layer.solver.tolerances(x.dtype), x.dtype, slot,
     )  # fmt: skip
     return _Found(y, column, judged[0, :, None], judged[1, :, None], 1, judged[2])
 

@@ -61,7 +61,7 @@ TENSORS = {
     *NARROW, "turn", "strict", "y", "lse", "inverse", "residual", "size", "before_y", "before_lse", "work", "later",
     "allowed", "lam", "d_made", "d_key", "d_value", "own", "gain", "out_lse", "p", "moved", "f", "grams", "start",
     "before", "state", "new_lse", "delta", "us", "inverses", "fixed", "a", "ends", "temperature", "scaled", "judged",
-    "largest", "latest", "keys", "sums", "weights", "roots",
+    "largest", "latest", "held", "keys", "sums", "weights", "roots",
 }  # fmt: skip
 STRIDES = {"_b", "_h", "_g", "_n", "_o"}
 INTEGERS = {
@@ -90,7 +90,7 @@ def main(name: str, kind: str, *options: str) -> None:
         del constants["narrow"]
     elif name == "token-ends":
         constants["wide"] = tl.float64 if kind == "fp64" else tl.float32
-    narrow = {"token": {"made", "fixed", "a", "value", "query", "y"}, "token-ends": {"a", "value", "ends"}}.get(
+    narrow = {"token": {"made", "fixed", "a", "value", "query", "held", "y"}, "token-ends": {"a", "value", "ends"}}.get(
         name, NARROW | {"temperature"} if name == "token-keys" else NARROW
     )  # fmt: skip
     wide = "fp64" if kind == "fp64" else "fp32"

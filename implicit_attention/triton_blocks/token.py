@@ -62,6 +62,7 @@ def keys(made: Tensor, temperature: Tensor | None, rotation: Tensor | None, scal
 def solve_token(
     key: Tensor, a: Tensor, lse: Tensor, value: Tensor, by_head: Tensor, fixed: Tensor | None,
     rotation: Tensor | None, eps: float | None, tolerance: tuple[float, float], dtype: torch.dtype,
+    slot: tuple[Tensor, Tensor] | None,
 ) -> Token:  # fmt: skip
     """Solve the equation of one token per sample without a look at any number.
 
@@ -76,6 +77,8 @@ def solve_token(
         eps: Of the norm; None without one.
         tolerance: Relative and absolute.
         dtype: Of the outputs.
+        slot: Where the tokens' queries and values belong, `[B, G, 1, d]`, of equal strides, filled; None: the queries
+            get a tensor of their own.
 
     Returns:
         The tokens.
@@ -90,14 +93,15 @@ def solve_token(
         num_warps=1,
     )  # fmt: skip
     made = torch.bmm(ends, by_head)
-    y, column = a.new_empty(batch, 1, heads * dim, dtype=dtype), value.new_empty(batch, groups, 1, dim)
+    y = a.new_empty(batch, 1, heads * dim, dtype=dtype)
+    column, held = (value.new_empty(batch, groups, 1, dim), None) if slot is None else slot
     judged = key.new_empty(3, batch)
     turn, turn_b = _turn(rotation)
     settle_token[(batch,)](
-        key, made, fixed, lse.contiguous(), a, value, turn, None, None, column, y, judged,
+        key, made, fixed, lse.contiguous(), a, value, turn, None, None, column, held, y, judged,
         key.new_empty(batch, groups, hp * hp + hp + 1), _step(fixed), *value.stride()[:2], *a.stride()[:2], turn_b,
-        batch, *tolerance, 0.0 if eps is None else eps, eps is not None, heads, groups, dim, dp, hp, num_warps=4,
-        num_stages=1,
+        *column.stride()[:2], batch, *tolerance, 0.0 if eps is None else eps, eps is not None, heads, groups, dim, dp,
+        hp, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Token(y, column, judged)
 
@@ -124,8 +128,8 @@ def solve_rows(
     groups, dp, hp = made.shape[-1] // dim, padded(dim), padded(heads)
     p, moved = key.new_empty(rows, heads), key.new_empty(rows, heads)
     settle_token[(rows,)](
-        key.contiguous(), made, fixed, lse.contiguous(), None, None, None, p, moved, None, None, None,
-        key.new_empty(rows, groups, hp * hp + hp + 1), _step(fixed), 0, 0, 0, 0, 0, rows, 0.0, 0.0,
+        key.contiguous(), made, fixed, lse.contiguous(), None, None, None, p, moved, None, None, None, None,
+        key.new_empty(rows, groups, hp * hp + hp + 1), _step(fixed), 0, 0, 0, 0, 0, 0, 0, rows, 0.0, 0.0,
         0.0 if eps is None else eps, eps is not None, heads, groups, dim, dp, hp, num_warps=4, num_stages=1,
     )  # fmt: skip
     return p, moved

@@ -99,8 +99,8 @@ def prepare_ends(
 
 @triton.jit(do_not_specialize=["batch"])  # of 1 it would make a constant, which is no tensor
 def settle_token(
-    key, made, fixed, lse, a, value, turn, p, moved, query, y, judged, grams,
-    fixed_b, value_b, value_g, a_b, a_h, turn_b, batch, rtol, atol,
+    key, made, fixed, lse, a, value, turn, p, moved, query, held, y, judged, grams,
+    fixed_b, value_b, value_g, a_b, a_h, turn_b, query_b, query_g, batch, rtol, atol,
     eps: tl.constexpr, normed: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     dp: tl.constexpr, hp: tl.constexpr,
 ):  # fmt: skip
@@ -117,6 +117,7 @@ def settle_token(
         p: `[B, H]`, filled with the weights on the own column, or None.
         moved: `[B, H]`, filled with how far one more step would move them, inf where they are not solved for; or None.
         query: `[B, G, d]`, filled with the query of the output, rotated; used with `y`.
+        held: As `query`, filled with the values; or None.
         y: The output, `[B, H, d]`, filled, or None.
         judged: `[3, B]`, filled with its residual, that over its size, and 1 where it is within tolerance, else 0.
         grams: Scratch, `[B, G, hp hp + hp + 1]`.
@@ -126,6 +127,8 @@ def settle_token(
         a_b: Of samples.
         a_h: Of heads.
         turn_b: Of samples, or 0.
+        query_b: Of samples, of `query` and `held`.
+        query_g: Of groups.
         batch: B.
         rtol: Relative tolerance.
         atol: Absolute tolerance.
@@ -206,4 +209,7 @@ def settle_token(
                 if normed:
                     swapped = swapped / tl.sqrt(tl.sum(swapped * swapped, 0) / dim + eps)
                 q = tl.reshape(_turned(q[None, :], swapped[None, :], turn + b * turn_b, at, dim), [dp])
-            tl.store(query + (b * groups + g) * dim + at, q.to(query.dtype.element_ty), mask=within)
+            into = b * query_b + g * query_g + at
+            tl.store(query + into, q.to(query.dtype.element_ty), mask=within)
+            if held is not None:
+                tl.store(held + into, tl.load(value + b * value_b + g * value_g + at, mask=within), mask=within)

@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 INSTALLING := .venv/.installing
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench constraints clean
+.PHONY: help demo test lint types bench gpu constraints clean
 
 help: ## this list
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -32,6 +32,11 @@ types: $(INSTALLED) ## mypy, strict on the package
 
 bench: $(INSTALLED) ## the benchmarks (ARGS=bidirectional: that one)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu: $(INSTALLED) ## on a CUDA device: the kernels' tests there, then what they cost (ARGS='--lengths 8192')
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here")'
+	$(BIN)/python -m pytest -q --no-cov tests/test_triton_*.py tests/test_flash_cuda.py tests/test_precision.py
+	$(BIN)/python -m benchmarks gpu $(ARGS)
 
 # The newest versions that go with torch $(TORCH), from a fresh environment.
 constraints: ## write constraints.txt anew (TORCH=2.13.0)

@@ -17,7 +17,7 @@ from implicit_attention import native, triton_blocks
 from implicit_attention.causal_system import CausalSystem
 from implicit_attention.diagonal import BlockAdjoint
 from implicit_attention.errors import Came, bad_value, missing_extra
-from implicit_attention.kernels.triton import misplaced
+from implicit_attention.kernels.triton import check_version, misplaced
 
 _WORTH_IT = 8  # rows; preparing a kernel costs more than fewer rows do (a decoded token is one)
 
@@ -141,6 +141,8 @@ def _check(kernel: str, hindrance: str | None) -> None:
     compiled = _COMPILED[kernel]
     if find_spec(kernel) is None:
         raise missing_extra(f"kernel={kernel!r}", kernel, compiled.extra)
+    if kernel == "triton":
+        check_version(f"kernel={kernel!r}")
     if hindrance:
         expected = f'"auto" or "torch" unless {compiled.serves}'
         raise bad_value("kernel", expected, Came(f'"{kernel}" where {hindrance}'))

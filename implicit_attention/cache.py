@@ -128,33 +128,25 @@ class DecodeCache:
         if hidden is not None:
             self._forget_trailing(hidden)
 
-    def claim(self, count: int) -> tuple[Tensor, Tensor]:
-        """Take new tokens, none of them padding, whose columns and values are to be filled in.
+    def ahead(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return where the next tokens belong, for them to be filled in and then taken (`advance`).
 
         Args:
             count: How many; `check` says whether they fit.
 
         Returns:
-            Where their columns and values belong, `[B, G, count, d]` each.
+            Their columns and values, `[B, G, count, d]` each.
         """
         new = slice(self.used, self.used + count)
-        self.used = new.stop
         return self.column.data[:, :, new], self.value.data[:, :, new]
 
-    def take_back(self, count: int) -> None:
-        """Forget the last tokens of every sample again, for example those that were guessed wrongly.
+    def advance(self, count: int) -> None:
+        """Take tokens that have been filled in, none of them padding.
 
         Args:
             count: How many.
-
-        Raises:
-            ValueError: If the cache holds fewer.
         """
-        if not 0 <= count <= self.used:
-            raise bad_value("count", f"from 0 to {self.used}, the tokens in the cache", count)
-        if self.hidden is not None:
-            self.hidden[:, self.used - count : self.used] = False
-        self.used -= count
+        self.used += count
 
     def check(self, new: Tensor) -> None:
         """Refuse new columns `[B, G, n, d]` that do not fit.

@@ -103,16 +103,12 @@ def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
     if not isinstance(cache, DecodeCache):
         found = _in_few(kernels, layer, x, made, value, past, rotation, None)
         return _added(found, x, value, cache) if found.settled() else None
-    slot = cache.claim(1)  # it takes tokens back: so the device is looked at last, when nothing else is left to do
-    settled = False
-    try:
-        found = _in_few(kernels, layer, x, made, value, past, rotation, slot)
-        solution = _solution(found, x)
-        settled = found.settled()
-    finally:
-        if not settled:
-            cache.take_back(1)
-    return solution if settled else None
+    found = _in_few(kernels, layer, x, made, value, past, rotation, cache.ahead(1))
+    solution = _solution(found, x)
+    if not found.settled():  # looked at last, when nothing else is left to do
+        return None
+    cache.advance(1)
+    return solution
 
 
 def _added(found: _Found, x: Tensor, value: Tensor, cache: Cache) -> Solution:

@@ -144,26 +144,6 @@ def test_reorder_and_reset():
         close(layer(x, cache=cache), layer(x))
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_taking_back(padded):
-    """Tokens that are taken back might never have been there, padding among them too."""
-    layer, x = make("qk_norm-rope", 8)
-    hidden = torch.zeros(2, 8, dtype=torch.bool)
-    hidden[0, :2], hidden[1, 4] = padded, padded
-    cache = layer.make_cache(2, 8)
-    with torch.no_grad():
-        layer(x[:, :4], cache=cache, key_padding_mask=hidden[:, :4])
-        lengths = cache.lengths
-        layer(x[:, 4:6].flip(1), cache=cache, key_padding_mask=hidden[:, 4:6])
-        cache.take_back(2)
-        assert torch.equal(cache.lengths, lengths)
-        y = layer(x[:, 4:], cache=cache)
-        hidden[:, 4:] = False
-        close(y, layer(x, key_padding_mask=hidden)[:, 4:])
-    with pytest.raises(ValueError, match="`count` must be from 0 to 8"):
-        cache.take_back(9)
-
-
 def test_unbatched():
     layer, x = make("heads", 6, batch=1)
     cache = layer.make_cache(1, 6)

@@ -79,8 +79,8 @@ def test_the_device_is_looked_at_once(monkeypatch):
 
 @pytest.mark.parametrize("fails", ["within", "looking"])
 @torch.no_grad()
-def test_a_token_that_is_not_within_tolerance_is_taken_back(fails, monkeypatch):
-    """It enters the cache before the device is looked at."""
+def test_a_token_that_is_not_within_tolerance_is_not_taken(fails, monkeypatch):
+    """It is written where it belongs before the device is looked at, and counts only then."""
     layer, x = case("qk_norm-rope", n=5)
     cache = cached(layer, x[:, :-1])
     held = [t.clone() for t in (cache.past().column, cache.past().value)]

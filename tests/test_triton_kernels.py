@@ -203,17 +203,22 @@ def test_a_kernel_that_cannot_measure_is_an_error(monkeypatch):
         fixed_point(torch.cos, torch.zeros(1, 2), solver=Picard(kernel="triton"))
 
 
-def test_an_old_triton_is_said_to_be_old(monkeypatch):
-    """Its compiler fails on some kernels; what is installed here does not."""
-    assert kernels.outdated() is None
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(kernels, "import_module", lambda name: SimpleNamespace(__version__="3.5.1+git1"))
-    kernels.outdated.cache_clear()
-    there = SimpleNamespace(device=torch.device("cuda", 0))
+@pytest.mark.parametrize("version", ["3.5.1+git1", "3.6.0", "3.10.0", "3.6rc1", "unknown"])
+def test_an_old_triton_is_an_error(version, monkeypatch):
+    """Its compiler fails on some kernels; what cannot be read is taken for new."""
+    monkeypatch.setattr(kernels, "import_module", lambda name: SimpleNamespace(__version__=version))
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    kernels._version.cache_clear()
     try:
-        assert kernels.misplaced(there) == "Triton 3.5.1+git1 is installed, and 3.6 is needed"
+        if version.startswith("3.5"):
+            with pytest.raises(
+                ImportError, match=r"needs Triton 3\.6 or newer.* and 3\.5\.1\+git1 is installed. Update"
+            ):
+                fixed_point(torch.cos, torch.zeros(1, 2), solver=Picard(kernel="triton"))
+        else:
+            kernels.check_version("kernel='triton'")
     finally:
-        kernels.outdated.cache_clear()
+        kernels._version.cache_clear()
 
 
 EVERYTHING = ("norm", "turn", "bias", "added", "strict")
@@ -283,4 +288,4 @@ def test_registers_leave_room_for_several_programs(arguments, most, tmp_path):
     """On Hopper, heads of 64: next to nothing is spilled, and a multiprocessor holds two programs or more."""
     said = compiled(arguments, tmp_path)
     assert int(re.search(r"(\d+) registers", said)[1]) <= most
-    assert int(re.search(r"(\d+) bytes spill", said)[1]) <= 128
+    assert int(re.search(r"(\d+) bytes spill", said)[1]) <= 160

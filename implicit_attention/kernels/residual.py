@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from implicit_attention.errors import Came, bad_value, missing_extra
-from implicit_attention.kernels.triton import misplaced
+from implicit_attention.kernels.triton import check_version, misplaced
 
 KERNELS = ("auto", "torch", "triton")
 
@@ -35,6 +35,7 @@ def measure_with(kernel: str, like: Tensor) -> Measure:
         return measured
     if find_spec("triton") is None:
         raise missing_extra("kernel='triton'", "triton", "gpu")
+    check_version("kernel='triton'")
     elsewhere = misplaced(like)
     if elsewhere:
         raise bad_value(

@@ -12,6 +12,7 @@ from implicit_attention.kernels.triton import interpreted
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 _LEAST = 16  # what a product of matrices takes
+AT_ONCE = 2**25  # numbers that are made together, at most, where rows are taken some at a time
 _FARTHEST = 2**20  # from row to row: the kernels count within a block in 32 bits
 
 

@@ -9,10 +9,8 @@ from torch import Tensor
 from implicit_attention.attention_map import by_read_head
 from implicit_attention.diagonal import SAME_ROOT
 from implicit_attention.kernels.triton import own_rows
-from implicit_attention.triton_blocks.call import TYPES, Call, padded
+from implicit_attention.triton_blocks.call import AT_ONCE, TYPES, Call, padded
 from implicit_attention.triton_blocks.token import solve_rows
-
-_AT_ONCE = 2**25  # numbers that are made together
 
 
 class Settled(NamedTuple):
@@ -113,7 +111,7 @@ class OwnRows:
         """Roots, and how far one more step would move them, `[R, H]` each, not too many rows at once."""
         system, count = self.call.system, len(keys)
         by_head = by_read_head(self.weight, system.heads)
-        few, found = max(1, _AT_ONCE // (2 * system.heads * system.groups * system.dim)), []
+        few, found = max(1, AT_ONCE // (2 * system.heads * system.groups * system.dim)), []
         for low in range(0, count, few):
             some = slice(low, low + few)
             added = fixed[some] if fixed is not None and len(fixed) > 1 else fixed

@@ -18,14 +18,13 @@ from implicit_attention.causal_system import CausalSystem, Queries
 from implicit_attention.diagonal import FAR, NEAR_SINGULAR, Unsettled, near_singular, own_jacobian
 from implicit_attention.kernels.triton import interpreted, sweep, sweep_adjoint
 from implicit_attention.kernels.triton.own_rows import ELSEWHERE, LOST
-from implicit_attention.triton_blocks.call import TYPES, Call, contiguous
+from implicit_attention.triton_blocks.call import AT_ONCE, TYPES, Call, contiguous
 from implicit_attention.triton_blocks.own_rows import OwnRows, Settled
 
 MOST_SWEEPS = 32
 WIDEST = ((8192, 512), (0, 256))  # rows of the widest blocks, by the least length that has them
 _LEAST_DIM, _MOST_DIM = 16, 256
 _NARROW_DIM = 64
-_AT_ONCE = 2**25  # numbers that are made together for the own equations of rows
 _SPARE = 10 * 1024  # bytes of shared memory that a program takes beside its tiles, at most
 _GRID = 65536  # programs in the third dimension of a launch
 _REPEATED = 4  # whole blocks from which on a graph pays
@@ -542,7 +541,7 @@ class _OwnColumns:
     def _jacobians(self, queries: Queries, p: Tensor) -> Tensor:
         """The rows' own Jacobians, `[B, n, H, H]`, a few rows at a time: each takes `G H d` numbers several times."""
         system = self.sweeps.system
-        few = max(1, _AT_ONCE // (system.batch * system.groups * system.heads * system.dim))
+        few = max(1, AT_ONCE // (system.batch * system.groups * system.heads * system.dim))
         found = []
         for low in range(0, self.n, few):
             at = slice(low, min(low + few, self.n))

@@ -5,6 +5,7 @@ alone; `triton_blocks` calls them for a causal map.
 """
 
 import os
+import re
 from functools import lru_cache
 from importlib import import_module
 
@@ -20,15 +21,31 @@ def interpreted() -> bool:
 OLDEST = (3, 6)  # 3.5 does not compile the row solver of normed queries
 
 
+def check_version(argument: str) -> None:
+    """Refuse a Triton that does not compile the kernels.
+
+    Args:
+        argument: What asks for them, as in `kernel='triton'`.
+
+    Raises:
+        ImportError: If it is too old.
+    """
+    if interpreted():
+        return
+    version = _version()
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers and tuple(map(int, numbers.groups())) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise ImportError(
+            f"{argument} needs Triton {needed} or newer, which comes with PyTorch 2.10, and {version} is installed. "
+            'Update both: pip install --upgrade torch "implicit-attention[gpu]".'
+        )
+
+
 @lru_cache(maxsize=1)
-def outdated() -> str | None:
-    """Return why the installed Triton cannot compile the kernels, in words; None if it can, or if there is none."""
-    try:
-        version: str = import_module("triton").__version__
-    except ImportError:
-        return None
-    known = tuple(int(part) for part in version.split(".")[:2])
-    return None if known >= OLDEST else f"Triton {version} is installed, and {'.'.join(map(str, OLDEST))} is needed"
+def _version() -> str:
+    found: str = import_module("triton").__version__
+    return found
 
 
 def misplaced(tensor: Tensor) -> str | None:
@@ -37,6 +54,6 @@ def misplaced(tensor: Tensor) -> str | None:
     if device.type == "cuda":
         current = torch.cuda.current_device()
         if device.index == current:
-            return outdated()
+            return None
         return f"the tensors are on {device} and the current device is {current}, which torch.cuda.set_device changes"
     return None if device.type == "cpu" and interpreted() else f"the tensors are on {device}"

@@ -191,6 +191,7 @@ def settle_token(
         tl.store(judged + b, residual)
         tl.store(judged + batch + b, residual / tl.maximum(size, 1e-30))
         tl.store(judged + 2 * batch + b, tl.where(fine, 1.0, 0.0).to(wide))
+        into = b * query_b  # of 64 bits: a cache may be large
         for g in range(groups):
             q = tl.sum(tl.load(ends + g * dim + at[None, :], mask=every, other=0.0).to(wide), 0)
             q += tl.sum(root[:, None] * tl.load(ways + g * dim + at[None, :], mask=every, other=0.0).to(wide), 0)
@@ -209,7 +210,7 @@ def settle_token(
                 if normed:
                     swapped = swapped / tl.sqrt(tl.sum(swapped * swapped, 0) / dim + eps)
                 q = tl.reshape(_turned(q[None, :], swapped[None, :], turn + b * turn_b, at, dim), [dp])
-            into = b * query_b + g * query_g + at
-            tl.store(query + into, q.to(query.dtype.element_ty), mask=within)
+            tl.store(query + into + at, q.to(query.dtype.element_ty), mask=within)
             if held is not None:
-                tl.store(held + into, tl.load(value + b * value_b + g * value_g + at, mask=within), mask=within)
+                tl.store(held + into + at, tl.load(value + b * value_b + g * value_g + at, mask=within), mask=within)
+            into += query_g

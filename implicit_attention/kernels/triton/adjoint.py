@@ -240,8 +240,8 @@ def solve_block(
     inverses = matrices + R * hp * hp  # [R, hp, hp]
     right = inverses + R * hp * hp  # [R, hp]
 
-    key += b * key_b + first * key_n
-    value += b * value_b + first * value_n
+    key += b * key_b + first.to(tl.int64) * key_n
+    value += b * value_b + first.to(tl.int64) * value_n
     y += (b * length + first) * heads * dim
     grad += (b * length + first) * heads * dim
     query += (b * length + first) * groups * dim

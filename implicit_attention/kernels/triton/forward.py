@@ -296,8 +296,8 @@ def settle_block(
     factors = fractions + heads * R  # [H, R]: one over that
     grams = factors + heads * R  # [G, hp hp + hp + 1]
 
-    key += b * key_b + first * key_n
-    value += b * value_b + first * value_n
+    key += b * key_b + first.to(tl.int64) * key_n
+    value += b * value_b + first.to(tl.int64) * value_n
     y += (b * length + first) * heads * dim
     query += (b * length + first) * groups * dim
     lse += b * heads * length + first

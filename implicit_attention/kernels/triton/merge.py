@@ -47,8 +47,9 @@ def merge_rows(
     seen = total != 0.0  # NaN too
     total = tl.where(seen, total, 1.0)
     share = tl.exp(new - peak) / total
+    tl.debug_barrier()  # each warp has loaded what the first one stores: its rows of y are other rows
     tl.store(place, tl.where(seen, peak + tl.log(total), -float("inf")), mask=real)
     target = y + ((b * length + first + i)[:, None] * heads + h) * dim + at[None, :]
     before = tl.load(target, mask=inside, other=0.0)
-    more = tl.load(out + b * out_b + h * out_h + i[:, None] * out_n + at[None, :], mask=inside, other=0.0)
+    more = tl.load(out + b * out_b + h * out_h + i.to(tl.int64)[:, None] * out_n + at[None, :], mask=inside, other=0.0)
     tl.store(target, before + share[:, None] * (more.to(before.dtype) - before), mask=inside)

@@ -84,6 +84,7 @@ class DecodeCache:
         self.hidden: Tensor | None = None
         self.shift: Tensor | None = None  # [B], slots that a sample was moved towards the end
         self.used = 0
+        self._kept = False  # whether a graph may keep columns and values
 
     @property
     def capacity(self) -> int:
@@ -103,6 +104,7 @@ class DecodeCache:
         held = slice(0, self.used)
         hidden = None if self.hidden is None else self.hidden[:, held]
         position = self.used if self.shift is None else self.used - self.shift
+        self._kept = self._kept or torch.is_grad_enabled()
         # .data: a graph that keeps these columns is not disturbed by new ones written behind them.
         return Past(self.column.data[:, :, held], self.value.data[:, :, held], hidden, position)
 
@@ -198,5 +200,7 @@ class DecodeCache:
         self.shift = None if self.shift is None else self.shift[index]
 
     def reset(self) -> None:
-        """Forget everything; the memory stays."""
-        self.used, self.hidden, self.shift = 0, None, None
+        """Forget everything; the memory stays, unless a graph may want what is in it."""
+        if self._kept:
+            self.column, self.value = torch.zeros_like(self.column), torch.zeros_like(self.value)
+        self.used, self.hidden, self.shift, self._kept = 0, None, None, False

@@ -144,6 +144,23 @@ def test_reorder_and_reset():
         close(layer(x, cache=cache), layer(x))
 
 
+def test_reset_leaves_the_gradients_of_what_was_solved():
+    """Its graph keeps the columns of the tokens before it."""
+    layer, x = make("qk_norm-rope", 7)
+    found = []
+    for resets in (False, True):
+        cache, leaf = layer.make_cache(2, 7), x[:, 4:].clone().requires_grad_()
+        with torch.no_grad():
+            layer(x[:, :4], cache=cache)
+        y = layer(leaf, cache=cache)
+        if resets:
+            cache.reset()
+            with torch.no_grad():
+                layer(x.flip(1), cache=cache)
+        found.append(torch.autograd.grad(y.sin().sum(), leaf)[0])
+    assert torch.equal(*found)
+
+
 def test_unbatched():
     layer, x = make("heads", 6, batch=1)
     cache = layer.make_cache(1, 6)

@@ -7,7 +7,7 @@ is gathered, and `token.settle_token` finds the roots that are wanted.
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.sweep import SPAN
+from implicit_attention.kernels.triton.sweep import SPAN, rotated
 
 SAME, ELSEWHERE, LOST = 0, 1, 2  # how a row's root compares with where the sweeps ended
 _ELSEWHERE, _LOST = tl.constexpr(ELSEWHERE), tl.constexpr(LOST)
@@ -96,8 +96,7 @@ def own_equations(
     i = tl.load(listed + count + r).to(tl.int64)
     place = tl.load(where) + i
     at = tl.arange(0, dim)
-    of_key = key + b * key_b + h * key_h + place * key_n
-    k = tl.load(of_key + at).to(wide)
+    k = tl.load(key + b * key_b + h * key_h + place * key_n + at).to(wide)
     q = tl.load(query + ((b * length + place) * groups + g) * dim + at).to(wide)
     own = tl.sum(k * q, 0) * scale
     bias = own * 0.0
@@ -112,12 +111,9 @@ def own_equations(
     y = tl.load(state + ((new * n + i) * heads + h) * dim + at)
     a = (y - p * v) / others
     if turn is not None:
-        half: tl.constexpr = dim // 2
-        low = at < half
-        angle = turn + b * turn_b + place * half + tl.where(low, at, at - half)
-        across = tl.load(of_key + tl.where(low, at + half, at - half)).to(wide)
-        sin = tl.load(angle + turn_half)
-        k = k * tl.load(angle) + across * tl.where(low, sin, -sin)
+        there = place + tl.zeros([1], tl.int64)
+        k = rotated(tl.reshape(k, [1, 1, dim]), turn + b * turn_b, turn_half, there, there >= 0, True, 1, dim // 2)
+        k = tl.reshape(k, [dim])
     into = (r * heads + h) * dim + at
     tl.store(keys + into, k * scale)
     tl.store(ends + into, a)

@@ -53,18 +53,13 @@ class _Root(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A token that is within tolerance, or that is if the device says so."""
+    """A token that is solved."""
 
     y: Tensor  # [B, 1, D]
     column: Tensor  # its query, rotated, [B, G, 1, d]
     residual: Tensor  # [B, 1]
     relative: Tensor  # over the size of y, [B, 1]
     steps: int
-    within: Tensor | None = None  # whether each sample is, [B], not zero; None: all are
-
-    def settled(self) -> bool:
-        """Look at the device, if need be."""
-        return self.within is None or all(self.within.tolist())
 
 
 def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
@@ -99,21 +94,20 @@ def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
     kernels = block_kernels.token_kernels(layer.solver.kernel, x) if layer.self_query == "output" else None
     if kernels is None:
         found = _in_torch(layer, x, made, value, past, rotation)
-        return None if found is None else _added(found, x, value, cache)
-    if not isinstance(cache, DecodeCache):
-        found = _in_few(kernels, layer, x, made, value, past, rotation, None)
-        return _added(found, x, value, cache) if found.settled() else None
-    found = _in_few(kernels, layer, x, made, value, past, rotation, cache.ahead(1))
+        if found is None:
+            return None
+        cache.append(found.column.to(value.dtype), value, None)
+        return _solution(found, x)
+    slot = cache.ahead(1) if isinstance(cache, DecodeCache) else None
+    found, within = _in_few(kernels, layer, x, made, value, past, rotation, slot)
     solution = _solution(found, x)
-    if not found.settled():  # looked at last, when nothing else is left to do
+    if not all(within.tolist()):  # looked at last, when next to nothing else is left to do
         return None
-    cache.advance(1)
+    if isinstance(cache, DecodeCache):
+        cache.advance(1)
+    else:
+        cache.append(found.column.to(value.dtype), value, None)
     return solution
-
-
-def _added(found: _Found, x: Tensor, value: Tensor, cache: Cache) -> Solution:
-    cache.append(found.column.to(value.dtype), value, None)
-    return _solution(found, x)
 
 
 def _solution(found: _Found, x: Tensor) -> Solution:
@@ -154,8 +148,8 @@ def serves(layer: Layer, x: Tensor) -> bool:
 def _in_few(
     kernels: Any, layer: Layer, x: Tensor, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None,
     slot: tuple[Tensor, Tensor] | None,
-) -> _Found:  # fmt: skip
-    """In few launches, which fill the `slot` of a cache; the device has not been looked at."""
+) -> tuple[_Found, Tensor]:  # fmt: skip
+    """In few launches, which fill the `slot` of a cache; also whether each sample is within tolerance, not zero."""
     assert layer.Omega_Q.weight is not None
     temperature = None if layer.temperature is None else layer.temperature.to(made.dtype)
     key, scaled = kernels.keys(
@@ -170,7 +164,7 @@ def _in_few(
         scaled, a[:, :, 0], lse[..., 0].to(scaled.dtype), value[:, :, 0], by_head, fixed, rotation,
         NORM_EPS if layer.qk_norm else None, layer.solver.tolerances(x.dtype), x.dtype, slot,
     )  # fmt: skip
-    return _Found(y, column, judged[0, :, None], judged[1, :, None], 1, judged[2])
+    return _Found(y, column, judged[0, :, None], judged[1, :, None], 1), judged[2]
 
 
 def _in_torch(

@@ -6,7 +6,6 @@ alone; `triton_blocks` calls them for a causal map.
 
 import os
 import re
-from functools import lru_cache
 from importlib import import_module
 
 import torch
@@ -32,7 +31,7 @@ def check_version(argument: str) -> None:
     """
     if interpreted():
         return
-    version = _version()
+    version: str = import_module("triton").__version__
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and tuple(map(int, numbers.groups())) < OLDEST:
         needed = ".".join(map(str, OLDEST))
@@ -40,12 +39,6 @@ def check_version(argument: str) -> None:
             f"{argument} needs Triton {needed} or newer, which comes with PyTorch 2.10, and {version} is installed. "
             'Update both: pip install --upgrade torch "implicit-attention[gpu]".'
         )
-
-
-@lru_cache(maxsize=1)
-def _version() -> str:
-    found: str = import_module("triton").__version__
-    return found
 
 
 def misplaced(tensor: Tensor) -> str | None:

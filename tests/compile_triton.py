@@ -8,7 +8,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
@@ -16,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from implicit_attention.kernels.triton import adjoint, forward, merge, own_rows, residual, sweep, sweep_adjoint, token
+from implicit_attention.triton_blocks import sweeps
 
 KERNELS = {
     "forward": forward.settle_block, "adjoint": adjoint.solve_block, "merge": merge.merge_rows,
@@ -33,6 +37,7 @@ SWEEPS = {
     "list-rows": own_rows.list_rows, "own-equations": own_rows.own_equations,
 }  # fmt: skip
 KERNELS |= SWEEPS
+NARROW_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 OPTIONAL = {"constant": "bias", "inverse": "norm"} | {
     name: name for name in ("bias", "start", "added", "turn", "given", "strict")
@@ -77,16 +82,15 @@ INTEGERS = {
 
 
 def main(name: str, kind: str, *options: str) -> None:
-    half, maps = kind in ("bf16", "fp16"), name in ("queries", "through-map")
     constants = {
         **CONSTANTS, "groups": 4 if "ungrouped" in options else 2, "normed": "norm" in options,
         "operand": TYPES[kind], "narrow": TYPES[kind],
-        "precision": "tf32x3" if half else "ieee",
+        "precision": "tf32x3" if kind in ("bf16", "fp16") else "ieee",
     }  # fmt: skip
+    launch = {"num_warps": 4, "num_stages": 1}
     if name in SWEEPS:
-        tile, depth = (128 if maps else 64, 64) if half else (64 if maps else 32, 32)
-        constants |= OF_SWEEPS | {"rows_": tile, "columns_": tile, "depth": depth, "span": max(1, tile // 64)}
-        constants |= {"wide": tl.float64 if kind == "fp64" else tl.float32}
+        sizes, launch = tiles(name, kind, constants["groups"], plain="strict" not in options)
+        constants |= OF_SWEEPS | sizes | {"wide": tl.float32}
         del constants["narrow"]
     elif name == "token-ends":
         constants["wide"] = tl.float64 if kind == "fp64" else tl.float32
@@ -109,13 +113,6 @@ def main(name: str, kind: str, *options: str) -> None:
     # Addresses and strides are multiples of 16, as those of most tensors are.
     even = [i for i, a in enumerate(KERNELS[name].arg_names) if signature[a][0] == "*" or a[-2:] in STRIDES]
     source = ASTSource(KERNELS[name], signature, known, {(i,): [["tt.divisibility", 16]] for i in even})
-    launch = {"num_warps": 4, "num_stages": 2 if maps else 1}  # as `sweeps._tiles` has it on Hopper
-    if maps and half:
-        launch = {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
-    elif name in SWEEPS and half:
-        launch = {"num_warps": 4, "num_stages": 3}
-        if name == "attend" or "ungrouped" in options:
-            launch["maxnreg"] = 128 if name == "attend" else 168
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
     print(
         name,
@@ -127,6 +124,22 @@ def main(name: str, kind: str, *options: str) -> None:
         "async" if "cp.async" in made.asm["ptx"] else "",
         *assembled(made.asm["ptx"]),
     )
+
+
+def tiles(name: str, kind: str, groups: int, *, plain: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """What `sweeps` has for a kernel on Hopper: sizes, and launch options."""
+    hopper = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
+    torch.cuda.get_device_properties = lambda _: hopper  # of a process that ends with this kernel
+    system: Any = SimpleNamespace(
+        narrow=NARROW_TYPES[kind], wide=torch.float32, dim=OF_SWEEPS["dim"], heads=CONSTANTS["heads"], groups=groups,
+        key=torch.empty(0), spec=SimpleNamespace(plain=plain),
+    )  # fmt: skip
+    of = sweeps._tiles(system)
+    assert of is not None
+    if name in ("queries", "through-map"):
+        return {"rows_": of.rows, "depth": of.depth, "span": of.width // system.dim}, of.queries
+    launch = of.attends if name == "attend" else of.pulls if name.startswith("pull") else {"num_warps": 4}
+    return {"rows_": of.attended, "columns_": of.against}, launch
 
 
 def assembled(ptx: str) -> list[str]:

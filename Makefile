@@ -35,7 +35,7 @@ bench: $(INSTALLED) ## the benchmarks (ARGS=bidirectional: that one)
 
 gpu: $(INSTALLED) ## on a CUDA device: the kernels' tests there, then what they cost (ARGS='--lengths 8192')
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here")'
-	$(BIN)/python -m pytest -q --no-cov tests/test_triton_*.py tests/test_flash_cuda.py tests/test_precision.py
+	$(BIN)/python -m pytest -q --no-cov tests/causal/triton/test_triton_*.py tests/attention/test_flash_cuda.py tests/test_precision.py
 	$(BIN)/python -m benchmarks gpu $(ARGS)
 
 # The newest versions that go with torch $(TORCH), from a fresh environment.

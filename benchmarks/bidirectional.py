@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.seed import ImplicitQueryAttentionLinearV
-from implicit_attention import Anderson, ImplicitQueryAttention, Picard, diagnostics
+from implicit_attention import Anderson, ImplicitQueryAttention, Picard
 from implicit_attention.cli.environment import environment
+from implicit_attention.inspection import diagnostics
 
 TOLERANCE = 1e-4
 TIMES_FASTER, SHARE_OF_MEMORY = 6.0, 0.1

@@ -217,7 +217,7 @@ def blocks(case: Case, repeats: int) -> dict[int, float]:
     """Seconds of ours, forward and backward, by the rows of the widest blocks: they set how deep the recursion goes."""
     if not case.start.is_cuda:
         return {}
-    from implicit_attention.triton_blocks import sweeps
+    from implicit_attention.causal.triton import sweeps
 
     def of(rows: int) -> None:
         before = sweeps.WIDEST

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = {"time_ratio": "time", "memory_ratio": "added peak memory"}
-# Okabe and Ito's colours, as in implicit_attention.plots; the library's own curves are the bold ones.
+# Okabe and Ito's colours, as in implicit_attention.inspection.plots; the library's own curves are the bold ones.
 STYLES: dict[str, dict[str, Any]] = {
     "ours": {"color": "#0072B2", "marker": "o", "linewidth": 2.6, "zorder": 3},
     "ours-input": {"color": "#56B4E9", "marker": "v", "linewidth": 2.0, "zorder": 3},

@@ -1,14 +1,18 @@
 """Implicit-query attention: attention whose queries are made from its own output, solved to equilibrium."""
 
-from implicit_attention.adjoints import Implicit, Phantom, Unrolled
+from implicit_attention import renamed
+from implicit_attention.attention.positions import ALiBi, RelativeBias, Rotary
 from implicit_attention.cache import DecodeCache
+from implicit_attention.causal.forward_substitution import ForwardSubstitution
+from implicit_attention.equilibrium.adjoints import Implicit, Phantom, Unrolled
+from implicit_attention.equilibrium.fixed_point import fixed_point
+from implicit_attention.equilibrium.solvers import Anderson, Broyden, NewtonKrylov, Picard, Solution
 from implicit_attention.errors import ConvergenceError, ConvergenceWarning
-from implicit_attention.fixed_point import fixed_point
-from implicit_attention.forward_substitution import ForwardSubstitution
+from implicit_attention.inspection import diagnostics, plots
 from implicit_attention.layer import ImplicitQueryAttention
-from implicit_attention.positions import ALiBi, RelativeBias, Rotary
 from implicit_attention.seed import ImplicitQueryAttentionLinearV
-from implicit_attention.solvers import Anderson, Broyden, NewtonKrylov, Picard, Solution
+
+renamed.install()
 
 __version__ = "0.1.0"
 
@@ -30,5 +34,7 @@ __all__ = [
     "Rotary",
     "Solution",
     "Unrolled",
+    "diagnostics",
     "fixed_point",
+    "plots",
 ]

@@ -19,17 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicit_attention import block_kernels
-from implicit_attention.attention_map import NORM_EPS, by_read_head, split_heads
-from implicit_attention.cache import Cache, DecodeCache, Past
-from implicit_attention.forward_substitution import ForwardSubstitution
-from implicit_attention.inputs import check_input
-from implicit_attention.kernels import AttentionSpec, chunked
-from implicit_attention.kernels.attention import stock
-from implicit_attention.masks import AdditiveMask
-from implicit_attention.positions import rotate
-from implicit_attention.preparation import Layer
-from implicit_attention.solvers import Solution
+from implicit_attention.attention import AttentionSpec, chunked
+from implicit_attention.attention.map import NORM_EPS, by_read_head, split_heads
+from implicit_attention.attention.masks import AdditiveMask
+from implicit_attention.attention.operation import stock
+from implicit_attention.attention.positions import rotate
+from implicit_attention.cache import DecodeCache, Past
+from implicit_attention.causal import engines
+from implicit_attention.causal.forward_substitution import ForwardSubstitution
+from implicit_attention.equation import Layer, values
+from implicit_attention.equilibrium.solvers import Solution
+from implicit_attention.inputs import Inputs
 
 _MOST_STEPS = 20
 
@@ -62,36 +62,26 @@ class _Found(NamedTuple):
     steps: int
 
 
-def decode(layer: Layer, x: Tensor, cache: Cache) -> Solution | None:
+def decode(layer: Layer, inputs: Inputs) -> Solution | None:
     """Return the equilibrium of one new token per sample, and add it to the cache; None if it needs the solver.
 
     Then nothing has been added.
 
     Args:
         layer: The layer.
-        x: New tokens, none of them padding, `[B, 1, D]`.
-        cache: The tokens before.
+        inputs: New tokens `[B, 1, D]`, none of them padding, and the cache with the tokens before.
 
     Returns:
         The solution, or None.
-
-    Raises:
-        TypeError: If x is of the wrong type.
-        ValueError: If x or the cache does not fit.
     """
-    if not serves(layer, x):
-        return None
-    check_input("x", x, layer.W_K.weight, layer.embed_dim)
-    past = cache.past()
-    if past is None:
+    x, past, cache, settings = inputs.x, inputs.past, inputs.cache, layer.settings
+    if past is None or cache is None or not serves(layer, inputs):
         return None
     rotation = None if layer.positions is None else layer.positions.rotation(1, x, past.position)
     made = layer.W_K(x)
-    value = split_heads(x if layer.Omega_V is None else layer.Omega_V(x), layer.num_kv_heads).to(made.dtype)
-    if isinstance(cache, DecodeCache):
-        cache.check(value)
+    value = split_heads(values(layer, x, made.dtype), settings.num_kv_heads)
     assert isinstance(layer.solver, ForwardSubstitution)
-    kernels = block_kernels.token_kernels(layer.solver.kernel, x) if layer.self_query == "output" else None
+    kernels = engines.token_kernels(layer.solver.kernel, x) if settings.self_query == "output" else None
     if kernels is None:
         found = _in_torch(layer, x, made, value, past, rotation)
         if found is None:
@@ -123,22 +113,25 @@ def _solution(found: _Found, x: Tensor) -> Solution:
     )
 
 
-def serves(layer: Layer, x: Tensor) -> bool:
-    """Return whether `decode` has a way for this layer and input.
+def serves(layer: Layer, inputs: Inputs) -> bool:
+    """Return whether `decode` has a way for this layer and call.
 
     Args:
         layer: The layer.
-        x: New tokens.
+        inputs: Of the call.
     """
-    absorbed = layer.num_heads == 1 and not layer.qk_norm  # the solver puts Omega_Q into the keys
+    settings = layer.settings
+    absorbed = settings.num_heads == 1 and not settings.qk_norm  # the solver puts Omega_Q into the keys
     return (
-        x.dim() == 3
-        and x.shape[1] == 1
+        inputs.batched
+        and inputs.x.shape[1] == 1
+        and inputs.attn_mask is None
+        and inputs.key_padding_mask is None
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()  # it looks at numbers
-        and not (layer.training and layer.dropout)
-        and layer.triangular
-        and layer.window != 1
+        and not (layer.training and settings.dropout)
+        and settings.triangular
+        and settings.window != 1
         and isinstance(layer.solver, ForwardSubstitution)
         and not absorbed
         and (layer.positions is None or layer.positions.bias() is None)
@@ -153,16 +146,16 @@ def _in_few(
     assert layer.Omega_Q.weight is not None
     temperature = None if layer.temperature is None else layer.temperature.to(made.dtype)
     key, scaled = kernels.keys(
-        made.view(*made.shape[:2], layer.num_heads, -1), temperature, rotation, layer.scale, NORM_EPS
+        made.view(*made.shape[:2], layer.settings.num_heads, -1), temperature, rotation, layer.settings.scale, NORM_EPS
     )
     a, lse = _attend(layer, key, past)
     fixed = None if layer.W_Q is None else layer.W_Q(x)[:, 0]
     if layer.Omega_Q.bias is not None:
         fixed = layer.Omega_Q.bias[None] if fixed is None else fixed + layer.Omega_Q.bias
-    by_head = by_read_head(layer.Omega_Q.weight.to(value.dtype), layer.num_heads)
+    by_head = by_read_head(layer.Omega_Q.weight.to(value.dtype), layer.settings.num_heads)
     y, column, judged = kernels.solve_token(
         scaled, a[:, :, 0], lse[..., 0].to(scaled.dtype), value[:, :, 0], by_head, fixed, rotation,
-        NORM_EPS if layer.qk_norm else None, layer.solver.tolerances(x.dtype), x.dtype, slot,
+        NORM_EPS if layer.settings.qk_norm else None, layer.solver.tolerances(x.dtype), x.dtype, slot,
     )  # fmt: skip
     return _Found(y, column, judged[0, :, None], judged[1, :, None], 1), judged[2]
 
@@ -173,7 +166,7 @@ def _in_torch(
     """In torch's operations."""
     token = _prepare(layer, made, value, past, rotation)
     tolerance = layer.solver.tolerances(x.dtype)
-    root = _given(layer, x, value, token) if layer.self_query == "input" else None
+    root = _given(layer, x, value, token) if layer.settings.self_query == "input" else None
     root = _iterate(layer, x, value, token, tolerance) if root is None else root
     if root is None:
         return None
@@ -194,28 +187,28 @@ def _in_torch(
 
 
 def _prepare(layer: Layer, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None) -> _Token:
-    heads, key = layer.num_heads, split_heads(made, layer.num_heads)
+    heads, key = layer.settings.num_heads, split_heads(made, layer.settings.num_heads)
     wide = torch.promote_types(key.dtype, torch.float32)
     if layer.temperature is not None:
         key = _normed(key.to(wide)).to(key.dtype) * layer.temperature[:, None, None].to(key.dtype)
     a, lse = _attend(layer, key if rotation is None else rotate(key, rotation), past)
     a = a[:, :, 0].to(wide)
     step = _per_head(value[:, :, 0], heads).to(wide) - a
-    return _Token(key[:, :, 0].to(wide) * layer.scale, a, lse[..., 0], step)
+    return _Token(key[:, :, 0].to(wide) * layer.settings.scale, a, lse[..., 0], step)
 
 
 def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
     """Attend the new rows `[B, H, 1, d]` to the columns before; also their log-sum-exp `[B, H, 1]`."""
     column, value, hidden = past.column, past.value, past.hidden
-    if layer.window is not None:
-        first = max(0, column.shape[2] + 1 - layer.window)
+    if layer.settings.window is not None:
+        first = max(0, column.shape[2] + 1 - layer.settings.window)
         column, value = column[:, :, first:], value[:, :, first:]
         hidden = None if hidden is None else hidden[:, first:]
-    spec = AttentionSpec(layer.scale)
+    spec = AttentionSpec(layer.settings.scale)
     terms: tuple[Tensor, ...] = ()
     query = key.reshape(len(key), column.shape[1], -1, key.shape[-1])  # the heads of a group as more rows
     if hidden is not None:
-        spec, terms = AttentionSpec(layer.scale, terms=(AdditiveMask(),)), (hidden[:, None, None, :],)
+        spec, terms = AttentionSpec(layer.settings.scale, terms=(AdditiveMask(),)), (hidden[:, None, None, :],)
     kernel = stock(query, value, spec)
     if kernel is None:
         out, lse = chunked.forward(spec, None, (query, column, value, None, *terms))
@@ -226,8 +219,8 @@ def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
 
 def _given(layer: Layer, x: Tensor, value: Tensor, token: _Token) -> _Root:
     """With `self_query="input"` the own score is that of the start, and nothing is left to be solved."""
-    start = _per_head(value, layer.num_heads)
-    own = (token.key * _per_head(_phi(layer, x, start)[:, :, 0], layer.num_heads)).sum(-1)
+    start = _per_head(value, layer.settings.num_heads)
+    own = (token.key * _per_head(_phi(layer, x, start)[:, :, 0], layer.settings.num_heads)).sum(-1)
     p = torch.sigmoid(own - token.lse)[..., None]
     return _Root(p, _phi(layer, x, torch.addcmul(token.a, p, token.step)), None, 1)
 
@@ -237,18 +230,18 @@ def _phi(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     made = F.linear(y.flatten(1).to(x.dtype), layer.Omega_Q.weight, layer.Omega_Q.bias)
     if layer.W_Q is not None:
         made = made + layer.W_Q(x)[:, 0]
-    made = made.view(len(x), layer.num_kv_heads, 1, layer.head_dim)
+    made = made.view(len(x), layer.settings.num_kv_heads, 1, layer.settings.head_dim)
     made = made.to(torch.promote_types(made.dtype, torch.float32))
-    return _normed(made) if layer.qk_norm else made
+    return _normed(made) if layer.settings.qk_norm else made
 
 
 def _iterate(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]) -> _Root | None:
     """Iterate from p = 1 until a step is within tolerance; None where steps do not halve. `e` stands for `(1, p)`."""
     batch, heads, dim = token.a.shape
-    groups = layer.num_kv_heads
+    groups = layer.settings.num_kv_heads
     made = _linear_query(layer, x, token, value.dtype)  # [B G, 1 + H, d]
     forms = torch.bmm(token.key.view(batch * groups, -1, dim), made.mT).view(batch, heads, 1 + heads)
-    if layer.qk_norm:  # of each group's query, the mean square with eps is `e square e`
+    if layer.settings.qk_norm:  # of each group's query, the mean square with eps is `e square e`
         square = torch.baddbmm(_first(1 + heads, made.dtype, made.device), made, made.mT, alpha=1 / dim)
         forms = torch.cat([forms, square.view(batch, -1, 1 + heads)], 1)
     allowed = tolerance[0] * token.a.abs().amax((1, 2)) + tolerance[1]  # of y, judged by a; `decode` looks again
@@ -258,7 +251,7 @@ def _iterate(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: t
     for step in range(1, _MOST_STEPS + 1):
         values = torch.bmm(forms, e)
         score = values[:, :heads, 0]
-        if layer.qk_norm:
+        if layer.settings.qk_norm:
             inverse = torch.bmm(values[:, heads:].view(batch, groups, 1 + heads), e).rsqrt_()  # [B, G, 1]
             shape = (batch, groups, heads // groups)
             new = torch.addcmul(minus.view(shape), score.reshape(shape), inverse).sigmoid_().view(batch, heads)
@@ -300,7 +293,7 @@ def _first(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _normed(t: Tensor) -> Tensor:
-    """`attention_map.rms_norm` of what is wide, in fewer operations."""
+    """`attention.map.rms_norm` of what is wide, in fewer operations."""
     return t * (t * t).mean(-1, keepdim=True).add_(NORM_EPS).rsqrt_()
 
 

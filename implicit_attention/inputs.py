@@ -1,9 +1,101 @@
-"""What may enter a layer: checks of its input tensors, and the message when one is not finite."""
+"""What may enter a layer: every check of its input tensors, made once, before anything is computed."""
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from implicit_attention.errors import bad_type, bad_value, first_non_finite
+from implicit_attention.cache import Cache, DecodeCache, Past
+from implicit_attention.errors import Came, bad_type, bad_value, first_non_finite
+from implicit_attention.settings import Settings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of one call, checked and with a batch dimension.
+
+    Attributes:
+        x: `[B, N, D]`.
+        context: Where keys and values come from, `[B, M, D]`; None if x.
+        attn_mask: `[1 or B, 1 or H, N, P + M]`, bool (True = hidden) or float (added to the scores).
+        key_padding_mask: Of the new columns, `[B, M]`, bool or float.
+        cache: Takes the new tokens.
+        past: The P columns it holds; None if there are none.
+        batched: Whether x came with a batch dimension.
+    """
+
+    x: Tensor
+    context: Tensor | None = None
+    attn_mask: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+    cache: Cache | None = None
+    past: Past | None = None
+    batched: bool = True
+
+    @property
+    def source(self) -> Tensor:
+        """What keys and values are made from."""
+        return self.x if self.context is None else self.context
+
+    @property
+    def past_length(self) -> int:
+        """P."""
+        return 0 if self.past is None else self.past.value.shape[-2]
+
+    @property
+    def padding(self) -> Tensor | None:
+        """Which columns are hidden from every row, those of the cache first, `[B, P + M]`; None if none are."""
+        new = self.key_padding_mask
+        if self.past is None or (self.past.hidden is None and new is None):
+            return new
+        batch, length = len(self.x), self.past_length
+        held = self.past.hidden
+        held = self.x.new_zeros(batch, length, dtype=torch.bool) if held is None else held
+        return torch.cat([held, held.new_zeros(batch, self.x.shape[1]) if new is None else new], 1)
+
+    def named(self) -> dict[str, Tensor | None]:
+        """The tensors by the names of the arguments."""
+        names = ("x", "context", "attn_mask", "key_padding_mask")
+        return {name: getattr(self, name) for name in names}
+
+
+def checked(
+    settings: Settings,
+    weight: Tensor,
+    x: Tensor,
+    context: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Inputs:
+    """Return the inputs of a call if they fit.
+
+    Args:
+        settings: Of the layer.
+        weight: A parameter of the layer, for its dtype and device.
+        x: As in `ImplicitQueryAttention.forward`, as are the others.
+        context: Where keys and values come from.
+        attn_mask: Of rows by columns.
+        key_padding_mask: Of columns.
+        cache: The tokens before x.
+
+    Raises:
+        TypeError: If a tensor is of the wrong type.
+        ValueError: If one does not fit.
+    """
+    check_input("x", x, weight, settings.embed_dim)
+    if context is not None:
+        _check_context(settings, weight, x, context)
+    inputs = Inputs(x, context, attn_mask, key_padding_mask, cache, batched=x.dim() == 3)
+    if not inputs.batched:
+        padding = key_padding_mask
+        if isinstance(padding, Tensor) and padding.dim() == 1:
+            padding = padding[None]
+        context = None if context is None else context[None]
+        inputs = replace(inputs, x=x[None], context=context, key_padding_mask=padding)
+    if cache is not None:
+        inputs = replace(inputs, past=_past(settings, inputs, cache))
+    return _with_masks(settings, inputs)
 
 
 def check_input(name: str, x: object, weight: Tensor, embed_dim: int, *, any_lead: bool = False) -> None:
@@ -22,6 +114,74 @@ def check_input(name: str, x: object, weight: Tensor, embed_dim: int, *, any_lea
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise bad_type(name, f"of the parameters' dtype, {weight.dtype}", x,
                        f"Convert it ({name}.to({weight.dtype})) or the layer (layer.to({x.dtype})).")  # fmt: skip
+
+
+def _check_context(settings: Settings, weight: Tensor, x: Tensor, context: Tensor) -> None:
+    check_input("context", context, weight, settings.embed_dim)
+    if settings.rows_are_keys:
+        raise bad_value("context", 'None unless normalize_over="keys"', context,
+                        "Rows that belong to keys have no query side of their own to attend from.")  # fmt: skip
+    if context.dim() != x.dim() or context.shape[:-2] != x.shape[:-2]:
+        raise bad_value("context", f"batched like x, {tuple(x.shape)}", context)
+    if settings.is_causal and context.shape[-2] != x.shape[-2]:
+        raise bad_value("context", f"as long as x ({x.shape[-2]}) in a causal layer", context,
+                        "Rows and columns are aligned at the first token.")  # fmt: skip
+
+
+def _past(settings: Settings, inputs: Inputs, cache: Cache) -> Past | None:
+    """What a cache holds, if it can take the new tokens."""
+    if not settings.is_causal:
+        raise bad_value(
+            "cache", "None unless is_causal=True", Came("a cache"), "Later tokens would change earlier ones."
+        )
+    if inputs.context is not None:
+        raise bad_value("cache", "None next to a context", Came("a cache"), "The context stands in its place.")
+    padding = inputs.key_padding_mask
+    if padding is not None and padding.dtype != torch.bool:
+        raise bad_type("key_padding_mask", "bool with a cache", padding)
+    if isinstance(cache, DecodeCache):
+        cache.check(_like_values(settings, inputs.x))
+    return cache.past()
+
+
+def _like_values(settings: Settings, x: Tensor) -> Tensor:
+    """A tensor without memory, of the shape, dtype and device that the values of x are going to have."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return x.new_empty((), dtype=dtype).expand(len(x), settings.num_kv_heads, x.shape[1], settings.head_dim)
+
+
+def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
+    """The same, its attention mask with four dimensions, if the masks fit."""
+    batch, rows, heads = len(inputs.x), inputs.x.shape[1], settings.num_heads
+    new = inputs.source.shape[1]
+    cols = inputs.past_length + new
+    mask, padding = inputs.attn_mask, inputs.key_padding_mask
+    if padding is not None:
+        _check_mask("key_padding_mask", padding, inputs.x)
+        if tuple(padding.shape) != (batch, new):
+            raise bad_value("key_padding_mask", f"of shape ({batch}, {new})", padding)
+    if mask is None:
+        return inputs
+    _check_mask("attn_mask", mask, inputs.x)
+    shapes = {(rows, cols): (1, 1), (batch * heads, rows, cols): (batch, heads)}
+    shapes[batch, heads, rows, cols] = (batch, heads)
+    lead = shapes.get(tuple(mask.shape))
+    if lead is None:
+        raise bad_value(
+            "attn_mask",
+            f"of shape ({rows}, {cols}), ({batch * heads}, {rows}, {cols}) or ({batch}, {heads}, {rows}, {cols})",
+            mask,
+            "Its rows are output tokens, its columns the tokens they may see.",
+        )
+    return replace(inputs, attn_mask=mask.reshape(*lead, rows, cols))
+
+
+def _check_mask(name: str, mask: object, like: Tensor) -> None:
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise bad_type(name, "a bool tensor (True = hidden) or a float tensor (added to the scores)", mask)
+    if mask.device != like.device:
+        raise bad_value(name, f"on the input's device, {like.device}", mask, f"Move it: {name}.to(x.device).")
 
 
 def non_finite(named: dict[str, Tensor | None]) -> ValueError:

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from implicit_attention import maps
-from implicit_attention.attention_map import AttentionMap, QueryMap
+from implicit_attention.attention import AttentionSpec
+from implicit_attention.attention.map import AttentionMap, QueryMap
+from implicit_attention.equilibrium import maps
 from implicit_attention.errors import check_positive
 from implicit_attention.inputs import check_input, non_finite
-from implicit_attention.kernels import AttentionSpec
 
 
 class ImplicitQueryAttentionLinearV(nn.Module):

@@ -1,8 +1,4 @@
-"""Triton kernels: the diagonal blocks of a causal solve and of its adjoint, the merge by log-sum-exp, residuals.
-
-Importing this room does not import triton; its modules, which do, are imported where they are used. They know tensors
-alone; `triton_blocks` calls them for a causal map.
-"""
+"""Whether Triton's kernels can run here, and if not, why. Importing this module does not import triton."""
 
 import os
 import re

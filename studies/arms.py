@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
-from implicit_attention.adjoints import Implicit as ImplicitAdjoint
-from implicit_attention.adjoints import Phantom
+from implicit_attention.attention.positions import RelativeBias
+from implicit_attention.causal.forward_substitution import ForwardSubstitution
+from implicit_attention.equilibrium.adjoints import Implicit as ImplicitAdjoint
+from implicit_attention.equilibrium.adjoints import Phantom
+from implicit_attention.equilibrium.solvers import Anderson
 from implicit_attention.errors import Came, bad_value
-from implicit_attention.experiments.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
-from implicit_attention.experiments.mixers import GRU, Implicit, Ordinary
-from implicit_attention.experiments.names import known
-from implicit_attention.forward_substitution import ForwardSubstitution
 from implicit_attention.layer import ImplicitQueryAttention
-from implicit_attention.positions import RelativeBias
-from implicit_attention.solvers import Anderson
 from implicit_attention.tasks.task import Task
+from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
+from studies.mixers import GRU, Implicit, Ordinary
+from studies.names import known
 
 MARGIN = 0.02  # by how much the numbers of parameters of two arms of a table may differ
 ADJOINTS = {"implicit": ImplicitAdjoint(), "phantom": Phantom(), "one step": Phantom(steps=1, damping=1.0)}

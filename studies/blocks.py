@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from implicit_attention.attention_map import merge_heads, split_heads
-from implicit_attention.experiments.mixers import Mixer, Ordinary
-from implicit_attention.solvers import Solution
+from implicit_attention.attention.map import merge_heads, split_heads
+from implicit_attention.equilibrium.solvers import Solution
+from studies.mixers import Mixer, Ordinary
 
 
 class MLP(nn.Module):

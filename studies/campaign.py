@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from implicit_attention.experiments import pool, records
-from implicit_attention.experiments.run import Record, Run
-from implicit_attention.experiments.suite import Table
+from studies import pool, records
+from studies.run import Record, Run
+from studies.suite import Table
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from implicit_attention.experiments.run import Record
+from studies.run import Record
 
 Records = Mapping[str, Mapping[str, Sequence[Record]]]
 

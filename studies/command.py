@@ -1,4 +1,4 @@
-"""`implicit-attention eval`: experiments on small tasks, arm against arm, and the page of their results."""
+"""`python -m studies`: small tasks, arm against arm, and the page of their results."""
 
 import os
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from implicit_attention.cli.faults import one_line
 from implicit_attention.training.faults import RunError, unwritable
 
 if TYPE_CHECKING:
-    from implicit_attention.experiments.run import Record
-    from implicit_attention.experiments.suite import Table
+    from studies.run import Record
+    from studies.suite import Table
 
     Plan = tuple[Table, list[str], list[int]]
 
@@ -43,6 +43,15 @@ _ALL = typer.Option("--all", help="All tables.")
 _WORKERS = typer.Option("--workers", min=1, help="Runs at a time. [default: one for each core]", show_default=False)
 
 
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
 def evaluate(
     task: Annotated[str | None, _TASK] = None,
     arm: Annotated[list[str] | None, _ARM] = None,
@@ -69,7 +78,7 @@ def evaluate(
     does where docs/data/eval lacks them.
     """
     with one_line("eval"), _sentences():
-        from implicit_attention.experiments import suite
+        from studies import suite
 
         if task == "list" and not every:
             _list(suite.tables(budget))
@@ -81,7 +90,7 @@ def evaluate(
 
 
 def _tables(task: str | None, budget: str, every: bool) -> "list[Table]":
-    from implicit_attention.experiments import suite
+    from studies import suite
 
     if (task is None) != every:
         raise RunError("name a task, or say --all for all of them; `implicit-attention eval list` shows them")
@@ -110,7 +119,7 @@ def _places(out: Path | None, budget: str, every: bool) -> tuple[Path, Path]:
 
 
 def _rows(table: "Table", wanted: list[str] | None) -> list[str]:
-    from implicit_attention.experiments.names import known
+    from studies.names import known
 
     return [known("arm", name, table.rows) for name in dict.fromkeys(wanted)] if wanted else list(table.rows)
 
@@ -133,8 +142,8 @@ def _range(part: str) -> range:
 
 
 def _perform(plans: "list[Plan]", directory: Path, page: Path, budget: str, workers: int) -> None:
-    from implicit_attention.cli.evaluation import Display
-    from implicit_attention.experiments import campaign, records, report, suite
+    from studies import campaign, records, report, suite
+    from studies.display import Display
 
     _prepare(directory)
     machine, display = environment(), Display(Console(stderr=True), workers)
@@ -161,7 +170,7 @@ def _prepare(directory: Path) -> None:
 
 def _show(table: "Table", rows: "dict[str, list[Record]]") -> None:
     """Print the page's table as a grid."""
-    from implicit_attention.experiments import report
+    from studies import report
 
     head, *lines = report.cells(table, rows)
     grid = Grid(Column(head[0], no_wrap=True), *map(escape, head[1:]), title=escape(table.title), title_justify="left")

@@ -3,9 +3,9 @@
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from implicit_attention.experiments.campaign import Watch
-from implicit_attention.experiments.run import Record, Run
-from implicit_attention.experiments.suite import RATE_SEED, Table
+from studies.campaign import Watch
+from studies.run import Record, Run
+from studies.suite import RATE_SEED, Table
 
 
 class Display:

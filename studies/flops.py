@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from implicit_attention.experiments.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
-from implicit_attention.experiments.mixers import GRU, Implicit, Mixer, Ordinary
-from implicit_attention.forward_substitution import ForwardSubstitution
+from implicit_attention.causal.forward_substitution import ForwardSubstitution
+from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
+from studies.mixers import GRU, Implicit, Mixer, Ordinary
 
 BACKWARD = 2  # of the forward pass's operations
 

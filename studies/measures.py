@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from implicit_attention.adjoints import Adjoint
-from implicit_attention.adjoints import Implicit as ImplicitAdjoint
-from implicit_attention.experiments.arms import ADJOINTS
-from implicit_attention.experiments.blocks import Block, ParallelBlock, SequenceModel
-from implicit_attention.experiments.mixers import Implicit
-from implicit_attention.fixed_point import fixed_point
-from implicit_attention.forward_substitution import ForwardSubstitution
+from implicit_attention.causal.forward_substitution import ForwardSubstitution
+from implicit_attention.equilibrium.adjoints import Adjoint
+from implicit_attention.equilibrium.adjoints import Implicit as ImplicitAdjoint
+from implicit_attention.equilibrium.fixed_point import fixed_point
+from implicit_attention.equilibrium.solvers import Anderson, Solution
 from implicit_attention.layer import ImplicitQueryAttention
-from implicit_attention.solvers import Anderson, Solution
 from implicit_attention.tasks.task import Batch, Task
+from studies.arms import ADJOINTS
+from studies.blocks import Block, ParallelBlock, SequenceModel
+from studies.mixers import Implicit
 
 Figures = dict[str, float]
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from implicit_attention.attention_map import merge_heads, rms_norm, split_heads
+from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
+from implicit_attention.attention.positions import RelativeBias
+from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.layer import ImplicitQueryAttention
-from implicit_attention.positions import RelativeBias
-from implicit_attention.solvers import Solution
 
 Mixed = tuple[Tensor, Solution | None]
 

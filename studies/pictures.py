@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from implicit_attention.experiments.run import Record
-from implicit_attention.experiments.suite import Table
+from studies.run import Record
+from studies.suite import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Rows = Mapping[str, Sequence[Record]]
-# Okabe and Ito's colours, as in implicit_attention.plots, by arm, so that an arm looks the same in every picture.
+# Okabe and Ito's colours, as in `inspection.plots`, by arm: an arm looks the same in every picture.
 STYLES = {
     "ordinary": ("#000000", "-"),
     "ordinary-2": ("#000000", "--"),

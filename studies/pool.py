@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection, wait
 
-from implicit_attention.experiments.run import Record, Run, perform
+from studies.run import Record, Run, perform
 
 Progress = Callable[[Run, float], None]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from implicit_attention.errors import Came, bad_value
-from implicit_attention.experiments.run import Record, Run
-from implicit_attention.experiments.suite import RATE_SEED
+from studies.run import Record, Run
+from studies.suite import RATE_SEED
 
 CHOICE = "rate.json"
 

@@ -5,10 +5,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from implicit_attention.experiments import choices, sentences
-from implicit_attention.experiments.arms import ARMS
-from implicit_attention.experiments.run import Record
-from implicit_attention.experiments.suite import Table
+from studies import choices, sentences
+from studies.arms import ARMS
+from studies.run import Record
+from studies.suite import Table
 
 Records = Mapping[str, Mapping[str, Sequence[Record]]]
 IMAGE = "eval-{}.png"
@@ -269,7 +269,7 @@ def write(directory: Path, found: Records, tables: Mapping[str, Table], *, name:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    from implicit_attention.experiments import pictures
+    from studies import pictures
 
     images = directory / "images"
     images.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit_attention.attention.positions import RelativeBias
 from implicit_attention.errors import NonFiniteError, check_positive
-from implicit_attention.experiments import flops, measures
-from implicit_attention.experiments.arms import Sizes, arm_named, build, parameters
-from implicit_attention.experiments.blocks import SequenceModel
-from implicit_attention.positions import RelativeBias
 from implicit_attention.tasks.task import Batch, Task
+from studies import flops, measures
+from studies.arms import Sizes, arm_named, build, parameters
+from studies.blocks import SequenceModel
 
 Record = dict[str, Any]
 Tell = Callable[[float], None]

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from implicit_attention.experiments.choices import Choice
-from implicit_attention.experiments.run import Record
-from implicit_attention.experiments.suite import RATE_SEED, Table
+from studies.choices import Choice
+from studies.run import Record
+from studies.suite import RATE_SEED, Table
 
 INTRODUCTION = f"""What one implicit layer learns that other layers of the same size do not, and what it does not learn.
 `implicit-attention eval --all --budget cpu` makes this page anew from the JSON in `docs/data/eval/`, and that from
@@ -16,7 +16,7 @@ tenth; relative biases at ten times the rate of all else, without weight decay),
 are narrower where the mixer has more weights. Each arm's learning rate is chosen from the same values on seed
 {RATE_SEED}, which counts for nothing else. Training ends early once the worst kind of
 held-out sequences has been solved at two evaluations in a row. Scores are mean ± standard deviation over seeds of
-the last evaluation. FLOPs are counted by formula (`experiments/flops.py`): a forward and backward pass, the solver's
+the last evaluation. FLOPs are counted by formula (`studies/flops.py`): a forward and backward pass, the solver's
 steps included. The same seed gives the same figures again on the same machine; times are processor time of one thread,
 next to as many runs as there were cores."""
 

@@ -5,9 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from implicit_attention.errors import bad_value
-from implicit_attention.experiments.arms import ADJOINTS, ARMS, Sizes
-from implicit_attention.experiments.names import known
-from implicit_attention.experiments.run import Run, Training
 from implicit_attention.tasks.byte_text import ByteText
 from implicit_attention.tasks.digits import Digits
 from implicit_attention.tasks.group_words import GroupWords
@@ -15,6 +12,9 @@ from implicit_attention.tasks.khop import KHop
 from implicit_attention.tasks.mqar import MQAR
 from implicit_attention.tasks.parity import Parity
 from implicit_attention.tasks.task import Task
+from studies.arms import ADJOINTS, ARMS, Sizes
+from studies.names import known
+from studies.run import Run, Training
 
 RATE_SEED = 1000  # of the runs that choose a learning rate; no run that counts has it
 BUDGETS = ("smoke", "cpu")

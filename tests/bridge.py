@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from implicit_attention import ALiBi, Anderson, ImplicitQueryAttention, RelativeBias, Rotary
+from implicit_attention.decoding import decode
+from implicit_attention.inputs import checked
 from tests import oracle
 
 # Rounding leaves residuals near 1e-15: solved this far, an equilibrium is known to 1e-12 / (1 - contraction).
@@ -112,3 +114,8 @@ def close(found, expected, tol):
     found = array(found) if isinstance(found, torch.Tensor) else found
     size = max(1.0, float(np.abs(expected).max(initial=0.0)))
     np.testing.assert_allclose(found, expected, rtol=0.0, atol=tol * size)
+
+
+def decoded(layer, x, cache):
+    """What the short way of one new token makes of a call; None if it leaves it to the solver."""
+    return decode(layer, checked(layer.settings, layer.W_K.weight, x, cache=cache))

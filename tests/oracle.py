@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tests.oracle_roots import STEP, Array, Map, complex_step, largest_root, root_from, row_root
+from tests.causal.oracle_roots import STEP, Array, Map, complex_step, largest_root, root_from, row_root
 from tests.oracle_seed import seed_backward, seed_forward, softmax
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.oracle_roots import Array
+from tests.causal.oracle_roots import Array
 
 
 def softmax(s: Array, visible: Array | bool = True) -> Array:

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from implicit_attention import Anderson, ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention.decoding import decode
-from tests.bridge import make_layer
+from tests.bridge import decoded, make_layer
 
 EXACT = ForwardSubstitution(rtol=1e-13, atol=1e-13)
 LAYERS = {
@@ -48,7 +47,7 @@ def test_decoded_is_what_the_solver_finds(name, padded):
         padding = torch.zeros(3, 9, dtype=torch.bool)
         padding[1, :4], padding[2] = True, True
     short, long = cached(layer, x[:, :-1], padding), cached(layer, x[:, :-1], padding)
-    found, expected = decode(layer, x[:, -1:], short), layer.solve(x[:, -1:], cache=long, gains=True)
+    found, expected = decoded(layer, x[:, -1:], short), layer.solve(x[:, -1:], cache=long, gains=True)
     assert found is not None
     assert float(found.residual.max()) <= 1e-12
     torch.testing.assert_close(found.value, expected.value, rtol=0, atol=1e-11)
@@ -64,7 +63,7 @@ def test_of_several_roots_the_same_one_and_hard_tokens_are_left_to_the_solver(ga
     for seed in range(60):
         layer, x = case("heads", batch=1, n=3, seed=seed, gain=gain, solver=ForwardSubstitution())
         short, long = cached(layer, x[:, :-1]), cached(layer, x[:, :-1])
-        found = decode(layer, x[:, -1:], short)
+        found = decoded(layer, x[:, -1:], short)
         if found is None:
             assert short.used == 3
             continue
@@ -80,7 +79,7 @@ def test_float32_and_bfloat16():
         layer, x = case("qk_norm-rope", solver=ForwardSubstitution())
         layer, x = layer.to(dtype), x.to(dtype)
         short, long = cached(layer, x[:, :-1]), cached(layer, x[:, :-1])
-        found, expected = decode(layer, x[:, -1:], short), layer.solve(x[:, -1:], cache=long, gains=True)
+        found, expected = decoded(layer, x[:, -1:], short), layer.solve(x[:, -1:], cache=long, gains=True)
         assert found.value.dtype == dtype
         torch.testing.assert_close(found.value, expected.value, rtol=0, atol=tolerance)
         torch.testing.assert_close(short.past().column, long.past().column, rtol=0, atol=tolerance)
@@ -100,18 +99,20 @@ def test_float32_and_bfloat16():
 def test_layers_it_does_not_serve(options, reason):
     layer = ImplicitQueryAttention(8, is_causal=True, on_failure="ignore", **options)
     x = torch.randn(1, 4, 8)
-    assert decode(layer, x[:, -1:], cached(layer, x[:, :-1])) is None, reason
+    assert decoded(layer, x[:, -1:], cached(layer, x[:, :-1])) is None, reason
 
 
 def test_calls_it_does_not_serve():
     layer, x = case("heads")
     cache = cached(layer, x[:, :-1])
-    assert decode(layer, x[:, -1:], cache) is None, "gradients are wanted"
+    assert decoded(layer, x[:, -1:], cache) is None, "gradients are wanted"
     with torch.no_grad():
-        assert decode(layer, x[:, -2:], cache) is None, "two tokens"
-        assert decode(layer, x[:, -1:], layer.make_cache(3, 5)) is None, "nothing is cached"
+        roomy = layer.make_cache(3, 20)
+        layer(x[:, :-2], cache=roomy)
+        assert decoded(layer, x[:, -2:], roomy) is None, "two tokens"
+        assert decoded(layer, x[:, -1:], layer.make_cache(3, 5)) is None, "nothing is cached"
         layer.dropout = 0.1
-        assert decode(layer.train(), x[:, -1:], cache) is None, "dropout"
+        assert decoded(layer.train(), x[:, -1:], cache) is None, "dropout"
 
 
 @torch.no_grad()
@@ -120,6 +121,6 @@ def test_what_is_not_finite_is_left_to_the_solver_which_says_so():
         layer, x = case(name)
         cache = cached(layer, x[:, :-1])
         x[1, -1, 0] = torch.nan
-        assert decode(layer, x[:, -1:], cache) is None
+        assert decoded(layer, x[:, -1:], cache) is None
         with pytest.raises(ValueError, match="`x` holds"):
             layer.solve(x[:, -1:], cache=cache)

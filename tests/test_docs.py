@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+from inspect import ismodule
 from pathlib import Path
 from types import FunctionType
 
@@ -12,7 +13,7 @@ import implicit_attention
 from implicit_attention import errors
 
 PACKAGE = Path(implicit_attention.__file__).parent
-PUBLIC = [name for name in implicit_attention.__all__ if name != "__version__"]
+PUBLIC = [name for name in implicit_attention.__all__ if not ismodule(getattr(implicit_attention, name))]
 CLASSES = [name for name in PUBLIC if isinstance(getattr(implicit_attention, name), type)]
 FUNCTIONS = (FunctionType, staticmethod, classmethod, property)
 

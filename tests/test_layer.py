@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from implicit_attention import ImplicitQueryAttention, RelativeBias, Rotary
-from implicit_attention.kernels import spec as spec_module
+from implicit_attention.attention import spec as spec_module
 from tests import oracle
 from tests.bridge import array, close, make_layer, oracle_gradients, problem_of
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from implicit_attention import Anderson, ImplicitQueryAttention, Unrolled
-from implicit_attention.kernels import spec as spec_module
+from implicit_attention.attention import spec as spec_module
 from tests.bridge import TIGHT, array, close, make_layer
 
 # Both compute the same sums in another order: float64 rounding only.

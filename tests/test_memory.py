@@ -17,7 +17,7 @@ from implicit_attention import (
     Picard,
     Unrolled,
 )
-from implicit_attention.kernels import spec as spec_module
+from implicit_attention.attention import spec as spec_module
 
 
 class Kept:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests import oracle
+from tests.causal.oracle_roots import STEP, Array, follow_curve, largest_root, newton, scanned_root, sigmoid
 from tests.oracle import Problem
-from tests.oracle_roots import STEP, Array, follow_curve, largest_root, newton, scanned_root, sigmoid
 
 
 def make(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.report import PASSES
-from implicit_attention.experiments import records
+from studies import records
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

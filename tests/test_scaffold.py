@@ -18,39 +18,39 @@ PACKAGE = ROOT / "implicit_attention"
 # "__init__" is the public face, `from implicit_attention import ImplicitQueryAttention`.
 ORDER = [
     "errors",
-    "maps",
-    "linear",
-    "kernels",
-    "solvers",
-    "adjoints",
-    "fixed_point",
-    "masks",
-    "positions",
-    "attention_map",
+    "triton_available",
+    "settings",
+    "equilibrium",
+    "attention",
     "cache",
-    "row_problem",
-    "curve",
-    "rows",
-    "causal_system",
-    "diagonal",
-    "native",
-    "triton_blocks",
-    "block_kernels",
-    "forward_substitution",
-    "operator",
     "inputs",
-    "seed",
-    "preparation",
+    "causal",
+    "equation",
+    "solving",
     "decoding",
     "layer",
-    "diagnostics",
-    "plots",
+    "seed",
+    "inspection",
+    "renamed",
     "__init__",
     "hf",
     "tasks",
-    "experiments",
     "training",
     "cli",
+]
+# The same within the causal engine. What computes diagonal blocks stands between their oracle and the recursion.
+CAUSAL = [
+    "row_problem",
+    "curve",
+    "rows",
+    "system",
+    "diagonal",
+    "numba",
+    "triton",
+    "engines",
+    "forward_substitution",
+    "operator",
+    "__init__",
 ]
 LAZY = ["triton", "numba", "transformers", "matplotlib", "typer", "rich", "accelerate", "tensorboard", "yaml"]
 
@@ -111,15 +111,36 @@ def test_no_import_cycles():
         pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
 
 
-def test_implementations_of_a_block_do_not_import_each_other():
-    compiled = {"native": [], "triton_blocks": [], "kernels.triton": []}
+@pytest.mark.parametrize("name", [name for name in FILES if room(name) == "causal"])
+def test_imports_point_downwards_in_the_causal_engine(name):
+    def floor(module):
+        return CAUSAL.index(module.split(".")[1] if "." in module else "__init__")
+
+    above = sorted(used for used in imports(name) if room(used) == "causal" and floor(used) > floor(name))
+    assert not above, f"{name} may not import {above}: these modules stand above it"
+
+
+def test_engines_do_not_import_each_other():
+    for own, others in {"numba": ["triton"], "triton": ["numba"]}.items():
+        for name in FILES:
+            if name.startswith(f"causal.{own}"):
+                assert not [used for used in imports(name) if used.startswith(tuple(f"causal.{o}" for o in others))]
+
+
+def test_triton_kernels_know_tensors_alone():
     for name in FILES:
-        for own, used in compiled.items():
-            if f"{name}.".startswith(f"{own}."):
-                used.extend(imports(name))
-    assert not [used for used in compiled["native"] if used.startswith(("triton_blocks", "kernels.triton"))]
-    assert not [used for used in compiled["triton_blocks"] if used.startswith("native")]
-    assert {used.split(".")[0] for used in compiled["kernels.triton"]} == {"kernels"}
+        if name.startswith("causal.triton.kernels."):
+            known = ("causal.triton.kernels", "equilibrium.residual_kernel")
+            assert all(used.startswith(known) for used in imports(name))
+
+
+def test_the_package_needs_nothing_of_the_checkout():
+    outside = {"studies", "benchmarks", "examples", "tests"}
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not outside & {dotted.split(".")[0] for dotted in names}, name
 
 
 def test_import_leaves_optional_packages_alone():

@@ -6,7 +6,7 @@ option on every device, `flash` calls the stock kernel that PyTorch ships for th
 devices.
 """
 
-from implicit_attention.kernels.attention import attention
-from implicit_attention.kernels.spec import AttentionSpec
+from implicit_attention.attention.operation import attention
+from implicit_attention.attention.spec import AttentionSpec
 
 __all__ = ["AttentionSpec", "attention"]

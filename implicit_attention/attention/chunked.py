@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from implicit_attention.kernels import reference
-from implicit_attention.kernels.spec import AttentionSpec
+from implicit_attention.attention import reference
+from implicit_attention.attention.spec import AttentionSpec
 
 Inputs = tuple[Tensor | None, ...]  # query, key, value, self_score or None, then one tensor per bias term
 

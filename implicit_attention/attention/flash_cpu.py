@@ -7,7 +7,7 @@ final output and log-sum-exp, so parts of a softmax can be computed, merged and 
 import torch
 from torch import Tensor
 
-from implicit_attention.kernels.spec import AttentionSpec
+from implicit_attention.attention.spec import AttentionSpec
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

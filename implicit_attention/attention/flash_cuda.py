@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicit_attention.kernels.spec import AttentionSpec
+from implicit_attention.attention.spec import AttentionSpec
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_backward

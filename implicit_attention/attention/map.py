@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicit_attention.kernels import AttentionSpec, attention
-from implicit_attention.kernels.chunked import weights
-from implicit_attention.positions import rotate
+from implicit_attention.attention import AttentionSpec, attention
+from implicit_attention.attention.chunked import weights
+from implicit_attention.attention.positions import rotate
 
 NORM_EPS = 1e-6
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_attention.errors import bad_type, bad_value
-from implicit_attention.kernels.spec import BiasTerm
+from implicit_attention.attention.spec import BiasTerm
 
 
 @dataclass(frozen=True)
@@ -45,59 +44,22 @@ class AdditiveMask:
 
 
 def mask_terms(
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    *,
-    batch: int,
-    heads: int,
-    rows: int,
-    cols: int,
-    like: Tensor,
-    past: int = 0,
+    attn_mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype, past: int = 0
 ) -> list[tuple[BiasTerm, Tensor]]:
-    """Check the masks of a call and return them as bias terms with their tensors.
+    """Return the masks of a call as bias terms with their tensors.
 
     Args:
-        attn_mask: `[N, M]`, `[B * H, N, M]` or `[B, H, N, M]`; bool (True = hidden) or float (added).
-        key_padding_mask: `[B, M]`: which columns are hidden from every row; bool or float.
-        batch: B.
-        heads: H.
-        rows: N.
-        cols: M.
-        like: A tensor with the dtype and device that masks must go with.
+        attn_mask: `[1 or B, 1 or H, N, M]`, bool (True = hidden) or float (added).
+        padding: `[B, M]`: which columns are hidden from every row; bool or float.
+        dtype: What float masks are converted to.
         past: Columns that come before those of the rows.
 
     Returns:
         Terms and their tensors, `[1 or B, 1 or H, 1 or N, M]`.
-
-    Raises:
-        TypeError: If a mask is neither bool nor float.
-        ValueError: If its shape or device does not fit.
     """
     found: list[tuple[BiasTerm, Tensor]] = []
     if attn_mask is not None:
-        _check_mask("attn_mask", attn_mask, like)
-        shapes = {(rows, cols): (1, 1), (batch * heads, rows, cols): (batch, heads)}
-        shapes[batch, heads, rows, cols] = (batch, heads)
-        lead = shapes.get(tuple(attn_mask.shape))
-        if lead is None:
-            raise bad_value(
-                "attn_mask",
-                f"of shape ({rows}, {cols}), ({batch * heads}, {rows}, {cols}) or ({batch}, {heads}, {rows}, {cols})",
-                attn_mask,
-                "Its rows are output tokens, its columns the tokens they may see.",
-            )
-        found.append((AdditiveMask(past), attn_mask.reshape(*lead, rows, cols)))
-    if key_padding_mask is not None:
-        _check_mask("key_padding_mask", key_padding_mask, like)
-        if tuple(key_padding_mask.shape) != (batch, cols):
-            raise bad_value("key_padding_mask", f"of shape ({batch}, {cols})", key_padding_mask)
-        found.append((AdditiveMask(), key_padding_mask[:, None, None, :]))
-    return [(t, m if m.dtype == torch.bool else m.to(like.dtype)) for t, m in found]
-
-
-def _check_mask(name: str, mask: object, like: Tensor) -> None:
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise bad_type(name, "a bool tensor (True = hidden) or a float tensor (added to the scores)", mask)
-    if mask.device != like.device:
-        raise bad_value(name, f"on the input's device, {like.device}", mask, f"Move it: {name}.to(x.device).")
+        found.append((AdditiveMask(past), attn_mask))
+    if padding is not None:
+        found.append((AdditiveMask(), padding[:, None, None, :]))
+    return [(term, mask if mask.dtype == torch.bool else mask.to(dtype)) for term, mask in found]

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_attention.kernels import chunked, flash, flash_cuda
-from implicit_attention.kernels.spec import AttentionSpec
+from implicit_attention.attention import chunked, flash_cpu, flash_cuda
+from implicit_attention.attention.spec import AttentionSpec
 
 
 def stock(query: Tensor, value: Tensor, spec: AttentionSpec, self_score: Tensor | None = None) -> ModuleType | None:
@@ -20,10 +20,10 @@ def stock(query: Tensor, value: Tensor, spec: AttentionSpec, self_score: Tensor 
         self_score: As in `attention`.
 
     Returns:
-        `flash`, `flash_cuda` or None.
+        `flash_cpu`, `flash_cuda` or None.
     """
-    if flash.serves(query, value, spec, self_score):
-        return flash
+    if flash_cpu.serves(query, value, spec, self_score):
+        return flash_cpu
     return flash_cuda if flash_cuda.serves(query, value, spec, self_score) else None
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from implicit_attention.attention.spec import BiasTerm
 from implicit_attention.errors import bad_type, bad_value, check_positive
-from implicit_attention.kernels.spec import BiasTerm
 
 
 class Positions(nn.Module, ABC):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from implicit_attention.row_problem import RowProblem
+from implicit_attention.causal.row_problem import RowProblem
 
 _CHUNK = 2048  # rows followed at once: bounds the memory
 FIRST_STEP, SHORTEST_STEP = 0.05, 1e-10

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicit_attention.causal_system import CausalSystem, Queries
+from implicit_attention.attention.positions import unrotate
+from implicit_attention.causal.rows import RowProblem, solve_rows
+from implicit_attention.causal.system import CausalSystem, Queries
 from implicit_attention.errors import NonFiniteError
-from implicit_attention.positions import unrotate
-from implicit_attention.rows import RowProblem, solve_rows
 
 FAR = 0.25  # change of the own weight between y = v and now beyond which a row's root is found by the row solver
 MOST_SWEEPS = 24  # then the block is halved

@@ -13,11 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from implicit_attention import native, triton_blocks
-from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import BlockAdjoint
+from implicit_attention.causal import numba, triton
+from implicit_attention.causal.diagonal import BlockAdjoint
+from implicit_attention.causal.system import CausalSystem
 from implicit_attention.errors import Came, bad_value, missing_extra
-from implicit_attention.kernels.triton import check_version, misplaced
+from implicit_attention.triton_available import check_version, misplaced
 
 _WORTH_IT = 8  # rows; preparing a kernel costs more than fewer rows do (a decoded token is one)
 
@@ -96,18 +96,18 @@ class _Compiled:
 
 _COMPILED = {
     "numba": _Compiled(
-        module="implicit_attention.native.engine",
+        module="implicit_attention.causal.numba.engine",
         extra="cpu",
         serves="the layer runs on the CPU in float32 or float64, without dropout",
-        hindrance=native.hindrance,
+        hindrance=numba.hindrance,
         automatic=True,
     ),
     "triton": _Compiled(
-        module="implicit_attention.triton_blocks.engine",
+        module="implicit_attention.causal.triton.engine",
         extra="gpu",
         serves="the layer runs on a CUDA device, in one dtype and without dropout (with TRITON_INTERPRET=1 in the "
         "environment before the start, Triton's interpreter also serves the CPU, slowly)",
-        hindrance=triton_blocks.hindrance,
+        hindrance=triton.hindrance,
         automatic=False,
     ),
 }
@@ -183,7 +183,7 @@ def sweeper(kernel: str, system: CausalSystem) -> Any:
         system: The map.
 
     Returns:
-        `triton_blocks.sweeps` or None.
+        `causal.triton.sweeps` or None.
 
     Raises:
         ImportError: As in `chosen`.
@@ -191,7 +191,7 @@ def sweeper(kernel: str, system: CausalSystem) -> Any:
     """
     if chosen(kernel, system) != "triton":
         return None
-    sweeps = import_module("implicit_attention.triton_blocks.sweeps")
+    sweeps = import_module("implicit_attention.causal.triton.sweeps")
     return sweeps if sweeps.serves(system) else None
 
 
@@ -203,7 +203,7 @@ def token_kernels(kernel: str, like: Tensor) -> Any:
         like: A tensor of the map.
 
     Returns:
-        `triton_blocks.token` or None.
+        `causal.triton.token` or None.
 
     Raises:
         ImportError: As in `chosen`.
@@ -212,4 +212,4 @@ def token_kernels(kernel: str, like: Tensor) -> Any:
     if kernel != "triton":
         return None
     _check(kernel, misplaced(like))
-    return import_module("implicit_attention.triton_blocks.token")
+    return import_module("implicit_attention.causal.triton.token")

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_attention import block_kernels
-from implicit_attention.attention_map import AttentionMap
-from implicit_attention.causal_system import CausalSystem, Queries
-from implicit_attention.diagonal import BlockAdjoint, BlockAdjointSolver, BlockSolver, Unsettled, own_jacobian
+from implicit_attention.attention.map import AttentionMap
+from implicit_attention.causal import engines
+from implicit_attention.causal.diagonal import BlockAdjoint, BlockAdjointSolver, BlockSolver, Unsettled, own_jacobian
+from implicit_attention.causal.row_problem import gelfand_radius
+from implicit_attention.causal.system import CausalSystem, Queries
+from implicit_attention.equilibrium.linear import largest
+from implicit_attention.equilibrium.solvers import NewtonKrylov, Solution, Solver
+from implicit_attention.equilibrium.solvers.base import AdjointSolution, DirectSolver
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
-from implicit_attention.linear import largest
-from implicit_attention.row_problem import gelfand_radius
-from implicit_attention.solvers import NewtonKrylov, Solution, Solver
-from implicit_attention.solvers.base import AdjointSolution, DirectSolver
 
 EXACTLY = 128  # rows of a block whose own columns can be solved for in sweeps: what that takes grows with them
 HANDED_OVER = 4  # rows that a compiled kernel gives up on together
@@ -54,7 +54,7 @@ class ForwardSubstitution(DirectSolver):
         """Refuse settings that cannot work."""
         super().__post_init__()
         check_positive("block", self.block, integer=True)
-        check_choice("kernel", self.kernel, block_kernels.KERNELS)
+        check_choice("kernel", self.kernel, engines.KERNELS)
         if not isinstance(self.fallback, Solver):
             raise bad_type("fallback", "an iterative solver such as NewtonKrylov()", self.fallback)
 
@@ -128,7 +128,7 @@ class ForwardSubstitution(DirectSolver):
             ImportError: If a compiled one is asked for whose compiler is missing.
             ValueError: If one is asked for that cannot compute the map.
         """
-        return block_kernels.chosen(self.kernel, CausalSystem(_causal(function), args))
+        return engines.chosen(self.kernel, CausalSystem(_causal(function), args))
 
     def gains(
         self, function: Callable[..., Tensor], args: tuple[Tensor, ...], y: Tensor, memo: tuple[Tensor, ...]
@@ -193,7 +193,7 @@ def _seen(system: CausalSystem, low: int, middle: int, high: int) -> tuple[slice
 
 def _sweeps(solver: ForwardSubstitution, system: CausalSystem) -> tuple[Any, int]:
     """What sweeps over blocks that are wider than the solver's, if anything does, and how wide the first ones are."""
-    sweeps = block_kernels.sweeper(solver.kernel, system) if system.length > solver.block else None
+    sweeps = engines.sweeper(solver.kernel, system) if system.length > solver.block else None
     return sweeps, solver.block if sweeps is None else max(solver.block, sweeps.widest(system.length))
 
 
@@ -217,17 +217,17 @@ class _Forward:
         else:
             self.y = new(*shape, system.heads, system.dim, dtype=system.wide)
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
-        engine = block_kernels.engine(solver.kernel, system)
-        self.compiled: block_kernels.ForwardKernel | None = None
+        engine = engines.engine(solver.kernel, system)
+        self.compiled: engines.ForwardKernel | None = None
         into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
         if engine is not None:
             self.compiled = engine.ForwardKernel(system, into, min(solver.block, system.length), self.rtol, self.atol)
         self.block, (sweeps, self.widest) = solver.block, _sweeps(solver, system)
-        self.swept: block_kernels.ForwardSweeper | None = None
+        self.swept: engines.ForwardSweeper | None = None
         if sweeps is not None:
             self.swept = sweeps.ForwardSweeps(system, into, self.widest, self.rtol, self.atol, cautious=cautious)
         kernel: Any = self.compiled
-        self.merger: block_kernels.Merger | None = kernel if isinstance(kernel, block_kernels.Merger) else None
+        self.merger: engines.Merger | None = kernel if isinstance(kernel, engines.Merger) else None
 
     def solved(self) -> "_Forward":
         """Solve all rows."""
@@ -346,14 +346,14 @@ class _Backward:
         self.residual = new(system.batch, **where)
         self.converged = torch.ones_like(self.residual, dtype=torch.bool)
         self.sweeps, self.near_singular = 0, 0
-        engine = block_kernels.engine(solver.kernel, system)
-        self.compiled: block_kernels.AdjointKernel | None = None
+        engine = engines.engine(solver.kernel, system)
+        self.compiled: engines.AdjointKernel | None = None
         at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
         if engine is not None and not self.bias_grad:  # they keep no slopes of biases
             block = min(solver.block, system.length)
             self.compiled = engine.AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
         self.block = self.widest = solver.block
-        self.swept: block_kernels.AdjointSweeper | None = None
+        self.swept: engines.AdjointSweeper | None = None
         self.made: Tensor | None = None
         sweeps = None
         if self.compiled is not None:
@@ -432,7 +432,7 @@ class _Backward:
             at = slice(system.past + rows.start, system.past + rows.stop)
             self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))
 
-    def _sweep(self, sweeper: block_kernels.AdjointSweeper, rows: slice) -> bool:
+    def _sweep(self, sweeper: engines.AdjointSweeper, rows: slice) -> bool:
         """Sweep a block, if need be with own columns solved for; the first rows of all want the most sweeps."""
         first, few = self.system.past + rows.start == 0, rows.stop - rows.start <= EXACTLY
         swept = (few or not first) and sweeper.solve(rows, exactly=False)

@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_attention.adjoints import Adjoint, Implicit
-from implicit_attention.attention_map import AttentionMap, QueryMap
-from implicit_attention.fixed_point import FailureReport
-from implicit_attention.forward_substitution import ForwardSubstitution
-from implicit_attention.kernels import AttentionSpec
-from implicit_attention.kernels.spec import BiasTerm
-from implicit_attention.masks import AdditiveMask
-from implicit_attention.positions import DistanceSlope, OffsetTable
-from implicit_attention.solvers import Method, Solution
+from implicit_attention.attention import AttentionSpec
+from implicit_attention.attention.map import AttentionMap, QueryMap
+from implicit_attention.attention.masks import AdditiveMask
+from implicit_attention.attention.positions import DistanceSlope, OffsetTable
+from implicit_attention.attention.spec import BiasTerm
+from implicit_attention.causal.forward_substitution import ForwardSubstitution
+from implicit_attention.equilibrium.adjoints import Adjoint, Implicit
+from implicit_attention.equilibrium.fixed_point import FailureReport
+from implicit_attention.equilibrium.solvers import Method, Solution
 
 _KINDS = {AdditiveMask: "mask", DistanceSlope: "slope", OffsetTable: "table"}
 

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from implicit_attention.curve import BRISK, CAREFUL, Pace, follow_curve
-from implicit_attention.row_problem import RowProblem, gains
+from implicit_attention.causal.curve import BRISK, CAREFUL, Pace, follow_curve
+from implicit_attention.causal.row_problem import RowProblem, gains
 
 __all__ = ["RowProblem", "RowSolution", "gains", "solve_rows"]
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicit_attention.attention_map import AttentionMap, by_read_head
-from implicit_attention.kernels.attention import attention, partial_backward
-from implicit_attention.positions import rotate, unrotate
+from implicit_attention.attention.map import AttentionMap, by_read_head
+from implicit_attention.attention.operation import attention, partial_backward
+from implicit_attention.attention.positions import rotate, unrotate
 
 
 class Queries(NamedTuple):

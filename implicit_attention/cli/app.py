@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,10 +20,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "train": train, "generate": generate, "eval": evaluate}
+_PASSED_ON: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
 for name, command in COMMANDS.items():
-    # A docstring's lines are as long as the source wants them; a page's paragraphs, as the terminal does.
+    # Lines of a docstring are wrapped for the source; the terminal wraps paragraphs itself.
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
-    app.command(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(command)
+    page = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(name, help=page, **(_PASSED_ON if name == "eval" else {}))(command)
 
 
 def _version(wanted: bool) -> None:

@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from implicit_attention import plots
 from implicit_attention.cli import output, report, stages
 from implicit_attention.cli.environment import environment
+from implicit_attention.inspection import plots
 from implicit_attention.tasks import Recall
 
 FILES = ("convergence.png", "recall.png", "attention.png", "summary.json")

@@ -20,7 +20,7 @@ from implicit_attention import (
     diagnostics,
     fixed_point,
 )
-from implicit_attention.solvers import Method, Solution
+from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.tasks import OrdinaryAttention, Recall, Step, TokenModel, standard_library, train, windows
 
 MAX_STEPS = 100

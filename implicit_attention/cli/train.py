@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from implicit_attention import plots
 from implicit_attention.cli import output
 from implicit_attention.cli.environment import environment
 from implicit_attention.cli.faults import first_process, one_line
+from implicit_attention.inspection import plots
 from implicit_attention.training.faults import unwritable
 from implicit_attention.training.settings import FIELDS, PRESETS, Settings, plain_type, read_yaml
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from implicit_attention import maps
+from implicit_attention.equilibrium import maps
+from implicit_attention.equilibrium.linear import largest
+from implicit_attention.equilibrium.solvers import DirectSolver, Method, Solution, Solver, solve
+from implicit_attention.equilibrium.solvers.base import AdjointSolution, nothing_to_solve
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
-from implicit_attention.linear import largest
-from implicit_attention.solvers import DirectSolver, Method, Solution, Solver, solve
-from implicit_attention.solvers.base import AdjointSolution, nothing_to_solve
 
 
 class Report(Protocol):

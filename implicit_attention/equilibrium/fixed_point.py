@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit_attention import maps
-from implicit_attention.adjoints import Adjoint, Implicit, Problem
+from implicit_attention.equilibrium import maps
+from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Problem
+from implicit_attention.equilibrium.solvers import Anderson, Solution, Solver
+from implicit_attention.equilibrium.solvers.base import AdjointSolution
 from implicit_attention.errors import (
     ConvergenceError,
     ConvergenceWarning,
@@ -19,8 +21,6 @@ from implicit_attention.errors import (
     check_choice,
     check_positive,
 )
-from implicit_attention.solvers import Anderson, Solution, Solver
-from implicit_attention.solvers.base import AdjointSolution
 
 _ADVICE = {
     "equilibrium": "Raise max_steps or the tolerances, damp (Picard(damping=0.5)), or use NewtonKrylov().",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from implicit_attention.errors import Came, bad_value, missing_extra
-from implicit_attention.kernels.triton import check_version, misplaced
+from implicit_attention.triton_available import check_version, misplaced
 
 KERNELS = ("auto", "torch", "triton")
 
@@ -63,7 +63,7 @@ def fused(y: Tensor, f: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return the same, bit by bit; arguments as in `measured`, in float32 or float64."""
     if is_functorch_wrapped_tensor(y) or is_functorch_wrapped_tensor(f):  # has no memory that a kernel could read
         return measured(y, f, rows)
-    from implicit_attention.kernels.triton import residual as triton_kernel  # imports triton
+    from implicit_attention.equilibrium import residual_kernel as triton_kernel  # imports triton
 
     count, whole = rows[0] * rows[1], torch.int64 if f.dtype == torch.float64 else torch.int32
     length, found = f.numel() // count, torch.zeros(2, count, dtype=whole, device=f.device)

@@ -3,9 +3,17 @@
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.tiles import bits
-
 SPAN = 4096  # numbers of a program
+
+
+@triton.jit
+def bits(x):
+    """The bits of moduli: integers in their order, Inf above every number and NaN, of either sign, above Inf."""
+    if x.dtype == tl.float64:
+        found = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        found = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return found
 
 
 @triton.jit(do_not_specialize=["length", "count"])

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from implicit_attention.attention_map import merge_heads, rms_norm, split_heads
+from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
+from implicit_attention.attention.positions import rotate
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.settings import make_positions
-from implicit_attention.positions import rotate
 
 
 class OrdinaryAttention(nn.Module):

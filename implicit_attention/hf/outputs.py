@@ -12,7 +12,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import ModelOutput
 
-from implicit_attention.solvers import Solution
+from implicit_attention.equilibrium.solvers import Solution
 
 Stats = dict[str, Tensor]  # of one layer, by the names of `SolverStats`
 

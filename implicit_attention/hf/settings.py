@@ -18,10 +18,10 @@ from implicit_attention import (
     Rotary,
     Unrolled,
 )
-from implicit_attention.adjoints import Adjoint
+from implicit_attention.attention.positions import Positions
+from implicit_attention.equilibrium.adjoints import Adjoint
+from implicit_attention.equilibrium.solvers import Method
 from implicit_attention.errors import Came, bad_type, bad_value
-from implicit_attention.positions import Positions
-from implicit_attention.solvers import Method
 
 T = TypeVar("T")
 Setting = str | Mapping[str, Any]

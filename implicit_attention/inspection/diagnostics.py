@@ -5,15 +5,15 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from implicit_attention import linear
-from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import own_jacobian
+from implicit_attention.attention.operation import log_sum_exp
+from implicit_attention.causal.diagonal import own_jacobian
+from implicit_attention.causal.forward_substitution import radius
+from implicit_attention.causal.system import CausalSystem
+from implicit_attention.equation import Equation
+from implicit_attention.equilibrium import linear
+from implicit_attention.equilibrium.maps import Linearization
 from implicit_attention.errors import Came, bad_value, check_positive
-from implicit_attention.forward_substitution import radius
-from implicit_attention.kernels.attention import log_sum_exp
 from implicit_attention.layer import ImplicitQueryAttention
-from implicit_attention.maps import Linearization
-from implicit_attention.preparation import Equation
 
 _BLOCK_ELEMENTS = 1 << 22  # distances alive at once
 _ROWS = 64  # rows whose biases are looked at together

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from implicit_attention.attention_map import merge_heads, rms_norm, split_heads
+from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
+from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.errors import bad_value, check_positive
 from implicit_attention.layer import ImplicitQueryAttention
-from implicit_attention.solvers import Solution
 
 
 class OrdinaryAttention(nn.Module):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.errors import check_positive
-from implicit_attention.solvers import Solution
 from implicit_attention.tasks.models import TokenModel
 from implicit_attention.tasks.recall import Recall
 

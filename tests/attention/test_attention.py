@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from implicit_attention.kernels import AttentionSpec, attention, chunked, flash, reference
-from implicit_attention.kernels import spec as spec_module
-from implicit_attention.masks import AdditiveMask
-from implicit_attention.positions import ALiBi, RelativeBias
+from implicit_attention.attention import AttentionSpec, attention, chunked, flash_cpu, reference
+from implicit_attention.attention import spec as spec_module
+from implicit_attention.attention.masks import AdditiveMask
+from implicit_attention.attention.positions import ALiBi, RelativeBias
 from tests.bridge import array, close
 
 TOL = 1e-12  # float64: rounding of sums of at most 400 terms of order one
@@ -20,7 +20,7 @@ KINDS = ["plain", "causal", "mask", "causal-mask", "dead-rows", "alibi", "relati
 
 sizes = pytest.mark.parametrize("size", SIZES, ids=["B{}-H{}-N{}-M{}-d{}".format(*s) for s in SIZES])
 kinds = pytest.mark.parametrize("kind", KINDS)
-implementations = pytest.mark.parametrize("implementation", ["flash", "chunked", "operation"])
+implementations = pytest.mark.parametrize("implementation", ["flash_cpu", "chunked", "operation"])
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +78,9 @@ def run(implementation, spec, qkv, own, tensors):
         return attention(*qkv, spec, self_score=own, terms=tensors)
     if implementation == "chunked":
         return chunked.forward(spec, None, (*qkv, own, *tensors))
-    if not flash.serves(qkv[0], qkv[2], spec, own):
+    if not flash_cpu.serves(qkv[0], qkv[2], spec, own):
         pytest.skip("the stock kernel does not serve this call")
-    return flash.forward(spec, *qkv, own, tensors)
+    return flash_cpu.forward(spec, *qkv, own, tensors)
 
 
 def refer(spec, qkv, own, tensors):
@@ -136,8 +136,8 @@ def test_gradients(size, kind, small_chunks):
 def test_flash_and_chunked_backward_agree(kind, small_chunks):
     spec, qkv, own, tensors = make((2, 2, 65, 65, 4), kind)
     grad = torch.randn_like(qkv[0])
-    out, lse = flash.forward(spec, *qkv, own, tensors)
-    fast = flash.backward(spec, grad, *qkv, own, out, lse, tensors)
+    out, lse = flash_cpu.forward(spec, *qkv, own, tensors)
+    fast = flash_cpu.backward(spec, grad, *qkv, own, out, lse, tensors)
     slow = chunked.backward(spec, None, grad, (*qkv, own))
     for a, b in zip(fast, slow, strict=True):
         assert (a is None) == (b is None)
@@ -252,16 +252,16 @@ def test_lower_precision(kind, implementation, dtype):
 def test_huge_scores_do_not_overflow():
     spec, qkv, _, _ = make((1, 1, 5, 5, 4), "causal")
     qkv[0] = qkv[0] * 1e4
-    for implementation in ("flash", "chunked"):
+    for implementation in ("flash_cpu", "chunked"):
         close(run(implementation, spec, qkv, None, ())[0], plain(spec, qkv, None, ())[0], 1e-9)  # 1e4 roundings
 
 
 def test_flash_serves_what_it_can():
     spec, (q, _, v), own, _ = make((1, 1, 5, 5, 4), "self")
-    assert flash.serves(q, v, spec, own)
-    assert not flash.serves(q, v[..., :2], spec, own)  # the stock kernel wants values as wide as queries
-    assert not flash.serves(q, v, AttentionSpec(1.0, dropout=0.1), None)
-    assert not flash.serves(q.to("meta"), v, spec, None)
+    assert flash_cpu.serves(q, v, spec, own)
+    assert not flash_cpu.serves(q, v[..., :2], spec, own)  # the stock kernel wants values as wide as queries
+    assert not flash_cpu.serves(q, v, AttentionSpec(1.0, dropout=0.1), None)
+    assert not flash_cpu.serves(q.to("meta"), v, spec, None)
     narrow = plain(spec, (q, q, v[..., :2]), None, ())[0]
     close(attention(q, q, v[..., :2], spec)[0], narrow, TOL)
 
@@ -283,5 +283,5 @@ def test_chunk_sizes_and_masks_do_not_matter(N, M, rows, hide, causal, seed):
         patch.setattr(spec_module, "BLOCK_ELEMENTS", 1)
         patch.setattr(spec_module, "MIN_CHUNK", rows)
         expected, _ = plain(spec, qkv, None, masks)
-        for implementation in ("flash", "chunked"):
+        for implementation in ("flash_cpu", "chunked"):
             close(run(implementation, spec, qkv, None, masks)[0], expected, TOL)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from implicit_attention.kernels import AttentionSpec, flash, flash_cuda
-from implicit_attention.kernels.attention import stock
-from implicit_attention.masks import AdditiveMask
+from implicit_attention.attention import AttentionSpec, flash_cpu, flash_cuda
+from implicit_attention.attention.masks import AdditiveMask
+from implicit_attention.attention.operation import stock
 
 
 class OnDevice:
@@ -76,7 +76,7 @@ def test_older_devices_are_left_to_chunks(monkeypatch):
 
 def test_the_cpu_keeps_its_own():
     query = torch.randn(1, 1, 9, 64, dtype=torch.bfloat16)
-    assert stock(query, query, AttentionSpec(0.1)) is flash
+    assert stock(query, query, AttentionSpec(0.1)) is flash_cpu
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

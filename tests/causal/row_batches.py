@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from implicit_attention.rows import RowProblem
-from tests.oracle_roots import sigmoid
+from implicit_attention.causal.rows import RowProblem
+from tests.causal.oracle_roots import sigmoid
 
 F64 = torch.float64
 

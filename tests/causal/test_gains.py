@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from implicit_attention.forward_substitution import radius
-from implicit_attention.rows import RowProblem, gains, solve_rows
-from tests.oracle_roots import complex_step
-from tests.row_batches import F64, function, linear, make
+from implicit_attention.causal.forward_substitution import radius
+from implicit_attention.causal.rows import RowProblem, gains, solve_rows
+from tests.causal.oracle_roots import complex_step
+from tests.causal.row_batches import F64, function, linear, make
 
 each_kind = pytest.mark.parametrize("normed", [False, True], ids=["linear", "normed"])
 

@@ -15,7 +15,7 @@ from implicit_attention import (
     diagonal,
     operator,
 )
-from implicit_attention.fixed_point import FailureReport
+from implicit_attention.equilibrium.fixed_point import FailureReport
 from tests.bridge import make_layer
 
 LAYERS = {

@@ -21,7 +21,7 @@ from implicit_attention import (
 )
 from tests import oracle
 from tests.bridge import array, close, make_layer, problem_of
-from tests.oracle_roots import bisect, largest_root, scanned_root, sigmoid
+from tests.causal.oracle_roots import bisect, largest_root, scanned_root, sigmoid
 
 REPELLING, THREE_ROOTS = (3.5, -10.0), (-3.0, 6.0)
 SOLVERS = {

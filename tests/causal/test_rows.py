@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from implicit_attention.curve import BRISK, CAREFUL, _land, follow_curve
-from implicit_attention.rows import RowProblem, solve_rows
-from tests.oracle_roots import largest_roots, row_root, scanned_root
-from tests.row_batches import F64, function, joined, linear, make, normed, residuals, single
+from implicit_attention.causal.curve import BRISK, CAREFUL, _land, follow_curve
+from implicit_attention.causal.rows import RowProblem, solve_rows
+from tests.causal.oracle_roots import largest_roots, row_root, scanned_root
+from tests.causal.row_batches import F64, function, joined, linear, make, normed, residuals, single
 
 each_kind = pytest.mark.parametrize("normed", [False, True], ids=["linear", "normed"])
 

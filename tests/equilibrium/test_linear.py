@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from implicit_attention.linear import gmres, largest, spectral_radius
+from implicit_attention.equilibrium.linear import gmres, largest, spectral_radius
 from tests.bridge import array, close
 
 

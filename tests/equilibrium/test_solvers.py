@@ -15,8 +15,8 @@ from implicit_attention import (
     Picard,
     fixed_point,
 )
+from implicit_attention.equilibrium.solvers import base, solve
 from implicit_attention.errors import NonFiniteError
-from implicit_attention.solvers import base, solve
 from tests import oracle
 from tests.bridge import array, close, make_layer, problem_of
 

@@ -176,9 +176,9 @@ def test_new_tokens_take_the_short_way(padded, monkeypatch):
     """With `self_query="input"` no token is hard."""
     taken = []
 
-    def recorded(layer, x, cache):
-        out = decode(layer, x, cache)
-        taken.extend([out] if x.shape[1] == 1 else [])
+    def recorded(layer, inputs):
+        out = decode(layer, inputs)
+        taken.extend([out] if inputs.x.shape[1] == 1 else [])
         return out
 
     monkeypatch.setattr("implicit_attention.layer.decode", recorded)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from implicit_attention import Anderson, ForwardSubstitution, ImplicitQueryAttention, diagnostics
+from implicit_attention import Anderson, ForwardSubstitution, ImplicitQueryAttention
+from implicit_attention.inspection import diagnostics
 from tests.bridge import make_layer
 
 D, H = 8, 2

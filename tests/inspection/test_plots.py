@@ -5,7 +5,7 @@ import builtins
 import pytest
 import torch
 
-from implicit_attention import plots
+from implicit_attention.inspection import plots
 
 
 def lines(axes):

@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from implicit_attention.experiments import ARMS, Sizes, Table
-from implicit_attention.experiments.run import Training
-from implicit_attention.experiments.suite import Row
 from implicit_attention.tasks import Batch
+from studies import ARMS, Sizes, Table
+from studies.run import Training
+from studies.suite import Row
 
 SIZES = Sizes(embed_dim=16, num_heads=2, mlp=64, max_distance=4, loops=2, kernel="torch")
 TRAINING = Training(steps=4, batch_size=4, evaluate_every=2, held_out=8, rates=(1e-3, 1e-2), rate_steps=2)

@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from implicit_attention import ImplicitQueryAttention
-from implicit_attention.experiments import ARMS, BUDGETS, arm_named, build, flops, tables
-from implicit_attention.experiments.arms import matching_width, parameters
-from tests.experiments.simple import SIZES, Before
+from studies import ARMS, BUDGETS, arm_named, build, flops, tables
+from studies.arms import matching_width, parameters
+from tests.studies.simple import SIZES, Before
 
 CAUSAL, FREE = Before(), Before(is_causal=False)
 TABLES = [pytest.param(table, id=f"{budget}-{name}") for budget in BUDGETS for name, table in tables(budget).items()]

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from implicit_attention import ForwardSubstitution
-from implicit_attention.experiments import choices, records
 from implicit_attention.hf import ImplicitAttentionConfig
+from studies import choices, records
 
 RECORDS = Path(__file__).parent.parent.parent / "docs" / "data" / "eval"
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from implicit_attention.cli import eval as command
 from implicit_attention.cli.app import app
+from studies import command
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SMALL = ["recall-64", "--budget", "smoke", "--arm", "ordinary", "--arm", "implicit", "--workers", "1"]
@@ -83,7 +83,7 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("implicit_attention.experiments.campaign.perform", stop)
+    monkeypatch.setattr("studies.campaign.perform", stop)
     result = invoke("eval", *SMALL, "--out", tmp_path)
     assert result.exit_code == 130
     assert "the same command goes on from there" in result.output

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from implicit_attention.experiments import campaign, choices, pictures, records, report, tables
-from implicit_attention.experiments.sentences import machines
-from tests.experiments.simple import TRAINING, table
+from studies import campaign, choices, pictures, records, report, tables
+from studies.sentences import machines
+from tests.studies.simple import TRAINING, table
 
 DOCS = Path(__file__).parents[2] / "docs"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

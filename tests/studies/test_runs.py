@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from implicit_attention.experiments import ARMS, build, campaign, perform, pool, records, tables
-from implicit_attention.experiments.run import JUDGED_SEED, parameter_groups, rate_factor
-from implicit_attention.experiments.suite import RATE_SEED, chosen
-from tests.experiments.simple import SIZES, TRAINING, Before, table
+from studies import ARMS, build, campaign, perform, pool, records, tables
+from studies.run import JUDGED_SEED, parameter_groups, rate_factor
+from studies.suite import RATE_SEED, chosen
+from tests.studies.simple import SIZES, TRAINING, Before, table
 
 NOTHING = campaign.Watch()
 TIMES = ("seconds", "wall_seconds", "environment")

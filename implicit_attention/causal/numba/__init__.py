@@ -5,7 +5,7 @@ Importing this room does not import numba; `engine`, which does, is imported whe
 
 import torch
 
-from implicit_attention.causal_system import CausalSystem
+from implicit_attention.causal.system import CausalSystem
 
 
 def hindrance(system: CausalSystem) -> str | None:

@@ -7,7 +7,7 @@ that `|J^T delta| <= |delta| max_c |Omega_Q[:, c]|` is within tolerance needs no
 import math
 from typing import Any
 
-from implicit_attention.native.adjoint_layout import (
+from implicit_attention.causal.numba.adjoint_layout import (
     BARRIER,
     BATCH,
     BLOCK,
@@ -48,7 +48,7 @@ from implicit_attention.native.adjoint_layout import (
     R,
     tensors,
 )
-from implicit_attention.native.adjoint_own import (
+from implicit_attention.causal.numba.adjoint_own import (
     ascend,
     before_map,
     correct,
@@ -57,7 +57,7 @@ from implicit_attention.native.adjoint_own import (
     project,
     through_map,
 )
-from implicit_attention.native.machine import (
+from implicit_attention.causal.numba.machine import (
     STAMP,
     call,
     exact,
@@ -70,7 +70,7 @@ from implicit_attention.native.machine import (
     shifted,
     tile4,
 )
-from implicit_attention.native.vectors import add, copy, dot, fill, largest_difference
+from implicit_attention.causal.numba.vectors import add, copy, dot, fill, largest_difference
 
 MOST_SWEEPS = 24
 STALLED = 0.5  # ratio of residuals at which only rounding is left

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from implicit_attention.native.machine import exact, pointer_like, shifted
+from implicit_attention.causal.numba.machine import exact, pointer_like, shifted
 
 R = 4  # rows that are solved together
 

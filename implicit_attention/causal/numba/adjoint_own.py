@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_attention.native.adjoint_layout import (
+from implicit_attention.causal.numba.adjoint_layout import (
     BLOCK,
     DIM,
     FIRST,
@@ -37,8 +37,8 @@ from implicit_attention.native.adjoint_layout import (
     ZERO,
     R,
 )
-from implicit_attention.native.machine import exact, fast, pointer_like, shifted, tile4, tile4_wide
-from implicit_attention.native.vectors import add, copy, dot, fill, unturn
+from implicit_attention.causal.numba.machine import exact, fast, pointer_like, shifted, tile4, tile4_wide
+from implicit_attention.causal.numba.vectors import add, copy, dot, fill, unturn
 
 
 @fast

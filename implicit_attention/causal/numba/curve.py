@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from implicit_attention import curve
-from implicit_attention.native.elimination import factor, substitute
-from implicit_attention.native.equation import evaluate, newton_step, scores
-from implicit_attention.native.machine import exact
+from implicit_attention.causal import curve
+from implicit_attention.causal.numba.elimination import factor, substitute
+from implicit_attention.causal.numba.equation import evaluate, newton_step, scores
+from implicit_attention.causal.numba.machine import exact
 
 PACES = tuple((p.nats, p.cosine, p.contraction, p.longest, float(p.steps)) for p in (curve.BRISK, curve.CAREFUL))
 _FIRST_STEP, _SHORTEST_STEP = curve.FIRST_STEP, curve.SHORTEST_STEP

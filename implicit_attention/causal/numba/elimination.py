@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from implicit_attention.native.machine import exact
+from implicit_attention.causal.numba.machine import exact
 
 
 @exact

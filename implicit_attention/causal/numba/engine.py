@@ -8,10 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, hand_back, near_singular
-from implicit_attention.native import adjoint, adjoint_layout, forward, layout
-from implicit_attention.native.machine import LANES, threads
+from implicit_attention.causal.diagonal import (
+    FAR,
+    NEAR_SINGULAR,
+    SAME_ROOT,
+    SLOW,
+    BlockAdjoint,
+    hand_back,
+    near_singular,
+)
+from implicit_attention.causal.numba import adjoint, adjoint_layout, forward, layout
+from implicit_attention.causal.numba.machine import LANES, threads
+from implicit_attention.causal.system import CausalSystem
 
 
 class _Kernel:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from implicit_attention.native.elimination import factor, substitute
-from implicit_attention.native.machine import exact
+from implicit_attention.causal.numba.elimination import factor, substitute
+from implicit_attention.causal.numba.machine import exact
 
 EPS = 2.0**-52
 

@@ -7,7 +7,7 @@ once, by head; outputs are combinations of those, so a sweep needs no product wi
 import math
 from typing import Any
 
-from implicit_attention.native.layout import (
+from implicit_attention.causal.numba.layout import (
     ADDED,
     ATOL,
     BARRIER,
@@ -55,7 +55,7 @@ from implicit_attention.native.layout import (
     R,
     tensors,
 )
-from implicit_attention.native.machine import (
+from implicit_attention.causal.numba.machine import (
     STAMP,
     call,
     exact,
@@ -71,8 +71,8 @@ from implicit_attention.native.machine import (
     tile4,
     tile8,
 )
-from implicit_attention.native.own_rows import own_bias, repair
-from implicit_attention.native.vectors import (
+from implicit_attention.causal.numba.own_rows import own_bias, repair
+from implicit_attention.causal.numba.vectors import (
     add,
     add_both,
     combine,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_attention.native.layout import (
+from implicit_attention.causal.numba.layout import (
     DIM,
     EPS,
     FIRST,
@@ -29,9 +29,9 @@ from implicit_attention.native.layout import (
     ZERO,
     R,
 )
-from implicit_attention.native.machine import exact, fast, shifted
-from implicit_attention.native.roots import solve
-from implicit_attention.native.vectors import add, copy, dot, fill, mix, unturn
+from implicit_attention.causal.numba.machine import exact, fast, shifted
+from implicit_attention.causal.numba.roots import solve
+from implicit_attention.causal.numba.vectors import add, copy, dot, fill, mix, unturn
 
 
 @fast

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from implicit_attention.native.curve import PACES, follow_curve
-from implicit_attention.native.equation import evaluate, newton_step, rounding
-from implicit_attention.native.machine import exact
+from implicit_attention.causal.numba.curve import PACES, follow_curve
+from implicit_attention.causal.numba.equation import evaluate, newton_step, rounding
+from implicit_attention.causal.numba.machine import exact
 
 NEWTON_STEPS, DAMPED_STEPS, FINE = 8, 20, 1e-12
 

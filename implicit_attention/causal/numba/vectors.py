@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from implicit_attention.native.machine import bits, compiled, exact, exp_of, fast, number_of, shifted
+from implicit_attention.causal.numba.machine import bits, compiled, exact, exp_of, fast, number_of, shifted
 
 
 @fast

@@ -5,8 +5,8 @@ Importing this room does not import triton; `engine`, which does, is imported wh
 
 import torch
 
-from implicit_attention.causal_system import CausalSystem
-from implicit_attention.kernels.triton import misplaced
+from implicit_attention.causal.system import CausalSystem
+from implicit_attention.triton_available import misplaced
 
 
 def hindrance(system: CausalSystem) -> str | None:

@@ -6,11 +6,19 @@ import torch
 import triton
 from torch import Tensor
 
-from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import FAR, NEAR_SINGULAR, SAME_ROOT, SLOW, BlockAdjoint, hand_back, near_singular
-from implicit_attention.kernels.triton import adjoint, forward, merge
-from implicit_attention.kernels.triton.tiles import LAUNCH
-from implicit_attention.triton_blocks.call import Call, contiguous, rows_contiguous
+from implicit_attention.causal.diagonal import (
+    FAR,
+    NEAR_SINGULAR,
+    SAME_ROOT,
+    SLOW,
+    BlockAdjoint,
+    hand_back,
+    near_singular,
+)
+from implicit_attention.causal.system import CausalSystem
+from implicit_attention.causal.triton.call import Call, contiguous, rows_contiguous
+from implicit_attention.causal.triton.kernels import adjoint, forward, merge
+from implicit_attention.causal.triton.kernels.tiles import LAUNCH
 
 
 class ForwardKernel:

@@ -6,11 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from implicit_attention.attention_map import by_read_head
-from implicit_attention.diagonal import SAME_ROOT
-from implicit_attention.kernels.triton import own_rows
-from implicit_attention.triton_blocks.call import AT_ONCE, TYPES, Call, padded
-from implicit_attention.triton_blocks.token import solve_rows
+from implicit_attention.attention.map import by_read_head
+from implicit_attention.causal.diagonal import SAME_ROOT
+from implicit_attention.causal.triton.call import AT_ONCE, TYPES, Call, padded
+from implicit_attention.causal.triton.kernels import own_rows
+from implicit_attention.causal.triton.token import solve_rows
 
 
 class Settled(NamedTuple):

@@ -14,12 +14,13 @@ import torch
 import triton
 from torch import Tensor
 
-from implicit_attention.causal_system import CausalSystem, Queries
-from implicit_attention.diagonal import FAR, NEAR_SINGULAR, Unsettled, near_singular, own_jacobian
-from implicit_attention.kernels.triton import interpreted, sweep, sweep_adjoint
-from implicit_attention.kernels.triton.own_rows import ELSEWHERE, LOST
-from implicit_attention.triton_blocks.call import AT_ONCE, TYPES, Call, contiguous
-from implicit_attention.triton_blocks.own_rows import OwnRows, Settled
+from implicit_attention.causal.diagonal import FAR, NEAR_SINGULAR, Unsettled, near_singular, own_jacobian
+from implicit_attention.causal.system import CausalSystem, Queries
+from implicit_attention.causal.triton.call import AT_ONCE, TYPES, Call, contiguous
+from implicit_attention.causal.triton.kernels import sweep, sweep_adjoint
+from implicit_attention.causal.triton.kernels.own_rows import ELSEWHERE, LOST
+from implicit_attention.causal.triton.own_rows import OwnRows, Settled
+from implicit_attention.triton_available import interpreted
 
 MOST_SWEEPS = 32
 WIDEST = ((8192, 512), (0, 256))  # rows of the widest blocks, by the least length that has them

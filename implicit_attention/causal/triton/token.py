@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_attention.kernels.triton.token import prepare_ends, prepare_keys, settle_token
-from implicit_attention.triton_blocks.call import TYPES, padded
+from implicit_attention.causal.triton.call import TYPES, padded
+from implicit_attention.causal.triton.kernels.token import prepare_ends, prepare_keys, settle_token
 
 
 class Keys(NamedTuple):

@@ -1,9 +1,9 @@
 """Solvers of `y = F(y)`: frozen records of settings, one file each; the loop is in `base`."""
 
-from implicit_attention.solvers.anderson import Anderson
-from implicit_attention.solvers.base import DirectSolver, Method, Solution, Solver, solve
-from implicit_attention.solvers.broyden import Broyden
-from implicit_attention.solvers.newton_krylov import NewtonKrylov
-from implicit_attention.solvers.picard import Picard
+from implicit_attention.equilibrium.solvers.anderson import Anderson
+from implicit_attention.equilibrium.solvers.base import DirectSolver, Method, Solution, Solver, solve
+from implicit_attention.equilibrium.solvers.broyden import Broyden
+from implicit_attention.equilibrium.solvers.newton_krylov import NewtonKrylov
+from implicit_attention.equilibrium.solvers.picard import Picard
 
 __all__ = ["Anderson", "Broyden", "DirectSolver", "Method", "NewtonKrylov", "Picard", "Solution", "Solver", "solve"]

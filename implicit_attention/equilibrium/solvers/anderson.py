@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicit_attention.equilibrium.solvers.base import Solver, System
+from implicit_attention.equilibrium.solvers.safeguard import Safeguard
 from implicit_attention.errors import bad_value, check_positive
-from implicit_attention.solvers.base import Solver, System
-from implicit_attention.solvers.safeguard import Safeguard
 
 
 class _State(NamedTuple):

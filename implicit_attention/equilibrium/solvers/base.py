@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from implicit_attention import maps
+from implicit_attention.equilibrium import maps
+from implicit_attention.equilibrium import residual as residuals
 from implicit_attention.errors import NonFiniteError, check_choice, check_positive
-from implicit_attention.kernels import residual as residuals
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

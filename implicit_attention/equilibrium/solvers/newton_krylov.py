@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from implicit_attention.equilibrium.linear import gmres
+from implicit_attention.equilibrium.solvers.base import Solver, System
 from implicit_attention.errors import bad_value, check_positive
-from implicit_attention.linear import gmres
-from implicit_attention.solvers.base import Solver, System
 
 _HALVINGS = 8
 

@@ -15,9 +15,9 @@ pytest.importorskip("numba")
 from numba import njit
 
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention.diagonal import BlockAdjointSolver, BlockSolver
-from implicit_attention.native import roots
-from implicit_attention.rows import RowProblem, solve_rows
+from implicit_attention.causal.diagonal import BlockAdjointSolver, BlockSolver
+from implicit_attention.causal.numba import roots
+from implicit_attention.causal.rows import RowProblem, solve_rows
 
 OPTIONS = {
     "plain": {},
@@ -199,7 +199,7 @@ def test_numba_where_it_cannot_serve_is_an_error():
 
 
 def test_missing_numba(monkeypatch):
-    monkeypatch.setattr("implicit_attention.block_kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("implicit_attention.causal.engines.find_spec", lambda name: None)
     x = inputs(1, 20)
     assert kernel_for(make("auto", 1e-8, x.dtype), x) == "torch"
     with pytest.raises(ImportError, match=r"implicit-attention\[cpu\]"):
@@ -228,7 +228,7 @@ def small_kernel(tmp_path, monkeypatch):
 
 
 KERNEL = """
-from implicit_attention.native.machine import kernel
+from implicit_attention.causal.numba.machine import kernel
 
 @kernel
 def seven(c):

@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("numba")
 
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention import forward_substitution as substitution
-from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import NEAR_SINGULAR, BlockAdjointSolver, near_singular, own_jacobian
-from implicit_attention.native.engine import AdjointKernel
+from implicit_attention.causal import forward_substitution as substitution
+from implicit_attention.causal.diagonal import NEAR_SINGULAR, BlockAdjointSolver, near_singular, own_jacobian
+from implicit_attention.causal.numba.engine import AdjointKernel
+from implicit_attention.causal.system import CausalSystem
 from tests.bridge import array, close, make_layer, oracle_gradients, problem_of
 
 HARD = (1.0, 3.0, 10.0, 30.0)

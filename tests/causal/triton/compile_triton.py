@@ -1,6 +1,6 @@
 """Compile a Triton kernel for a device that need not be there; run as a process of its own, without the interpreter.
 
-python tests/compile_triton.py KERNEL TYPE [OPTION ...]
+python tests/causal/triton/compile_triton.py KERNEL TYPE [OPTION ...]
 """
 
 import re
@@ -18,8 +18,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from implicit_attention.kernels.triton import adjoint, forward, merge, own_rows, residual, sweep, sweep_adjoint, token
-from implicit_attention.triton_blocks import sweeps
+from implicit_attention.causal.triton import sweeps
+from implicit_attention.causal.triton.kernels import adjoint, forward, merge, own_rows, sweep, sweep_adjoint, token
+from implicit_attention.equilibrium import residual_kernel as residual
 
 KERNELS = {
     "forward": forward.settle_block, "adjoint": adjoint.solve_block, "merge": merge.merge_rows,

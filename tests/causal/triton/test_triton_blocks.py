@@ -9,11 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from implicit_attention import DecodeCache, ForwardSubstitution, ImplicitQueryAttention, block_kernels
-from implicit_attention import forward_substitution as substitution
-from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import NEAR_SINGULAR, BlockAdjointSolver, BlockSolver, own_jacobian
-from implicit_attention.triton_blocks.engine import AdjointKernel, ForwardKernel
+from implicit_attention import DecodeCache, ForwardSubstitution, ImplicitQueryAttention
+from implicit_attention.causal import engines
+from implicit_attention.causal import forward_substitution as substitution
+from implicit_attention.causal.diagonal import NEAR_SINGULAR, BlockAdjointSolver, BlockSolver, own_jacobian
+from implicit_attention.causal.system import CausalSystem
+from implicit_attention.causal.triton.engine import AdjointKernel, ForwardKernel
 
 pytestmark = pytest.mark.usefixtures("brisk_interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -346,13 +347,13 @@ def test_maps_on_a_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     equation = make("auto", 1e-8, F64).equation(inputs(1, 20))
     system = OnDevice(CausalSystem(equation.function, equation.args))
-    assert block_kernels.chosen("triton", system) == "triton"
-    assert block_kernels.chosen("auto", system) == "torch"
+    assert engines.chosen("triton", system) == "triton"
+    assert engines.chosen("auto", system) == "torch"
     with pytest.raises(ValueError, match=r"`kernel` must be .* where the tensors are on cuda"):
-        block_kernels.chosen("numba", system)
+        engines.chosen("numba", system)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # where Triton would launch
     with pytest.raises(ValueError, match="the tensors are on cuda:1 and the current device is 0"):
-        block_kernels.chosen("triton", system)
+        engines.chosen("triton", system)
 
 
 def test_triton_where_it_cannot_serve_is_an_error(monkeypatch):
@@ -365,7 +366,7 @@ def test_triton_where_it_cannot_serve_is_an_error(monkeypatch):
 
 
 def test_missing_triton(monkeypatch):
-    monkeypatch.setattr("implicit_attention.block_kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("implicit_attention.causal.engines.find_spec", lambda name: None)
     x = inputs(1, 20)
     assert kernel_for(make("auto", 1e-8, x.dtype), x) == "torch"
     with pytest.raises(ImportError, match=r"kernel='triton' needs triton: .*implicit-attention\[gpu\]"):

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from implicit_attention import ForwardSubstitution
-from implicit_attention.decoding import decode
-from implicit_attention.triton_blocks import token
+from implicit_attention.causal.triton import token
+from tests.bridge import decoded
 from tests.test_decoding import EXACT, LAYERS, cached, case
 
 pytestmark = pytest.mark.usefixtures("brisk_interpreter")
@@ -20,7 +20,7 @@ def step(layer, x, cache):
     """Decode the last token with the Triton kernel; what came before was found by torch's."""
     layer.solver = IN_ONE
     try:
-        return decode(layer, x[:, -1:], cache)
+        return decoded(layer, x[:, -1:], cache)
     finally:
         layer.solver = EXACT
 

@@ -17,17 +17,17 @@ import triton.language as tl
 from torch.func import jacfwd, jacrev, vmap
 
 from implicit_attention import Anderson, Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, Unrolled, fixed_point
-from implicit_attention.kernels import residual
-from implicit_attention.kernels import triton as kernels
-from implicit_attention.kernels.triton import merge
-from implicit_attention.kernels.triton.row_equation import solve_row
-from implicit_attention.rows import RowProblem, solve_rows
-from implicit_attention.triton_blocks.call import padded
+from implicit_attention import triton_available as kernels
+from implicit_attention.causal.rows import RowProblem, solve_rows
+from implicit_attention.causal.triton.call import padded
+from implicit_attention.causal.triton.kernels import merge
+from implicit_attention.causal.triton.kernels.row_equation import solve_row
+from implicit_attention.equilibrium import residual
 
 pytestmark = pytest.mark.usefixtures("brisk_interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F64 = torch.float64
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def test_merge_equals_torch(dtype, poisoned):
 @pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 5)], ids=str)
 def test_residuals_are_those_of_torch_bit_by_bit(rows, dtype, monkeypatch):
     """Rows that fill no program, and more than one; zeros, subnormal numbers, NaN and Inf among them."""
-    monkeypatch.setattr("implicit_attention.kernels.triton.residual.SPAN", 32)
+    monkeypatch.setattr("implicit_attention.equilibrium.residual_kernel.SPAN", 32)
     for length in (1, 31, 33, 70):
         y, f = torch.randn(2, rows[0], rows[1] * length, dtype=dtype, device=DEVICE).unbind()
         y[:, 0], f[:, 0] = f[:, 0].clone(), 1e-41
@@ -198,7 +198,7 @@ def test_a_kernel_that_cannot_measure_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r'`kernel` must be "auto" or "torch" unless a CUDA device.*on cpu'):
         fixed_point(torch.cos, torch.zeros(1, 2), solver=Picard(kernel="triton"))
-    monkeypatch.setattr("implicit_attention.kernels.residual.find_spec", lambda name: None)
+    monkeypatch.setattr("implicit_attention.equilibrium.residual.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"implicit-attention\[gpu\]"):
         fixed_point(torch.cos, torch.zeros(1, 2), solver=Picard(kernel="triton"))
 

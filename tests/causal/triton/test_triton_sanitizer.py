@@ -1,4 +1,4 @@
-"""Whole solves, gradients and decoding steps under `tests.sanitizer`: bounds, races, barriers, fresh memory, order.
+"""Whole solves, gradients and decoding steps under the sanitizer: bounds, races, barriers, fresh memory, order.
 
 Each is run again with the programs of its launches in another order, and with NaN in what is allocated: all bits have
 to be the same. Sizes are the smallest that have every kind of edge.
@@ -24,16 +24,18 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import implicit_attention
 from implicit_attention import Implicit, ImplicitQueryAttention, Picard
-from implicit_attention import forward_substitution as substitution
-from implicit_attention.decoding import decode
-from implicit_attention.kernels import triton as room
-from implicit_attention.kernels.triton import interpreted, merge, residual
-from implicit_attention.triton_blocks import sweeps
-from implicit_attention.triton_blocks.engine import AdjointKernel
-from tests.sanitizer import sanitized
+from implicit_attention.causal import forward_substitution as substitution
+from implicit_attention.causal.triton import kernels as room
+from implicit_attention.causal.triton import sweeps
+from implicit_attention.causal.triton.engine import AdjointKernel
+from implicit_attention.causal.triton.kernels import merge
+from implicit_attention.equilibrium import residual_kernel as residual
+from implicit_attention.triton_available import interpreted
+from tests.bridge import decoded
+from tests.causal.triton.sanitizer import sanitized
+from tests.causal.triton.test_triton_blocks import DEVICE, F64, OPTIONS, Block, inputs, make, run
+from tests.causal.triton.test_triton_sweeps import with_two_roots
 from tests.test_decoding import cached, case
-from tests.test_triton_blocks import DEVICE, F64, OPTIONS, Block, inputs, make, run
-from tests.test_triton_sweeps import with_two_roots
 
 if not interpreted():
     pytest.skip("this looks into the interpreter; on a device there is compute-sanitizer", allow_module_level=True)
@@ -132,7 +134,7 @@ def token(name, batch=3, dtype=F64):
     tol = 8 * torch.finfo(dtype).eps ** 0.5
     layer.solver = substitution.ForwardSubstitution(rtol=tol, atol=tol, kernel="triton")
     cache = cached(layer, x[:, :-1])
-    found = decode(layer, x[:, -1:], cache)
+    found = decoded(layer, x[:, -1:], cache)
     assert found is not None, "the kernels have not solved it"
     return [found.value, found.residual, *cache.past()[:2]]
 
@@ -231,6 +233,7 @@ def launched_kernels():
                 of = node.func.value
                 names.add(of.attr if isinstance(of, ast.Attribute) else getattr(of, "id", ""))
     modules = [importlib.import_module(f"{room.__name__}.{of.name}") for of in pkgutil.iter_modules(room.__path__)]
+    modules.append(residual)
     return {name for name in names if any(isinstance(getattr(m, name, None), InterpretedFunction) for m in modules)}
 
 

@@ -11,13 +11,13 @@ import torch
 pytest.importorskip("triton")
 import triton.language as tl
 
-from implicit_attention import forward_substitution as substitution
-from implicit_attention.causal_system import CausalSystem
-from implicit_attention.diagonal import BlockAdjointSolver, BlockSolver, Unsettled
-from implicit_attention.kernels.triton import own_rows, sweep
-from implicit_attention.triton_blocks import sweeps
-from implicit_attention.triton_blocks.engine import AdjointKernel, ForwardKernel
-from tests.test_triton_blocks import DEVICE, F64, OPTIONS, assert_same, inputs, make, refuse, run
+from implicit_attention.causal import forward_substitution as substitution
+from implicit_attention.causal.diagonal import BlockAdjointSolver, BlockSolver, Unsettled
+from implicit_attention.causal.system import CausalSystem
+from implicit_attention.causal.triton import sweeps
+from implicit_attention.causal.triton.engine import AdjointKernel, ForwardKernel
+from implicit_attention.causal.triton.kernels import own_rows, sweep
+from tests.causal.triton.test_triton_blocks import DEVICE, F64, OPTIONS, assert_same, inputs, make, refuse, run
 
 pytestmark = pytest.mark.usefixtures("brisk_interpreter", "narrow_blocks")
 BLOCK = 8  # rows that are left to the other kernel

@@ -7,8 +7,8 @@ rows' own columns, of rank one per head, are solved for exactly (Sherman, Morris
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.row_equation import eliminate
-from implicit_attention.kernels.triton.tiles import (
+from implicit_attention.causal.triton.kernels.row_equation import eliminate
+from implicit_attention.causal.triton.kernels.tiles import (
     ROWS,
     R,
     load_bias,

@@ -8,8 +8,8 @@ stores and loads of different threads. An argument that is None is one that the 
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.row_equation import add_group, solve_row
-from implicit_attention.kernels.triton.tiles import (
+from implicit_attention.causal.triton.kernels.row_equation import add_group, solve_row
+from implicit_attention.causal.triton.kernels.tiles import (
     ROWS,
     R,
     load_bias,

@@ -7,7 +7,7 @@ is gathered, and `token.settle_token` finds the roots that are wanted.
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.sweep import SPAN, rotated
+from implicit_attention.causal.triton.kernels.sweep import SPAN, rotated
 
 SAME, ELSEWHERE, LOST = 0, 1, 2  # how a row's root compares with where the sweeps ended
 _ELSEWHERE, _LOST = tl.constexpr(ELSEWHERE), tl.constexpr(LOST)

@@ -8,7 +8,7 @@ that is None is one that the map does not have.
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.tiles import bits
+from implicit_attention.equilibrium.residual_kernel import bits
 
 SPAN = tl.constexpr(512)  # rows whose residuals are looked at together
 LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are powers of two: one instruction each

@@ -8,8 +8,8 @@ argument that is None is one that the map does not have.
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.sweep import LOG2_E, SPAN, rotated, settled
-from implicit_attention.kernels.triton.tiles import bits
+from implicit_attention.causal.triton.kernels.sweep import LOG2_E, SPAN, rotated, settled
+from implicit_attention.equilibrium.residual_kernel import bits
 
 PATIENCE = tl.constexpr(16)  # sweeps after which rows are judged by their own solution, where that is larger
 

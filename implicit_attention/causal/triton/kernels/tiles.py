@@ -1,4 +1,4 @@
-"""What the kernels of a diagonal block share: tiles of 16 rows, the query map's norm and rotation; bits of numbers."""
+"""What the kernels of a diagonal block share: tiles of 16 rows, the query map's norm and rotation."""
 
 import triton
 import triton.language as tl
@@ -72,13 +72,3 @@ def turned(tile, turn, swap, turn_half, first, valid, back: tl.constexpr, dim: t
     sin = tl.load(angle + turn_half, mask=inside, other=0.0)
     sign = tl.where((at < half) == back, 1.0, -1.0)
     return tile * cos + other * sin * sign[None, :]
-
-
-@triton.jit
-def bits(x):
-    """The bits of moduli: integers in their order, Inf above every number and NaN, of either sign, above Inf."""
-    if x.dtype == tl.float64:
-        found = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    else:
-        found = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return found

@@ -8,7 +8,7 @@ the query. Nothing is read by the host on the way.
 import triton
 import triton.language as tl
 
-from implicit_attention.kernels.triton.row_equation import add_group, evaluate, solve_row
+from implicit_attention.causal.triton.kernels.row_equation import add_group, evaluate, solve_row
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Fixed points of any map: solvers, gradients, and linear algebra without matrices."""

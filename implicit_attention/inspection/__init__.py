@@ -1,0 +1,1 @@
+"""What looks at a layer: diagnostics and plots."""

@@ -1,0 +1,150 @@
+"""The settings of a layer, checked once: what the layer, its equation and the models' configuration share."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import nn
+
+from implicit_attention.errors import bad_type, bad_value, check_choice, check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `ImplicitQueryAttention` is made of, beside its modules, solver and gradient; its docstring explains each.
+
+    Attributes:
+        embed_dim: Size D of a token.
+        num_heads: H.
+        num_kv_heads: G, a divisor of H; None stands for H.
+        is_causal: Row i sees columns j <= i.
+        window: Row i sees columns i - window < j <= i; None for all.
+        self_query: "output" or "input".
+        normalize_over: "queries" or "keys".
+        query_input: Whether queries are `Omega_Q y + W_Q x`.
+        qk_norm: Whether keys and queries are RMS-normed.
+        values: "linear" or "identity".
+        out_proj: Whether a linear map follows the equilibrium.
+        bias: Whether linear maps have biases.
+        dropout: Probability of dropping an attention weight in training.
+        scale: Factor on the scores; None stands for `head_dim ** -0.5`.
+    """
+
+    embed_dim: int
+    num_heads: int = 1
+    num_kv_heads: int = None  # type: ignore[assignment]  # filled in, as is the scale
+    is_causal: bool = False
+    window: int | None = None
+    self_query: str = "output"
+    normalize_over: str = "queries"
+    query_input: bool = False
+    qk_norm: bool = False
+    values: str = "linear"
+    out_proj: bool = False
+    bias: bool = False
+    dropout: float = 0.0
+    scale: float = None  # type: ignore[assignment]  # filled in
+
+    def __post_init__(self) -> None:
+        """Fill in what was left open, and refuse what does not fit.
+
+        Raises:
+            TypeError: If a setting is of the wrong type.
+            ValueError: If a value is unknown, out of range, or without effect next to the others.
+        """
+        self._check_sizes()
+        self._check_groups()
+        self._check_choices()
+        self._check_numbers()
+
+    @property
+    def head_dim(self) -> int:
+        """Size d of a head, D / H."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def rows_are_keys(self) -> bool:
+        """Whether output rows belong to keys and the softmax runs over queries, as in the original."""
+        return self.normalize_over == "queries"
+
+    @property
+    def triangular(self) -> bool:
+        """Whether row i depends on rows j <= i alone, so that `ForwardSubstitution` can solve it."""
+        return self.is_causal and self.rows_are_keys
+
+    def changed(self) -> dict[str, object]:
+        """Return the settings that are not the default, by name, `embed_dim` aside."""
+        default = Settings(embed_dim=self.embed_dim, num_heads=self.num_heads)
+        names = [field.name for field in fields(self) if field.name not in ("embed_dim", "num_heads")]
+        return {n: getattr(self, n) for n in names if getattr(self, n) != getattr(default, n)}
+
+    def _fill(self, name: str, value: object) -> None:
+        """Give a setting that was left open its value."""
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _check_sizes(self) -> None:
+        check_positive("embed_dim", self.embed_dim, integer=True)
+        check_positive("num_heads", self.num_heads, integer=True)
+        if self.embed_dim % self.num_heads:
+            raise bad_value("num_heads", f"a divisor of embed_dim={self.embed_dim}", self.num_heads)
+
+    def _check_groups(self) -> None:
+        self._fill("num_kv_heads", self.num_heads)
+        check_positive("num_kv_heads", self.num_kv_heads, integer=True)
+        if self.num_heads % self.num_kv_heads:
+            raise bad_value("num_kv_heads", f"a divisor of num_heads={self.num_heads}", self.num_kv_heads)
+
+    def _check_choices(self) -> None:
+        check_choice("self_query", self.self_query, ("output", "input"))
+        check_choice("normalize_over", self.normalize_over, ("queries", "keys"))
+        check_choice("values", self.values, ("linear", "identity"))
+        for name in ("is_causal", "query_input", "qk_norm", "out_proj", "bias"):
+            check_choice(name, getattr(self, name), (True, False))
+        if self.self_query == "input" and not self.triangular:
+            raise bad_value(
+                "self_query", '"output" unless is_causal=True and normalize_over="queries"', self.self_query,
+                "Elsewhere no column j = i is set apart, and the option would have no effect.",
+            )  # fmt: skip
+        if self.values == "identity" and self.num_kv_heads != self.num_heads:
+            raise bad_value("num_kv_heads", f'num_heads={self.num_heads} with values="identity"', self.num_kv_heads,
+                            "The input itself has no fewer heads.")  # fmt: skip
+
+    def _check_numbers(self) -> None:
+        if self.window is not None:
+            check_positive("window", self.window, integer=True)
+            if not self.is_causal:
+                raise bad_value("window", "None unless is_causal=True", self.window)
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)):
+            raise bad_type("dropout", "a number in [0, 1)", self.dropout)
+        if not 0 <= self.dropout < 1:
+            raise bad_value("dropout", "a number in [0, 1)", self.dropout)
+        self._fill("scale", self.head_dim**-0.5)
+        check_positive("scale", self.scale)
+
+
+NAMES = frozenset(field.name for field in fields(Settings))
+# What a made layer can still change: the others decide the shapes of its parameters.
+_CHANGEABLE = frozenset({"is_causal", "window", "self_query", "dropout", "scale"})
+_MODULES = frozenset({"out_proj"})  # settings whose names belong to the modules that they make
+
+
+class Configured(nn.Module):
+    """A module whose settings can be read, and where they shape no parameter changed, as its attributes."""
+
+    settings: Settings
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting by its name; modules and parameters as every module does."""
+        settings = self.__dict__.get("settings")
+        if settings is not None and (name in NAMES - _MODULES or name == "head_dim"):
+            return getattr(settings, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting, which is checked as in the constructor."""
+        if name in _CHANGEABLE:
+            self.settings = replace(self.settings, **{name: value})
+        elif name in NAMES - _MODULES or name == "head_dim":
+            raise AttributeError(f"`{name}` decides the shapes of parameters: make a new layer to change it")
+        else:
+            super().__setattr__(name, value)

@@ -1,0 +1,120 @@
+"""How a layer's equation is solved: by which solver, with which gradient, and what is known of the solution."""
+
+import torch
+from torch import Tensor
+
+from implicit_attention.causal import operator
+from implicit_attention.causal.forward_substitution import ForwardSubstitution
+from implicit_attention.equation import Equation
+from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
+from implicit_attention.equilibrium.fixed_point import FailureReport
+from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Method, Solution
+from implicit_attention.errors import bad_type, bad_value
+from implicit_attention.settings import Settings
+
+_ADJOINTS = {"implicit": Implicit, "unrolled": Unrolled, "phantom": Phantom}
+
+
+def make_solver(solver: str | Method, settings: Settings, adjoint: Adjoint) -> Method:
+    """Return the solver that a layer's `solver` argument names.
+
+    Args:
+        solver: "auto" or a solver.
+        settings: Of the layer.
+        adjoint: Its gradient: what is unrolled needs an iterative solver.
+
+    Returns:
+        The solver.
+
+    Raises:
+        TypeError: If it is neither a name nor a solver.
+        ValueError: If it cannot solve the layer's equations.
+    """
+    if isinstance(solver, DirectSolver) and not settings.triangular:
+        raise bad_value(
+            "solver", 'an iterative one unless is_causal=True and normalize_over="queries"', solver,
+            'Rows depend on later rows here, or on no other: use "auto" or Anderson().',
+        )  # fmt: skip
+    if isinstance(solver, Method):
+        return solver
+    if not isinstance(solver, str):
+        raise bad_type("solver", '"auto" or a solver object such as Picard()', solver)
+    if solver != "auto":
+        raise bad_value("solver", '"auto" or a solver object such as Picard()', solver)
+    return ForwardSubstitution() if settings.triangular and not isinstance(adjoint, Unrolled) else Anderson()
+
+
+def make_adjoint(adjoint: str | Adjoint) -> Adjoint:
+    """Return the gradient that a layer's `adjoint` argument names.
+
+    Args:
+        adjoint: "implicit", "unrolled", "phantom", or a gradient.
+
+    Returns:
+        The gradient.
+
+    Raises:
+        TypeError: If it is neither a name nor a gradient.
+        ValueError: If the name is unknown.
+    """
+    if isinstance(adjoint, Adjoint):
+        return adjoint
+    if isinstance(adjoint, str) and adjoint in _ADJOINTS:
+        made: Adjoint = _ADJOINTS[adjoint]()
+        return made
+    if not isinstance(adjoint, str):
+        raise bad_type("adjoint", '"implicit", "unrolled", "phantom" or an object such as Implicit()', adjoint)
+    raise bad_value("adjoint", '"implicit", "unrolled", "phantom" or an object such as Implicit()', adjoint)
+
+
+def solve(
+    equation: Equation, solver: Method, adjoint: Adjoint, report: FailureReport, *, history: bool = False
+) -> Solution:
+    """Return the solution of an equation, through whose value gradients flow.
+
+    Args:
+        equation: The equation.
+        solver: What solves it.
+        adjoint: What differentiates it.
+        report: Is told how it went.
+        history: Keep every iterate.
+
+    Returns:
+        The solution.
+
+    Raises:
+        NonFiniteError: If the map gives NaN or Inf.
+        ConvergenceError: If the tolerance is missed and the report raises.
+    """
+    function, args, start = equation
+    if torch.compiler.is_compiling() and not history and operator.serves(solver, adjoint, function):
+        assert isinstance(solver, ForwardSubstitution)
+        return operator.solve(solver, function, args, start.dtype, report.handle)
+    problem = Problem(function, solver, function.system_ndim, function.row_ndim, report)
+    return adjoint(problem, start, args, history=history)
+
+
+def columns(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
+    """Return what a cache keeps of the tokens of a solved equation.
+
+    Args:
+        equation: The equation.
+        solution: Its solution.
+
+    Returns:
+        Their side of the scores and their values, `[B, G, N, d]` each.
+    """
+    function, args = equation.function, equation.args
+    column = solution.memo[0].transpose(1, 2) if solution.memo else function.columns(solution.value, *args)
+    return column, args[function.names.index("value")]
+
+
+def row_gains(equation: Equation, solution: Solution) -> Tensor:
+    """Return the spectral radius of each row's own Jacobian at the equilibrium of a causal equation, `[B, N]`.
+
+    Args:
+        equation: The equation.
+        solution: Its solution, by any solver.
+    """
+    with torch.no_grad():
+        return ForwardSubstitution().gains(equation.function, equation.args, solution.value, solution.memo)

@@ -12,6 +12,7 @@ from implicit_attention.attention.positions import Positions, rotate
 from implicit_attention.attention.spec import BiasTerm
 from implicit_attention.equilibrium.solvers import Method
 from implicit_attention.inputs import Inputs
+from implicit_attention.linear_map import LinearMap, linear_map
 from implicit_attention.settings import Settings
 
 
@@ -20,7 +21,7 @@ class Layer(Protocol):
 
     settings: Settings
     training: bool
-    Omega_Q: nn.Linear
+    Omega_Q: nn.Linear  # this and the others: or what a user put in its place
     W_K: nn.Linear
     Omega_V: nn.Linear | None
     W_Q: nn.Linear | None
@@ -43,12 +44,46 @@ class Equation(NamedTuple):
     start: Tensor
 
 
-def prepare(layer: Layer, inputs: Inputs) -> Equation:
+class Projected(NamedTuple):
+    """What a layer's linear maps make of a call: each is called once, whoever solves it, as its hooks expect.
+
+    Attributes:
+        key: `W_K` of the tokens that keys are made from, `[B, M, H d]`; its dtype is that of the solve.
+        value: Their values, `[B, M, G d]`.
+        added: `W_Q x`, `[B, N, G d]`; None without it.
+        query_map: What `Omega_Q` amounts to; its bias is part of `added` where there is one.
+    """
+
+    key: Tensor
+    value: Tensor
+    added: Tensor | None
+    query_map: LinearMap
+
+
+def project(layer: Layer, inputs: Inputs) -> Projected:
+    """Call the linear maps of a layer.
+
+    Args:
+        layer: The layer.
+        inputs: Of the call, checked.
+    """
+    key = layer.W_K(inputs.source)
+    value = values(layer, inputs.source, key.dtype)
+    weight, bias = linear_map(layer.Omega_Q, "Omega_Q", inputs.x, layer.settings.embed_dim)
+    bias = None if bias is None else bias.to(key.dtype)
+    added = None if layer.W_Q is None else layer.W_Q(inputs.x).to(key.dtype)
+    if added is not None and bias is not None:
+        added, bias = added + bias, None
+    return Projected(key, value, added, LinearMap(weight.to(key.dtype), bias))
+
+
+def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) -> Equation:
     """Compute everything that does not depend on y.
 
     Args:
         layer: The layer.
         inputs: Of the call, checked.
+        projected: What `project` makes of them, where it is known.
 
     Returns:
         The equation.
@@ -56,12 +91,13 @@ def prepare(layer: Layer, inputs: Inputs) -> Equation:
     settings = layer.settings
     heads, groups, by_keys = settings.num_heads, settings.num_kv_heads, settings.rows_are_keys
     x, source, past = inputs.x, inputs.source, inputs.past
-    key = split_heads(layer.W_K(source), heads if by_keys else groups)
+    projected = project(layer, inputs) if projected is None else projected
+    key = split_heads(projected.key, heads if by_keys else groups)
     dtype = key.dtype
-    value = split_heads(values(layer, source, dtype), groups)
+    value = split_heads(projected.value, groups)
     if layer.temperature is not None:
         key = rms_norm(key) * layer.temperature[:, None, None].to(dtype)
-    tensors = _query_tensors(layer, inputs, dtype)
+    tensors = _query_tensors(layer, inputs, projected)
     rotation = _rotation(layer, inputs, source, dtype)
     if rotation is not None:
         key = rotate(key, rotation)
@@ -69,7 +105,7 @@ def prepare(layer: Layer, inputs: Inputs) -> Equation:
         key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
     tensors |= {"key": key, "value": value}
     if past is not None:
-        tensors |= {"past_column": past.column, "past_value": past.value}
+        tensors |= {"past_column": past.column.to(dtype), "past_value": past.value.to(dtype)}
     # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
     own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
     start = merge_heads(own.repeat_interleave(heads // groups, 1)).clone()
@@ -92,14 +128,12 @@ def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
     return source.to(dtype) if layer.Omega_V is None else layer.Omega_V(source).to(dtype)
 
 
-def _query_tensors(layer: Layer, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+def _query_tensors(layer: Layer, inputs: Inputs, projected: Projected) -> dict[str, Tensor]:
     """The tensors of phi, by name."""
-    tensors = {"weight": layer.Omega_Q.weight.to(dtype)}
-    if layer.Omega_Q.bias is not None:
-        tensors["bias"] = layer.Omega_Q.bias.to(dtype)
-    if layer.W_Q is not None:
-        tensors["added"] = layer.W_Q(inputs.x).to(dtype)
-    rotation = _rotation(layer, inputs, inputs.x, dtype)
+    weight, bias = projected.query_map
+    given = {"weight": weight, "bias": bias, "added": projected.added}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    rotation = _rotation(layer, inputs, inputs.x, weight.dtype)
     return tensors if rotation is None else tensors | {"rotation": rotation}
 
 

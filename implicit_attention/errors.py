@@ -76,7 +76,7 @@ def first_non_finite(named: dict[str, Tensor | None]) -> str | None:
     Masks (by their name) may hold -Inf, which hides an entry.
     """
     for name, tensor in named.items():
-        if tensor is not None and tensor.is_floating_point():
+        if tensor is not None and tensor.is_floating_point() and not tensor.is_meta:
             fine = torch.isfinite(tensor) | (torch.isneginf(tensor) if name.endswith("mask") else False)
             bad = int((~fine).sum())
             if bad:

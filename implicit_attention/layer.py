@@ -1,23 +1,48 @@
 """The layer: implicit-query attention solved to its equilibrium, with all its options."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from implicit_attention.attention.positions import Positions, make_positions
 from implicit_attention.cache import Cache, DecodeCache
-from implicit_attention.decoding import decode
-from implicit_attention.equation import Equation, prepare
+from implicit_attention.decoding import Decoded, decode, serves
+from implicit_attention.equation import Equation, prepare, project
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.fixed_point import FailureReport
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.errors import Came, NonFiniteError, bad_type, bad_value
 from implicit_attention.inputs import Inputs, checked, non_finite
+from implicit_attention.linear_map import checked_against
+from implicit_attention.require import require
 from implicit_attention.settings import Configured, Settings
 from implicit_attention.solving import columns, make_adjoint, make_solver, row_gains, solve
+
+
+class _Found(NamedTuple):
+    """A solved call; the cache has not been given its tokens."""
+
+    solution: Solution
+    equation: Equation | None
+    decoded: Decoded | None
+
+    def weights(self) -> Tensor:
+        """Return the attention matrix, `[B, H, N, M]`."""
+        assert self.equation is not None
+        weights: Tensor = self.equation.function.weights(self.solution.value, *self.equation.args)
+        return weights
+
+    def give(self, inputs: Inputs) -> None:
+        """Give the cache the new tokens: the last thing a call does, so that one that raises leaves it as it was."""
+        if inputs.cache is None:
+            return
+        if self.decoded is not None:
+            self.decoded.give(inputs.cache)
+        elif self.equation is not None:
+            inputs.cache.append(*columns(self.equation, self.solution), inputs.key_padding_mask)
 
 
 class ImplicitQueryAttention(Configured):
@@ -167,14 +192,16 @@ class ImplicitQueryAttention(Configured):
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
         inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache)
+        found = self._settle(inputs, short=not need_weights)
+        out = self._project(found.solution.value)
+        out = out if inputs.batched else out[0]
         if not need_weights:
-            solution = decode(self, inputs) or self._settle(inputs)[1]
-            return self._project(solution.value if inputs.batched else solution.value[0])
-        equation, solution = self._settle(inputs)
-        out = self._project(solution.value)
-        weights = equation.function.weights(solution.value, *equation.args)
+            found.give(inputs)
+            return out
+        weights = found.weights()
         weights = weights.mean(1) if average_attn_weights else weights
-        return (out, weights) if inputs.batched else (out[0], weights[0])
+        found.give(inputs)
+        return out, weights if inputs.batched else weights[0]
 
     def solve(
         self,
@@ -212,13 +239,14 @@ class ImplicitQueryAttention(Configured):
             raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
                             "Use diagnostics.spectral_radius.")  # fmt: skip
         inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache)
-        decoded = None if history or gains else decode(self, inputs)
-        if decoded is not None:
-            return decoded
-        equation, solution = self._settle(inputs, history=history)
+        found = self._settle(inputs, history=history, short=not (history or gains))
+        solution = replace(found.solution, value=_own(found.solution.value))
         if gains:
-            solution = replace(solution, gain=row_gains(equation, solution))
-        return solution if inputs.batched else solution.unbatched()
+            assert found.equation is not None
+            solution = replace(solution, gain=row_gains(found.equation, found.solution))
+        solution = solution if inputs.batched else solution.unbatched()
+        found.give(inputs)
+        return solution
 
     def equation(
         self,
@@ -258,37 +286,42 @@ class ImplicitQueryAttention(Configured):
             raise bad_value(
                 "cache", "None unless is_causal=True", Came("a cache"), "Later tokens would change earlier ones."
             )
-        like = self.W_K.weight
-        return DecodeCache(
-            batch_size,
-            self.settings.num_kv_heads,
-            self.settings.head_dim,
-            capacity,
-            device=like.device,
-            dtype=like.dtype,
-        )
+        settings = self.settings
+        device, dtype = self._expects()
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)  # what its values are computed in
+        return DecodeCache(batch_size, settings.num_kv_heads, settings.head_dim, capacity, device=device, dtype=dtype)
+
+    def _expects(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of what is computed, as far as parameters tell."""
+        floating = (p for p in self.parameters() if p.is_floating_point())
+        like = checked_against(self.W_K)
+        like = next(floating, None) if like is None else like
+        return (torch.device("cpu"), torch.get_default_dtype()) if like is None else (like.device, like.dtype)
 
     def _inputs(self, x: Tensor, *others: Any) -> Inputs:
-        return checked(self.settings, self.W_K.weight, x, *others)
+        return checked(self.settings, checked_against(self.W_K), x, *others)
 
-    def _settle(self, inputs: Inputs, *, history: bool = False) -> tuple[Equation, Solution]:
-        """Solve, and give the cache its new tokens."""
-        equation = prepare(self, inputs)
+    def _settle(self, inputs: Inputs, *, history: bool = False, short: bool = False) -> _Found:
+        """Solve; `short`: the short way of one new token will do."""
+        projected = project(self, inputs)
+        decoded = decode(self, inputs, projected) if short and serves(self, inputs) else None
+        if decoded is not None:
+            return _Found(decoded.solution, None, decoded)
+        equation = prepare(self, inputs, projected)
         try:
             solution = solve(equation, self.solver, self.adjoint, self._report, history=history)
         except NonFiniteError as error:
             raise non_finite({**inputs.named(), **dict(self.named_parameters())}) from error
-        if inputs.cache is not None:
-            with torch.no_grad():
-                inputs.cache.append(*columns(equation, solution), inputs.key_padding_mask)
-        return equation, solution
+        return _Found(solution, equation, None)
 
     def _project(self, y: Tensor) -> Tensor:
         if self.out_proj is None:
-            return y
+            return _own(y)
         out: Tensor = self.out_proj(y)
-        looks = not maps.transforms_active() and not torch.compiler.is_compiling()
-        if looks and not bool(torch.isfinite(out).all()):
+        if torch.compiler.is_compiling():
+            require(torch.isfinite(out).all(), "The layer's output holds NaN or Inf: check `out_proj` and the weights.")
+        elif not maps.transforms_active() and not bool(torch.isfinite(out).all()):
             raise non_finite(dict(self.named_parameters()))
         return out
 
@@ -299,6 +332,11 @@ class ImplicitQueryAttention(Configured):
         shown += [] if self.on_failure == "warn" else [f"on_failure={self.on_failure!r}"]
         parts = [f"{settings.embed_dim}, num_heads={settings.num_heads}", *shown]
         return ", ".join([*parts, f"solver={self.solver}", f"adjoint={self.adjoint}"])
+
+
+def _own(y: Tensor) -> Tensor:
+    """An equilibrium that the caller may change in place: the backward pass keeps the other."""
+    return y.clone() if y.requires_grad else y
 
 
 _SEEN = {"query_input", "out_proj", "bias"}  # the printed modules show them

@@ -95,7 +95,7 @@ def solve(
 
 
 def columns(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
-    """Return what a cache keeps of the tokens of a solved equation.
+    """Return what a cache keeps of the tokens of a solved equation, differentiable where the solution is.
 
     Args:
         equation: The equation.
@@ -105,7 +105,8 @@ def columns(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
         Their side of the scores and their values, `[B, G, N, d]` each.
     """
     function, args = equation.function, equation.args
-    column = solution.memo[0].transpose(1, 2) if solution.memo else function.columns(solution.value, *args)
+    known = solution.memo and not (torch.is_grad_enabled() and solution.value.requires_grad)  # it has no graph
+    column = solution.memo[0].transpose(1, 2) if known else function.columns(solution.value, *args)
     return column, args[function.names.index("value")]
 
 

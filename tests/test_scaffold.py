@@ -18,6 +18,8 @@ PACKAGE = ROOT / "implicit_attention"
 # "__init__" is the public face, `from implicit_attention import ImplicitQueryAttention`.
 ORDER = [
     "errors",
+    "require",
+    "linear_map",
     "triton_available",
     "settings",
     "equilibrium",

@@ -66,6 +66,9 @@ def project(layer: Layer, inputs: Inputs) -> Projected:
     Args:
         layer: The layer.
         inputs: Of the call, checked.
+
+    Returns:
+        What they give.
     """
     key = layer.W_K(inputs.source)
     value = values(layer, inputs.source, key.dtype)
@@ -146,5 +149,5 @@ def _rotation(layer: Layer, inputs: Inputs, tokens: Tensor, dtype: torch.dtype) 
 
 def _terms(layer: Layer, inputs: Inputs, dtype: torch.dtype) -> list[tuple[BiasTerm, Tensor]]:
     terms = mask_terms(inputs.attn_mask, inputs.padding, dtype, inputs.past_length)
-    bias = None if layer.positions is None else layer.positions.bias()
+    bias = None if layer.positions is None else layer.positions(inputs.x)
     return terms if bias is None else [*terms, bias]

@@ -142,16 +142,24 @@ def _past(settings: Settings, inputs: Inputs, cache: Cache) -> Past | None:
         )
     if inputs.context is not None:
         raise bad_value("cache", "None next to a context", Came("a cache"), "The context stands in its place.")
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        raise bad_value("cache", "None in a call that the backward pass makes again (torch.utils.checkpoint)",
-                        Came("a cache"), "It has these tokens already: call without a checkpoint, or without a cache."
-                        )  # fmt: skip
+    refuse_recomputation()
     padding = inputs.key_padding_mask
     if padding is not None and padding.dtype != torch.bool:
         raise bad_type("key_padding_mask", "bool with a cache", padding)
     if isinstance(cache, DecodeCache):
         cache.check(_like_values(settings, inputs.x))
     return cache.past()
+
+
+def refuse_recomputation() -> None:
+    """Refuse a cache in a call that is made again, for the backward pass of the first: it has the tokens already.
+
+    Raises:
+        ValueError: If a backward pass is under way.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise bad_value("cache", "None in a call that the backward pass makes again (torch.utils.checkpoint)",
+                        Came("a cache"), "Call without checkpointing, or without a cache.")  # fmt: skip
 
 
 def _like_values(settings: Settings, x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Ordinary(Mixer):
 
     def bias(self, rows: slice, cols: slice) -> Tensor:
         """Return the relative bias of a block of scores, `[1, H, r, c]`."""
-        term, table = self.positions.bias()
+        term, table = self.positions(self.W_K.weight)
         return term.block(table, rows, cols)
 
     def mix(self, x: Tensor, *, gains: bool = False) -> Mixed:

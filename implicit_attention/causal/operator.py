@@ -136,6 +136,8 @@ def _forward(
     report: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, kernel, rtol, atol, report)
+    if not tensors[names.split(",").index("key")].numel():  # an empty batch: nothing to solve
+        return _outputs(tensors, dtype, *d)
     with torch.autocast(tensors[0].device.type, enabled=False):
         found = d.solver().equilibrium(d.function(tensors), tuple(tensors), dtype)
     FailureReport.of(report)(found, "equilibrium")
@@ -144,10 +146,10 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
+def _outputs(
     tensors: list[Tensor], dtype: torch.dtype, names: str, kinds: str, scale: float, window: int, dropout: float,
     query_heads: int, normalize: bool, block: int, kernel: str, rtol: float, atol: float, report: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     named = dict(zip(names.split(","), tensors, strict=True))
     key, groups = named["key"], named["value"].shape[1]
     batch, heads, n, d = key.shape
@@ -186,6 +188,8 @@ def _adjoint(
     report: int,
 ) -> list[Tensor]:
     d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, kernel, rtol, 0.0, report)
+    if not y.numel():
+        return [t.new_zeros(t.shape) for t in tensors]
     with torch.autocast(y.device.type, enabled=False):
         found = d.solver().adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
     FailureReport.of(report).adjoint(found, grad)

@@ -9,6 +9,7 @@ from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
 from implicit_attention.attention.positions import rotate
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.settings import make_positions
+from implicit_attention.inputs import refuse_recomputation
 
 
 class OrdinaryAttention(nn.Module):
@@ -56,6 +57,7 @@ class OrdinaryAttention(nn.Module):
         total = past + x.shape[1]
         query, key, value = self._project(x, past)
         if cache is not None:
+            refuse_recomputation()
             key, value = cache.update(key, value, self.layer_idx)
             key, value = key[..., :total, :], value[..., :total, :]  # a static cache is longer than what it holds
         bias = self._bias(x, hidden, past)
@@ -84,7 +86,7 @@ class OrdinaryAttention(nn.Module):
     def _bias(self, x: Tensor, hidden: Tensor | None, past: int) -> Tensor | None:
         """What is added to the scores, `[B or 1, H or 1, n, P + n]`; None where the kernel's own mask is enough."""
         new, total = x.shape[1], past + x.shape[1]
-        term = None if self.positions is None else self.positions.bias()
+        term = None if self.positions is None else self.positions(x)
         windowed = self.window is not None and total > self.window
         if hidden is None and term is None and not windowed and not (self.is_causal and past and new > 1):
             return None

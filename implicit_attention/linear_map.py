@@ -14,7 +14,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from implicit_attention.errors import Came, bad_value
+from implicit_attention.equilibrium import maps
+from implicit_attention.errors import Came, bad_value, first_non_finite
 from implicit_attention.require import require
 
 _SIZE = 64.0  # of the unit vectors, a power of two: beside a large bias the weight then keeps its digits
@@ -130,14 +131,22 @@ def _rows(like: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return torch.cat([units.view(2, half, size), ends], 1), combination
 
 
+def _not_finite(module: nn.Module, out: Tensor) -> bool:
+    """Whether the unit vectors or zero give NaN or Inf though all parameters are finite: a division by a norm, say."""
+    if torch.compiler.is_compiling() or maps.transforms_active() or bool(torch.isfinite(out).all()):
+        return False
+    return first_non_finite(dict(module.named_parameters())) is None
+
+
 def _require_affine(module: nn.Module, name: str, out: Tensor, found: LinearMap, combination: Tensor) -> None:
     weight, bias = (t.to(torch.promote_types(out.dtype, torch.float32)) for t in found if t is not None)
     combination = combination.to(weight.dtype)
     rounding = _QUANTISED if _quantised(module) else max(torch.finfo(out.dtype).eps ** 0.5, _ROUNDING)
     allowed = rounding * (weight.abs() @ combination.abs() + bias.abs())
     off = torch.maximum((out[:, -1] - weight @ combination - bias).abs(), (out[:, -2] - bias).abs())
+    holds = ~(off > allowed).any()  # NaN in a parameter passes: the solve names it
     require(
-        ~(off > allowed).any(),  # so that NaN passes: the solve says where it comes from
+        torch.zeros_like(holds) if _not_finite(module, out) else holds,
         f"`{name}` must be an affine map that treats every token alike, but got a module whose output for a "
         "combination of tokens is not that combination of its outputs. A solve applies it in every iteration by its "
         "weight and bias: take away the hook or the forward that does something else.",

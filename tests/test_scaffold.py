@@ -19,10 +19,10 @@ PACKAGE = ROOT / "implicit_attention"
 ORDER = [
     "errors",
     "require",
-    "linear_map",
     "triton_available",
     "settings",
     "equilibrium",
+    "linear_map",
     "attention",
     "cache",
     "inputs",

@@ -7,6 +7,8 @@ from transformers.cache_utils import Cache
 
 from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
 from implicit_attention.attention.positions import rotate
+from implicit_attention.equilibrium.solvers.base import zero_of
+from implicit_attention.hf.caching import kept
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.settings import make_positions
 from implicit_attention.inputs import refuse_recomputation
@@ -59,7 +61,8 @@ class OrdinaryAttention(nn.Module):
         if cache is not None:
             refuse_recomputation()
             key, value = cache.update(key, value, self.layer_idx)
-            key, value = key[..., :total, :], value[..., :total, :]  # a static cache is longer than what it holds
+            held = cache.layers[self.layer_idx]  # a static one is longer than what it holds
+            key, value = kept(held, key[..., :total, :]), kept(held, value[..., :total, :])
         bias = self._bias(x, hidden, past)
         dropout = self.dropout if self.training else 0.0
         shared = self.num_kv_heads != self.num_heads
@@ -67,6 +70,8 @@ class OrdinaryAttention(nn.Module):
         y = F.scaled_dot_product_attention(
             query, key, value, bias, dropout, is_causal=causal, scale=self.scale, enable_gqa=shared
         )
+        if bias is not None and not len(x):  # the kernel gives it no gradient, where other processes have one
+            y = y + zero_of((bias,))
         out = merge_heads(y)
         weights = self._weights(query, key, bias, causal) if need_weights else None
         return out if self.out_proj is None else self.out_proj(out), weights

@@ -52,6 +52,9 @@ class ImplicitQueryAttention(Configured):
     softmax runs over the queries of all tokens j. The defaults are the seed's map; every option widens it.
     Gradients flow whenever autograd is on, in eval mode too.
 
+    A solve applies `Omega_Q` in every iteration by its weight and bias. If you put an adapter, a hook, a norm or a module of
+    your own in its place, the layer calls it once on the unit vectors to find them (`linear_map`).
+
     The settings can be read as attributes (`layer.num_heads`). Those that shape no parameter can be changed:
     `is_causal`, `window`, `self_query`, `dropout`, `scale`.
     """
@@ -178,7 +181,8 @@ class ImplicitQueryAttention(Configured):
                 the scores. Rows are output tokens, columns the tokens they see (those in the cache first).
             key_padding_mask: `[B, M]` (or `[M]`): columns hidden from every row; bool or float alike. With a cache
                 those of the new tokens, bool.
-            cache: Causal only: the tokens before x, to which those of x are added, `layer.make_cache(...)`.
+            cache: Causal only: the tokens before x, to which those of x are added, `layer.make_cache(...)`. If the call
+                raises, it stays as it was.
             need_weights: Also return the attention matrix at the equilibrium (the only thing that makes one).
             average_attn_weights: Average it over the heads.
 

@@ -107,11 +107,10 @@ def _quantised(module: nn.Module) -> bool:
 def _refuse_per_sample(module: nn.Module, name: str) -> None:
     for part in module.modules():
         for hook in part._forward_pre_hooks.values():
-            given = _PER_CALL & hook.keywords.keys() if isinstance(hook, partial) else set()
-            if given:
-                argument = given.pop()
+            keywords: dict[str, Any] = hook.keywords if isinstance(hook, partial) else {}
+            for argument in _PER_CALL & keywords.keys():
                 raise bad_value(
-                    argument, f"absent, since `{name}` has an adapter", Came(f"{hook.keywords[argument]!r}"),
+                    argument, f"absent, since `{name}` has an adapter", Came(f"{keywords[argument]!r}"),
                     f"A solve applies `{name}` to all samples at once: make one call per adapter (set_adapter), or "
                     f"leave `{name}` out of target_modules.",
                 )  # fmt: skip

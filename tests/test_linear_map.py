@@ -117,7 +117,7 @@ def _test_adapter(name, bias):
 def test_an_adapter_with_a_bias_of_its_own():
     config = peft.LoraConfig(r=2, init_lora_weights=False, lora_bias=True, **SAME)
     for bias in (False, True):
-        model, layer = adapted(config, bias)
+        _model, layer = adapted(config, bias)
         honoured(layer, inputs())
 
 
@@ -131,7 +131,7 @@ def test_several_active_adapters():
 
 def test_an_adapters_dropout_drops_input_features_for_all_tokens():
     config = peft.LoraConfig(r=2, init_lora_weights=False, lora_dropout=0.5, **SAME)
-    model, layer = adapted(config)
+    _model, layer = adapted(config)
     x = inputs()
     with torch.no_grad():
         base = layer.Omega_Q.base_layer.weight
@@ -214,7 +214,7 @@ def test_what_stands_in_its_place(name, bias):
     before = layer(inputs())
     layer.Omega_Q = REPLACED[name](layer.Omega_Q)
     honoured(layer, inputs())
-    if "weight_norm" != name:
+    if name != "weight_norm":
         assert (layer(inputs()) - before).abs().max() > 1e-6
 
 
@@ -314,7 +314,7 @@ def test_what_is_no_affine_map_of_each_token_is_refused(name):
 
 
 def test_adapters_by_sample_are_refused():
-    model, layer = adapted(ADAPTERS["lora"]())
+    model, _layer = adapted(ADAPTERS["lora"]())
     model.add_adapter("other", ADAPTERS["lora"]())
     model.to(F64).eval()
     for batch in (1, 2, 3):
@@ -333,7 +333,7 @@ def test_nan_in_an_adapter_is_named():
 
 @pytest.mark.parametrize("options", [{}, {"query_input": True}, {"bias": True}, {"qk_norm": False}])
 def test_decoding(options):
-    model, layer = adapted(ADAPTERS["lora"]())
+    _model, layer = adapted(ADAPTERS["lora"]())
     layer = make(**options)
     layer.Omega_Q = hooked(layer.Omega_Q)
     x, cache = inputs(9), layer.make_cache(2, 9)
@@ -368,7 +368,7 @@ def test_autocast():
 @pytest.mark.parametrize("name", ["lora", "loha", "ia3"])
 def test_compiled(name):
     torch._dynamo.reset()
-    model, layer = adapted(ADAPTERS[name](), bias=True)
+    _model, layer = adapted(ADAPTERS[name](), bias=True)
     found = []
     for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         y = call(inputs())
@@ -379,7 +379,7 @@ def test_compiled(name):
 
 
 def test_functional_calls_and_transforms():
-    model, layer = adapted(ADAPTERS["lora"]())
+    _model, layer = adapted(ADAPTERS["lora"]())
     wanted = {n: p.detach() for n, p in layer.named_parameters() if p.requires_grad}
     doubled_ = {n: 2 * p for n, p in wanted.items()}
     x = inputs()

@@ -154,14 +154,14 @@ class ALiBi(Positions):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled encoding, one of a release that kept its slopes too."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         kept = self._buffers.pop("slopes", None)
         if kept is not None:
             self.num_heads = len(kept)
 
     @property
     def slopes(self) -> Tensor:
-        """The slopes, `[H]`, float32. They are computed where they are used: a buffer can be lost on the meta device."""
+        """The slopes, `[H]`, float32: computed, since a buffer that is not saved is lost on the meta device."""
         return self._slopes(torch.device("cpu"))
 
     def _slopes(self, device: torch.device) -> Tensor:

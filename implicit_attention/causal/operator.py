@@ -137,7 +137,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, kernel, rtol, atol, report)
     if not tensors[names.split(",").index("key")].numel():  # an empty batch: nothing to solve
-        return _outputs(tensors, dtype, *d)
+        return _outputs(tensors, dtype, *d)  # type: ignore[no-any-return]
     with torch.autocast(tensors[0].device.type, enabled=False):
         found = d.solver().equilibrium(d.function(tensors), tuple(tensors), dtype)
     FailureReport.of(report)(found, "equilibrium")

@@ -15,11 +15,11 @@ from implicit_attention.errors import Came, bad_type, bad_value
 from implicit_attention.hf.block import ImplicitAttentionBlock
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.ordinary import OrdinaryAttention
-from implicit_attention.hf.transactions import transactional
 from implicit_attention.hf.outputs import (
     ImplicitModelOutput,
     stack_stats,
 )
+from implicit_attention.hf.transactions import transactional
 
 M = TypeVar("M", bound=ModelOutput)
 Output = tuple[object, ...]

@@ -72,7 +72,7 @@ def test_a_call_that_raises_leaves_all_layers_as_they_were(kind, filled, held, f
 def test_a_loss_that_cannot_be_computed_leaves_the_cache_too():
     model, tokens = make("mixed"), tiny.tokens()
     cache = model(tokens[:, :4], use_cache=True).cache
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="batch_size"):
         model(tokens[:, 4:], cache=cache, labels=tokens)
     assert lengths(cache) == [4] * 3
 

@@ -52,8 +52,8 @@ class ImplicitQueryAttention(Configured):
     softmax runs over the queries of all tokens j. The defaults are the seed's map; every option widens it.
     Gradients flow whenever autograd is on, in eval mode too.
 
-    A solve applies `Omega_Q` in every iteration by its weight and bias. If you put an adapter, a hook, a norm or a module
-    of your own in its place, the layer calls it once on the unit vectors to find them (`linear_map`).
+    A solve applies `Omega_Q` in every iteration by its weight and bias. If you put an adapter, a hook, a norm or a
+    module of your own in its place, the layer calls it once on the unit vectors to find them (`linear_map`).
 
     The settings can be read as attributes (`layer.num_heads`). Those that shape no parameter can be changed:
     `is_causal`, `window`, `self_query`, `dropout`, `scale`.

@@ -84,7 +84,7 @@ def _compile_elsewhere(function: Any) -> str:
     if not sys.executable or getattr(sys, "frozen", False):
         return "there is no Python to start"
     # It has to find this library, and what this process finds; relative entries may mean another folder by now.
-    root, module, name = str(Path(__file__).parents[2]), function.__module__, function.__name__
+    root, module, name = str(Path(__file__).parents[3]), function.__module__, function.__name__
     folders = [folder for folder in sys.path if isinstance(folder, str) and os.path.isabs(folder)]
     code = (
         f"import sys; sys.path[:] = {folders if root in folders else [root, *folders]!r}; "

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from implicit_attention import native, triton_blocks
+from implicit_attention.causal import cpu
 from implicit_attention.causal_system import CausalSystem
 from implicit_attention.diagonal import BlockAdjoint
 from implicit_attention.errors import Came, bad_value, missing_extra
@@ -95,6 +96,13 @@ class _Compiled:
 
 
 _COMPILED = {
+    "cpp": _Compiled(
+        module="implicit_attention.causal.cpu.engine",
+        extra="cpu",
+        serves="the layer runs on the CPU in float32 or float64",
+        hindrance=cpu.hindrance,
+        automatic=False,
+    ),
     "numba": _Compiled(
         module="implicit_attention.native.engine",
         extra="cpu",
@@ -139,7 +147,7 @@ def chosen(kernel: str, system: CausalSystem) -> str:
 
 def _check(kernel: str, hindrance: str | None) -> None:
     compiled = _COMPILED[kernel]
-    if find_spec(kernel) is None:
+    if kernel != "cpp" and find_spec(kernel) is None:
         raise missing_extra(f"kernel={kernel!r}", kernel, compiled.extra)
     if kernel == "triton":
         check_version(f"kernel={kernel!r}")

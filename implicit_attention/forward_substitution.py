@@ -223,6 +223,8 @@ class _Forward:
         if engine is not None:
             self.compiled = engine.ForwardKernel(system, into, min(solver.block, system.length), self.rtol, self.atol)
         self.block, (sweeps, self.widest) = solver.block, _sweeps(solver, system)
+        if self.compiled is not None and hasattr(engine, "widest"):
+            self.widest = engine.widest(system)
         self.swept: block_kernels.ForwardSweeper | None = None
         if sweeps is not None:
             self.swept = sweeps.ForwardSweeps(system, into, self.widest, self.rtol, self.atol, cautious=cautious)
@@ -349,8 +351,12 @@ class _Backward:
         engine = block_kernels.engine(solver.kernel, system)
         self.compiled: block_kernels.AdjointKernel | None = None
         at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
-        if engine is not None and not self.bias_grad:  # they keep no slopes of biases
-            block = min(solver.block, system.length)
+        block = min(solver.block, system.length)
+        if engine is not None and hasattr(engine, "widest"):
+            self.compiled = engine.AdjointKernel(
+                system, at, self.grad, self.d_query, self.allowed, block, slopes=self.bias_grad
+            )
+        elif engine is not None and not self.bias_grad:  # they keep no slopes of biases
             self.compiled = engine.AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
         self.block = self.widest = solver.block
         self.swept: block_kernels.AdjointSweeper | None = None
@@ -358,6 +364,8 @@ class _Backward:
         sweeps = None
         if self.compiled is not None:
             sweeps, self.widest = _sweeps(solver, system)
+        if self.compiled is not None and hasattr(engine, "widest"):
+            self.widest = engine.widest(system)
         if sweeps is not None:
             self.made = system.key.new_empty(*shape, system.groups * system.dim)
             into = {"later": self.d_query, "lam": self.lam, "d_key": self.d_key, "d_value": self.d_value,
@@ -409,7 +417,12 @@ class _Backward:
         if self.swept is not None:
             self.swept.check()
         system, found = self.system, None if self.compiled is None else self.compiled.solve(rows)
-        diagonal = found is not None  # of slope, that is all there is
+        diagonal = found is not None and not self.bias_grad  # of slope, that is all there is
+        if found is None and n > self.block:  # to torch, in blocks
+            compiled, self.compiled = self.compiled, None
+            self.descend(rows.start, rows.stop, self.block)
+            self.compiled = compiled
+            return
         if found is None:
             grad, later = self.grad[:, rows].to(system.wide), self.d_query[:, rows]
             found = self.at.block(rows).solve(grad, later, self.allowed)

@@ -71,7 +71,8 @@ class ForwardSample {
   void pack(int64_t i, Iterate<T>& next);
   void compare(int64_t h, int64_t s, int64_t m, Iterate<T>& at, Iterate<T>& next);
   Verdict within(const T* errors, const T* sizes, int64_t stride, int64_t m);
-  T worst_bound(int64_t m);
+  T largest_of(const T* array, int64_t m);
+  bool settles_slowly(T worst, T pace, int64_t m);
   void write(int64_t g, int64_t s, int64_t m);
   void report(int64_t s, int64_t m, int sweeps);
 
@@ -173,8 +174,8 @@ bool ForwardSample<T>::settle_rows(int64_t s, int64_t m) {
       for (int64_t h = 0; h < z.heads; ++h) compare(h, s, m, at, next);
       verdict = within(t.errors, t.sizes, z.heads, m);
     }
-    const T worst = worst_bound(m);
-    slow = slow || (sweeps > kPatience && worst > T(a.slow) * before);
+    const T worst = largest_of(t.bounds, m);
+    slow = slow || (sweeps > kPatience && settles_slowly(worst, worst / before, m));
     before = worst;
     const bool done = verdict == Verdict::settled;
     if (a.own_score == nullptr && verdict != Verdict::lost && (done || slow || sweeps == 1)) {

@@ -105,12 +105,20 @@ Verdict ForwardSample<T>::within(const T* errors, const T* sizes, int64_t stride
   return verdict;
 }
 
+// The largest entry of an array [R, hvec] in the rows at work.
 template <class T>
-T ForwardSample<T>::worst_bound(int64_t m) {
+T ForwardSample<T>::largest_of(const T* array, int64_t m) {
   T worst = 0;
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t h = 0; h < z.heads; ++h) worst = std::max(worst, t.bounds[i * z.hvec + h]);
+    for (int64_t h = 0; h < z.heads; ++h) worst = std::max(worst, array[i * z.hvec + h]);
   return worst;
+}
+
+// Whether sweeps contract too slowly, or so that kPatience more of them will not do.
+template <class T>
+bool ForwardSample<T>::settles_slowly(T worst, T pace, int64_t m) {
+  const T allowed = T(a.atol) + T(a.rtol) * largest_of(t.reach, m);
+  return pace > T(a.slow) || worst * std::pow(pace, T(kPatience)) > allowed;
 }
 
 // Hand over the iterate at which the map was evaluated, its queries and log-sum-exp.

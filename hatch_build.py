@@ -42,7 +42,8 @@ class CustomBuildHook(BuildHookInterface[Any]):
 def _build_script(room: Path) -> ModuleType:
     """`build.py`, without the package around it, which imports torch."""
     spec = spec_from_file_location("build_cpu_kernels", room / "build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

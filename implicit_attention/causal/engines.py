@@ -1,25 +1,26 @@
-"""Which kernel computes the diagonal blocks of a causal map: torch, or one that is compiled by numba or Triton.
+"""Which engine computes the diagonal blocks of a causal map: C++ on the CPU, Triton on CUDA devices, or torch.
 
-Each of the compiled ones is an engine: a module with a `ForwardKernel` and an `AdjointKernel`, which know nothing of
-each other's, and `hindrance`, which says why it cannot compute a map. `diagonal`, in torch, serves every map, and rows
-that an engine gives up on are handed to it.
+An engine is a module with a `ForwardKernel` and an `AdjointKernel`, which know nothing of another engine's. `diagonal`,
+in torch, serves every map on every device; rows that an engine gives up on are handed to it.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from implicit_attention.causal import numba, triton
+from implicit_attention.causal import cpu, triton
 from implicit_attention.causal.diagonal import BlockAdjoint
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.errors import Came, bad_value, missing_extra
 from implicit_attention.triton_available import check_version, misplaced
 
-_WORTH_IT = 8  # rows; preparing a kernel costs more than fewer rows do (a decoded token is one)
+_LOG = logging.getLogger("implicit_attention")
 
 
 class ForwardKernel(Protocol):
@@ -34,6 +35,23 @@ class AdjointKernel(Protocol):
 
     def solve(self, rows: slice) -> BlockAdjoint | None:
         """Solve a block; None if it has rows that want another solver."""
+
+
+class Engine(Protocol):
+    """What computes diagonal blocks.
+
+    Attributes:
+        ForwardKernel: Makes a `ForwardKernel` for a map.
+        AdjointKernel: Makes an `AdjointKernel` for a map.
+        KEEPS_SLOPES: Whether the adjoint can return the cotangents of all scores, which gradients of biases need.
+    """
+
+    ForwardKernel: Callable[..., ForwardKernel]
+    AdjointKernel: Callable[..., AdjointKernel]
+    KEEPS_SLOPES: bool
+
+    def widest(self, system: CausalSystem, block: int) -> int:
+        """Return how many rows one call should take, at least `block`."""
 
 
 @runtime_checkable
@@ -76,88 +94,109 @@ class AdjointSweeper(Sweeper, Protocol):
 
 
 @dataclass(frozen=True)
-class _Compiled:
+class _Known:
     """What is known about an engine before it is imported.
 
     Attributes:
         module: Where it is.
-        extra: The extra that installs what it needs.
         serves: What it computes, in words.
         hindrance: Why it cannot compute a map, in words; None if it can.
-        automatic: Whether "auto" takes it: only what has been run and measured where it is meant for.
+        missing: The error to raise if what it needs is not installed; None if it is.
+        automatic: Whether "auto" takes it.
     """
 
     module: str
-    extra: str
     serves: str
     hindrance: Callable[[CausalSystem], str | None]
+    missing: Callable[[], ImportError | None]
     automatic: bool
 
 
-_COMPILED = {
-    "numba": _Compiled(
-        module="implicit_attention.causal.numba.engine",
-        extra="cpu",
-        serves="the layer runs on the CPU in float32 or float64, without dropout",
-        hindrance=numba.hindrance,
+def _missing_cpp() -> ImportError | None:
+    problem = cpu.problem()
+    return None if problem is None else ImportError(f"kernel='cpp': {problem}")
+
+
+def _missing_triton() -> ImportError | None:
+    if find_spec("triton") is None:
+        return missing_extra("kernel='triton'", "triton", "gpu")
+    try:
+        check_version("kernel='triton'")
+    except ImportError as error:
+        return error
+    return None
+
+
+_ENGINES = {
+    "cpp": _Known(
+        module="implicit_attention.causal.cpu.engine",
+        serves="the layer runs on the CPU in one dtype",
+        hindrance=cpu.hindrance,
+        missing=_missing_cpp,
         automatic=True,
     ),
-    "triton": _Compiled(
+    "triton": _Known(
         module="implicit_attention.causal.triton.engine",
-        extra="gpu",
         serves="the layer runs on a CUDA device, in one dtype and without dropout (with TRITON_INTERPRET=1 in the "
         "environment before the start, Triton's interpreter also serves the CPU, slowly)",
         hindrance=triton.hindrance,
-        automatic=False,
+        missing=_missing_triton,
+        automatic=False,  # run and measured in part alone
     ),
 }
-KERNELS = ("auto", "torch", *_COMPILED)
+KERNELS = ("auto", "torch", *_ENGINES)
+RENAMED = {"numba": "cpp"}  # what 0.1.0 called the compiled kernels of the CPU
 
 
 def chosen(kernel: str, system: CausalSystem) -> str:
-    """Return which kernel computes the diagonal blocks of a map.
+    """Return which engine computes the diagonal blocks of a map.
 
     Args:
-        kernel: What is asked for: "auto" takes numba where it is installed, where it serves the map, and where it
-            pays; Triton's kernels, which have been measured in part alone, only if they are asked for.
+        kernel: What is asked for. "auto" takes the C++ kernels where they serve the map; Triton's, which have been
+            measured in part alone, only if they are asked for.
         system: The map.
 
     Returns:
-        "torch", "numba" or "triton".
+        "torch", "cpp" or "triton".
 
     Raises:
-        ImportError: If a compiled kernel is asked for whose compiler is missing.
+        ImportError: If an engine is asked for that is not installed.
         ValueError: If one is asked for that cannot compute the map.
     """
     if kernel == "torch":
         return kernel
     if kernel == "auto":
-        return next((name for name, engine in _COMPILED.items() if _pays(name, engine, system)), "torch")
-    _check(kernel, _COMPILED[kernel].hindrance(system))
+        return next((name for name in _ENGINES if _serves(name, system)), "torch")
+    _check(kernel, _ENGINES[kernel].hindrance(system))
     return kernel
 
 
 def _check(kernel: str, hindrance: str | None) -> None:
-    compiled = _COMPILED[kernel]
-    if find_spec(kernel) is None:
-        raise missing_extra(f"kernel={kernel!r}", kernel, compiled.extra)
-    if kernel == "triton":
-        check_version(f"kernel={kernel!r}")
+    known = _ENGINES[kernel]
+    missing = known.missing()
+    if missing is not None:
+        raise missing
     if hindrance:
-        expected = f'"auto" or "torch" unless {compiled.serves}'
+        expected = f'"auto" or "torch" unless {known.serves}'
         raise bad_value("kernel", expected, Came(f'"{kernel}" where {hindrance}'))
 
 
-def _pays(name: str, engine: _Compiled, system: CausalSystem) -> bool:
-    return (
-        engine.automatic
-        and system.length >= _WORTH_IT
-        and engine.hindrance(system) is None
-        and find_spec(name) is not None
-    )
+def _serves(name: str, system: CausalSystem) -> bool:
+    known = _ENGINES[name]
+    if not known.automatic or known.hindrance(system) is not None:
+        return False
+    missing = known.missing()
+    if missing is not None:
+        _say_once(str(missing))
+    return missing is None
 
 
-def engine(kernel: str, system: CausalSystem) -> Any:
+@cache
+def _say_once(missing: str) -> None:
+    _LOG.warning("%s Until then torch computes the diagonal blocks, several times slower.", missing)
+
+
+def engine(kernel: str, system: CausalSystem) -> Engine | None:
     """Return the engine that computes the diagonal blocks of a map, None if torch does.
 
     Args:
@@ -172,7 +211,8 @@ def engine(kernel: str, system: CausalSystem) -> Any:
         ValueError: As in `chosen`.
     """
     name = chosen(kernel, system)
-    return None if name == "torch" else import_module(_COMPILED[name].module)
+    found: Any = None if name == "torch" else import_module(_ENGINES[name].module)
+    return found  # type: ignore[no-any-return]
 
 
 def sweeper(kernel: str, system: CausalSystem) -> Any:

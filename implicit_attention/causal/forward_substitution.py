@@ -34,10 +34,9 @@ class ForwardSubstitution(DirectSolver):
     Attributes:
         block: Rows of a diagonal block; one that does not settle is halved, down to single rows. Triton's kernels
             sweep over wider ones first.
-        kernel: What computes the diagonal blocks: "torch"; "numba" (the extra `cpu`; float32 and float64 on the CPU
-            without dropout), several times faster, but compiled for a minute or two when it is first used on a
-            machine; "triton" (the extra `gpu`; CUDA devices, without dropout); or "auto": numba where it is installed
-            and serves. See `kernel_for`.
+        kernel: What computes the diagonal blocks: "cpp", compiled kernels for the CPU, part of the installed package;
+            "triton" (the extra `gpu`; CUDA devices, without dropout); "torch", which serves everywhere, several times
+            slower; or "auto": the C++ kernels where they serve, else torch. See `kernel_for`.
         fallback: What solves the equations that have no causal structure to go by: adjoints that are
             differentiated again or taken under torch.func transforms.
 
@@ -47,13 +46,14 @@ class ForwardSubstitution(DirectSolver):
     """
 
     block: int = 64
-    kernel: str = "torch"
+    kernel: str = "auto"
     fallback: Solver = field(default_factory=NewtonKrylov)
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
         check_positive("block", self.block, integer=True)
+        object.__setattr__(self, "kernel", engines.RENAMED.get(self.kernel, self.kernel))
         check_choice("kernel", self.kernel, engines.KERNELS)
         if not isinstance(self.fallback, Solver):
             raise bad_type("fallback", "an iterative solver such as NewtonKrylov()", self.fallback)
@@ -116,9 +116,9 @@ class ForwardSubstitution(DirectSolver):
         return _Backward(system, y, memo, grad, needs, self, cautious=True).solution()
 
     def kernel_for(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
-        """Return what computes the diagonal blocks of a map: "torch", "numba" or "triton".
+        """Return what computes the diagonal blocks of a map: "torch", "cpp" or "triton".
 
-        The compiled ones hand rows that they do not solve to torch, and leave the gradients of biases to it.
+        The compiled ones hand rows that they do not solve to torch.
 
         Args:
             function: As in `equilibrium`.
@@ -218,11 +218,13 @@ class _Forward:
             self.y = new(*shape, system.heads, system.dim, dtype=system.wide)
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
         engine = engines.engine(solver.kernel, system)
+        self.block = min(solver.block, system.length)
+        sweeps, self.widest = _sweeps(solver, system)
         self.compiled: engines.ForwardKernel | None = None
         into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
         if engine is not None:
-            self.compiled = engine.ForwardKernel(system, into, min(solver.block, system.length), self.rtol, self.atol)
-        self.block, (sweeps, self.widest) = solver.block, _sweeps(solver, system)
+            self.compiled = engine.ForwardKernel(system, into, self.block, self.rtol, self.atol)
+            self.widest = max(self.widest, engine.widest(system, self.block))
         self.swept: engines.ForwardSweeper | None = None
         if sweeps is not None:
             self.swept = sweeps.ForwardSweeps(system, into, self.widest, self.rtol, self.atol, cautious=cautious)
@@ -349,15 +351,17 @@ class _Backward:
         engine = engines.engine(solver.kernel, system)
         self.compiled: engines.AdjointKernel | None = None
         at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
-        if engine is not None and not self.bias_grad:  # they keep no slopes of biases
-            block = min(solver.block, system.length)
-            self.compiled = engine.AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
-        self.block = self.widest = solver.block
+        self.block = self.widest = min(solver.block, system.length)
+        if engine is not None and (engine.KEEPS_SLOPES or not self.bias_grad):
+            self.compiled = engine.AdjointKernel(
+                system, at, self.grad, self.d_query, self.allowed, self.block, slopes=self.bias_grad
+            )
         self.swept: engines.AdjointSweeper | None = None
         self.made: Tensor | None = None
         sweeps = None
-        if self.compiled is not None:
+        if engine is not None and self.compiled is not None:
             sweeps, self.widest = _sweeps(solver, system)
+            self.widest = max(self.widest, engine.widest(system, self.block))
         if sweeps is not None:
             self.made = system.key.new_empty(*shape, system.groups * system.dim)
             into = {"later": self.d_query, "lam": self.lam, "d_key": self.d_key, "d_value": self.d_value,
@@ -409,7 +413,12 @@ class _Backward:
         if self.swept is not None:
             self.swept.check()
         system, found = self.system, None if self.compiled is None else self.compiled.solve(rows)
-        diagonal = found is not None  # of slope, that is all there is
+        diagonal = found is not None and not self.bias_grad  # of slope, that is all there is
+        if found is None and n > self.block:  # to torch, in blocks
+            compiled, self.compiled = self.compiled, None
+            self.descend(rows.start, rows.stop, self.block)
+            self.compiled = compiled
+            return
         if found is None:
             grad, later = self.grad[:, rows].to(system.wide), self.d_query[:, rows]
             found = self.at.block(rows).solve(grad, later, self.allowed)

@@ -89,10 +89,10 @@ class Settings:
     save_every: int = _setting(250, "Steps between checkpoints.", "Run", low=1)
     keep: int = _setting(2, "Checkpoints kept, the newest.", "Run", low=1)
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Where to compute.", "Run")
-    kernel: Literal["auto", "torch", "numba"] = _setting(
+    kernel: Literal["auto", "torch", "cpp", "numba"] = _setting(
         "auto",
-        "Implicit only, on a CPU: [bold]numba[/bold] computes several times faster than [bold]torch[/bold], and is "
-        "compiled for a minute when it is first used on a machine; [bold]auto[/bold] takes it where it is installed.",
+        "Implicit only: what computes it. [bold]auto[/bold] is the fastest that serves; [bold]numba[/bold] "
+        "is the old name of [bold]cpp[/bold].",
         "Run",
     )
     bf16: bool = _setting(False, "Compute in bfloat16, weights in float32.", "Run")

@@ -20,6 +20,13 @@ from implicit_attention.causal.triton.call import Call, contiguous, rows_contigu
 from implicit_attention.causal.triton.kernels import adjoint, forward, merge
 from implicit_attention.causal.triton.kernels.tiles import LAUNCH
 
+KEEPS_SLOPES = False  # no cotangents of scores for the gradients of biases
+
+
+def widest(system: CausalSystem, block: int) -> int:
+    """Return how many rows one call should take; wider blocks are swept over (`sweeps`)."""
+    return block
+
 
 class ForwardKernel:
     """Settles diagonal blocks in place."""
@@ -93,8 +100,9 @@ class AdjointKernel:
     """Solves the adjoint of diagonal blocks."""
 
     def __init__(
-        self, system: CausalSystem, at: dict[str, Tensor], grad: Tensor, later: Tensor, allowed: Tensor, block: int
-    ) -> None:
+        self, system: CausalSystem, at: dict[str, Tensor], grad: Tensor, later: Tensor, allowed: Tensor, block: int,
+        *, slopes: bool = False,
+    ) -> None:  # fmt: skip
         """Prepare what is the same for all blocks.
 
         Args:
@@ -105,6 +113,7 @@ class AdjointKernel:
             later: Cotangent of the queries from rows after the block, `[B, N, G, d]`; the caller keeps it.
             allowed: Tolerance per sample, `[B]`.
             block: The most rows of a block.
+            slopes: Not kept: False.
         """
         self.system, self.call, self.later, self.block = system, Call(system), later, block
         self.at = {name: t.detach().contiguous() for name, t in at.items() if t.numel()}

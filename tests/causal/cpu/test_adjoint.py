@@ -1,4 +1,4 @@
-"""The compiled adjoint of diagonal blocks with weights of any size, against the torch one and the oracle."""
+"""The C++ adjoint of some rows with weights of any size, against the torch one and the oracle."""
 
 from dataclasses import replace
 
@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("numba")
-
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention.causal import forward_substitution as substitution
+from implicit_attention import forward_substitution as substitution
+from implicit_attention.causal.cpu.engine import AdjointKernel
 from implicit_attention.causal.diagonal import NEAR_SINGULAR, BlockAdjointSolver, near_singular, own_jacobian
-from implicit_attention.causal.numba.engine import AdjointKernel
 from implicit_attention.causal.system import CausalSystem
 from tests.bridge import array, close, make_layer, oracle_gradients, problem_of
 
@@ -137,7 +135,7 @@ def test_equals_oracle(gain, n, options, monkeypatch):
     """The whole backward pass, without torch's help, by dense algebra."""
 
     monkeypatch.setattr(BlockAdjointSolver, "solve", refuse)
-    solver = ForwardSubstitution(block=64, rtol=1e-15, atol=1e-13, kernel="numba")
+    solver = ForwardSubstitution(block=64, rtol=1e-15, atol=1e-13, kernel="cpp")
     layer = make_layer(8, is_causal=True, seed=n, gain=gain, solver=solver, **options)
     x = torch.randn(2, n, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(n), requires_grad=True)
     solution = layer.solve(x, gains=True)
@@ -214,7 +212,7 @@ def test_what_is_not_finite_is_not_solved(bad, row):
 def test_hard_weights_do_not_go_to_torch(heads, hard, monkeypatch):
     """At equilibria, over several blocks."""
     torch.manual_seed(heads)
-    solver = ForwardSubstitution(rtol=1e-12, atol=1e-12, kernel="numba")
+    solver = ForwardSubstitution(rtol=1e-12, atol=1e-12, kernel="cpp")
     layer = ImplicitQueryAttention(48, heads, is_causal=True, solver=solver, dtype=torch.float64)
     with torch.no_grad():
         layer.Omega_Q.weight.mul_(hard)

@@ -1,0 +1,59 @@
+// The kernels for one instruction set: build.py compiles this file once for each, with CAPABILITY set to its name.
+#include "kernels.h"
+
+#include "adjoint_own.h"
+#include "forward_own.h"
+
+namespace implicit_attention::CAPABILITY {
+
+// Omega_Q [G d, H d] by group of queries and head of outputs, [G, H, d (of y), padded (of q)], for the forward pass.
+template <class T>
+void pack_forward(const T* weight, const Sizes<T>& z, T* packed) {
+  auto task = [&](int64_t g) {
+    for (int64_t q = 0; q < z.dim; ++q)
+      for (int64_t y = 0; y < z.heads * z.dim; ++y)
+        packed[(g * z.heads * z.dim + y) * z.padded + q] = weight[(g * z.dim + q) * z.heads * z.dim + y];
+  };
+  parallel_for(z.groups, task);
+}
+
+// The same as [H, G d (of q), padded (of y)], for the adjoint.
+template <class T>
+void pack_adjoint(const T* weight, const Sizes<T>& z, T* packed) {
+  auto task = [&](int64_t h) {
+    for (int64_t q = 0; q < z.groups * z.dim; ++q)
+      copy(packed + (h * z.groups * z.dim + q) * z.padded, weight + (q * z.heads + h) * z.dim, z.dim);
+  };
+  parallel_for(z.heads, task);
+}
+
+template <class T>
+void forward(const ForwardArguments<T>& a) {
+  const Sizes<T> z(a);
+  Buffer<T> packed(a.weight == nullptr ? 0 : z.groups * z.heads * z.dim * z.padded);
+  if (a.weight != nullptr) pack_forward<T>(a.weight, z, packed);
+  const T* weight = a.weight == nullptr ? nullptr : static_cast<T*>(packed);
+  for_each_sample(z.batch, a.threads, z.groups, [&](int64_t b, Team team) {
+    ForwardScratch<T> scratch(z, a.inverse != nullptr);
+    a.settled[b] = ForwardSample<T>(a, z, weight, scratch, team, b).solve();
+  });
+}
+
+template <class T>
+void adjoint(const AdjointArguments<T>& a) {
+  const Sizes<T> z(a);
+  Buffer<T> packed(a.weight == nullptr ? 0 : z.groups * z.heads * z.dim * z.padded);
+  if (a.weight != nullptr) pack_adjoint<T>(a.weight, z, packed);
+  const T* weight = a.weight == nullptr ? nullptr : static_cast<T*>(packed);
+  for_each_sample(z.batch, a.threads, z.groups, [&](int64_t b, Team team) {
+    AdjointScratch<T> scratch(z);
+    a.solved[b] = AdjointSample<T>(a, z, weight, scratch, team, b).solve();
+  });
+}
+
+const Kernels& kernels() {
+  static const Kernels table{forward<float>, forward<double>, adjoint<float>, adjoint<double>};
+  return table;
+}
+
+}  // namespace implicit_attention::CAPABILITY

@@ -7,6 +7,8 @@ TORCH ?= 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLING := .venv/.installing
+KERNELS := .venv/.kernels
+CPU := implicit_attention/causal/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types bench gpu constraints clean
@@ -16,11 +18,11 @@ help: ## this list
 	@echo
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
-demo: $(INSTALLED) ## watch the layer settle and win the recall race; writes demo/ (ARGS=--quick: 30 seconds)
+demo: $(KERNELS) ## watch the layer settle and win the recall race; writes demo/ (ARGS=--quick: 30 seconds)
 	$(BIN)/implicit-attention demo --out demo $(ARGS)
 
 # One thread per worker: the workers fill the cores, and torch's own threads would only get in their way.
-test: $(INSTALLED) lint types ## lint, types, every test, and coverage (ARGS='-k picard --no-cov': a part of them)
+test: $(KERNELS) lint types ## lint, types, every test, and coverage (ARGS='-k picard --no-cov': a part of them)
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov $(ARGS)
 
 lint: $(INSTALLED) ## ruff: rules and format
@@ -30,12 +32,12 @@ lint: $(INSTALLED) ## ruff: rules and format
 types: $(INSTALLED) ## mypy, strict on the package
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## the benchmarks (ARGS=bidirectional: that one)
+bench: $(KERNELS) ## the benchmarks (ARGS=bidirectional: that one)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 gpu: $(INSTALLED) ## on a CUDA device: the kernels' tests there, then what they cost (ARGS='--lengths 8192')
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here")'
-	$(BIN)/python -m pytest -q --no-cov tests/causal/triton/test_triton_*.py tests/attention/test_flash_cuda.py tests/test_precision.py
+	$(BIN)/python -m pytest -q --no-cov tests/causal/triton tests/attention/test_flash_cuda.py tests/test_precision.py
 	$(BIN)/python -m benchmarks gpu $(ARGS)
 
 # The newest versions that go with torch $(TORCH), from a fresh environment.
@@ -61,4 +63,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@mkdir -p .venv && rm -f $(INSTALLED) && touch $(INSTALLING)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[all]'
-	@mv $(INSTALLING) $(INSTALLED) && touch $(INSTALLED)
+	@mv $(INSTALLING) $(INSTALLED) && touch $(INSTALLED) $(KERNELS)
+
+# pip has built the C++ kernels; they are built again when their sources change.
+$(KERNELS): $(INSTALLED) $(wildcard $(CPU)/csrc/*) $(CPU)/build.py
+	$(BIN)/python $(CPU)/build.py
+	@touch $(KERNELS)

@@ -215,6 +215,19 @@ def engine(kernel: str, system: CausalSystem) -> Engine | None:
     return found  # type: ignore[no-any-return]
 
 
+def states() -> dict[str, str]:
+    """Return, for each engine, whether it can be used on this machine and by whom, in words."""
+    found = {"torch": "ready: every map on every device; what the others are checked against"}
+    for name, known in _ENGINES.items():
+        missing = known.missing()
+        if missing is not None:
+            found[name] = f"not here: {missing}"
+        else:
+            asked = 'taken by kernel="auto"' if known.automatic else f'only with kernel="{name}"'
+            found[name] = f"ready, {asked}, where {known.serves}"
+    return found
+
+
 def sweeper(kernel: str, system: CausalSystem) -> Any:
     """Return what sweeps over blocks of many rows, where the chosen kernel has such a thing and it serves the map.
 

@@ -17,7 +17,7 @@ def environment() -> dict[str, Any]:
             "implicit-attention": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "matplotlib": _version("matplotlib"),
+            **{name: _version(name) for name in ("triton", "transformers", "matplotlib")},
         },
         "system": platform.platform(),
         "processor": _processor(),

@@ -9,7 +9,8 @@ from functools import cache
 
 import torch
 
-from implicit_attention.causal.cpu.build import NAME
+from implicit_attention.causal.cpu import library
+from implicit_attention.causal.cpu.library import VARIABLE, capability
 from implicit_attention.causal.system import CausalSystem
 
 
@@ -26,8 +27,6 @@ def hindrance(system: CausalSystem) -> str | None:
 @cache
 def problem() -> str | None:
     """Return why the kernels cannot be used on this machine, with what to do about it; None if they can."""
-    from implicit_attention.causal.cpu import library
-
     if not library.PATH.exists():
         compiler = {"linux": "g++", "darwin": "the Xcode command line tools"}.get(sys.platform)
         if compiler is None:
@@ -43,4 +42,4 @@ def problem() -> str | None:
     return None
 
 
-__all__ = ["NAME", "hindrance", "problem"]
+__all__ = ["VARIABLE", "capability", "hindrance", "problem"]

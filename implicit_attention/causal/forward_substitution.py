@@ -7,7 +7,7 @@ recursion backwards.
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class ForwardSubstitution(DirectSolver):
             ValueError: If the map is not causal.
             NonFiniteError: If it gives NaN or Inf.
         """
-        system = CausalSystem(_causal(function), args)
+        system = self._system(function, args)
         forward = None
         with suppress(Unsettled):
             forward = _Forward(system, self, dtype).solved()
@@ -85,7 +85,7 @@ class ForwardSubstitution(DirectSolver):
             abs_trace=residual[None],
             rel_trace=residual[None] / size.clamp_min(torch.finfo(size.dtype).tiny),
             evaluations=int(forward.sweeps.max()),
-            memo=(forward.query, forward.lse, forward.inverse),
+            memo=(forward.query.to(_dtype(function, args)), forward.lse, forward.inverse),
         )
 
     def adjoint(
@@ -110,10 +110,19 @@ class ForwardSubstitution(DirectSolver):
         Returns:
             The gradients, and how well the equation was solved.
         """
-        system = CausalSystem(_causal(function), args)
+        system = self._system(function, args)
+        found = None
         with suppress(Unsettled):
-            return _Backward(system, y, memo, grad, needs, self).solution()
-        return _Backward(system, y, memo, grad, needs, self, cautious=True).solution()
+            found = _Backward(system, y, memo, grad, needs, self).solution()
+        if found is None:
+            found = _Backward(system, y, memo, grad, needs, self, cautious=True).solution()
+        by_arg = [None if g is None else g.to(a.dtype) for g, a in zip(found.by_arg, args, strict=True)]
+        return replace(found, by_arg=by_arg)
+
+    def _system(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> CausalSystem:
+        """The map's tensors, in float32 or wider where the C++ kernels, which know nothing narrower, compute it."""
+        system = CausalSystem(_causal(function), args)
+        return system.widened() if engines.chosen(self.kernel, system) == "cpp" else system
 
     def kernel_for(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
         """Return what computes the diagonal blocks of a map: "torch", "cpp" or "triton".
@@ -175,6 +184,11 @@ def _causal(function: Callable[..., Tensor]) -> AttentionMap:
             'Rows depend on later rows here, or on none: use solver="auto" or Anderson().',
         )
     return function
+
+
+def _dtype(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> torch.dtype:
+    """The dtype of a map's keys, in which it keeps what it makes."""
+    return args[_causal(function).names.index("key")].dtype
 
 
 def _halves(low: int, high: int, block: int) -> int:
@@ -308,7 +322,7 @@ class _At:
         self.given = y.view(*y.shape[:2], system.heads, system.dim)  # in the type that it came in
         self.y = self.given.to(system.wide)
         if memo:
-            self.query, self.lse, self.inverse = memo
+            self.query, self.lse, self.inverse = memo[0].to(system.narrow), *memo[1:]
             return
         everything = slice(0, system.length)
         made = system.phi(self.y, everything)
@@ -483,7 +497,6 @@ class _Backward:
         by_name: dict[str, Tensor | None] = {"key": self.d_key, "value": self.d_value, **self.rest}
         by_name |= {f"term{i}": grad for i, grad in enumerate(self.d_terms)}
         by_arg = []
-        for name, tensor in self.system.tensors.items():
-            grad = by_name.get(name) if self.needs[name] else None
-            by_arg.append(None if grad is None else grad.to(tensor.dtype))
+        for name in self.system.tensors:
+            by_arg.append(by_name.get(name) if self.needs[name] else None)
         return AdjointSolution(by_arg, self.residual, self.converged, self.sweeps, self.near_singular)

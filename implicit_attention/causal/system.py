@@ -71,6 +71,13 @@ class CausalSystem:
         self.past_column, self.past_value = self.tensors.get("past_column"), self.tensors.get("past_value")
         self.past = 0 if self.past_value is None else self.past_value.shape[-2]
 
+    def widened(self) -> "CausalSystem":
+        """The same map with all its tensors in the wide dtype."""
+        if self.narrow == self.wide:
+            return self
+        args = tuple(t.to(self.wide) if t.is_floating_point() else t for t in self.args)
+        return CausalSystem(self.function, args)
+
     # Queries from outputs.
 
     def phi(self, y: Tensor, rows: slice) -> Queries:

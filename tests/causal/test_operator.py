@@ -84,7 +84,8 @@ def test_inductor_takes_it():
 
 def test_failures_are_reported_from_compiled_code(monkeypatch):
     monkeypatch.setattr(diagonal, "MOST_SWEEPS", 1)
-    options = {"num_heads": 2, "on_failure": "warn", "solver": ForwardSubstitution(rtol=1e-15, atol=1e-15)}
+    solver = ForwardSubstitution(rtol=1e-15, atol=1e-15, kernel="torch")
+    options = {"num_heads": 2, "on_failure": "warn", "solver": solver}
     layer, x = make(options, gain=20.0)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with pytest.warns(ConvergenceWarning, match="equilibrium was not solved"):

@@ -19,7 +19,7 @@ def hindrance(system: CausalSystem) -> str | None:
     if system.key.device.type != "cpu":
         return f"the tensors are on {system.key.device}"
     kinds = {t.dtype for t in (system.key, system.value)}
-    if not kinds <= {torch.float32, torch.float64} or len(kinds) > 1:
+    if not kinds <= {torch.float16, torch.bfloat16, torch.float32, torch.float64} or len(kinds) > 1:
         return f"the tensors are {' and '.join(sorted(map(str, kinds)))}"
     return None
 

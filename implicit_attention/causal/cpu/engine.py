@@ -135,7 +135,7 @@ class AdjointKernel:
             slopes: Whether the cotangents of all scores are wanted, for the gradients of biases.
         """
         self.system, self._slopes = system, slopes
-        norm = 1.0 if system.weight is None else float(system.weight.norm(dim=0).max())
+        norm = 1.0 if system.weight is None else float(system.weight.detach().norm(dim=0).max())
         self._call = call = _Kernel(
             "adjoint", library.AdjointArguments(), system, norm=norm, near_singular=NEAR_SINGULAR
         )

@@ -33,7 +33,7 @@ void forward(const ForwardArguments<T>& a) {
   Buffer<T> packed(a.weight == nullptr ? 0 : z.groups * z.heads * z.dim * z.padded);
   if (a.weight != nullptr) pack_forward<T>(a.weight, z, packed);
   const T* weight = a.weight == nullptr ? nullptr : static_cast<T*>(packed);
-  for_each_sample(z.batch, a.threads, z.groups, [&](int64_t b, Team team) {
+  for_each_sample(z.batch, a.threads, z.groups, z.heads * z.groups * z.dim * z.dim, [&](int64_t b, Team team) {
     ForwardScratch<T> scratch(z, a.inverse != nullptr);
     a.settled[b] = ForwardSample<T>(a, z, weight, scratch, team, b).solve();
   });
@@ -45,7 +45,7 @@ void adjoint(const AdjointArguments<T>& a) {
   Buffer<T> packed(a.weight == nullptr ? 0 : z.groups * z.heads * z.dim * z.padded);
   if (a.weight != nullptr) pack_adjoint<T>(a.weight, z, packed);
   const T* weight = a.weight == nullptr ? nullptr : static_cast<T*>(packed);
-  for_each_sample(z.batch, a.threads, z.groups, [&](int64_t b, Team team) {
+  for_each_sample(z.batch, a.threads, z.groups, z.heads * z.groups * z.dim * z.dim, [&](int64_t b, Team team) {
     AdjointScratch<T> scratch(z);
     a.solved[b] = AdjointSample<T>(a, z, weight, scratch, team, b).solve();
   });

@@ -38,12 +38,13 @@ def inputs(batch, n, embed=24, dtype=torch.float64, seed=2):
     return torch.randn(batch, n, embed, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def run(kernel, x, tol, *, call=None, **options):
+def run(kernel, x, tol, *, call=None, between=lambda: None, **options):
     """Return the solution and the gradients of input and parameters for a fixed cotangent."""
     layer = make(kernel, tol, x.dtype, **options)
     x = x.clone().requires_grad_()
     torch.manual_seed(3)  # of dropout
     solution = layer.solve(x, **(call or {}))
+    between()
     weight = torch.randn(solution.value.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     found = torch.autograd.grad(solution.value, [x, *layer.parameters()], weight, allow_unused=True)
     return solution, [g for g in found if g is not None]

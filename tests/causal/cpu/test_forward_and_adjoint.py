@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from implicit_attention import ImplicitQueryAttention
+from implicit_attention.causal.cpu import engine
 from implicit_attention.causal.diagonal import BlockSolver
 from tests.causal.cpu.cases import OPTIONS, SIZES, assert_same, inputs, make, refuse_torch, run
 
@@ -91,15 +92,21 @@ def test_hard_weights_are_solved(heads, hard):
     assert float((solution.residual - 1e-11 * (1.0 + solution.value.detach().abs().amax(-1))).max()) <= 1e-12
 
 
-def test_few_rows_go_to_torch(monkeypatch):
-    """Those that no method of the row solver's settles, with their neighbours; what follows comes back."""
-    rows = []
-    settle = BlockSolver.settle
+def test_rows_that_the_kernel_gives_up_on_go_to_torch(monkeypatch):
+    """With their neighbours; other samples get back what they saw before, and what follows comes back."""
+    rows, given_up = [], []
+    settle, hand_back = BlockSolver.settle, engine.hand_back
     monkeypatch.setattr(BlockSolver, "settle", lambda self, *a: rows.append(self.n) or settle(self, *a))
-    solution, _ = run("cpp", inputs(2, 64, seed=5), 1e-10, heads=1, hard=60.0)
-    assert rows, "no row was hard: the test tests nothing"
-    assert max(rows) <= 4
-    assert bool(solution.converged.all())
+
+    def give_up(into, y, lse, block, done):  # at row 20 of sample 1
+        if not given_up:
+            given_up.append(block)
+            done = [done[0], 20, 40]
+        return hand_back(into, y, lse, block, done)
+
+    monkeypatch.setattr(engine, "hand_back", give_up)
+    assert_same(inputs(3, 90), 1e-14, 1e-12, heads=4)
+    assert rows[:1] == [4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -17,7 +17,7 @@ constexpr double kStalled = 0.5;  // ratio of residuals at which only rounding i
 template <class T>
 class AdjointSample {
  public:
-  // `weight`: Omega_Q as [H, G d (of q), padded (of y)].
+  // `weight`: Omega_Q as [H, padded / panel (of y), G d (of q), panel (of y)].
   AdjointSample(const AdjointArguments<T>& a, const Sizes<T>& z, const T* weight, AdjointScratch<T>& t, Team team,
                 int64_t b)
       : a(a), z(z), weight(weight), t(t), team(team), b(b), size(z.groups * z.dim) {}
@@ -138,7 +138,7 @@ void AdjointSample<T>::give_block(int64_t g) {
     for (int64_t s = 0; s < count; s += R) {
       const int64_t m = std::min(R, count - s);
       multiply<true>(Rows<T>{d_key + s * z.padded, z.padded}, Left<T>{slopes_of(h, 0) + s, 1, kBlock},
-                     Rows<const T>{of_row(t.queries, g, 0), z.padded}, m, z.padded, s + m);
+                     Right<T>{of_row(t.queries, g, 0), z.padded}, m, z.padded, s + m);
     }
     for (int64_t columns = 0; columns < block; columns += kBlock) carry(g, h, columns);
     for (int64_t i = 0; i < count; ++i) {
@@ -160,8 +160,8 @@ void AdjointSample<T>::carry(int64_t g, int64_t h, int64_t columns) {
   const int64_t at = (g * z.rows + columns) * z.padded, width = round_up<T>(count);
   const T* value = a.value + b * a.value_b + g * a.value_g + (z.first + columns) * a.value_n;
   multiply(Rows<T>{weights, kBlock}, Left<T>{t.queries + at, z.padded},
-           Rows<const T>{t.keys_t + h * z.dim * kBlock, kBlock}, kBlock, width, z.dim);
-  multiply(Rows<T>{slopes, kBlock}, Left<T>{value, a.value_n}, Rows<const T>{t.lams_t + h * z.dim * kBlock, kBlock},
+           Right<T>{t.keys_t + h * z.dim * kBlock, kBlock}, kBlock, width, z.dim);
+  multiply(Rows<T>{slopes, kBlock}, Left<T>{value, a.value_n}, Right<T>{t.lams_t + h * z.dim * kBlock, kBlock},
            kBlock, width, z.dim);
   for (int64_t j = 0; j < kBlock; ++j) {
     linearize(h, columns + j, 0, weights + j * kBlock, slopes + j * kBlock);
@@ -169,11 +169,11 @@ void AdjointSample<T>::carry(int64_t g, int64_t h, int64_t columns) {
       a.slope[((b * z.heads + h) * z.n + block + i) * z.n + columns + j] = slopes[j * kBlock + i];
   }
   multiply<true>(Rows<T>{t.d_query + at, z.padded}, Left<T>{slopes, kBlock},
-                 Rows<const T>{of_block(t.keys, h, 0), z.padded}, kBlock, z.padded, count);
+                 Right<T>{of_block(t.keys, h, 0), z.padded}, kBlock, z.padded, count);
   multiply<true>(Rows<T>{t.d_value + at, z.padded}, Left<T>{weights, kBlock},
-                 Rows<const T>{of_block(t.lams, h, 0), z.padded}, kBlock, z.padded, count);
+                 Right<T>{of_block(t.lams, h, 0), z.padded}, kBlock, z.padded, count);
   multiply<true>(Rows<T>{t.d_key + h * kBlock * z.padded, z.padded}, Left<T>{slopes, 1, kBlock},
-                 Rows<const T>{t.queries + at, z.padded}, count, z.padded, kBlock);
+                 Right<T>{t.queries + at, z.padded}, count, z.padded, kBlock);
 }
 
 // Turn scores of the block's rows on a column, and lam . v, into weights (times dropout factors) and cotangents of scores,
@@ -246,7 +246,7 @@ void AdjointSample<T>::begin(int64_t g, int64_t s, int64_t m) {
     if (s + m < count) {
       attended_later(g, h, s);
       multiply<true>(Rows<T>{of_row(t.d_query, g, s), z.padded}, Left<T>{slopes_of(h, s) + s + m, kBlock},
-                     Rows<const T>{of_block(t.keys, h, s + m), z.padded}, m, z.padded, count - s - m);
+                     Right<T>{of_block(t.keys, h, s + m), z.padded}, m, z.padded, count - s - m);
     }
     for (int64_t i = 0; i < m; ++i) {
       copy(of_four(t.now, h, i), grad_row(h, s + i), z.dim);
@@ -267,9 +267,9 @@ void AdjointSample<T>::attended_later(int64_t g, int64_t h, int64_t s) {
   T *weights = t.weights + h * R * kBlock, *slopes = slopes_of(h, s);
   const int64_t from = (s + R) / kLanes<T> * kLanes<T>, width = round_up<T>(count) - from;
   multiply(Rows<T>{weights + from, kBlock}, Left<T>{of_row(t.queries, g, s), z.padded},
-           Rows<const T>{t.keys_t + h * z.dim * kBlock + from, kBlock}, R, width, z.dim);
+           Right<T>{t.keys_t + h * z.dim * kBlock + from, kBlock}, R, width, z.dim);
   multiply(Rows<T>{slopes + from, kBlock}, Left<T>{value_row(g, s), a.value_n},
-           Rows<const T>{t.lams_t + h * z.dim * kBlock + from, kBlock}, R, width, z.dim);
+           Right<T>{t.lams_t + h * z.dim * kBlock + from, kBlock}, R, width, z.dim);
   for (int64_t j = 0; j < R; ++j) linearize(h, block + s + j, s + R, weights + j * kBlock, slopes + j * kBlock);
 }
 
@@ -308,7 +308,7 @@ void AdjointSample<T>::push(int64_t h, int64_t s, int64_t m) {
     for (int64_t j = 0; j < m; ++j) copy<T>(of_four(t.out, h, j), t.made + j * size, z.dim);
   } else {
     multiply(Rows<T>{of_four(t.out, h, 0), z.padded}, Left<T>{t.made, size},
-             Rows<const T>{weight + h * size * z.padded, z.padded}, R, z.padded, size);
+             Right<T>{weight + h * size * z.padded, kPanel<T>, size * kPanel<T>}, R, z.padded, size);
   }
   T worst = 0;
   for (int64_t j = 0; j < m; ++j) {
@@ -365,7 +365,7 @@ void AdjointSample<T>::finish(int64_t g, int64_t s, int64_t m) {
       }
     }
     multiply<true>(Rows<T>{of_row(t.d_value, g, s), z.padded}, Left<T>{weights, kBlock},
-                   Rows<const T>{of_block(t.lams, h, s), z.padded}, m, z.padded, count - s);
+                   Right<T>{of_block(t.lams, h, s), z.padded}, m, z.padded, count - s);
   });
 }
 

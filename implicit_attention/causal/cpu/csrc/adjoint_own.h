@@ -39,7 +39,7 @@ void AdjointSample<T>::ascend(int64_t g, int64_t s, int64_t m) {
         copy(w, through, R * z.padded);
       } else {
         multiply(Rows<T>{w, z.padded}, Left<T>{through, z.padded},
-                 Rows<const T>{weight + (into * size + g * z.dim) * z.padded, z.padded}, R, z.padded, z.dim);
+                 Right<T>{weight + into * size * z.padded + g * z.dim * kPanel<T>, kPanel<T>, size * kPanel<T>}, R, z.padded, z.dim);
       }
     }
   });

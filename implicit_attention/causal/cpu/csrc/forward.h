@@ -19,7 +19,7 @@ enum class Verdict { lost = -1, open = 0, settled = 1 };
 template <class T>
 class ForwardSample {
  public:
-  // `weight`: Omega_Q as [G, H, d (of y), padded (of q)].
+  // `weight`: Omega_Q as [G, H, padded / panel (of q), d (of y), panel (of q)].
   ForwardSample(const ForwardArguments<T>& a, const Sizes<T>& z, const T* weight, ForwardScratch<T>& t, Team team,
                 int64_t b)
       : a(a), z(z), weight(weight), t(t), team(team), b(b) {}
@@ -66,6 +66,7 @@ class ForwardSample {
   void make(int64_t g, int64_t s, int64_t m);
   void begin(int64_t g, int64_t s, int64_t m);
   T norm_and_turn(T* q, int64_t i);
+  void combine(int64_t g, int64_t k, int64_t m, Iterate<T>& at, T* q);
   void sweep(int64_t g, int64_t s, int64_t m, Iterate<T>& at);
   void weigh(int64_t s, int64_t i, Iterate<T>& at, Iterate<T>& next);
   void pack(int64_t i, Iterate<T>& next);
@@ -120,12 +121,12 @@ void ForwardSample<T>::attend(int64_t h, int64_t i, int64_t count, int64_t from,
   const int64_t rows = (count + R - 1) / R * R;  // keys are zero beyond the last row
   for (int64_t j = from; j < to; j += kBlock) {
     const T* columns = t.columns + (g * z.blocks + j / kBlock) * z.dim * kBlock;
-    multiply(Rows<T>{scores + j - from, width}, Left<T>{key_row(h, i), z.padded}, Rows<const T>{columns, kBlock}, rows,
+    multiply(Rows<T>{scores + j - from, width}, Left<T>{key_row(h, i), z.padded}, Right<T>{columns, kBlock}, rows,
              std::min(kBlock, round_up<T>(to - j)), z.dim);
   }
   for (int64_t r = 0; r < count; ++r) scale(before_row(h, i + r), weigh_columns(h, i + r, from, to, scores + r * width), z.dim);
   for (int64_t r = count; r < rows; ++r) zero(scores + r * width, to - from);
-  multiply(Rows<T>{out, z.padded}, Left<T>{scores, width}, Rows<const T>{value_rows(g, from), z.padded}, rows, z.padded,
+  multiply(Rows<T>{out, z.padded}, Left<T>{scores, width}, Right<T>{value_rows(g, from), z.padded}, rows, z.padded,
            to - from);
   for (int64_t r = 0; r < count; ++r) add(before_row(h, i + r), out + r * z.padded, T(1), z.dim);
 }
@@ -195,16 +196,19 @@ bool ForwardSample<T>::settle_rows(int64_t s, int64_t m) {
 // What Omega_Q makes of each head's attention before the rows and of their values; the rest of the query.
 template <class T>
 void ForwardSample<T>::make(int64_t g, int64_t s, int64_t m) {
+  const int64_t row = z.heads * z.padded;
   for (int64_t h = 0; h < z.heads; ++h) {
-    const T* from[] = {before_row(h, s), value_rows(h / z.shared, s)};
-    for (int64_t part = 0; part < 2; ++part) {
-      T* made = made_before(g, part * R) + h * z.padded;
-      if (weight == nullptr) {
-        for (int64_t i = 0; i < R; ++i) copy(made + i * z.padded, from[part] + i * z.padded, z.dim);
-      } else {
-        multiply(Rows<T>{made, z.heads * z.padded}, Left<T>{from[part], z.padded},
-                 Rows<const T>{weight + (g * z.heads + h) * z.dim * z.padded, z.padded}, R, z.padded, z.dim);
-      }
+    const T *before = before_row(h, s), *value = value_rows(h / z.shared, s);
+    T *of_before = made_before(g, 0) + h * z.padded, *of_value = made_value(g, 0) + h * z.padded;
+    if (weight == nullptr) {  // one head
+      copy(of_before, before, R * z.padded);
+      copy(of_value, value, R * z.padded);
+      continue;
+    }
+    const T* panel = weight + (g * z.heads + h) * z.dim * z.padded;
+    for (int64_t j = 0; j < z.padded; j += kPanel<T>, panel += z.dim * kPanel<T>) {
+      tile<R, 2, false>(Rows<T>{of_before + j, row}, Left<T>{before, z.padded}, Right<T>{panel, kPanel<T>}, z.dim);
+      tile<R, 2, false>(Rows<T>{of_value + j, row}, Left<T>{value, z.padded}, Right<T>{panel, kPanel<T>}, z.dim);
     }
   }
   for (int64_t i = 0; i < m; ++i) {
@@ -262,19 +266,27 @@ T ForwardSample<T>::norm_and_turn(T* q, int64_t i) {
   return inverse;
 }
 
+// One vector of columns of a group's queries, before norm and rotation: the combination that the iterate says.
+template <class T>
+inline void ForwardSample<T>::combine(int64_t g, int64_t k, int64_t m, Iterate<T>& at, T* q) {
+  const T *of_value = made_value(g, 0) + k, *of_before = made_before(g, 0) + k;
+  Vector<T> total[R];
+  for (int64_t i = 0; i < R; ++i) total[i] = load(t.fixed + (g * R + i) * z.padded + k);
+  for (int64_t j = 0; j < m * z.heads; ++j) {
+    const Vector<T> made = load(of_value + j * z.padded);
+    for (int64_t i = 0; i < R; ++i) total[i] += at.mix[i * R * z.heads + j] * made;
+  }
+  for (int64_t h = 0; h < z.heads; ++h)
+    for (int64_t i = 0; i < R; ++i) total[i] += at.share[i * z.heads + h] * load(of_before + (i * z.heads + h) * z.padded);
+  for (int64_t i = 0; i < R; ++i) store(q + i * z.padded, total[i]);
+}
+
 // Make a group's queries at an iterate, and the scores of the rows on each other.
 template <class T>
 void ForwardSample<T>::sweep(int64_t g, int64_t s, int64_t m, Iterate<T>& at) {
   T* q = t.queries + g * R * z.padded;
-  copy(q, t.fixed + g * R * z.padded, R * z.padded);
-  multiply<true>(Rows<T>{q, z.padded}, Left<T>{at.mix, R * z.heads}, Rows<const T>{made_value(g, 0), z.padded}, R, z.padded,
-                 m * z.heads);
-  for (int64_t i = 0; i < m; ++i) {
-    T* row = q + i * z.padded;
-    multiply<true>(Rows<T>{row, z.padded}, Left<T>{at.share + i * z.heads, z.heads},
-                   Rows<const T>{made_before(g, i), z.padded}, 1, z.padded, z.heads);
-    t.norms[g * R + i] = norm_and_turn(row, s + i);
-  }
+  for (int64_t k = 0; k < z.padded; k += kLanes<T>) combine(g, k, m, at, q + k);
+  for (int64_t i = 0; i < m; ++i) t.norms[g * R + i] = norm_and_turn(q + i * z.padded, s + i);
   heads_of(g, [&](int64_t h) {
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j <= i; ++j) {

@@ -80,8 +80,8 @@ void ForwardSample<T>::compare(int64_t h, int64_t s, int64_t m, Iterate<T>& at, 
         moved += change[j] * v;
       }
       store(t.outputs + (h * R + i) * z.padded + k, y);
-      far = larger_lanes(modulus(moved), far);
-      size = larger_lanes(modulus(y + moved), size);
+      far = larger(modulus(moved), far);
+      size = larger(modulus(y + moved), size);
     }
     t.errors[i * z.heads + h] = largest_lane<T>(far);
     t.sizes[i * z.heads + h] = largest_lane<T>(size);

@@ -160,11 +160,20 @@ bool RowSolver::good(const double* p, double residual) {
   return residual <= kFine || (residual < kInfinity && residual <= rounding(p));
 }
 
+// One more of Newton's steps, if it does any good: callers may ask for more digits than kFine.
+void RowSolver::polish(double* p) {
+  const double residual = evaluate(p);
+  newton_step(p, step_.data());
+  for (int64_t h = 0; h < n_; ++h) trial_[h] = std::min(std::max(p[h] + step_[h], 0.0), 1.0);
+  if (evaluate(trial_.data()) <= residual) std::copy(trial_.begin(), trial_.begin() + n_, p);
+}
+
 bool RowSolver::solve(double* p) {
-  if (good(p, settle(p))) return true;
   const bool one_linear = n_ == 1 && grams_ == 0;  // then the curve leads to the largest root, which is the one wanted
-  if (!one_linear && good(p, damped(p))) return true;
-  return follow_curves(p);
+  const bool found =
+      good(p, settle(p)) || (!one_linear && good(p, damped(p))) || follow_curves(p);
+  if (found) polish(p);
+  return found;
 }
 
 }  // namespace implicit_attention

@@ -32,6 +32,7 @@ class RowSolver {
   double settle(double* p);
   double damped(double* p);
   bool good(const double* p, double residual);
+  void polish(double* p);
 
   bool follow_curves(double* p);
   bool follow_curve(double* p, const Pace& pace);

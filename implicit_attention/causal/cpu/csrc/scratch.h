@@ -36,13 +36,13 @@ struct Sizes {
   int64_t n;        // rows of this call
   int64_t blocks;   // of kBlock rows
   int64_t rows;     // n, with room for a last group of R
-  int64_t padded;   // d, in whole vectors
+  int64_t padded;   // d, in whole panels
   int64_t hvec;     // H, in whole vectors
 
   template <class Arguments>
   explicit Sizes(const Arguments& a)
       : batch(a.batch), heads(a.heads), groups(a.groups), shared(a.heads / a.groups), length(a.length), dim(a.dim),
-        first(a.first), n(a.stop - a.first), blocks((n + kBlock - 1) / kBlock), rows(n + R), padded(round_up<T>(a.dim)),
+        first(a.first), n(a.stop - a.first), blocks((n + kBlock - 1) / kBlock), rows(n + R), padded(round_up<T>(a.dim, kPanel<T>)),
         hvec(round_up<T>(a.heads)) {}
 };
 

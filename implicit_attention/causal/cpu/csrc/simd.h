@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 
 #ifndef CAPABILITY
@@ -36,8 +37,8 @@ template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 template <class T>
-inline int64_t round_up(int64_t n) {
-  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+inline int64_t round_up(int64_t n, int64_t unit = kLanes<T>) {
+  return (n + unit - 1) / unit * unit;
 }
 
 template <class T>
@@ -57,21 +58,30 @@ inline Vector<T> splat(T x) {
   return x - Vector<T>{};
 }
 
+// Combine the lanes of a vector of `N` into one, halves with each other: `combine` takes two vectors or two numbers.
+template <int N, class T, class V, class Combine>
+inline T fold(V v, Combine combine) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else if constexpr (N == 2) {
+    return combine(v[0], v[1]);
+  } else {
+    typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
+    Half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return fold<N / 2, T>(combine(low, high), combine);
+  }
+}
+
 template <class T>
 inline T sum(Vector<T> v) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
+  return fold<kLanes<T>, T>(v, [](auto a, auto b) { return a + b; });
 }
 
-// The larger of two; NaN if one is. std::max would lose it.
-template <class T>
-inline T larger(T a, T b) {
-  return a > b || a != a ? a : b;
-}
-
+// The larger of two numbers, or lanes of two vectors; NaN if one is. std::max would lose it.
 template <class V>
-inline V larger_lanes(V a, V b) {
+inline V larger(V a, V b) {
   return (a > b) | (a != a) ? a : b;
 }
 
@@ -82,9 +92,7 @@ inline V modulus(V a) {
 
 template <class T>
 inline T largest_lane(Vector<T> v) {
-  T worst = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) worst = larger<T>(v[i], worst);
-  return worst;
+  return fold<kLanes<T>, T>(v, [](auto a, auto b) { return larger(a, b); });
 }
 
 // exp(x) for x <= 0, to about one unit in the last place; 0 where it would be denormal, NaN for NaN.
@@ -152,7 +160,7 @@ template <class T>
 inline T largest_modulus(const T* a, int64_t n) {
   Vector<T> best{};
   int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) best = larger_lanes(modulus(load(a + i)), best);
+  for (; i + kLanes<T> <= n; i += kLanes<T>) best = larger(modulus(load(a + i)), best);
   T worst = largest_lane<T>(best);
   for (; i < n; ++i) worst = larger(std::abs(a[i]), worst);
   return worst;
@@ -163,7 +171,7 @@ template <class T>
 inline T largest_difference(const T* a, const T* b, int64_t n) {
   Vector<T> best{};
   int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) best = larger_lanes(modulus(load(a + i) - load(b + i)), best);
+  for (; i + kLanes<T> <= n; i += kLanes<T>) best = larger(modulus(load(a + i) - load(b + i)), best);
   T worst = largest_lane<T>(best);
   for (; i < n; ++i) worst = larger(std::abs(a[i] - b[i]), worst);
   return worst;
@@ -231,17 +239,27 @@ struct Left {
   int64_t row, step = 1;
 };
 
-// A matrix with contiguous rows.
+// A matrix whose rows are contiguous.
 template <class T>
 struct Rows {
   T* data;
   int64_t row;
 };
 
+// The right factor: rows of `kPanel` entries at a distance of `row`; the next columns follow after `panel`. So it is a matrix
+// by rows, or one packed into panels that are read from front to back, as it suits the caches (`pack`).
+template <class T>
+constexpr int64_t kPanel = 2 * kLanes<T>;
+template <class T>
+struct Right {
+  const T* data;
+  int64_t row, panel = kPanel<T>;
+};
+
 // C = A B, or C += A B, for `R` rows and `V` vectors of columns. The sum runs in the order of k, so a row's result does
 // not depend on the rows beside it.
 template <int R, int V, bool kAccumulate, class T>
-inline void tile(Rows<T> c, Left<T> a, Rows<const T> b, int64_t depth) {
+inline void tile(Rows<T> c, Left<T> a, Right<T> b, int64_t depth) {
   Vector<T> total[R][V];
   for (int m = 0; m < R; ++m)
     for (int v = 0; v < V; ++v) total[m][v] = kAccumulate ? load(c.data + m * c.row + v * kLanes<T>) : Vector<T>{};
@@ -257,26 +275,22 @@ inline void tile(Rows<T> c, Left<T> a, Rows<const T> b, int64_t depth) {
     for (int v = 0; v < V; ++v) store(c.data + m * c.row + v * kLanes<T>, total[m][v]);
 }
 
-template <int R, bool kAccumulate, class T>
-inline void strip(Rows<T> c, Left<T> a, Rows<const T> b, int64_t width, int64_t depth) {
-  constexpr int V = R == 1 ? 4 : 2;  // accumulators enough to hide the latency, and no more than there are registers
-  int64_t j = 0;
-  for (; j + V * kLanes<T> <= width; j += V * kLanes<T>)
-    tile<R, V, kAccumulate>(Rows<T>{c.data + j, c.row}, a, Rows<const T>{b.data + j, b.row}, depth);
-  for (; j < width; j += kLanes<T>)
-    tile<R, 1, kAccumulate>(Rows<T>{c.data + j, c.row}, a, Rows<const T>{b.data + j, b.row}, depth);
+template <int V, bool kAccumulate, class T>
+inline void columns(Rows<T> c, Left<T> a, Right<T> b, int64_t rows, int64_t depth) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4)
+    tile<4, V, kAccumulate>(Rows<T>{c.data + i * c.row, c.row}, Left<T>{a.data + i * a.row, a.row, a.step}, b, depth);
+  for (; i < rows; ++i)
+    tile<1, V, kAccumulate>(Rows<T>{c.data + i * c.row, c.row}, Left<T>{a.data + i * a.row, a.row, a.step}, b, depth);
 }
 
 // C = A B (or += A B) for C [rows, width], width a multiple of the vector, A [rows, depth], B [depth, width].
 template <bool kAccumulate = false, class T>
-__attribute__((noinline)) void multiply(Rows<T> c, Left<T> a, Rows<const T> b, int64_t rows, int64_t width, int64_t depth) {
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4)
-    strip<4, kAccumulate>(Rows<T>{c.data + i * c.row, c.row}, Left<T>{a.data + i * a.row, a.row, a.step}, b, width,
-                          depth);
-  for (; i < rows; ++i)
-    strip<1, kAccumulate>(Rows<T>{c.data + i * c.row, c.row}, Left<T>{a.data + i * a.row, a.row, a.step}, b, width,
-                          depth);
+__attribute__((noinline)) void multiply(Rows<T> c, Left<T> a, Right<T> b, int64_t rows, int64_t width, int64_t depth) {
+  int64_t j = 0;
+  for (; j + kPanel<T> <= width; j += kPanel<T>, b.data += b.panel)
+    columns<2, kAccumulate>(Rows<T>{c.data + j, c.row}, a, b, rows, depth);
+  if (j < width) columns<1, kAccumulate>(Rows<T>{c.data + j, c.row}, a, b, rows, depth);
 }
 
 }  // namespace implicit_attention::CAPABILITY

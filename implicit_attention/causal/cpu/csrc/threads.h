@@ -46,10 +46,13 @@ struct Team {
   }
 };
 
+constexpr int64_t kWorthSharing = 1 << 16;  // entries of Omega_Q from which a phase takes longer than to start threads
+
 // Deal samples to threads; where their number does not divide, all threads share each of those that are left.
 template <class Sample>
-void for_each_sample(int64_t batch, int64_t threads, int64_t groups, Sample sample) {
-  const int64_t left = threads > 1 && groups > 1 ? batch % threads : 0;
+void for_each_sample(int64_t batch, int64_t threads, int64_t groups, int64_t entries, Sample sample) {
+  const bool shares = threads > 1 && groups > 1 && entries >= kWorthSharing;
+  const int64_t left = shares ? batch % threads : 0;
   auto alone = [&](int64_t b) { sample(b, Team{false}); };
   if (batch > left) parallel_for(batch - left, alone);
   for (int64_t b = batch - left; b < batch; ++b) sample(b, Team{true});

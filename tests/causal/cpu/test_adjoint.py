@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention import forward_substitution as substitution
+from implicit_attention.causal import forward_substitution as substitution
 from implicit_attention.causal.cpu.engine import AdjointKernel
 from implicit_attention.causal.diagonal import NEAR_SINGULAR, BlockAdjointSolver, near_singular, own_jacobian
 from implicit_attention.causal.system import CausalSystem

@@ -1,4 +1,4 @@
-"""How the library is built, loaded and called: instruction sets, threads, structs; nothing here depends on the equations."""
+"""How the library is built, loaded and called: instruction sets, threads, structs."""
 
 import os
 import re

@@ -64,10 +64,10 @@ def draw_blocks(axes: Axes) -> None:
 
 def box(axes: Axes, corner: tuple[float, float], width: float, text: str, color: str = INK) -> None:
     """A box with a text; `corner` is its lower left one."""
+    style = "round,pad=0,rounding_size=0.15"
     axes.add_patch(
-        FancyBboxPatch(corner, width, 1.1, boxstyle="round,pad=0,rounding_size=0.15", facecolor="white", edgecolor=color,
-                       linewidth=1.6)
-    )  # fmt: skip
+        FancyBboxPatch(corner, width, 1.1, boxstyle=style, facecolor="white", edgecolor=color, linewidth=1.6)
+    )
     axes.text(corner[0] + width / 2, corner[1] + 0.55, text, ha="center", va="center", fontsize=10, color=INK)
 
 
@@ -75,11 +75,8 @@ def arrow(
     axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = GREY, bend: float = 0.0
 ) -> None:
     """An arrow between two points; `bend` curves it."""
-    style = f"arc3,rad={bend}"
-    axes.add_patch(
-        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=13, color=color, linewidth=1.6, shrinkA=2, shrinkB=2,
-                        connectionstyle=style)
-    )  # fmt: skip
+    look = {"color": color, "linewidth": 1.6, "shrinkA": 2, "shrinkB": 2, "connectionstyle": f"arc3,rad={bend}"}
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=13, **look))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def settings(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[str]:
     sentences = [
         f"`{name}({', '.join(f'{key}={value!r}' for key, value in task.items())})`.",
         f"Embed {sizes['embed_dim']}, {sizes['num_heads']} heads, MLP {sizes['mlp']} in the reference, "
-        f"the looped arm {sizes['loops']} times" + (f", tolerance {tolerances.pop():g}." if len(tolerances) == 1 else "."),
+        f"the looped arm {sizes['loops']} times"
+        + (f", tolerance {tolerances.pop():g}." if len(tolerances) == 1 else "."),
         f"At most {training['steps']} steps of {training['batch_size']} sequences, evaluated every "
         f"{training['evaluate_every']} steps on {training['held_out']} held-out sequences of each kind.",
     ]

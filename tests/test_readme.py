@@ -2,7 +2,6 @@
 are those of the records."""
 
 import itertools
-import json
 import os
 import re
 import shlex
@@ -19,6 +18,7 @@ import torch
 from benchmarks import page as measured
 from benchmarks import readme
 from studies import records
+from tests.test_scaffold import ORDER
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -133,7 +133,7 @@ def test_command_line_exists(words):
 
 @pytest.mark.parametrize("words", shell_commands("python", "-m", "benchmarks"))
 def test_benchmark_exists(words):
-    shown = help_text("-m", "benchmarks", *[word for word in words[:1] if not word.startswith("-")])
+    shown = help_text("-m", "benchmarks", *[word for word in words[:1] if not (word.startswith("-") or word.isupper())])
     assert [option for option in options(words) if option not in shown] == []
 
 
@@ -155,6 +155,12 @@ def test_extras_exist():
     for target in named:
         assert target.startswith(".["), f"{target}: the package is installed from a checkout"
         assert set(target[2:-1].split(",")) <= set(extras)
+
+
+def test_contributing_names_the_rooms_in_their_order():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.M)
+    named = [re.sub(r"\.py$|/$", "", name) for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert [name for name in named if not name.startswith("make ")] == ORDER
 
 
 def anchors(page: Path) -> set[str]:

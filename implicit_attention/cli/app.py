@@ -32,7 +32,7 @@ _PASSED_ON: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
 for name, command in COMMANDS.items():
-    # Lines of a docstring are wrapped for the source; the terminal wraps paragraphs itself.
+    # A docstring is wrapped for the source. The terminal wraps each paragraph itself.
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
     page = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     app.command(name, help=page, **(_PASSED_ON if name == "eval" else {}))(command)

@@ -1,4 +1,4 @@
-"""Is an equilibrium stable, and is it the only one? Figures that tell, and a penalty that keeps it so."""
+"""Whether an equilibrium is stable and unique: measures, bounds, and a penalty for training."""
 
 from typing import TypedDict, Unpack
 
@@ -15,12 +15,12 @@ from implicit_attention.equilibrium.maps import Linearization
 from implicit_attention.errors import Came, bad_value, check_positive
 from implicit_attention.layer import ImplicitQueryAttention
 
-_BLOCK_ELEMENTS = 1 << 22  # distances alive at once
-_ROWS = 64  # rows whose biases are looked at together
+_BLOCK_ELEMENTS = 1 << 22  # most distances in memory at once
+_ROWS = 64  # rows whose biases are read together
 
 
 class Inputs(TypedDict, total=False):
-    """What `layer.solve` takes next to x.
+    """The arguments of `layer.solve` besides x.
 
     Attributes:
         context: Where keys and values come from, `[B, M, D]`.
@@ -43,7 +43,7 @@ def spectral_radius(
     (`layer.solve(x, gains=True)`). Otherwise an estimate by the power iteration on `(dF/dy)^T`.
 
     Args:
-        layer: The layer; its equilibrium is solved for with its own solver, and reported as usual.
+        layer: The layer. Its own solver finds the equilibrium, and failures are reported as usual.
         x: Input `[B, N, D]`, or `[N, D]` as a batch of one.
         iterations: Products with the Jacobian, at least 1 (50 if None); none are taken under a causal mask over
             queries.
@@ -77,7 +77,7 @@ def spectral_radius(
         pulled, _ = linearization.vjp(lam.to(y.dtype).reshape(y.shape))
         return pulled.reshape(lam.shape).to(wide)
 
-    generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it is
+    generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
     start = torch.randn(y.shape, generator=generator).to(y.device, wide).reshape(systems.numel(), -1)
     return linear.spectral_radius(product, start, iterations=iterations).reshape(systems)
 
@@ -91,7 +91,7 @@ def _power_iterations(layer: ImplicitQueryAttention, iterations: int | None) -> 
 
 
 def row_gains(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]) -> Tensor:
-    r"""Return how much each row of a causal equilibrium feeds itself: the spectral radius of its own Jacobian.
+    r"""Return the gain of each row of a causal equilibrium: the spectral radius of the row's own Jacobian.
 
     With one head that is `|p (1 - p) beta|`. Their maximum is the spectral radius of the whole map. The same as
     `layer.solve(x, gains=True).gain`, but **differentiable** in parameters and inputs, at the price of one more
@@ -139,7 +139,7 @@ def gain_penalty(layer: ImplicitQueryAttention, x: Tensor, *, limit: float = 0.9
     Args:
         layer: A causal layer whose rows belong to keys.
         x: Input `[B, N, D]`.
-        limit: The gain from which on rows are penalised.
+        limit: The gain above which a row is penalised.
         **inputs: The other inputs of `layer.solve`.
 
     Returns:

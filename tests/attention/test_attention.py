@@ -80,7 +80,7 @@ def run(implementation, spec, qkv, own, tensors):
         return chunked.forward(spec, None, (*qkv, own, *tensors))
     if not flash_cpu.serves(qkv[0], qkv[2], spec, own):
         pytest.skip("the stock kernel does not serve this call")
-    return flash_cpu.forward(spec, *qkv, own, tensors)
+    return flash_cpu.forward(spec, (*qkv, own, *tensors))
 
 
 def refer(spec, qkv, own, tensors):
@@ -136,8 +136,8 @@ def test_gradients(size, kind, small_chunks):
 def test_flash_and_chunked_backward_agree(kind, small_chunks):
     spec, qkv, own, tensors = make((2, 2, 65, 65, 4), kind)
     grad = torch.randn_like(qkv[0])
-    out, lse = flash_cpu.forward(spec, *qkv, own, tensors)
-    fast = flash_cpu.backward(spec, grad, *qkv, own, out, lse, tensors)
+    out, lse = flash_cpu.forward(spec, (*qkv, own, *tensors))
+    fast = flash_cpu.backward(spec, grad, (*qkv, own, *tensors), out, lse)
     slow = chunked.backward(spec, None, grad, (*qkv, own))
     for a, b in zip(fast, slow, strict=True):
         assert (a is None) == (b is None)

@@ -1,7 +1,7 @@
 r"""The map of implicit-query attention, `F(y) = softmax(K phi(y)^T / sqrt(d)) V`, as a pure function.
 
-`phi` makes queries from the output, token by token: a linear map (`Omega_Q`, which mixes the heads), plus an input, then
-RMS norm, then rotation. What does not depend on y is computed before.
+`phi` makes queries from the output, token by token: a linear map (`Omega_Q`, which mixes the heads), plus an input,
+then RMS norm, then rotation. What does not depend on y is computed before.
 """
 
 from dataclasses import dataclass

@@ -128,10 +128,8 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """`d lse = sum_j P_ij d S_ij`: the backward pass of attention over constant values 1 / d with output 0.
-
-        For a cotangent g in all d entries, `g . v_j = g`, so the slope of a score is `P_ij (g - 0)`.
-        """
+        """`d lse = sum_j P_ij d S_ij`: the backward pass of attention over constant values 1 / d with output 0."""
+        # With cotangent g in all d entries, g . v_j = g, so the slope of a score is P_ij (g - 0).
         lse, query, key, *terms = ctx.saved_tensors
         ones = grad[..., None].to(query.dtype).expand_as(query).contiguous()
         value = torch.full_like(key, 1.0 / key.shape[-1])

@@ -1,8 +1,8 @@
-"""Which kernel computes the diagonal blocks of a causal map: torch, or one that is compiled by numba or Triton.
+"""The choice of the engine that computes the diagonal blocks of a causal map: torch, or a compiled one.
 
-Each of the compiled ones is an engine: a module with a `ForwardKernel` and an `AdjointKernel`, which know nothing of
-each other's, and `hindrance`, which says why it cannot compute a map. `diagonal`, in torch, serves every map, and rows
-that an engine gives up on are handed to it.
+A compiled engine is a module with a `ForwardKernel` and an `AdjointKernel`. Its room has a function `hindrance`, which
+says why the engine cannot compute a map. Engines do not import each other. `diagonal`, in torch, serves every map; rows
+that a compiled engine gives up on go to it.
 """
 
 from collections.abc import Callable
@@ -19,43 +19,43 @@ from implicit_attention.causal.system import CausalSystem
 from implicit_attention.errors import Came, bad_value, missing_extra
 from implicit_attention.triton_available import check_version, misplaced
 
-_WORTH_IT = 8  # rows; preparing a kernel costs more than fewer rows do (a decoded token is one)
+_WORTH_IT = 8  # rows; with fewer (a decoded token is one) preparing a compiled kernel costs more than it saves
 
 
 class ForwardKernel(Protocol):
     """Settles diagonal blocks in place."""
 
     def settle(self, rows: slice) -> int:
-        """Settle a block's rows up to the first few that want the row solver; the rest is left as it was."""
+        """Settle rows up to the first that the kernel gives up on, and return that row; later rows are unchanged."""
 
 
 class AdjointKernel(Protocol):
     """Solves the adjoint of diagonal blocks."""
 
     def solve(self, rows: slice) -> BlockAdjoint | None:
-        """Solve a block; None if it has rows that want another solver."""
+        """Solve a block; None if the kernel gives up on one of its rows."""
 
 
 @runtime_checkable
 class Merger(Protocol):
-    """A forward kernel that also merges what comes from below the diagonal."""
+    """A forward kernel that also merges attention from below the diagonal."""
 
     def merge(self, rows: slice, out: Tensor, lse: Tensor) -> None:
         """Merge attention over more columns, `[B, H, r, d]` and `[B, H, r]`, into rows that are not solved yet."""
 
 
 class Sweeper(Protocol):
-    """Sweeps over blocks of many rows, in place; it may go on from one before it knows that it has settled."""
+    """Sweeps over blocks of many rows, in place. It may start a block before it knows that the last one settled."""
 
     def check(self) -> None:
-        """Raise `Unsettled` if the last block had not settled."""
+        """Raise `Unsettled` if the last block did not settle."""
 
 
 class ForwardSweeper(Sweeper, Protocol):
     """Settles blocks of many rows in place."""
 
     def settle(self, rows: slice) -> bool:
-        """Settle a block; return whether that has been done. If not, it is as it was."""
+        """Settle a block and return whether it settled; otherwise it is unchanged."""
 
 
 class AdjointSweeper(Sweeper, Protocol):
@@ -63,8 +63,8 @@ class AdjointSweeper(Sweeper, Protocol):
 
     Attributes:
         largest: The largest residual so far, `[B]`.
-        sweeps: The most sweeps of a block.
-        near_singular: Rows that are known to have a gain close to 1.
+        sweeps: The largest number of sweeps of a block.
+        near_singular: Number of rows known to have a gain close to 1.
     """
 
     largest: Tensor
@@ -72,19 +72,19 @@ class AdjointSweeper(Sweeper, Protocol):
     near_singular: int
 
     def solve(self, rows: slice, *, exactly: bool) -> bool:
-        """Solve a block, the rows' own columns `exactly` or not; return whether that has been done."""
+        """Solve a block, with own columns solved `exactly` or swept, and return whether it was solved."""
 
 
 @dataclass(frozen=True)
 class _Compiled:
-    """What is known about an engine before it is imported.
+    """The description of an engine, known before it is imported.
 
     Attributes:
-        module: Where it is.
-        extra: The extra that installs what it needs.
-        serves: What it computes, in words.
-        hindrance: Why it cannot compute a map, in words; None if it can.
-        automatic: Whether "auto" takes it: only what has been run and measured where it is meant for.
+        module: Its module.
+        extra: The extra that installs its dependencies.
+        serves: Which maps it computes, in words.
+        hindrance: Returns why it cannot compute a map, in words; None if it can.
+        automatic: Whether "auto" may take it: only if it has been measured on its device.
     """
 
     module: str

@@ -112,8 +112,7 @@ class Unrolled(Adjoint):
                 "adjoint",
                 f"Implicit() or Phantom() with solver={type(problem.solver).__name__}",
                 Came("Unrolled()"),
-                "The steps of this solver cannot be differentiated. Change the adjoint, or choose solver=Picard(), "
-                "Anderson() or Broyden().",
+                "Its steps cannot be differentiated: change the adjoint, or choose Picard, Anderson or Broyden.",
             )
         try:
             return problem.solve(lambda y: self._call(problem.function, y, args), y0, history=history)

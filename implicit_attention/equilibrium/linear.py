@@ -110,8 +110,8 @@ def _gmres_cycle(matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor,
 def spectral_radius(matvec: MatVec, start: Tensor, *, iterations: int = 50) -> Tensor:
     """Estimate the spectral radius of every row's matrix by the power iteration.
 
-    The estimate is the geometric mean of the growth over the second half of the iterations. So it also works for complex
-    pairs of eigenvalues, for which the growth oscillates.
+    The estimate is the geometric mean of the growth over the second half of the iterations. So it also works for
+    complex pairs of eigenvalues, for which the growth oscillates.
 
     Args:
         matvec: Product with the matrices, `[S, n] -> [S, n]`.

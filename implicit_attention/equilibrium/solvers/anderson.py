@@ -14,8 +14,8 @@ from implicit_attention.errors import bad_value, check_positive
 class Anderson(Extrapolating):
     r"""`y <- y + b r - (dY + b dR) g`, where `r = F(y) - y` and `g` minimises `|r - dR g|`.
 
-    The differences are scaled to unit length and the least-squares problem is regularised, so it is never singular. If a
-    residual grows beyond twice the best one, the system returns to its best iterate and takes a shorter, plain step.
+    The differences are scaled to unit length and the least-squares problem is regularised, so it is never singular. If
+    a residual grows beyond twice the best one, the system returns to its best iterate and takes a shorter, plain step.
 
     Attributes:
         memory: Number m of differences that are kept. The solve takes the memory of `2 m + 5` iterates.

@@ -19,9 +19,9 @@ _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, t
 class Solution:
     """The result of a solve, the same for all solvers.
 
-    The residual is the largest componentwise difference `|F(value) - value|`, measured at the returned value. It has the
-    same meaning for every sequence length. An independent system is a sample, `[B]`, or a token, `[B, N]`, if tokens do
-    not depend on each other. Causal maps report row by row, `[B, N]`.
+    The residual is the largest componentwise difference `|F(value) - value|`, measured at the returned value. It has
+    the same meaning for every sequence length. An independent system is a sample, `[B]`, or a token, `[B, N]`, if
+    tokens do not depend on each other. Causal maps report row by row, `[B, N]`.
 
     Attributes:
         value: The equilibrium, with the shape and dtype of the start.
@@ -272,8 +272,8 @@ def solve(
 
     A converged system is frozen. So on a GPU the host reads only every few steps whether any system is left
     (`looks_every`); the extra steps change nothing and are not reported. A system that does not converge returns the
-    iterate with its smallest residual. If autograd records the steps (unrolling), it returns the last iterate, since the
-    graph belongs to it.
+    iterate with its smallest residual. If autograd records the steps (unrolling), it returns the last iterate, since
+    the graph belongs to it.
 
     Args:
         solver: The method, with its tolerances.

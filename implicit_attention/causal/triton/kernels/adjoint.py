@@ -193,30 +193,7 @@ def solve_block(
         gain: `[B, n, H, H]`, their own Jacobians.
         status: `[B]`, 1 if the sample is solved.
         work: Scratch.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        value_b: Stride.
-        value_g: Stride.
-        value_n: Stride.
-        weight_o: Stride.
-        turn_b: Stride.
-        turn_half: Stride.
-        strict_b: Stride.
-        strict_h: Stride.
-        length: N.
-        first: The block's first row.
-        n: Its rows.
-        slot: Elements of a program's scratch.
         near_singular: As `diagonal.NEAR_SINGULAR`.
-        scale: Factor on the scores.
-        heads: H.
-        groups: G.
-        dim: d.
-        dp: d, padded.
-        hp: H, padded.
-        operand: Type of keys, queries and Omega_Q in products.
-        precision: Of products.
     """
     b = tl.program_id(0).to(tl.int64)
     wide: tl.constexpr = y.dtype.element_ty

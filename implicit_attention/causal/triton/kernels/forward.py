@@ -242,36 +242,9 @@ def settle_block(
         before_lse: `[B, H, n]`, filled with what `lse` was there.
         status: `[B]`, filled with the first row that is not settled, from 0; n if all are.
         work: Scratch, `[B, slot]`.
-        key_b: Stride, as are those that follow.
-        key_h: Of heads.
-        key_n: Of rows.
-        value_b: Of samples.
-        value_g: Of groups.
-        value_n: Of rows.
-        weight_o: Of outputs.
-        turn_b: Of samples, or 0.
-        turn_half: Between cosines and sines.
-        strict_b: Of samples, or 0.
-        strict_h: Of heads, or 0.
-        length: N.
-        first: The block's first row.
-        n: Its rows.
-        slot: Elements of a program's scratch.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
         far: As `diagonal.FAR`.
         same_root: As `diagonal.SAME_ROOT`.
         slow_ratio: As `diagonal.SLOW`.
-        eps: Of the norm.
-        normed: Whether queries are normed.
-        scale: Factor on the scores.
-        heads: H.
-        groups: G.
-        dim: d.
-        dp: d, padded to a power of two from 16 on.
-        hp: H, padded likewise.
-        operand: Type in which keys, queries and Omega_Q enter products.
-        precision: Of the products of float32 tensors.
     """
     b = tl.program_id(0).to(tl.int64)
     wide: tl.constexpr = y.dtype.element_ty

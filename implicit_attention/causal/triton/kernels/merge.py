@@ -18,18 +18,8 @@ def merge_rows(
         lse: `[B, H, N]`, contiguous.
         out: `[B, H, count, d]`, rows contiguous.
         out_lse: `[B, H, count]`, rows contiguous.
-        out_b: Stride of samples, as are those that follow.
-        out_h: Of heads.
-        out_n: Of rows.
-        lse_b: Of the samples of `out_lse`.
-        lse_h: Of its heads.
-        length: N.
         first: The first row.
         count: Rows.
-        heads: H.
-        dim: d.
-        dp: d, padded to a power of two.
-        rows_: Rows of a program.
     """
     system = tl.program_id(0).to(tl.int64)
     b = system // heads

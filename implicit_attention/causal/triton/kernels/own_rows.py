@@ -22,10 +22,7 @@ def list_rows(far, status, counts, listed, batch, n, count, samples_: tl.constex
         status: As `sweep.judge_rows` leaves it.
         counts: Likewise.
         listed: `[2, count]`, filled with samples and with rows of the block.
-        batch: B.
-        n: Rows of the block.
         count: The sum of `counts`.
-        samples_: B, padded to a power of two.
     """
     b = tl.program_id(0).to(tl.int64)
     state = tl.load(status + b)
@@ -67,27 +64,8 @@ def own_equations(
         ends: `[2, count, H, d]`, filled with attention to all other columns, and the way from there to the value.
         sums: `[count, H]`, filled with the log-sum-exp of these columns, less the bias of the own one.
         weights: `[count, H]`, filled with the weights on the own column.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        value_b: Stride.
-        value_g: Stride.
-        value_n: Stride.
-        strict_b: Stride.
-        strict_h: Stride.
-        turn_b: Stride.
-        turn_half: Stride.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device.
-        n: Its rows.
         count: Rows that are listed.
-        scale: Factor on the scores.
         least: What all other columns weigh, at least: one rounding.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
-        wide: Type of what is accumulated.
     """
     r = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -132,8 +110,6 @@ def compare_roots(weights, roots, moved, outcome, same: tl.constexpr, heads: tl.
         moved: How far one more step would move them, `[count, H]`, not finite where they were not found.
         outcome: `[count]`, filled with SAME, ELSEWHERE or LOST.
         same: How far apart two equal ones are, at most.
-        heads: H.
-        hp: H, padded to a power of two.
     """
     r = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, hp)

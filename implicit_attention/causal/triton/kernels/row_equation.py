@@ -216,11 +216,6 @@ def add_group(
         own_key: The row's keys before their rotation, `[hp, dp]`, zero in the heads of other groups.
         grams: Where `evaluate` finds the quadratic forms of all groups, filled for this one.
         g: The group.
-        scale: Factor on the scores.
-        eps: Of the norm.
-        normed: Whether queries are normed.
-        dim: d.
-        hp: H, padded.
 
     Returns:
         alpha and beta.

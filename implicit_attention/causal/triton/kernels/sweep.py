@@ -23,10 +23,6 @@ def settled(found, sweep, b, batch, n, rtol, atol, wide: tl.constexpr, larger: t
         found: Bits of residuals and of sizes, `[sweeps, 2, B, n]`, zeros where nothing was swept.
         sweep: Which.
         b: The sample.
-        batch: B.
-        n: Rows of the block.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
         wide: Type of what the bits are of.
         larger: Whether the larger of both tolerances is allowed, instead of their sum.
 
@@ -75,16 +71,6 @@ def begin_rows(
         value: `[B, G, N, d]`, rows contiguous.
         state: `[2, B, n, H, d]`; the first is filled.
         narrow: `[B, n, H, d]`, filled with the same in the type of the inputs.
-        value_b: Stride of samples.
-        value_g: Of groups.
-        value_n: Of rows.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
-        rows_: Rows of a program.
     """
     first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
@@ -124,34 +110,8 @@ def make_queries(
         inverse: One over the root mean square before the norm, `[B, N, G]`, filled unless `start`; or None.
         start: `[B, H, N]`, filled; or None.
         found: As in `settled`; read unless `start`.
-        source_b: Stride of samples.
-        source_g: Of groups.
-        source_n: Of rows.
-        weight_o: Of outputs.
-        turn_b: Of samples, or 0.
-        turn_half: Between cosines and sines.
-        key_b: Of samples.
-        key_h: Of heads.
-        key_n: Of rows.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        sweep: Which sweep, from 0.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-        eps: Of the norm.
-        scale: Factor on the scores.
-        normed: Whether queries are normed.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
         span: Groups of a program.
-        rows_: Rows of a program.
         depth: How many of a row's numbers are multiplied together, a power of two.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
     """
     first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
@@ -259,31 +219,9 @@ def attend_rows(
         lse: Log-sum-exp of all columns, `[B, H, n]`, filled.
         found: As in `settled`; this sweep's are raised.
         far: `[sweeps, B, n]`, zeros; 1 where an own weight is further than `too_far` from that at y = v.
-        key_b: Stride of samples.
-        key_h: Of heads.
-        key_n: Of rows.
-        value_b: Of samples.
-        value_g: Of groups.
-        value_n: Of rows.
-        strict_b: Of samples, or 0.
-        strict_h: Of heads, or 0.
-        batch: As in `make_queries`, as are those that follow.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        sweep: Which sweep.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
         too_far: As `diagonal.FAR`.
-        scale: Factor on the scores.
-        heads: H.
-        groups: G.
-        dim: d.
         rows_: Rows of a program, a multiple of `columns_`.
         columns_: Columns that are attended to together.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
     """
     first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -371,11 +309,7 @@ def judge_rows(found, far, status, counts, batch, n, sweeps, rtol, atol, wide: t
         far: As in `attend_rows`.
         status: `[B]`, filled.
         counts: How many rows these are, `[B]`, filled.
-        batch: B.
-        n: Rows of the block.
         sweeps: How many there were.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
         wide: Type of what the bits in `found` are of.
     """
     b = tl.program_id(0).to(tl.int64)
@@ -413,14 +347,6 @@ def hand_over_rows(
         residual: `[B, N]`.
         size: `[B, N]`.
         sweeps: `[B, N]`.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        heads: H.
-        dim: d.
-        rows_: Rows of a program.
-        samples_: B, padded to a power of two.
         wide: Type of what the bits in `found` are of.
         checked: Whether rows that might have been at other roots have been found not to be.
     """

@@ -25,9 +25,6 @@ def solved(found, allowed, sweep, b, batch, n, rtol, wide: tl.constexpr):
         allowed: Tolerance of the whole, `[B]`.
         sweep: Which.
         b: The sample.
-        batch: B.
-        n: Rows of the block.
-        rtol: Relative tolerance.
         wide: Type of what the bits are of.
 
     Returns:
@@ -123,12 +120,6 @@ def begin_adjoint(
         state: `[2, B, n, H, d]`; the first is filled, as in those that follow.
         narrow: The same in the type of the inputs.
         delta: `lam . y` of that, `[2, B, H, n]`.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        heads: H.
-        dim: d, a power of two.
-        rows_: Rows of a program.
     """
     first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -169,33 +160,9 @@ def pull_queries(
         later: Cotangents of the queries from rows after the block, `[B, N, G, d]`.
         made: `[B, N, G d]`, the block's rows filled.
         found: As in `solved`.
-        allowed: As there.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        value_b: Stride.
-        value_g: Stride.
-        value_n: Stride.
-        turn_b: Stride.
-        turn_half: Stride.
-        strict_b: Stride.
-        strict_h: Stride.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        sweep: Which sweep, from 0.
-        rtol: As in `solved`.
-        scale: Factor on the scores.
         strictly: Whether the rows' own columns are left out.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
         rows_: Rows that are taken together; divides `columns_`.
         columns_: Columns of a program.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
     """
     first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -263,24 +230,9 @@ def through_map(
         narrow: The same in the type of the inputs, or None.
         delta: As in `pull_queries`; the next's are filled, if `narrow` is there.
         found: As in `solved`; this sweep's is raised if `raises`.
-        allowed: As there.
-        weight_o: Stride of the outputs of Omega_Q.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        sweep: Which sweep, from 0.
-        rtol: As in `solved`.
         raises: Whether the difference between the two in `state` is the residual.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
         span: Heads of a program.
-        rows_: Rows of a program.
         depth: How many of a row's numbers are multiplied together.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
     """
     first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -360,24 +312,6 @@ def own_columns(
         turn: `[2, 1 or B, N, d / 2]` or None.
         made: This sweep's and the next's, which are filled, `[2, B, n, G d]`.
         found: As in `solved`.
-        allowed: As there.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        turn_b: Stride.
-        turn_half: Stride.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        sweep: Which sweep, from 0.
-        rtol: As in `solved`.
-        scale: Factor on the scores.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
-        hp: H, padded to a power of two.
-        wide: Type of what is accumulated.
     """
     first = tl.load(where).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
@@ -420,13 +354,9 @@ def judge_adjoint(found, allowed, status, latest, batch, n, sweeps, rtol, wide: 
 
     Args:
         found: As in `solved`.
-        allowed: As there.
         status: `[B]`, filled.
         latest: Its residual, `[B]`, filled where it is solved.
-        batch: B.
-        n: Rows of the block.
         sweeps: How many there were.
-        rtol: As in `solved`.
         wide: Type of what the bits in `found` are of.
     """
     b = tl.program_id(0).to(tl.int64)
@@ -466,28 +396,8 @@ def pull_values(
         d_value: `[B, G, N, d]`, added to.
         own: `[B, H, N]`, the block's filled, or None.
         status: As `judge_adjoint` leaves it.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        value_b: Stride.
-        value_g: Stride.
-        value_n: Stride.
-        strict_b: Stride.
-        strict_h: Stride.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        scale: Factor on the scores.
-        heads: H.
-        groups: G.
-        dim: d.
-        samples_: B, padded to a power of two.
         rows_: Rows that are taken together.
         columns_: Columns of a program.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
     """
     first = tl.load(where).to(tl.int64)
     if not _all_solved(status, batch, samples_):
@@ -563,29 +473,9 @@ def pull_keys(
         status: As `judge_adjoint` leaves it.
         latest: Likewise.
         largest: The largest residual of all blocks, `[B]`, raised.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        value_b: Stride.
-        value_g: Stride.
-        value_n: Stride.
-        strict_b: Stride.
-        strict_h: Stride.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        scale: Factor on the scores.
         strictly: Whether scores of own columns do not depend on the keys.
-        heads: H.
-        groups: G.
-        dim: d.
-        samples_: B, padded to a power of two.
         rows_: Rows of a program, a multiple of `columns_`.
         columns_: Columns that are taken together.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
     """
     first = tl.load(where).to(tl.int64)
     if not _all_solved(status, batch, samples_):

@@ -35,12 +35,6 @@ def prepare_keys(
         turn: Cosines and sines of each sample, `[1 or B, 2, d / 2]`, or None.
         key: As `made`, filled with the key as it enters scores.
         scaled: `[B, H, d]`, filled with the key before its rotation times `scale`.
-        turn_b: Stride of samples, or 0.
-        scale: Factor on the scores.
-        eps: Of the norm.
-        dim: d.
-        dp: d, padded to a power of two.
-        heads: H.
     """
     b = tl.program_id(1).to(tl.int64)
     h = tl.program_id(0)
@@ -75,15 +69,6 @@ def prepare_ends(
         a: `[B, H, d]`.
         value: `[B, G, d]`.
         ends: `[H, 2 B, d]`, filled.
-        value_b: Stride of samples.
-        value_g: Of groups.
-        a_b: Of samples.
-        a_h: Of heads.
-        batch: B.
-        heads: H.
-        groups: G.
-        dim: d.
-        dp: d, padded to a power of two.
         wide: Type in which the way is taken.
     """
     b = tl.program_id(1).to(tl.int64)
@@ -121,24 +106,6 @@ def settle_token(
         y: The output, `[B, H, d]`, filled, or None.
         judged: `[3, B]`, filled with its residual, that over its size, and 1 where it is within tolerance, else 0.
         grams: Scratch, `[B, G, hp hp + hp + 1]`.
-        fixed_b: Stride of samples, or 0.
-        value_b: Of samples.
-        value_g: Of groups.
-        a_b: Of samples.
-        a_h: Of heads.
-        turn_b: Of samples, or 0.
-        query_b: Of samples, of `query` and `held`.
-        query_g: Of groups.
-        batch: B.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-        eps: Of the norm.
-        normed: Whether queries are normed.
-        heads: H.
-        groups: G.
-        dim: d.
-        dp: d, padded to a power of two from 16 on.
-        hp: H, padded likewise.
     """
     b = tl.program_id(0).to(tl.int64)
     wide: tl.constexpr = lse.dtype.element_ty

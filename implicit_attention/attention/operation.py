@@ -149,6 +149,7 @@ class _Attention(torch.autograd.Function):
         out, lse = kernel.forward(spec, inputs)
         return out, lse
 
+    # setup_context apart from forward, and vmap by hand: what torch.func transforms require.
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.spec, *tensors = inputs

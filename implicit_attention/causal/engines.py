@@ -115,19 +115,19 @@ KERNELS = ("auto", "torch", *_COMPILED)
 
 
 def chosen(kernel: str, system: CausalSystem) -> str:
-    """Return which kernel computes the diagonal blocks of a map.
+    """Return the name of the engine that computes the diagonal blocks of a map.
 
     Args:
-        kernel: What is asked for: "auto" takes numba where it is installed, where it serves the map, and where it
-            pays; Triton's kernels, which have been measured in part alone, only if they are asked for.
+        kernel: The setting. "auto" takes numba if it is installed, serves the map, and the map is long enough. Triton's
+            kernels are measured in part only, so they have to be asked for.
         system: The map.
 
     Returns:
         "torch", "numba" or "triton".
 
     Raises:
-        ImportError: If a compiled kernel is asked for whose compiler is missing.
-        ValueError: If one is asked for that cannot compute the map.
+        ImportError: If the engine's compiler is not installed.
+        ValueError: If the engine cannot compute the map.
     """
     if kernel == "torch":
         return kernel
@@ -158,7 +158,7 @@ def _pays(name: str, engine: _Compiled, system: CausalSystem) -> bool:
 
 
 def engine(kernel: str, system: CausalSystem) -> Any:
-    """Return the engine that computes the diagonal blocks of a map, None if torch does.
+    """Return the module of the engine that computes the diagonal blocks of a map, None for torch.
 
     Args:
         kernel: As in `chosen`.
@@ -176,7 +176,7 @@ def engine(kernel: str, system: CausalSystem) -> Any:
 
 
 def sweeper(kernel: str, system: CausalSystem) -> Any:
-    """Return what sweeps over blocks of many rows, where the chosen kernel has such a thing and it serves the map.
+    """Return the module that sweeps over blocks of many rows, None if the engine has none that serves the map.
 
     Args:
         kernel: As in `chosen`.
@@ -196,7 +196,7 @@ def sweeper(kernel: str, system: CausalSystem) -> Any:
 
 
 def token_kernels(kernel: str, like: Tensor) -> Any:
-    """Return what decodes one token per sample in few launches, None if torch does, in many.
+    """Return the module that decodes one token per sample in few launches, None for torch, which takes many.
 
     Args:
         kernel: As in `chosen`.

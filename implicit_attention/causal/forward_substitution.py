@@ -244,6 +244,7 @@ class _Forward:
         if high - low <= block:
             self._settle(slice(low, high))
             return
+        # The earlier half first: only then are the queries of its columns known, to which the later half attends.
         middle = _halves(low, high, block)
         self.descend(low, middle, block)
         self._attend(*_seen(self.system, low, middle, high))
@@ -256,6 +257,7 @@ class _Forward:
             return
         before = self.lse[:, :, rows]
         total = torch.logaddexp(before, lse)
+        # A finite total: rows that have seen no column get a share exp(-inf) = 0, not NaN.
         share = torch.exp(lse - total.clamp_min(torch.finfo(total.dtype).min))[..., None]
         y = self.y[:, rows].transpose(1, 2)
         y.lerp_(out.to(self.system.wide), share)
@@ -264,10 +266,10 @@ class _Forward:
     def _settle(self, rows: slice) -> None:
         n = rows.stop - rows.start
         if self.swept is not None and n > self.block:
-            if not self.swept.settle(rows):
+            if not self.swept.settle(rows):  # a block that sweeps do not settle is unchanged, and is halved
                 self.descend(rows.start, rows.stop, max(self.block, (n + 1) // 2))
             return
-        if self.swept is not None:
+        if self.swept is not None:  # these rows attend to the last swept block: it has to have settled
             self.swept.check()
         if self.compiled is None:
             self._settle_eagerly(rows)
@@ -379,6 +381,7 @@ class _Backward:
         if high - low <= block:
             self._solve(slice(low, high))
             return
+        # The later half first: its solved rows send cotangents to the queries of the earlier half.
         middle = _halves(low, high, block)
         self.descend(middle, high, block)
         rows, cols = _seen(self.system, low, middle, high)
@@ -475,7 +478,7 @@ class _Backward:
             self.residual = torch.maximum(self.residual, self.swept.largest)
             self.sweeps = max(self.sweeps, self.swept.sweeps)
             self.near_singular += self.swept.near_singular
-        if self.system.past:
+        if self.system.past:  # past columns are constants: only the keys and terms of the rows get gradients from them
             assert self.system.past_column is not None and self.system.past_value is not None
             self._pull(slice(0, self.system.length), self.system.past_column, self.system.past_value, 0)
         if self.made is not None:

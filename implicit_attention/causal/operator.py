@@ -134,6 +134,7 @@ def _forward(
         found = d.solver().equilibrium(d.function(tensors), tuple(tensors), dtype)
     FailureReport.of(d.report)(found, "equilibrium")
     query, lse, inverse = found.memo
+    # The trace is cloned: an operator must not return views of its other results.
     return found.value, found.residual, found.steps, found.converged, found.rel_trace[0].clone(), query, lse, inverse
 
 

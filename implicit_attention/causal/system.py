@@ -141,6 +141,7 @@ class CausalSystem:
     def block_bias(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """The bias strictly below a block's diagonal, `-inf` elsewhere; and the bias on the diagonal, None for 0."""
         n = rows.stop - rows.start
+        # The own column is solved apart, so it is hidden with the later ones.
         hidden = torch.full((n, n), -torch.inf, dtype=self.wide, device=self.key.device).triu_()
         at = slice(self.past + rows.start, self.past + rows.stop)
         bias = replace(self.spec, is_causal=False).bias(self.terms, at, at, hidden)

@@ -285,3 +285,12 @@ def test_chunk_sizes_and_masks_do_not_matter(N, M, rows, hide, causal, seed):
         expected, _ = plain(spec, qkv, None, masks)
         for implementation in ("flash_cpu", "chunked"):
             close(run(implementation, spec, qkv, None, masks)[0], expected, TOL)
+
+
+def test_a_third_derivative_is_refused():
+    q, k, v = (torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    found = attention(q, k, v, AttentionSpec(0.5))[0].square().sum()
+    for _ in range(2):
+        found = torch.autograd.grad(found, q, create_graph=True)[0].square().sum()
+    with pytest.raises(NotImplementedError, match=r"differentiable twice.*reference\.attend"):
+        torch.autograd.grad(found, q)

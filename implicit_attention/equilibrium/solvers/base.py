@@ -355,7 +355,7 @@ class _Bookkeeping:
             residual, size = torch.where(frozen, before, residual), torch.where(frozen, before_size, size)
         finite = torch.isfinite(residual).all(-1)
         if not self.traces and not bool(finite.all()):
-            raise NonFiniteError("the map gave NaN or Inf at the first iterate: check `y0`, `args` and its parameters")
+            raise NonFiniteError("the map gave NaN or Inf at the start: check `y0`, `args` and the map's parameters")
         self.traces.append((residual, size))
         now = (y, residual, size)
         if self.best is None:

@@ -68,7 +68,7 @@ class _Description(NamedTuple):
     @classmethod
     def of(cls, words: str, numbers: list[float], counts: list[int]) -> "_Description":
         """The description in an operator's arguments."""
-        return cls(*words.split(";"), *numbers, *counts)
+        return cls._make([*words.split(";"), *numbers, *counts])
 
     def arguments(self) -> tuple[str, list[float], list[int]]:
         """The same as an operator takes it: words, real numbers and integers."""

@@ -27,14 +27,14 @@ class ForwardKernel(Protocol):
     """Settles diagonal blocks in place."""
 
     def settle(self, rows: slice) -> int:
-        """Settle a block's rows up to the first few that want the row solver; the rest is left as it was."""
+        """Settle rows up to the first that the kernel gives up on, and return that row; later rows are unchanged."""
 
 
 class AdjointKernel(Protocol):
     """Solves the adjoint of diagonal blocks."""
 
     def solve(self, rows: slice) -> BlockAdjoint | None:
-        """Solve a block; None if it has rows that want another solver."""
+        """Solve a block; None if the kernel gives up on one of its rows."""
 
 
 class Engine(Protocol):
@@ -56,24 +56,24 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Merger(Protocol):
-    """A forward kernel that also merges what comes from below the diagonal."""
+    """A forward kernel that also merges attention from below the diagonal."""
 
     def merge(self, rows: slice, out: Tensor, lse: Tensor) -> None:
         """Merge attention over more columns, `[B, H, r, d]` and `[B, H, r]`, into rows that are not solved yet."""
 
 
 class Sweeper(Protocol):
-    """Sweeps over blocks of many rows, in place; it may go on from one before it knows that it has settled."""
+    """Sweeps over blocks of many rows, in place. It may start a block before it knows that the last one settled."""
 
     def check(self) -> None:
-        """Raise `Unsettled` if the last block had not settled."""
+        """Raise `Unsettled` if the last block did not settle."""
 
 
 class ForwardSweeper(Sweeper, Protocol):
     """Settles blocks of many rows in place."""
 
     def settle(self, rows: slice) -> bool:
-        """Settle a block; return whether that has been done. If not, it is as it was."""
+        """Settle a block and return whether it settled; otherwise it is unchanged."""
 
 
 class AdjointSweeper(Sweeper, Protocol):
@@ -81,8 +81,8 @@ class AdjointSweeper(Sweeper, Protocol):
 
     Attributes:
         largest: The largest residual so far, `[B]`.
-        sweeps: The most sweeps of a block.
-        near_singular: Rows that are known to have a gain close to 1.
+        sweeps: The largest number of sweeps of a block.
+        near_singular: Number of rows known to have a gain close to 1.
     """
 
     largest: Tensor
@@ -90,7 +90,7 @@ class AdjointSweeper(Sweeper, Protocol):
     near_singular: int
 
     def solve(self, rows: slice, *, exactly: bool) -> bool:
-        """Solve a block, the rows' own columns `exactly` or not; return whether that has been done."""
+        """Solve a block, with own columns solved `exactly` or swept, and return whether it was solved."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def states() -> dict[str, str]:
 
 
 def sweeper(kernel: str, system: CausalSystem) -> Any:
-    """Return what sweeps over blocks of many rows, where the chosen kernel has such a thing and it serves the map.
+    """Return the module that sweeps over blocks of many rows, None if the engine has none that serves the map.
 
     Args:
         kernel: As in `chosen`.
@@ -249,7 +249,7 @@ def sweeper(kernel: str, system: CausalSystem) -> Any:
 
 
 def token_kernels(kernel: str, like: Tensor) -> Any:
-    """Return what decodes one token per sample in few launches, None if torch does, in many.
+    """Return the module that decodes one token per sample in few launches, None for torch, which takes many.
 
     Args:
         kernel: As in `chosen`.

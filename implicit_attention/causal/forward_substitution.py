@@ -1,8 +1,8 @@
-"""Forward substitution: the exact equilibrium of a causal map, block by block, and its adjoint backwards.
+"""Forward substitution: the exact equilibrium of a causal map, block by block, and its adjoint in reverse order.
 
-Under a causal mask row i depends on rows j <= i alone. So attention between blocks is computed once, by the stock
-kernel, and merged by log-sum-exp; only the blocks on the diagonal are iterated (`diagonal`). The adjoint is the same
-recursion backwards.
+Under a causal mask row i depends only on rows j <= i. So attention between blocks is computed once, by PyTorch's flash
+kernel, and merged by log-sum-exp. Only the diagonal blocks are iterated (`diagonal`). The adjoint is the same recursion
+in reverse order.
 """
 
 from collections.abc import Callable
@@ -23,26 +23,30 @@ from implicit_attention.equilibrium.solvers import NewtonKrylov, Solution, Solve
 from implicit_attention.equilibrium.solvers.base import AdjointSolution, DirectSolver
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 
-EXACTLY = 128  # rows of a block whose own columns can be solved for in sweeps: what that takes grows with them
-HANDED_OVER = 4  # rows that a compiled kernel gives up on together
+# Most rows of a block whose sweeps of the adjoint solve own columns exactly. That takes `(3 d H + 2 d G + H^2)` numbers
+# a row: more rows take more memory, fewer make more blocks.
+EXACTLY = 128
+# Rows that go to torch together when a compiled kernel gives up on the first of them. More rows share torch's launch
+# overhead, but some of them the kernel could have solved.
+HANDED_OVER = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardSubstitution(DirectSolver):
-    """The exact solver of causal maps: about one attention pass plus the diagonal blocks, for any weights.
+    """The exact solver of causal maps, for any weights: about one attention pass plus the diagonal blocks.
 
     Attributes:
-        block: Rows of a diagonal block; one that does not settle is halved, down to single rows. Triton's kernels
-            sweep over wider ones first.
-        kernel: What computes the diagonal blocks: "cpp", compiled kernels for the CPU, part of the installed package;
-            "triton" (the extra `gpu`; CUDA devices, without dropout); "torch", which serves everywhere, several times
-            slower; or "auto": the C++ kernels where they serve, else torch. See `kernel_for`.
-        fallback: What solves the equations that have no causal structure to go by: adjoints that are
-            differentiated again or taken under torch.func transforms.
+        block: Rows of a diagonal block. A block that does not settle is halved, down to single rows. Compiled kernels
+            take wider blocks.
+        kernel: What computes the diagonal blocks. "auto" takes the C++ kernels on a CPU and torch elsewhere. "cpp" is
+            the C++ kernels, part of the package. "triton" (the extra `gpu`) is for CUDA devices, without dropout.
+            "torch" serves everywhere, several times slower. See `kernel_for`.
+        fallback: Iterative solver for equations without a known causal structure: adjoints that are differentiated
+            again, or taken under torch.func transforms.
 
     Reference:
-        The recursion is that of blocked triangular solves; computing each off-diagonal block once is also how the
-        Recurrent Transformer (arXiv 2604.21215) trains.
+        The recursion is that of blocked triangular solves. The Recurrent Transformer (arXiv 2604.21215) also computes
+        each off-diagonal block once.
     """
 
     block: int = 64
@@ -59,22 +63,22 @@ class ForwardSubstitution(DirectSolver):
             raise bad_type("fallback", "an iterative solver such as NewtonKrylov()", self.fallback)
 
     def equilibrium(self, function: Callable[..., Tensor], args: tuple[Tensor, ...], dtype: torch.dtype) -> Solution:
-        """Return the equilibrium, `[B, N, D]`, judged row by row.
+        """Return the equilibrium, `[B, N, D]`, with one residual per row.
 
         Args:
             function: A causal `AttentionMap` whose rows belong to keys.
             args: Its tensors.
-            dtype: Of the equilibrium.
+            dtype: Dtype of the equilibrium.
 
         Raises:
             ValueError: If the map is not causal.
-            NonFiniteError: If it gives NaN or Inf.
+            NonFiniteError: If the map returns NaN or Inf.
         """
         system = self._system(function, args)
         forward = None
         with suppress(Unsettled):
             forward = _Forward(system, self, dtype).solved()
-        if forward is None:  # outside, where nothing holds what the first try has filled
+        if forward is None:  # outside the `with`, so that the first try's tensors are free by now
             forward = _Forward(system, self, dtype, cautious=True).solved()
         residual, size = forward.residual, forward.size
         return Solution(
@@ -97,18 +101,18 @@ class ForwardSubstitution(DirectSolver):
         grad: Tensor,
         needs: tuple[bool, ...],
     ) -> AdjointSolution:
-        """Solve `lam = grad + J^T lam` at the equilibrium and return what it gives the tensors of the map.
+        """Solve `lam = grad + J^T lam` at the equilibrium and return the gradients of the map's tensors.
 
         Args:
             function: As in `equilibrium`.
             args: As in `equilibrium`.
             y: The equilibrium, `[B, N, D]`.
-            memo: What `equilibrium` left; empty if another solver found it.
+            memo: The memo of `equilibrium`; empty if another solver found the equilibrium.
             grad: Cotangent, `[B, N, D]`.
-            needs: For each of `args`, whether its gradient is wanted.
+            needs: For each of `args`, whether its gradient is needed.
 
         Returns:
-            The gradients, and how well the equation was solved.
+            The gradients, and the residual of the adjoint equation.
         """
         system = self._system(function, args)
         found = None
@@ -142,15 +146,15 @@ class ForwardSubstitution(DirectSolver):
     def gains(
         self, function: Callable[..., Tensor], args: tuple[Tensor, ...], y: Tensor, memo: tuple[Tensor, ...]
     ) -> Tensor:
-        """Return the spectral radius of each row's diagonal block of dF/dy, `[B, N]`: no attention pass is needed.
+        """Return the spectral radius of each row's diagonal block of dF/dy, `[B, N]`, without an attention pass.
 
-        Their maximum is the spectral radius of dF/dy itself.
+        Their maximum is the spectral radius of dF/dy, which is block lower triangular.
 
         Args:
             function: As in `equilibrium`.
             args: As in `equilibrium`.
             y: The equilibrium, `[B, N, D]`.
-            memo: What `equilibrium` left; empty if another solver found it.
+            memo: The memo of `equilibrium`; empty if another solver found the equilibrium.
         """
         system = CausalSystem(_causal(function), args)
         at = _At(system, y, memo)
@@ -170,7 +174,7 @@ def radius(matrix: Tensor) -> Tensor:
         return matrix[..., 0, 0].abs()
     try:
         largest: Tensor = torch.linalg.eigvals(matrix).abs().amax(-1)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # no convergence, for one of them
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the eigenvalue solver failed for one matrix
         return gelfand_radius(matrix.flatten(0, -3)).view(matrix.shape[:-2])
     return largest
 
@@ -181,7 +185,7 @@ def _causal(function: Callable[..., Tensor]) -> AttentionMap:
             "solver",
             'one that iterates on the whole map, unless is_causal=True and normalize_over="queries"',
             Came("ForwardSubstitution(...)"),
-            'Rows depend on later rows here, or on none: use solver="auto" or Anderson().',
+            'In this map rows depend on later rows, or on no other row. Use solver="auto" or Anderson().',
         )
     return function
 
@@ -192,13 +196,13 @@ def _dtype(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> torch.d
 
 
 def _halves(low: int, high: int, block: int) -> int:
-    """Where a range is cut: after half of its blocks."""
+    """Where to cut a range: after half of its blocks, rounded up."""
     blocks = -(-(high - low) // block)
     return low + block * ((blocks + 1) // 2)
 
 
 def _seen(system: CausalSystem, low: int, middle: int, high: int) -> tuple[slice, slice]:
-    """The rows from `middle` on and the columns before it of which any sees any; both are empty if none does."""
+    """The rows from `middle` on and the columns before it between which the window lets attention pass; maybe none."""
     window = system.spec.window
     if window is not None:
         high, low = min(high, middle + window - 1), max(low, middle - window + 1)
@@ -206,13 +210,13 @@ def _seen(system: CausalSystem, low: int, middle: int, high: int) -> tuple[slice
 
 
 def _sweeps(solver: ForwardSubstitution, system: CausalSystem) -> tuple[Any, int]:
-    """What sweeps over blocks that are wider than the solver's, if anything does, and how wide the first ones are."""
+    """The module that sweeps over blocks wider than the solver's, or None; and the rows of the first blocks."""
     sweeps = engines.sweeper(solver.kernel, system) if system.length > solver.block else None
     return sweeps, solver.block if sweeps is None else max(solver.block, sweeps.widest(system.length))
 
 
 class _Forward:
-    """The recursion. In rows that are not solved yet, `y` and `lse` hold attention over the columns before them."""
+    """The recursion. In rows that are not solved yet, `y` and `lse` hold attention over earlier, solved columns."""
 
     def __init__(
         self, system: CausalSystem, solver: ForwardSubstitution, dtype: torch.dtype, *, cautious: bool = False
@@ -256,6 +260,7 @@ class _Forward:
         if high - low <= block:
             self._settle(slice(low, high))
             return
+        # The earlier half first: only then are the queries of its columns known, to which the later half attends.
         middle = _halves(low, high, block)
         self.descend(low, middle, block)
         self._attend(*_seen(self.system, low, middle, high))
@@ -268,6 +273,7 @@ class _Forward:
             return
         before = self.lse[:, :, rows]
         total = torch.logaddexp(before, lse)
+        # A finite total: rows that have seen no column get a share exp(-inf) = 0, not NaN.
         share = torch.exp(lse - total.clamp_min(torch.finfo(total.dtype).min))[..., None]
         y = self.y[:, rows].transpose(1, 2)
         y.lerp_(out.to(self.system.wide), share)
@@ -276,17 +282,17 @@ class _Forward:
     def _settle(self, rows: slice) -> None:
         n = rows.stop - rows.start
         if self.swept is not None and n > self.block:
-            if not self.swept.settle(rows):
+            if not self.swept.settle(rows):  # a block that sweeps do not settle is unchanged, and is halved
                 self.descend(rows.start, rows.stop, max(self.block, (n + 1) // 2))
             return
-        if self.swept is not None:
+        if self.swept is not None:  # these rows attend to the last swept block: it has to have settled
             self.swept.check()
         if self.compiled is None:
             self._settle_eagerly(rows)
             return
         while rows.start < rows.stop:
             done = self.compiled.settle(rows)
-            hard = slice(done, min(done + HANDED_OVER, rows.stop))  # the kernel gives up on these: to torch
+            hard = slice(done, min(done + HANDED_OVER, rows.stop))  # the kernel gave up here: these rows go to torch
             self._attend(slice(done, rows.stop), slice(rows.start, done))
             self._settle_eagerly(hard)
             rows = slice(hard.stop, rows.stop)
@@ -304,7 +310,7 @@ class _Forward:
         before, lse = self.y[:, rows].transpose(1, 2), self.lse[:, :, rows]
         found = BlockSolver(self.system, rows, before, lse).settle(self.rtol, self.atol)
         if not found.settled and n > 1:
-            compiled, self.compiled = self.compiled, None
+            compiled, self.compiled = self.compiled, None  # a hard block stays in torch
             self.descend(rows.start, rows.stop, (n + 1) // 2)
             self.compiled = compiled
             return
@@ -319,7 +325,7 @@ class _At:
 
     def __init__(self, system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...]) -> None:
         self.system = system
-        self.given = y.view(*y.shape[:2], system.heads, system.dim)  # in the type that it came in
+        self.given = y.view(*y.shape[:2], system.heads, system.dim)  # in its own dtype, as the flash kernels take it
         self.y = self.given.to(system.wide)
         if memo:
             self.query, self.lse, self.inverse = memo[0].to(system.narrow), *memo[1:]
@@ -339,7 +345,11 @@ class _At:
 
 
 class _Backward:
-    """The recursion of the adjoint. `lam` holds the cotangents of the queries in rows that are not solved yet."""
+    """The recursion of the adjoint, from the last block to the first.
+
+    In rows that are not solved yet, `d_query` holds the cotangents of the queries from solved rows. `lam` may share its
+    memory: a row needs its `d_query` no longer when its `lam` is stored.
+    """
 
     def __init__(
         self, system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...], grad: Tensor, needs: tuple[bool, ...],
@@ -389,6 +399,7 @@ class _Backward:
         if high - low <= block:
             self._solve(slice(low, high))
             return
+        # The later half first: its solved rows send cotangents to the queries of the earlier half.
         middle = _halves(low, high, block)
         self.descend(middle, high, block)
         rows, cols = _seen(self.system, low, middle, high)
@@ -397,7 +408,7 @@ class _Backward:
         self.descend(low, middle, block)
 
     def _carry(self, rows: slice, cols: slice) -> None:
-        """From solved rows to the columns before them."""
+        """Carry cotangents from solved rows to earlier columns."""
         query, value = self.at.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
         d_query, d_value = self._pull(rows, query, value, self.system.past + cols.start)
         self.d_query[:, cols].transpose(1, 2).add_(d_query)
@@ -456,17 +467,18 @@ class _Backward:
             self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))
 
     def _sweep(self, sweeper: engines.AdjointSweeper, rows: slice) -> bool:
-        """Sweep a block, if need be with own columns solved for; the first rows of all want the most sweeps."""
+        """Sweep a block; if it does not settle, sweep again with own columns solved exactly. Return if it settled."""
+        # The first rows of a sequence have heavy own columns and take the most sweeps: sweep them in a small block.
         first, few = self.system.past + rows.start == 0, rows.stop - rows.start <= EXACTLY
         swept = (few or not first) and sweeper.solve(rows, exactly=False)
         return swept or (few and sweeper.solve(rows, exactly=True))
 
     def _through_map(self, d_made: Tensor, rows: slice) -> None:
-        """Add what the cotangents of the linear map's outputs give what it has besides the outputs."""
+        """Add the gradients of the query map's tensors from the cotangents of the linear map's output."""
         made, y = d_made.flatten(0, 1), self.at.y[:, rows].flatten(-2).flatten(0, 1)
         if "weight" in self.rest and made.dtype == y.dtype:
             self.rest["weight"].addmm_(made.mT, y)
-        elif "weight" in self.rest:  # as in the gradient of a linear map: summed in float32, rounded once
+        elif "weight" in self.rest:  # half types: one product for all rows, summed in float32, rounded once
             self.rest["weight"] += made.mT @ y.to(made.dtype)
         if "bias" in self.rest:
             self.rest["bias"] += made.sum(0, dtype=self.system.wide)
@@ -474,22 +486,22 @@ class _Backward:
             self.rest["added"][:, rows] = d_made
 
     def _within(self, found: BlockAdjoint) -> Tensor:
-        """Whether a block's residual is within tolerance of the cotangent, or of a solution that is larger."""
+        """Whether a block's residual is within tolerance, relative to the cotangent or to a larger solution."""
         within: Tensor = found.residual <= self.allowed
-        if not bool(within.all()):  # near a gain of 1: not even rounding lam leaves less
+        if not bool(within.all()):  # with a gain near 1 lam is large, and the residual is at least its rounding
             larger = torch.maximum(self.allowed, self.rtol * found.lam.abs().amax((1, 2, 3)))
             within = (found.residual <= larger) & torch.isfinite(found.residual)
         return within
 
     def solution(self) -> AdjointSolution:
-        """Solve; what was found, by tensor of the map, in its dtype. Past columns are constants: rows see them all."""
+        """Solve; return the gradients by tensor of the map, in its dtype."""
         self.descend(0, self.system.length, self.widest)
         if self.swept is not None:
             self.swept.check()
             self.residual = torch.maximum(self.residual, self.swept.largest)
             self.sweeps = max(self.sweeps, self.swept.sweeps)
             self.near_singular += self.swept.near_singular
-        if self.system.past:
+        if self.system.past:  # past columns are constants: only the keys and terms of the rows get gradients from them
             assert self.system.past_column is not None and self.system.past_value is not None
             self._pull(slice(0, self.system.length), self.system.past_column, self.system.past_value, 0)
         if self.made is not None:

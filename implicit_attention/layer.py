@@ -16,7 +16,7 @@ from implicit_attention.equilibrium.fixed_point import FailureReport
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.errors import NonFiniteError, bad_type, bad_value
 from implicit_attention.inputs import Inputs, check_cacheable, checked, non_finite
-from implicit_attention.packing import leave_graph
+from implicit_attention.packing import outside_graphs
 from implicit_attention.settings import Configured, Settings
 from implicit_attention.solving import columns, make_adjoint, make_solver, row_gains, solve
 
@@ -211,9 +211,8 @@ class ImplicitQueryAttention(Configured):
                 causal layers whose rows belong to keys have it.
 
         Returns:
-            The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` one per sample `[B]`, or per
-            row `[B, N]` with a causal mask, with `normalize_over="keys"` and with packed documents; no batch for
-            unbatched input.
+            The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` per sample `[B]`, or per row `[B, N]`
+            with a causal mask, `normalize_over="keys"` or packed documents; no batch for unbatched input.
 
         Raises:
             TypeError: As `forward`.
@@ -280,9 +279,7 @@ class ImplicitQueryAttention(Configured):
     def _settle(self, inputs: Inputs, *, history: bool = False) -> tuple[Equation, Solution]:
         """Solve, and give the cache its new tokens."""
         if inputs.packed and torch.compiler.is_compiling():
-            leave_graph()
-            outside: Any = torch.compiler.disable(self._settle)  # type: ignore[no-untyped-call]
-            return outside(inputs, history=history)  # type: ignore[no-any-return]
+            return outside_graphs(self._settle)(inputs, history=history)
         equation = prepare(self, inputs)
         try:
             solution = solve(equation, self.solver, self.adjoint, self._report, history=history)

@@ -4,9 +4,10 @@ The linear maps see the tokens as they are packed. Then documents of similar len
 any batch is: there is no mask between documents, and no work. Results go back to where their tokens stand.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.errors import Came, bad_value
 from implicit_attention.inputs import Inputs, document_lengths
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _OVERHEAD = 128  # tokens: what a batch costs beyond its own; between 64 and 256 the measured times hardly differ
 
 
@@ -188,8 +191,14 @@ class PackedMap:
         return found
 
 
-def leave_graph() -> None:
-    """End a graph that is being compiled: the lengths of documents decide what follows.
+def outside_graphs(solve: Callable[P, R]) -> Callable[P, R]:
+    """End the graph that is being compiled, since the lengths of documents decide what follows.
+
+    Args:
+        solve: What is to run outside it.
+
+    Returns:
+        The same, which torch.compile leaves alone.
 
     Raises:
         ValueError: If a program is being exported, which has no place outside its graph.
@@ -201,6 +210,8 @@ def leave_graph() -> None:
         msg="The lengths of packed documents (segments, cu_seqlens) are read on the host. Compile without "
         "fullgraph=True, or give documents as samples, [docs, L, D]."
     )
+    outside: Callable[P, R] = torch.compiler.disable(solve)  # type: ignore[no-untyped-call]
+    return outside
 
 
 def _per_token(solution: Solution, length: int) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from implicit_attention.attention.map import AttentionMap, QueryMap, merge_heads
 from implicit_attention.attention.masks import mask_terms
 from implicit_attention.attention.positions import Positions, rotate
 from implicit_attention.attention.spec import BiasTerm
-from implicit_attention.equilibrium.solvers import Method
+from implicit_attention.equilibrium.solvers import DirectSolver, Method
 from implicit_attention.inputs import Inputs
+from implicit_attention.packing import PackedMap, Packing
 from implicit_attention.settings import Settings
 
 
@@ -33,35 +34,69 @@ class Equation(NamedTuple):
     """The fixed-point equation that a layer solves for given inputs: `y = function(y, *args)`.
 
     Attributes:
-        function: The map.
+        function: The map; that of packed documents is a `PackedMap`.
         args: Its tensors, differentiable in the layer's parameters and inputs.
         start: Where solvers start, the values `[B, N, D]`.
     """
 
-    function: AttentionMap
+    function: AttentionMap | PackedMap
     args: tuple[Tensor, ...]
     start: Tensor
 
 
-def prepare(layer: Layer, inputs: Inputs) -> Equation:
-    """Compute everything that does not depend on y.
+class Projected(NamedTuple):
+    """What a layer's linear maps make of a call: each is called once, whoever solves it, as its hooks expect.
+
+    Attributes:
+        key: `W_K` of the tokens that keys are made from, `[B, M, H d]`; its dtype is that of the solve.
+        value: Their values, `[B, M, G d]`.
+        added: `W_Q x`, `[B, N, G d]`; None without it.
+    """
+
+    key: Tensor
+    value: Tensor
+    added: Tensor | None
+
+
+def project(layer: Layer, inputs: Inputs) -> Projected:
+    """Call the linear maps of a layer.
 
     Args:
         layer: The layer.
         inputs: Of the call, checked.
 
     Returns:
+        What they make of the tokens.
+    """
+    key = layer.W_K(inputs.source)
+    value = values(layer, inputs.source, key.dtype)
+    added = None if layer.W_Q is None else layer.W_Q(inputs.x).to(key.dtype)
+    return Projected(key, value, added)
+
+
+def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) -> Equation:
+    """Compute everything that does not depend on y.
+
+    Args:
+        layer: The layer.
+        inputs: Of the call, checked.
+        projected: What `project` makes of them, where it is known.
+
+    Returns:
         The equation.
     """
+    projected = project(layer, inputs) if projected is None else projected
+    if inputs.packed:
+        return _prepare_packed(layer, inputs, projected)
     settings = layer.settings
     heads, groups, by_keys = settings.num_heads, settings.num_kv_heads, settings.rows_are_keys
     x, source, past = inputs.x, inputs.source, inputs.past
-    key = split_heads(layer.W_K(source), heads if by_keys else groups)
+    key = split_heads(projected.key, heads if by_keys else groups)
     dtype = key.dtype
-    value = split_heads(values(layer, source, dtype), groups)
+    value = split_heads(projected.value, groups)
     if layer.temperature is not None:
         key = rms_norm(key) * layer.temperature[:, None, None].to(dtype)
-    tensors = _query_tensors(layer, inputs, dtype)
+    tensors = _query_tensors(layer, inputs, projected)
     rotation = _rotation(layer, inputs, source, dtype)
     if rotation is not None:
         key = rotate(key, rotation)
@@ -87,18 +122,32 @@ def prepare(layer: Layer, inputs: Inputs) -> Equation:
     return Equation(AttentionMap(spec, query_map, by_keys, tuple(tensors)), tuple(tensors.values()), start)
 
 
+def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equation:
+    """The equations of packed documents, batch by batch, as one."""
+    packing = Packing.of(inputs, padded=isinstance(layer.solver, DirectSolver))  # others would iterate on padding too
+    by_token = {"key": projected.key, "value": projected.value, "added": projected.added}
+    unpacked = {name: packing.unpack(t) for name, t in by_token.items() if t is not None}
+    equations = []
+    for i, part in enumerate(packing.unpack_inputs(inputs)):
+        own = projected._replace(**{name: parts[i] for name, parts in unpacked.items()})
+        equations.append(prepare(layer, part, own))
+    function = PackedMap(packing, tuple(e.function for e in equations if isinstance(e.function, AttentionMap)))
+    return Equation(function, tuple(t for e in equations for t in e.args), packing.pack(e.start for e in equations))
+
+
 def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of some tokens, `[B, M, G d]`, in a dtype."""
     return source.to(dtype) if layer.Omega_V is None else layer.Omega_V(source).to(dtype)
 
 
-def _query_tensors(layer: Layer, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+def _query_tensors(layer: Layer, inputs: Inputs, projected: Projected) -> dict[str, Tensor]:
     """The tensors of phi, by name."""
+    dtype = projected.key.dtype
     tensors = {"weight": layer.Omega_Q.weight.to(dtype)}
     if layer.Omega_Q.bias is not None:
         tensors["bias"] = layer.Omega_Q.bias.to(dtype)
-    if layer.W_Q is not None:
-        tensors["added"] = layer.W_Q(inputs.x).to(dtype)
+    if projected.added is not None:
+        tensors["added"] = projected.added
     rotation = _rotation(layer, inputs, inputs.x, dtype)
     return tensors if rotation is None else tensors | {"rotation": rotation}
 

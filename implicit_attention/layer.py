@@ -14,8 +14,9 @@ from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.fixed_point import FailureReport
 from implicit_attention.equilibrium.solvers import Method, Solution
-from implicit_attention.errors import Came, NonFiniteError, bad_type, bad_value
-from implicit_attention.inputs import Inputs, checked, non_finite
+from implicit_attention.errors import NonFiniteError, bad_type, bad_value
+from implicit_attention.inputs import Inputs, check_cacheable, checked, non_finite
+from implicit_attention.packing import outside_graphs
 from implicit_attention.settings import Configured, Settings
 from implicit_attention.solving import columns, make_adjoint, make_solver, row_gains, solve
 
@@ -140,6 +141,8 @@ class ImplicitQueryAttention(Configured):
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cache: Cache | None = None,
+        segments: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -154,6 +157,10 @@ class ImplicitQueryAttention(Configured):
             key_padding_mask: `[B, M]` (or `[M]`): columns hidden from every row; bool or float alike. With a cache
                 those of the new tokens, bool.
             cache: Causal only: the tokens before x, to which those of x are added, `layer.make_cache(...)`.
+            segments: Packed documents: `[B, N]` (or `[N]`), int32 or int64. Neighbours with the same number are one
+                document, which is an equilibrium of its own: its tokens see no others, its positions begin at 0.
+                A number that comes again later is another document. Not next to `context`, `attn_mask`, `cache`.
+            cu_seqlens: The same for one sample, as the boundaries of its documents, `[docs + 1]` from 0 to N.
             need_weights: Also return the attention matrix at the equilibrium (the only thing that makes one).
             average_attn_weights: Average it over the heads.
 
@@ -166,7 +173,7 @@ class ImplicitQueryAttention(Configured):
             ValueError: If a shape, dtype or device does not fit, or an input or weight holds NaN or Inf.
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
-        inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache)
+        inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens)
         if not need_weights:
             solution = decode(self, inputs) or self._settle(inputs)[1]
             return self._project(solution.value if inputs.batched else solution.value[0])
@@ -184,6 +191,8 @@ class ImplicitQueryAttention(Configured):
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cache: Cache | None = None,
+        segments: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         history: bool = False,
         gains: bool = False,
     ) -> Solution:
@@ -195,13 +204,15 @@ class ImplicitQueryAttention(Configured):
             attn_mask: As in `forward`.
             key_padding_mask: As in `forward`.
             cache: As in `forward`.
+            segments: As in `forward`.
+            cu_seqlens: As in `forward`.
             history: Keep every iterate.
             gains: Also return `Solution.gain`, how much each row feeds itself, at the cost of no attention pass. Only
                 causal layers whose rows belong to keys have it.
 
         Returns:
-            The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` one per sample `[B]`, or per
-            row `[B, N]` with a causal mask and with `normalize_over="keys"`; no batch for unbatched input.
+            The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` per sample `[B]`, or per row `[B, N]`
+            with a causal mask, `normalize_over="keys"` or packed documents; no batch for unbatched input.
 
         Raises:
             TypeError: As `forward`.
@@ -211,7 +222,7 @@ class ImplicitQueryAttention(Configured):
         if gains and not self.triangular:
             raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
                             "Use diagnostics.spectral_radius.")  # fmt: skip
-        inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache)
+        inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens)
         decoded = None if history or gains else decode(self, inputs)
         if decoded is not None:
             return decoded
@@ -228,6 +239,8 @@ class ImplicitQueryAttention(Configured):
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cache: Cache | None = None,
+        segments: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Equation:
         """Return the equation that `solve` solves, for `fixed_point`, diagnostics or solvers of your own.
 
@@ -237,12 +250,14 @@ class ImplicitQueryAttention(Configured):
             attn_mask: As in `forward`.
             key_padding_mask: As in `forward`.
             cache: The tokens before x, which stay as they are.
+            segments: As in `forward`.
+            cu_seqlens: As in `forward`.
 
         Raises:
             TypeError: As `forward`.
             ValueError: As `forward`.
         """
-        return prepare(self, self._inputs(x, context, attn_mask, key_padding_mask, cache))
+        return prepare(self, self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens))
 
     def make_cache(self, batch_size: int, capacity: int) -> DecodeCache:
         """Return an empty cache for this layer.
@@ -254,25 +269,17 @@ class ImplicitQueryAttention(Configured):
         Raises:
             ValueError: If the layer is not causal.
         """
-        if not self.settings.is_causal:
-            raise bad_value(
-                "cache", "None unless is_causal=True", Came("a cache"), "Later tokens would change earlier ones."
-            )
-        like = self.W_K.weight
-        return DecodeCache(
-            batch_size,
-            self.settings.num_kv_heads,
-            self.settings.head_dim,
-            capacity,
-            device=like.device,
-            dtype=like.dtype,
-        )
+        check_cacheable(self.settings)
+        heads, size, like = self.settings.num_kv_heads, self.settings.head_dim, self.W_K.weight
+        return DecodeCache(batch_size, heads, size, capacity, device=like.device, dtype=like.dtype)
 
     def _inputs(self, x: Tensor, *others: Any) -> Inputs:
         return checked(self.settings, self.W_K.weight, x, *others)
 
     def _settle(self, inputs: Inputs, *, history: bool = False) -> tuple[Equation, Solution]:
         """Solve, and give the cache its new tokens."""
+        if inputs.packed and torch.compiler.is_compiling():
+            return outside_graphs(self._settle)(inputs, history=history)
         equation = prepare(self, inputs)
         try:
             solution = solve(equation, self.solver, self.adjoint, self._report, history=history)
@@ -291,14 +298,3 @@ class ImplicitQueryAttention(Configured):
         if looks and not bool(torch.isfinite(out).all()):
             raise non_finite(dict(self.named_parameters()))
         return out
-
-    def extra_repr(self) -> str:
-        """Return the settings that are not the default, for `print`."""
-        settings = self.settings
-        shown = [f"{name}={value!r}" for name, value in settings.changed().items() if name not in _SEEN]
-        shown += [] if self.on_failure == "warn" else [f"on_failure={self.on_failure!r}"]
-        parts = [f"{settings.embed_dim}, num_heads={settings.num_heads}", *shown]
-        return ", ".join([*parts, f"solver={self.solver}", f"adjoint={self.adjoint}"])
-
-
-_SEEN = {"query_input", "out_proj", "bias"}  # the printed modules show them

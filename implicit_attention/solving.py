@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from implicit_attention.attention.map import AttentionMap
 from implicit_attention.causal import operator
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.equation import Equation
@@ -10,6 +11,7 @@ from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, 
 from implicit_attention.equilibrium.fixed_point import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Method, Solution
 from implicit_attention.errors import bad_type, bad_value
+from implicit_attention.packing import PackedMap
 from implicit_attention.settings import Settings
 
 _ADJOINTS = {"implicit": Implicit, "unrolled": Unrolled, "phantom": Phantom}
@@ -87,11 +89,21 @@ def solve(
         ConvergenceError: If the tolerance is missed and the report raises.
     """
     function, args, start = equation
+    if isinstance(function, PackedMap):
+        parts = _batches(function, args, start)
+        solutions = [solve(part, solver, adjoint, report, history=history) for part in parts]
+        return function.packing.pack_solutions(solutions)
     if torch.compiler.is_compiling() and not history and operator.serves(solver, adjoint, function):
         assert isinstance(solver, ForwardSubstitution)
         return operator.solve(solver, function, args, start.dtype, report.handle)
     problem = Problem(function, solver, function.system_ndim, function.row_ndim, report)
     return adjoint(problem, start, args, history=history)
+
+
+def _batches(function: PackedMap, args: tuple[Tensor, ...], start: Tensor) -> list[Equation]:
+    """The equations of packed documents, batch by batch."""
+    parts = zip(function.maps, function.by_batch(args), function.packing.unpack(start), strict=True)
+    return [Equation(*part) for part in parts]
 
 
 def columns(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
@@ -105,6 +117,7 @@ def columns(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
         Their side of the scores and their values, `[B, G, N, d]` each.
     """
     function, args = equation.function, equation.args
+    assert isinstance(function, AttentionMap)  # `inputs` refuses a cache of packed documents
     column = solution.memo[0].transpose(1, 2) if solution.memo else function.columns(solution.value, *args)
     return column, args[function.names.index("value")]
 
@@ -116,5 +129,11 @@ def row_gains(equation: Equation, solution: Solution) -> Tensor:
         equation: The equation.
         solution: Its solution, by any solver.
     """
+    function, memo = equation.function, solution.memo
     with torch.no_grad():
-        return ForwardSubstitution().gains(equation.function, equation.args, solution.value, solution.memo)
+        if not isinstance(function, PackedMap):
+            return ForwardSubstitution().gains(function, equation.args, solution.value, memo)
+        parts, each = _batches(function, equation.args, solution.value), len(memo) // len(function.maps)
+        memos = [memo[i * each : (i + 1) * each] for i in range(len(parts))]
+        found = [ForwardSubstitution().gains(*part, own) for part, own in zip(parts, memos, strict=True)]
+        return function.packing.pack(found)

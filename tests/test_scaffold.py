@@ -24,6 +24,7 @@ ORDER = [
     "attention",
     "cache",
     "inputs",
+    "packing",
     "causal",
     "equation",
     "solving",

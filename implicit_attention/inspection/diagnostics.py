@@ -5,6 +5,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from implicit_attention.attention.map import AttentionMap
 from implicit_attention.attention.operation import log_sum_exp
 from implicit_attention.causal.diagonal import own_jacobian
 from implicit_attention.causal.forward_substitution import radius
@@ -14,6 +15,7 @@ from implicit_attention.equilibrium import linear
 from implicit_attention.equilibrium.maps import Linearization
 from implicit_attention.errors import Came, bad_value, check_positive
 from implicit_attention.layer import ImplicitQueryAttention
+from implicit_attention.packing import PackedMap
 
 _BLOCK_ELEMENTS = 1 << 22  # most distances in memory at once
 _ROWS = 64  # rows whose biases are read together
@@ -116,7 +118,7 @@ def row_gains(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]
                         "Use spectral_radius.")  # fmt: skip
     x = x if x.dim() == 3 else x[None]
     equation, y = layer.equation(x, **inputs), layer.solve(x, **inputs).value
-    system = CausalSystem(equation.function, equation.args)
+    system = CausalSystem(_one_map(equation), equation.args)
     y = y.to(system.wide).view(*y.shape[:2], system.heads, system.dim)
     if system.self_score is not None:
         return torch.zeros_like(y[:, :, 0, 0])
@@ -181,7 +183,7 @@ def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack
         ValueError: As `layer.solve`; or if the layer has `qk_norm`, rotary positions, or active dropout.
     """
     equation = _equation(layer, x, inputs)
-    function = equation.function
+    function = _one_map(equation)
     tensors = dict(zip(function.names, equation.args, strict=True))
     if function.query_map.normalize or "rotation" in tensors:
         raise bad_value(
@@ -201,6 +203,13 @@ def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> Equat
     _refuse_dropout(layer)
     with torch.no_grad():
         return layer.equation(x, **inputs)
+
+
+def _one_map(equation: Equation) -> AttentionMap:
+    if isinstance(equation.function, PackedMap):
+        raise bad_value("segments", "None, as cu_seqlens, for this figure", Came("packed documents"),
+                        "Take it document by document, or use layer.solve(..., gains=True).gain.")  # fmt: skip
+    return equation.function
 
 
 def _refuse_dropout(layer: ImplicitQueryAttention) -> None:

@@ -157,9 +157,9 @@ class ImplicitQueryAttention(Configured):
             key_padding_mask: `[B, M]` (or `[M]`): columns hidden from every row; bool or float alike. With a cache
                 those of the new tokens, bool.
             cache: Causal only: the tokens before x, to which those of x are added, `layer.make_cache(...)`.
-            segments: Packed documents: `[B, N]` (or `[N]`), int32 or int64. Neighbours with the same number are one
-                document, which is an equilibrium of its own: its tokens see no others, its positions begin at 0.
-                A number that comes again later is another document. Not next to `context`, `attn_mask`, `cache`.
+            segments: Packed documents: `[B, N]` (or `[N]`), int32 or int64. Each run of one number is a document (two
+                runs are two), which is an equilibrium of its own: its tokens see no others, its positions begin at 0.
+                Not next to `context`, `attn_mask` or `cache`.
             cu_seqlens: The same for one sample, as the boundaries of its documents, `[docs + 1]` from 0 to N.
             need_weights: Also return the attention matrix at the equilibrium (the only thing that makes one).
             average_attn_weights: Average it over the heads.

@@ -32,6 +32,7 @@ class Packing:
         order: The packed token that stands at each place of all batches, one after the other, `[P]`.
         padding: Whether a place is behind the end of its document, `[P]`; None if no place is.
         place: The place of each packed token, `[B N]`.
+        moved: Whether tokens stand in the batches in another way than they are packed.
     """
 
     shape: tuple[int, int]
@@ -39,6 +40,7 @@ class Packing:
     order: Tensor
     padding: Tensor | None
     place: Tensor
+    moved: bool
 
     @classmethod
     def of(cls, inputs: Inputs, *, padded: bool) -> "Packing":
@@ -74,6 +76,7 @@ class Packing:
             order=order.to(device),
             padding=padding.to(device) if bool(padding.any()) else None,
             place=place.to(device),
+            moved=not torch.equal(place, torch.arange(len(order))),
         )
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
@@ -81,7 +84,9 @@ class Packing:
 
         Keys of zero make the padding's own equations explicit: its weights do not depend on any output.
         """
-        found = packed.flatten(0, 1).index_select(0, self.order)
+        found = packed.flatten(0, 1)
+        if self.moved:
+            found = found.index_select(0, self.order)
         if self.padding is not None:
             found = found.masked_fill(self.padding.view(-1, *[1] * (found.dim() - 1)), 0)
         return [part.view(*shape, *found.shape[1:]) for part, shape in zip(self._cut(found), self.batches, strict=True)]
@@ -93,7 +98,9 @@ class Packing:
     def pack(self, batches: Iterable[Tensor]) -> Tensor:
         """Return what batches `[docs, L, ...]` hold as packed tokens `[B, N, ...]`."""
         flat = torch.cat([batch.flatten(0, 1) for batch in batches])
-        return flat.index_select(0, self.place).view(*self.shape, *flat.shape[1:])
+        if self.moved:
+            flat = flat.index_select(0, self.place)
+        return flat.view(*self.shape, *flat.shape[1:])
 
     def unpack_inputs(self, inputs: Inputs) -> list[Inputs]:
         """Return the inputs of each batch. Their x has the right shape, dtype and device, and no content."""

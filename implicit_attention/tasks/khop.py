@@ -25,8 +25,8 @@ class KHop:
     then "none". Every position but the first has a target. As k grows, more targets are "none": about half at k = 8 and
     a length of 48. So there is a second score, over targets that are a symbol.
 
-    The published code has k from 0 to 16 (0 copies) and sequences of 1 + 98 tokens for its 100. A blank class labels the
-    first position. The sizes here are lengths of 48 and 100, and k = 1 to 8.
+    The published code has k from 0 to 16 (0 copies) and sequences of 1 + 98 tokens for its 100. A blank class labels
+    the first position. The sizes here are lengths of 48 and 100, and k = 1 to 8.
 
     Attributes:
         length: Tokens in a sequence, N. The first one tells k.

@@ -7,8 +7,8 @@ from studies.run import Record
 from studies.suite import RATE_SEED, Table
 
 INTRODUCTION = f"""What one implicit layer learns, next to other layers of the same size, and what it does not learn.
-`implicit-attention eval --all --budget cpu` makes this page from the records in `docs/data/eval/`, and does the runs
-that are missing there.
+`implicit-attention eval --all --budget cpu` makes this page from the records in `docs/data/eval/`, and makes the
+records that are not there.
 
 **Read the recall tables with care.** They lack the strongest baselines. In trials that have no records here, one
 ordinary layer with a 2-tap causal convolution on its keys learned all three tables. Two ordinary layers learned the

@@ -23,12 +23,12 @@ _NATS = math.log(2)  # of a bit
 class ByteText:
     """Predict the next byte of the source of the running Python's standard library.
 
-    Windows at random places, `length` bytes to read and the one after each to predict. A tenth of the files, by a
-    hash of their names, is held out, the same that runs of a language model hold out. Figures compare within one
-    version of Python, whose library is the text.
+    Windows are at random places. Each has `length` bytes to read, and the byte after each to predict. A tenth of the
+    files is held out, chosen by a hash of their names; `implicit-attention train` holds out the same files. Compare
+    figures only within one version of Python, since its library is the text.
 
-    How much a model reads off its own window shows where a bigram comes back: where the byte before and the byte
-    to predict have stood next to each other earlier in the window.
+    The score of repeated bigrams measures recall: there, the byte before and the byte to predict came next to each
+    other earlier in the window.
 
     Attributes:
         length: Bytes in a window, N.

@@ -21,14 +21,13 @@ _HELD_OUT = 5  # one image of this many
 class Digits:
     """Predict the value of each hidden pixel. Every position sees all others.
 
-    The 1797 images of 8 x 8 that scikit-learn brings along, their pixels in rows as 64 positions, scaled to 0 ... 1.
-    Of every image drawn, `masked` pixels chosen at random are hidden. A position has two features: its value, 0 if
-    hidden, and whether it is hidden, 0 or 1; where it stands is for the model to know. Targets are the hidden values,
-    NaN elsewhere.
+    The data are the 1797 images of 8 x 8 pixels of scikit-learn, as 64 positions in row order, scaled to 0 ... 1.
+    In every image drawn, `masked` random pixels are hidden. A position has two features: its value (0 if hidden), and
+    whether it is hidden, 0 or 1. Its place is for the model to know. Targets are the hidden values, NaN elsewhere.
 
-    A fifth of the images, by a hash of their index, is held out and never trained on. Another writer's digits are
-    not: scikit-learn does not tell who wrote which. The mean of each pixel over the training images has a squared
-    error of 0.073 on the others; one number for all pixels, 0.141.
+    A fifth of the images is held out, chosen by a hash of their index. The split is not by writer, since scikit-learn
+    does not say who wrote which. The mean of each pixel over the training images has a squared error of 0.073 on the
+    held-out ones; one number for all pixels has 0.141.
 
     Attributes:
         masked: Hidden pixels, 1 to 64.

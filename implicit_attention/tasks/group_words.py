@@ -18,13 +18,12 @@ _DEGREE = {"S3": 3, "A5": 5}
 class GroupWords(PrefixTask):
     """Predict the product of all permutations so far. Each token is a random element of a group.
 
-    S3 is the smallest group that is not commutative, and solvable; A5 the smallest that is not solvable, whose word
-    problem is complete for NC1: no transformer of a fixed depth is believed to solve it at all lengths. A constant
+    S3 is the smallest group that is not commutative; it is solvable. A5 is the smallest group that is not solvable. Its
+    word problem is complete for NC1: no transformer of a fixed depth is believed to solve it at all lengths. A constant
     answer is right once in 6, or once in 60.
 
-    Elements are numbered in the lexicographic order of the permutations they are, written as tuples `p` that take
-    t to `p[t]`, of which A5 has the even ones. A product is read as it is written: first the permutations before,
-    then the new one, `(p q)[t] = q[p[t]]`.
+    Elements are numbered in the lexicographic order of their permutations, written as tuples `p` that map t to `p[t]`.
+    A5 has the even ones. In a product the earlier permutations come first: `(p q)[t] = q[p[t]]`.
 
     Attributes:
         train_length: Tokens in a training sequence.

@@ -17,16 +17,16 @@ from implicit_attention.tasks.task import IGNORED, Batch
 class KHop:
     """Predict where k hops lead from every position. One model learns all k; the first token tells k.
 
-    A hop goes from position i to j + 1, where j < i is the last position before i that holds the same symbol; the
-    answer at i is the symbol where k hops from i end, or "none" where one of them finds no earlier occurrence.
-    Symbols are random, but never twice the same in a row.
+    A hop goes from position i to j + 1, where j < i is the last position before i with the same symbol. The target at i
+    is the symbol where k hops from i end, or "none" if a hop finds no earlier occurrence. Symbols are random, but two
+    neighbours are never equal.
 
-    Tokens are the symbols 0 to symbols - 1, then `symbols + k - 1` for k, which stands first; classes are the
-    symbols, then "none". Every position is labelled but the first. As k grows, more and more answers are "none":
-    about half at k = 8 and a length of 48. Hence the second score, over answers that are a symbol.
+    Tokens are the symbols 0 to symbols - 1, then `symbols + k - 1` for k, which comes first. Classes are the symbols,
+    then "none". Every position but the first has a target. As k grows, more targets are "none": about half at k = 8 and
+    a length of 48. So there is a second score, over targets that are a symbol.
 
-    The published code has k from 0 to 16 (0 copies), and sequences of 1 + 98 tokens for its 100; a blank class
-    labels the first position. The sizes to compare here are lengths of 48 and 100, k = 1 to 8.
+    The published code has k from 0 to 16 (0 copies) and sequences of 1 + 98 tokens for its 100. A blank class labels
+    the first position. The sizes here are lengths of 48 and 100, and k = 1 to 8.
 
     Attributes:
         length: Tokens in a sequence, N. The first one tells k.

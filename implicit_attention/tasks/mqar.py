@@ -16,18 +16,18 @@ from implicit_attention.tasks.task import IGNORED, Batch
 class MQAR:
     """Predict the value that came after a key, at each position where a key comes back.
 
-    A sequence begins with `k1 v1 k2 v2 ...`: distinct keys out of tokens 1 to V/2 - 1, distinct values out of V/2 to
-    V - 1. Its other `length - 2 pairs` positions are slots of two tokens; each key comes back once, as the first
-    token of a slot. Which slot falls to which key is drawn without replacement, the first key first, slot g (from 0)
-    with a weight of `(g + 1)**(power_a - 1)`: most keys come back early. What is left over is filled with random
-    tokens, any of the vocabulary, or with token 0. The target at a returning key is its value.
+    A sequence begins with `k1 v1 k2 v2 ...`. Keys are distinct tokens of 1 to V/2 - 1, values are distinct tokens of
+    V/2 to V - 1. The other `length - 2 pairs` positions are slots of two tokens. Each key comes back once, as the first
+    token of a slot. Slots are drawn for the keys in order, without replacement. Slot g (from 0) has the weight
+    `(g + 1)**(power_a - 1)`, so most keys come back early. The other positions hold random tokens of the vocabulary, or
+    token 0. The target at a returning key is its value.
 
     The published sizes (length, pairs) are (64, 4), (128, 8) and (256, 16), with a vocabulary of 8192, 100,000
-    sequences to train on and 3,000 to test. Two things differ here: sequences are drawn afresh for every batch, and
-    the vocabulary is 512 unless asked otherwise, as most of a small model's time on a CPU would go into 8192 logits.
-    The paper's own runs fill with token 0 (`random_fill=False`); its generator's default is to fill at random.
+    training sequences and 3,000 test sequences. Two things differ here. Sequences are drawn anew for every batch. The
+    vocabulary is 512 by default, since 8192 logits would take most of a small model's time on a CPU. The paper's runs
+    fill with token 0 (`random_fill=False`); its generator fills at random by default.
 
-    Published figures are of models of two layers; the task itself brings no convolution that would shift a token on.
+    Published figures are for models of two layers. The task itself has no convolution that would shift a token.
 
     Attributes:
         length: Tokens in a sequence, N, even.

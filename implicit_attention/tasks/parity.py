@@ -14,11 +14,10 @@ from implicit_attention.tasks.task import Batch
 class Parity(PrefixTask):
     """Predict at every position of random bits whether the number of ones so far is odd.
 
-    A constant answer is right half the time. Transformers are known to learn parity at the lengths they train on and
-    to fail at longer ones.
-    The published protocol trains on lengths of 1 to 40 and tests to 500, asking at the end alone; here every prefix
-    is asked about, and the longest sequence has 256 tokens. Of 2**N sequences those held out are new only where
-    2**N is many times what training draws.
+    A constant answer is right half the time. Transformers learn parity at the lengths they train on, and fail at longer
+    ones. The published protocol trains on lengths of 1 to 40 and tests up to 500, with a target only at the end. Here
+    every prefix has a target, and the longest sequence has 256 tokens. Held-out sequences are new only if 2**N is many
+    times the number of training sequences.
 
     Attributes:
         train_length: Tokens in a training sequence.

@@ -26,7 +26,8 @@ class RecallBatch(NamedTuple):
 class Recall:
     """The task: look up a value that comes one token after its key.
 
-    A layer of ordinary attention cannot: the token to read, the value, does not know which key it follows.
+    One layer of plain ordinary attention does not learn it: the value, which is the token to read, does not know which
+    key it follows. Two layers do, or one with a convolution on its keys.
 
     Attributes:
         pairs: Pairs in a sequence; its keys are distinct, its values need not be.

@@ -104,7 +104,7 @@ def copy(directory, target):
             lambda d: change(d, model_type="llama"),
             "is not a model of this program: its config.json has model_type 'llama'",
         ),
-        (lambda d: change(d, model_type=None), "its config.json says model_type None"),
+        (lambda d: change(d, model_type=None), "its config.json has model_type None"),
         (lambda d: change(d, hidden_size=32), "is damaged"),
         (lambda d: change(d, vocab_size=300), "is damaged"),
         (lambda d: change(d, no_such_option=1), "is damaged"),

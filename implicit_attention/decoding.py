@@ -24,14 +24,30 @@ from implicit_attention.attention.map import NORM_EPS, by_read_head, split_heads
 from implicit_attention.attention.masks import AdditiveMask
 from implicit_attention.attention.operation import stock
 from implicit_attention.attention.positions import rotate
-from implicit_attention.cache import DecodeCache, Past
+from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.causal import engines
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
-from implicit_attention.equation import Layer, values
+from implicit_attention.equation import Layer, Projected
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.inputs import Inputs
 
 _MOST_STEPS = 20
+
+
+class Decoded(NamedTuple):
+    """A new token of each sample, solved, and what a cache is to hold of it."""
+
+    solution: Solution
+    column: Tensor  # its query, rotated, [B, G, 1, d]
+    value: Tensor  # [B, G, 1, d]
+    filled: bool  # whether both stand behind the columns of the cache already
+
+    def give(self, cache: Cache) -> None:
+        """Give a cache the token, once nothing can fail any more."""
+        if self.filled and isinstance(cache, DecodeCache):
+            cache.advance(1)
+        else:
+            cache.append(self.column.to(self.value.dtype), self.value, None)
 
 
 class _Token(NamedTuple):
@@ -62,48 +78,39 @@ class _Found(NamedTuple):
     steps: int
 
 
-def decode(layer: Layer, inputs: Inputs) -> Solution | None:
-    """Return the equilibrium of one new token per sample, and add it to the cache; None if it needs the solver.
-
-    Then nothing has been added.
+def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None:
+    """Return the equilibrium of one new token per sample; None if it needs the solver. The cache stays as it is.
 
     Args:
         layer: The layer.
-        inputs: New tokens `[B, 1, D]`, none of them padding, and the cache with the tokens before.
+        inputs: New tokens `[B, 1, D]`, none of them padding, and the cache with the tokens before; `serves` them.
+        projected: What the linear maps make of them.
 
     Returns:
-        The solution, or None.
+        The solution with what `Decoded.give` adds to the cache, or None.
     """
     x, past, cache, settings = inputs.x, inputs.past, inputs.cache, layer.settings
-    if past is None or cache is None or not serves(layer, inputs):
-        return None
-    rotation = None if layer.positions is None else layer.positions.rotation(1, x, past.position)
-    made = layer.W_K(x)
-    value = split_heads(values(layer, x, made.dtype), settings.num_kv_heads)
+    assert past is not None
     assert isinstance(layer.solver, ForwardSubstitution)
+    rotation = None if layer.positions is None else layer.positions.rotation(1, x, past.position)
+    made, value = projected.key, split_heads(projected.value, settings.num_kv_heads)
+    past = past._replace(column=past.column.to(made.dtype), value=past.value.to(made.dtype))
     kernels = engines.token_kernels(layer.solver.kernel, x) if settings.self_query == "output" else None
     if kernels is None:
-        found = _in_torch(layer, x, made, value, past, rotation)
-        if found is None:
-            return None
-        cache.append(found.column.to(value.dtype), value, None)
-        return _solution(found, x)
-    slot = cache.ahead(1) if isinstance(cache, DecodeCache) else None
-    found, within = _in_few(kernels, layer, x, made, value, past, rotation, slot)
-    solution = _solution(found, x)
+        found = _in_torch(layer, projected, value, past, rotation)
+        return None if found is None else Decoded(_solution(found, made), found.column, value, filled=False)
+    slot = cache.ahead(1) if isinstance(cache, DecodeCache) and cache.column.dtype == made.dtype else None
+    found, within = _in_few(kernels, layer, projected, value, past, rotation, slot)
+    solution = _solution(found, made)
     if not all(within.tolist()):  # looked at last, when next to nothing else is left to do
         return None
-    if isinstance(cache, DecodeCache):
-        cache.advance(1)
-    else:
-        cache.append(found.column.to(value.dtype), value, None)
-    return solution
+    return Decoded(solution, found.column, value, filled=slot is not None)
 
 
-def _solution(found: _Found, x: Tensor) -> Solution:
-    batch, device = len(x), x.device
+def _solution(found: _Found, like: Tensor) -> Solution:
+    batch, device = len(like), like.device
     return Solution(
-        value=found.y.to(x.dtype),
+        value=found.y.to(like.dtype),
         residual=found.residual,
         steps=torch.full((batch, 1), found.steps, device=device),
         converged=torch.ones(batch, 1, dtype=torch.bool, device=device),
@@ -124,6 +131,8 @@ def serves(layer: Layer, inputs: Inputs) -> bool:
     absorbed = settings.num_heads == 1 and not settings.qk_norm  # the solver puts Omega_Q into the keys
     return (
         inputs.batched
+        and inputs.past is not None
+        and inputs.cache is not None
         and inputs.x.shape[1] == 1
         and inputs.attn_mask is None
         and inputs.key_padding_mask is None
@@ -139,35 +148,32 @@ def serves(layer: Layer, inputs: Inputs) -> bool:
 
 
 def _in_few(
-    kernels: Any, layer: Layer, x: Tensor, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None,
+    kernels: Any, layer: Layer, projected: Projected, value: Tensor, past: Past, rotation: Tensor | None,
     slot: tuple[Tensor, Tensor] | None,
 ) -> tuple[_Found, Tensor]:  # fmt: skip
     """In few launches, which fill the `slot` of a cache; also whether each sample is within tolerance, not zero."""
-    assert layer.Omega_Q.weight is not None
+    made, (weight, bias) = projected.key, projected.query_map
     temperature = None if layer.temperature is None else layer.temperature.to(made.dtype)
     key, scaled = kernels.keys(
         made.view(*made.shape[:2], layer.settings.num_heads, -1), temperature, rotation, layer.settings.scale, NORM_EPS
     )
     a, lse = _attend(layer, key, past)
-    fixed = None if layer.W_Q is None else layer.W_Q(x)[:, 0]
-    if layer.Omega_Q.bias is not None:
-        fixed = layer.Omega_Q.bias[None] if fixed is None else fixed + layer.Omega_Q.bias
-    by_head = by_read_head(layer.Omega_Q.weight.to(value.dtype), layer.settings.num_heads)
+    fixed = None if bias is None else bias[None]
+    fixed = fixed if projected.added is None else projected.added[:, 0]
+    by_head = by_read_head(weight, layer.settings.num_heads)
     y, column, judged = kernels.solve_token(
         scaled, a[:, :, 0], lse[..., 0].to(scaled.dtype), value[:, :, 0], by_head, fixed, rotation,
-        NORM_EPS if layer.settings.qk_norm else None, layer.solver.tolerances(x.dtype), x.dtype, slot,
+        NORM_EPS if layer.settings.qk_norm else None, layer.solver.tolerances(made.dtype), made.dtype, slot,
     )  # fmt: skip
     return _Found(y, column, judged[0, :, None], judged[1, :, None], 1), judged[2]
 
 
-def _in_torch(
-    layer: Layer, x: Tensor, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None
-) -> _Found | None:
+def _in_torch(layer: Layer, projected: Projected, value: Tensor, past: Past, rotation: Tensor | None) -> _Found | None:
     """In torch's operations."""
-    token = _prepare(layer, made, value, past, rotation)
-    tolerance = layer.solver.tolerances(x.dtype)
-    root = _given(layer, x, value, token) if layer.settings.self_query == "input" else None
-    root = _iterate(layer, x, value, token, tolerance) if root is None else root
+    token = _prepare(layer, projected.key, value, past, rotation)
+    tolerance = layer.solver.tolerances(projected.key.dtype)
+    root = _given(layer, projected, value, token) if layer.settings.self_query == "input" else None
+    root = _iterate(layer, projected, token, tolerance) if root is None else root
     if root is None:
         return None
     y = torch.addcmul(token.a, root.p, token.step).flatten(1)[:, None]
@@ -217,29 +223,30 @@ def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
     return out.reshape(key.shape), lse.reshape(key.shape[:-1])
 
 
-def _given(layer: Layer, x: Tensor, value: Tensor, token: _Token) -> _Root:
+def _given(layer: Layer, projected: Projected, value: Tensor, token: _Token) -> _Root:
     """With `self_query="input"` the own score is that of the start, and nothing is left to be solved."""
     start = _per_head(value, layer.settings.num_heads)
-    own = (token.key * _per_head(_phi(layer, x, start)[:, :, 0], layer.settings.num_heads)).sum(-1)
+    own = (token.key * _per_head(_phi(layer, projected, start)[:, :, 0], layer.settings.num_heads)).sum(-1)
     p = torch.sigmoid(own - token.lse)[..., None]
-    return _Root(p, _phi(layer, x, torch.addcmul(token.a, p, token.step)), None, 1)
+    return _Root(p, _phi(layer, projected, torch.addcmul(token.a, p, token.step)), None, 1)
 
 
-def _phi(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+def _phi(layer: Layer, projected: Projected, y: Tensor) -> Tensor:
     """The queries made from outputs `[B, H, d]`, before their rotation, `[B, G, 1, d]`, in the dtype of `token`."""
-    made = F.linear(y.flatten(1).to(x.dtype), layer.Omega_Q.weight, layer.Omega_Q.bias)
-    if layer.W_Q is not None:
-        made = made + layer.W_Q(x)[:, 0]
-    made = made.view(len(x), layer.settings.num_kv_heads, 1, layer.settings.head_dim)
+    weight, bias = projected.query_map
+    made = F.linear(y.flatten(1).to(weight.dtype), weight, bias)
+    if projected.added is not None:
+        made = made + projected.added[:, 0]
+    made = made.view(len(y), layer.settings.num_kv_heads, 1, layer.settings.head_dim)
     made = made.to(torch.promote_types(made.dtype, torch.float32))
     return _normed(made) if layer.settings.qk_norm else made
 
 
-def _iterate(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: tuple[float, float]) -> _Root | None:
+def _iterate(layer: Layer, projected: Projected, token: _Token, tolerance: tuple[float, float]) -> _Root | None:
     """Iterate from p = 1 until a step is within tolerance; None where steps do not halve. `e` stands for `(1, p)`."""
     batch, heads, dim = token.a.shape
     groups = layer.settings.num_kv_heads
-    made = _linear_query(layer, x, token, value.dtype)  # [B G, 1 + H, d]
+    made = _linear_query(layer, projected, token)  # [B G, 1 + H, d]
     forms = torch.bmm(token.key.view(batch * groups, -1, dim), made.mT).view(batch, heads, 1 + heads)
     if layer.settings.qk_norm:  # of each group's query, the mean square with eps is `e square e`
         square = torch.baddbmm(_first(1 + heads, made.dtype, made.device), made, made.mT, alpha=1 / dim)
@@ -270,17 +277,18 @@ def _iterate(layer: Layer, x: Tensor, value: Tensor, token: _Token, tolerance: t
     return None
 
 
-def _linear_query(layer: Layer, x: Tensor, token: _Token, dtype: torch.dtype) -> Tensor:
+def _linear_query(layer: Layer, projected: Projected, token: _Token) -> Tensor:
     """The query before its norm as a linear map of `(1, p)`: `[B G, 1 + H, d]`."""
     batch, heads, dim = token.a.shape
-    by_head = by_read_head(layer.Omega_Q.weight.to(dtype), heads)
-    ends = torch.cat([token.a, token.step]).to(dtype).transpose(0, 1)  # [H, 2 B, d]
+    weight, bias = projected.query_map
+    by_head = by_read_head(weight, heads)
+    ends = torch.cat([token.a, token.step]).to(weight.dtype).transpose(0, 1)  # [H, 2 B, d]
     made = torch.bmm(ends, by_head).to(token.a.dtype).view(heads, 2, batch, -1, dim)
     base = made[:, 0].sum(0, keepdim=True)  # [1, B, G, d]
-    if layer.Omega_Q.bias is not None:
-        base = base + layer.Omega_Q.bias.view(-1, dim)
-    if layer.W_Q is not None:
-        base = base + layer.W_Q(x).view(batch, -1, dim)
+    if bias is not None:
+        base = base + bias.view(-1, dim)
+    if projected.added is not None:
+        base = base + projected.added.view(batch, -1, dim)
     return torch.cat([base, made[:, 1]]).permute(1, 2, 0, 3).reshape(-1, 1 + heads, dim)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.effects import EffectType
 
 
 class ConvergenceWarning(UserWarning):
@@ -76,9 +77,41 @@ def first_non_finite(named: dict[str, Tensor | None]) -> str | None:
     A tensor whose name ends in "mask" may hold -Inf, which hides an entry.
     """
     for name, tensor in named.items():
-        if tensor is not None and tensor.is_floating_point():
+        if tensor is not None and tensor.is_floating_point() and not tensor.is_meta:
             fine = torch.isfinite(tensor) | (torch.isneginf(tensor) if name.endswith("mask") else False)
             bad = int((~fine).sum())
             if bad:
                 return f"`{name}` holds {bad} NaN or Inf of {tensor.numel()} entries"
     return None
+
+
+def require(holds: Tensor, message: str) -> None:
+    """Raise unless a condition holds. Not checked under `torch.func` transforms, which have no numbers to look at.
+
+    Args:
+        holds: The condition, a bool tensor without dimensions.
+        message: Of the error.
+
+    Raises:
+        ValueError: If it does not hold; from a compiled or exported graph when it runs.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return
+    if torch.compiler.is_compiling():
+        _require(holds, message)
+    elif not bool(holds):
+        raise ValueError(message)
+
+
+@torch.library.custom_op("implicit_attention::require", mutates_args=())
+def _require(holds: Tensor, message: str) -> None:
+    if not bool(holds):
+        raise ValueError(message)
+
+
+@_require.register_fake
+def _(holds: Tensor, message: str) -> None:
+    return None
+
+
+_require.register_effect(EffectType.ORDERED)  # without it the compiler drops an operator that returns nothing

@@ -72,7 +72,7 @@ class Inputs:
 
 def checked(
     settings: Settings,
-    weight: Tensor,
+    weight: Tensor | None,
     x: Tensor,
     context: Tensor | None = None,
     attn_mask: Tensor | None = None,
@@ -85,7 +85,7 @@ def checked(
 
     Args:
         settings: Of the layer.
-        weight: A parameter of the layer, for its dtype and device.
+        weight: A parameter of the layer, for its dtype and device; None if only its modules know what they take.
         x: As in `ImplicitQueryAttention.forward`, as are the others.
         context: Where keys and values come from.
         attn_mask: Of rows by columns.
@@ -119,10 +119,14 @@ def checked(
     return _with_masks(settings, inputs)
 
 
-def check_input(name: str, x: object, weight: Tensor, embed_dim: int, *, any_lead: bool = False) -> None:
+def check_input(name: str, x: object, weight: Tensor | None, embed_dim: int, *, any_lead: bool = False) -> None:
     """Refuse what cannot be an input `[B, N, D]` or `[N, D]` (any leading dimensions with `any_lead`)."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise bad_type(name, f"a float tensor [B, N, {embed_dim}]", x)
+    if x.is_nested or x.layout != torch.strided:
+        raise bad_type(name, f"a dense tensor [B, N, {embed_dim}]", Came("a nested or sparse one"),
+                       f"Pad it ({name}.to_padded_tensor(0.0), or {name}.to_dense()) and name the padding in "
+                       "key_padding_mask.")  # fmt: skip
     shape_fits = x.dim() >= 2 if any_lead else x.dim() in (2, 3)
     if not shape_fits or x.shape[-1] != embed_dim:
         lead = "..." if any_lead else "B"
@@ -130,6 +134,8 @@ def check_input(name: str, x: object, weight: Tensor, embed_dim: int, *, any_lea
                         f"The last dimension must be embed_dim={embed_dim}.")  # fmt: skip
     if x.shape[-2] == 0:
         raise bad_value(name, "of at least one token (N >= 1)", x, "An empty sequence has no equilibrium.")
+    if weight is None:  # only the module knows what it takes
+        return
     if x.device != weight.device:
         raise bad_value(name, f"on the parameters' device, {weight.device}", x, f"Move it: {name}.to(layer device).")
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -137,7 +143,7 @@ def check_input(name: str, x: object, weight: Tensor, embed_dim: int, *, any_lea
                        f"Convert it ({name}.to({weight.dtype})) or the layer (layer.to({x.dtype})).")  # fmt: skip
 
 
-def _check_context(settings: Settings, weight: Tensor, x: Tensor, context: Tensor) -> None:
+def _check_context(settings: Settings, weight: Tensor | None, x: Tensor, context: Tensor) -> None:
     check_input("context", context, weight, settings.embed_dim)
     if settings.rows_are_keys:
         raise bad_value("context", 'None unless normalize_over="keys"', context,
@@ -207,6 +213,7 @@ def _past(settings: Settings, inputs: Inputs, cache: Cache) -> Past | None:
     check_cacheable(settings)
     if inputs.context is not None:
         raise bad_value("cache", "None next to a context", Came("a cache"), "The context stands in its place.")
+    refuse_recomputation()
     padding = inputs.key_padding_mask
     if padding is not None and padding.dtype != torch.bool:
         raise bad_type("key_padding_mask", "bool with a cache", padding)
@@ -221,6 +228,17 @@ def check_cacheable(settings: Settings) -> None:
         raise bad_value(
             "cache", "None unless is_causal=True", Came("a cache"), "Later tokens would change earlier ones."
         )
+
+
+def refuse_recomputation() -> None:
+    """Refuse a cache in a call that is made again, for the backward pass of the first: it has the tokens already.
+
+    Raises:
+        ValueError: If a backward pass is under way.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise bad_value("cache", "None in a call that the backward pass makes again (torch.utils.checkpoint)",
+                        Came("a cache"), "Call without checkpointing, or without a cache.")  # fmt: skip
 
 
 def _like_values(settings: Settings, x: Tensor) -> Tensor:
@@ -257,7 +275,7 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
 
 
 def _check_mask(name: str, mask: object, like: Tensor) -> None:
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+    if not isinstance(mask, Tensor) or mask.is_nested or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise bad_type(name, "a bool tensor (True = hidden) or a float tensor (added to the scores)", mask)
     if mask.device != like.device:
         raise bad_value(name, f"on the input's device, {like.device}", mask, f"Move it: {name}.to(x.device).")

@@ -6,19 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicit_attention.attention.linear_map import checked_against
 from implicit_attention.attention.positions import Positions, make_positions
 from implicit_attention.cache import Cache, DecodeCache
-from implicit_attention.decoding import decode
 from implicit_attention.equation import Equation, prepare
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.fixed_point import FailureReport
 from implicit_attention.equilibrium.solvers import Method, Solution
-from implicit_attention.errors import NonFiniteError, bad_type, bad_value
+from implicit_attention.errors import bad_type, bad_value, require
 from implicit_attention.inputs import Inputs, check_cacheable, checked, non_finite
-from implicit_attention.packing import outside_graphs
 from implicit_attention.settings import Configured, Settings
-from implicit_attention.solving import columns, make_adjoint, make_solver, row_gains, solve
+from implicit_attention.solving import make_adjoint, make_solver, row_gains, settle
 
 
 class ImplicitQueryAttention(Configured):
@@ -27,6 +26,9 @@ class ImplicitQueryAttention(Configured):
     `y = softmax(K (Omega_Q y)^T * scale) V` with `K = W_K x`, `V = Omega_V x`: row i belongs to key i, the
     softmax runs over the queries of all tokens j. The defaults are the seed's map; every option widens it.
     Gradients flow whenever autograd is on, in eval mode too.
+
+    A solve applies `Omega_Q` in every iteration by its weight and bias. If you put an adapter, a hook, a norm or a
+    module of your own in its place, the layer calls it once on the unit vectors to find them (`linear_map`).
 
     The settings can be read as attributes (`layer.num_heads`). Those that shape no parameter can be changed:
     `is_causal`, `window`, `self_query`, `dropout`, `scale`.
@@ -156,7 +158,8 @@ class ImplicitQueryAttention(Configured):
                 the scores. Rows are output tokens, columns the tokens they see (those in the cache first).
             key_padding_mask: `[B, M]` (or `[M]`): columns hidden from every row; bool or float alike. With a cache
                 those of the new tokens, bool.
-            cache: Causal only: the tokens before x, to which those of x are added, `layer.make_cache(...)`.
+            cache: Causal only: the tokens before x, to which those of x are added, `layer.make_cache(...)`. If the call
+                raises, it stays as it was.
             segments: Packed documents: `[B, N]` (or `[N]`), int32 or int64. Each run of one number is a document (two
                 runs are two), which is an equilibrium of its own: its tokens see no others, its positions begin at 0.
                 Not next to `context`, `attn_mask` or `cache`.
@@ -174,14 +177,15 @@ class ImplicitQueryAttention(Configured):
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
         inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens)
+        found = settle(self, self._report, inputs, short=not need_weights)
+        out = self._project(found.solution.value)
+        out = out if inputs.batched else out[0]
+        weights = found.weights() if need_weights else out
+        found.give(inputs)
         if not need_weights:
-            solution = decode(self, inputs) or self._settle(inputs)[1]
-            return self._project(solution.value if inputs.batched else solution.value[0])
-        equation, solution = self._settle(inputs)
-        out = self._project(solution.value)
-        weights = equation.function.weights(solution.value, *equation.args)
+            return out
         weights = weights.mean(1) if average_attn_weights else weights
-        return (out, weights) if inputs.batched else (out[0], weights[0])
+        return out, weights if inputs.batched else weights[0]
 
     def solve(
         self,
@@ -223,13 +227,14 @@ class ImplicitQueryAttention(Configured):
             raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
                             "Use diagnostics.spectral_radius.")  # fmt: skip
         inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens)
-        decoded = None if history or gains else decode(self, inputs)
-        if decoded is not None:
-            return decoded
-        equation, solution = self._settle(inputs, history=history)
+        found = settle(self, self._report, inputs, history=history, short=not (history or gains))
+        solution = replace(found.solution, value=_own(found.solution.value))
         if gains:
-            solution = replace(solution, gain=row_gains(equation, solution))
-        return solution if inputs.batched else solution.unbatched()
+            assert found.equation is not None
+            solution = replace(solution, gain=row_gains(found.equation, found.solution))
+        solution = solution if inputs.batched else solution.unbatched()
+        found.give(inputs)
+        return solution
 
     def equation(
         self,
@@ -270,31 +275,33 @@ class ImplicitQueryAttention(Configured):
             ValueError: If the layer is not causal.
         """
         check_cacheable(self.settings)
-        heads, size, like = self.settings.num_kv_heads, self.settings.head_dim, self.W_K.weight
-        return DecodeCache(batch_size, heads, size, capacity, device=like.device, dtype=like.dtype)
+        settings = self.settings
+        device, dtype = self._expects()
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)  # what its values are computed in
+        return DecodeCache(batch_size, settings.num_kv_heads, settings.head_dim, capacity, device=device, dtype=dtype)
+
+    def _expects(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of what is computed, as far as parameters tell."""
+        floating = (p for p in self.parameters() if p.is_floating_point())
+        like = checked_against(self.W_K)
+        like = next(floating, None) if like is None else like
+        return (torch.device("cpu"), torch.get_default_dtype()) if like is None else (like.device, like.dtype)
 
     def _inputs(self, x: Tensor, *others: Any) -> Inputs:
-        return checked(self.settings, self.W_K.weight, x, *others)
-
-    def _settle(self, inputs: Inputs, *, history: bool = False) -> tuple[Equation, Solution]:
-        """Solve, and give the cache its new tokens."""
-        if inputs.packed and torch.compiler.is_compiling():
-            return outside_graphs(self._settle)(inputs, history=history)
-        equation = prepare(self, inputs)
-        try:
-            solution = solve(equation, self.solver, self.adjoint, self._report, history=history)
-        except NonFiniteError as error:
-            raise non_finite({**inputs.named(), **dict(self.named_parameters())}) from error
-        if inputs.cache is not None:
-            with torch.no_grad():
-                inputs.cache.append(*columns(equation, solution), inputs.key_padding_mask)
-        return equation, solution
+        return checked(self.settings, checked_against(self.W_K), x, *others)
 
     def _project(self, y: Tensor) -> Tensor:
         if self.out_proj is None:
-            return y
+            return _own(y)
         out: Tensor = self.out_proj(y)
-        looks = not maps.transforms_active() and not torch.compiler.is_compiling()
-        if looks and not bool(torch.isfinite(out).all()):
+        if torch.compiler.is_compiling():
+            require(torch.isfinite(out).all(), "The layer's output holds NaN or Inf: check `out_proj` and the weights.")
+        elif not maps.transforms_active() and not bool(torch.isfinite(out).all()):
             raise non_finite(dict(self.named_parameters()))
         return out
+
+
+def _own(y: Tensor) -> Tensor:
+    """An equilibrium that the caller may change in place: the backward pass keeps the other."""
+    return y.clone() if y.requires_grad else y

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from implicit_attention.attention import AttentionSpec
+from implicit_attention.attention.linear_map import checked_against, linear_map
 from implicit_attention.attention.map import AttentionMap, QueryMap
 from implicit_attention.equilibrium import maps
-from implicit_attention.errors import check_positive
+from implicit_attention.errors import check_positive, require
 from implicit_attention.inputs import check_input, non_finite
 
 
@@ -53,13 +54,15 @@ class ImplicitQueryAttentionLinearV(nn.Module):
             TypeError: If x is no float tensor of the parameters' dtype.
             ValueError: If its shape or device does not fit, or x or a weight holds NaN or Inf.
         """
-        check_input("x", x, self.W_K.weight, self.embed_dim, any_lead=True)
+        check_input("x", x, checked_against(self.W_K), self.embed_dim, any_lead=True)
         key, value = self.W_K(x), self.Omega_V(x)
         spec = AttentionSpec(self.embed_dim**-0.5)
-        function = AttentionMap(spec, QueryMap(1), True, ("key", "value", "weight"))
+        found = linear_map(self.Omega_Q, "Omega_Q", x, self.embed_dim)
+        query_map = {name: t.to(key.dtype) for name, t in found._asdict().items() if t is not None}
+        function = AttentionMap(spec, QueryMap(1), True, ("key", "value", *query_map))
         lead = x.shape[:-2]
         flat = value.reshape(-1, *x.shape[-2:])
-        args = (key.reshape(-1, 1, *x.shape[-2:]), flat[:, None], self.Omega_Q.weight.to(key.dtype))
+        args = (key.reshape(-1, 1, *x.shape[-2:]), flat[:, None], *query_map.values())
         y = flat
         history = [value.clone()] if track else None
         for _ in range(self.n_iters):
@@ -67,7 +70,9 @@ class ImplicitQueryAttentionLinearV(nn.Module):
             if history is not None:
                 history.append(y.reshape(*lead, *x.shape[-2:]).clone())
         y = y.reshape(*lead, *x.shape[-2:])
-        if not maps.transforms_active() and not bool(torch.isfinite(y).all()):
+        if torch.compiler.is_compiling():
+            require(torch.isfinite(y).all(), "The output holds NaN or Inf: check the input and the weights.")
+        elif not maps.transforms_active() and not bool(torch.isfinite(y).all()):
             raise non_finite({"x": x, **dict(self.named_parameters())})
         return y if history is None else (y, history)
 

@@ -70,8 +70,9 @@ class Ordinary(Mixer):
 
     def bias(self, rows: slice, cols: slice) -> Tensor:
         """Return the relative bias of a block of scores, `[1, H, r, c]`."""
-        term, table = self.positions.bias()
-        return term.block(table, rows, cols)
+        term, table = self.positions(self.W_K.weight)
+        block: Tensor = term.block(table, rows, cols)
+        return block
 
     def mix(self, x: Tensor, *, gains: bool = False) -> Mixed:
         """Return the attention's output, and None."""

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from implicit_attention import ALiBi, Anderson, ImplicitQueryAttention, RelativeBias, Rotary
-from implicit_attention.decoding import decode
+from implicit_attention.decoding import decode, serves
+from implicit_attention.equation import project
 from implicit_attention.inputs import checked
 from tests import oracle
 
@@ -117,5 +118,10 @@ def close(found, expected, tol):
 
 
 def decoded(layer, x, cache):
-    """What the short way of one new token makes of a call; None if it leaves it to the solver."""
-    return decode(layer, checked(layer.settings, layer.W_K.weight, x, cache=cache))
+    """What the short way of one new token makes of a call, given to its cache; None if it leaves it to the solver."""
+    inputs = checked(layer.settings, layer.W_K.weight, x, cache=cache)
+    found = decode(layer, inputs, project(layer, inputs)) if serves(layer, inputs) else None
+    if found is None:
+        return None
+    found.give(cache)
+    return found.solution

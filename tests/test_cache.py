@@ -1,11 +1,14 @@
 """Decoding in chunks gives what one pass gives: values, lengths, padding, windows, every orientation."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
-from implicit_attention import Anderson, DecodeCache, ForwardSubstitution, ImplicitQueryAttention
+from implicit_attention import Anderson, ConvergenceError, DecodeCache, ForwardSubstitution, ImplicitQueryAttention
 from tests.bridge import make_layer
 
 F64 = torch.float64
@@ -107,29 +110,162 @@ def test_masks_and_weights_see_past_columns_first():
 
 
 @given(
-    name=st.sampled_from(["heads", "one-head", "qk_norm-rope", "groups-rope", "relative-window", "input", "identity"]),
-    past=st.integers(1, 7),
-    chunks=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+    name=st.sampled_from(list(LAYERS)),
+    chunks=st.lists(st.integers(1, 4), min_size=2, max_size=3),
     padded=st.booleans(),
+    solver=st.sampled_from([EXACT, ITERATE]),
 )
-def test_gradients_take_the_past_as_constant(name, past, chunks, padded):
-    """Against another solver with its own adjoint, on the last chunk; earlier ones are in the cache."""
-    n = past + sum(chunks)
+def test_gradients_flow_through_the_cache(name, chunks, padded, solver):
+    """What the tokens before give the loss of later ones: as in one pass."""
+    n = sum(chunks)
     layer, x = make(name, n)
+    layer.solver = ITERATE if layer.normalize_over == "keys" else solver
     hidden = torch.zeros(2, n, dtype=torch.bool)
-    hidden[0, : past // 2] = padded
+    hidden[0, : chunks[0] // 2] = padded
     found = []
-    for solver in (EXACT, ITERATE):
-        layer.solver = solver
-        leaf, cache, start = x.clone().requires_grad_(), layer.make_cache(2, n), 0
-        for count in (past, *chunks):
-            part = slice(start, start + count)
-            y = layer(leaf[:, part], cache=cache, key_padding_mask=hidden[:, part])
-            start += count
+    for split in (chunks, [n]):
+        leaf, cache = x.clone().requires_grad_(), layer.make_cache(2, n)
+        parts = zip(leaf.split(split, 1), hidden.split(split, 1), strict=True)
+        y = torch.cat([layer(part, cache=cache, key_padding_mask=h) for part, h in parts], 1)
+        y = y[:, -chunks[-1] :]
         found.append((y, *torch.autograd.grad(y.sin().sum(), [leaf, *layer.parameters()], allow_unused=True)))
-        assert not found[-1][1][:, : n - chunks[-1]].any()
     for a, b in zip(*found, strict=True):
         close(torch.zeros(()) if a is None else a, torch.zeros(()) if b is None else b, 1e-9)
+
+
+def test_gradients_flow_through_moved_and_reordered_samples():
+    layer, x = make("qk_norm-rope", 7)
+    hidden = torch.zeros(2, 4, dtype=torch.bool)
+    hidden[1, 3:] = True  # a sample's last slot is forgotten
+    leaf, cache = x.clone().requires_grad_(), layer.make_cache(2, 9)
+    layer(leaf[:, :4], cache=cache, key_padding_mask=hidden)
+    cache.reorder(torch.tensor([1, 1]))
+    y = layer(leaf[:, 4:], cache=cache)
+    (found,) = torch.autograd.grad(y.sin().sum(), leaf)
+    leaf = x.clone().requires_grad_()
+    right = layer(torch.cat([leaf[1:, :3].expand(2, -1, -1), leaf[:, 4:]], 1))[:, 3:]
+    close(y, right)
+    close(found, torch.autograd.grad(right.sin().sum(), leaf)[0], 1e-9)
+
+
+def test_a_detached_cache_is_a_constant():
+    layer, x = make("qk_norm-rope", 7)
+    leaf, cache = x.clone().requires_grad_(), layer.make_cache(2, 7)
+    layer(leaf[:, :4], cache=cache).sin().sum().backward()
+    cache.detach()
+    leaf.grad = None
+    layer(leaf[:, 4:], cache=cache).sin().sum().backward()  # the graph of the first is gone
+    assert not leaf.grad[:, :4].any()
+    assert leaf.grad[:, 4:].any()
+
+
+@pytest.mark.parametrize("name", ["heads", "one-head", "groups-rope", "keys"])
+@pytest.mark.parametrize("made_inside", [True, False])
+def test_inference_mode_and_ordinary_mode_share_a_cache(name, made_inside):
+    layer, x = make(name, 8)
+    hidden = torch.zeros(2, 4, dtype=torch.bool)
+    hidden[1, 3:] = True
+    with torch.inference_mode(made_inside), torch.no_grad():
+        cache = layer.make_cache(2, 9)
+    with torch.inference_mode():
+        layer(x[:, :4], cache=cache, key_padding_mask=hidden)
+        cache.reorder(torch.tensor([1, 1]))
+    leaf = x[:, 4:].clone().requires_grad_()
+    y = layer(leaf, cache=cache)
+    y.sum().backward()
+    with torch.inference_mode():
+        right = layer(torch.cat([x[1:, :3].expand(2, -1, -1), x[:, 4:]], 1))[:, 3:]
+        close(y.detach(), right)
+
+
+@pytest.mark.parametrize("name", ["heads", "one-head", "qk_norm-rope", "groups-rope", "alibi"])
+@pytest.mark.parametrize("made_inside", [True, False])
+def test_autocast(name, made_inside):
+    """A cache made under autocast holds what is computed there; one made outside keeps its dtype."""
+    options = LAYERS[name] | {"solver": ForwardSubstitution()}
+    layer, x = ImplicitQueryAttention(8, is_causal=True, **options), torch.randn(2, 6, 8)
+    with torch.no_grad():
+        cache = layer.make_cache(2, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = layer.make_cache(2, 6) if made_inside else cache
+            whole = layer(x)
+            parts = [layer(x[:, :4], cache=cache), *(layer(x[:, i : i + 1], cache=cache) for i in (4, 5))]
+            close(torch.cat(parts, 1), whole, 0.1)  # bfloat16
+    assert cache.column.dtype == (torch.bfloat16 if made_inside else torch.float32)
+    assert cache.used == 6
+    if made_inside:
+        with pytest.raises(ValueError, match="float32"):
+            layer(x[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_call_that_is_made_again_is_refused(reentrant):
+    layer, x = make("heads", 8)
+    leaf, cache = x.clone().requires_grad_(), layer.make_cache(2, 64)
+    y = checkpoint(lambda t: layer(t, cache=cache), leaf, use_reentrant=reentrant)
+    with pytest.raises(ValueError, match="`cache` must be None in a call that the backward pass makes again"):
+        y.square().sum().backward()
+    assert cache.used == 8
+
+
+class Interrupt(ForwardSubstitution):
+    def tolerances(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("short", [True, False], ids=["one-token", "three-tokens"])
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda layer: layer.out_proj.weight.data.fill_(torch.inf), ValueError),
+        (lambda layer: layer.out_proj.register_forward_hook(interrupt), KeyboardInterrupt),
+        (lambda layer: setattr(layer, "solver", Interrupt()), KeyboardInterrupt),
+        (lambda layer: layer.W_K.weight.data.fill_(torch.nan), ValueError),
+    ],
+    ids=["overflow", "interrupted-after", "interrupted-within", "nan"],
+)
+def test_a_call_that_raises_leaves_the_cache_as_it_was(change, error, short):
+    layer, x = make("alibi", 9)
+    if short:
+        layer, x = make("heads", 9)
+        layer.out_proj = torch.nn.Linear(8, 8, bias=False, dtype=F64)
+    right, cache, count = layer(x), layer.make_cache(2, 9), 1 if short else 3
+    with torch.no_grad():
+        layer(x[:, :6], cache=cache)
+        broken = copy.deepcopy(layer)
+        change(broken)
+        for kind in ({}, {"need_weights": True}):
+            with pytest.raises(error):
+                broken(x[:, 6 : 6 + count], cache=cache, **kind)
+        assert cache.used == 6
+        close(torch.cat([layer(x[:, i : i + count], cache=cache) for i in range(6, 9, count)], 1), right[:, 6:])
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_missed_tolerance_that_raises_leaves_the_cache_as_it_was():
+    layer = make_layer(8, 2, is_causal=True, solver=Anderson(max_steps=1), on_failure="raise")
+    cache = layer.make_cache(1, 4)
+    with pytest.raises(ConvergenceError):
+        layer(torch.randn(1, 4, 8, dtype=F64), cache=cache)
+    assert cache.used == 0
+
+
+def test_an_append_that_is_interrupted_leaves_the_cache_as_it_was(monkeypatch):
+    layer, x = make("heads", 6)
+    cache = layer.make_cache(2, 9)
+    hidden = torch.zeros(2, 3, dtype=torch.bool)
+    hidden[0, 2] = True
+    with torch.no_grad():
+        layer(x[:, :3], cache=cache)
+        monkeypatch.setattr(DecodeCache, "_forget_trailing", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            layer(x[:, 3:], cache=cache, key_padding_mask=hidden)
+        monkeypatch.undo()
+        assert cache.used == 3
+        close(layer(x[:, 3:], cache=cache), layer(x)[:, 3:])
 
 
 def test_reorder_and_reset():

@@ -20,8 +20,8 @@ from implicit_attention import (
     fixed_point,
 )
 from implicit_attention.equation import prepare
+from implicit_attention.equation.packing import Packing, grouped
 from implicit_attention.inspection import diagnostics
-from implicit_attention.packing import Packing, grouped
 from tests.bridge import array, close, make_layer
 from tests.test_bad_input import refused
 

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,14 @@ class Positions(nn.Module, ABC):
     @abstractmethod
     def bias(self) -> tuple[BiasTerm, Tensor] | None:
         """Return a bias term and its tensor `[1, ...]`, None for an encoding without a bias."""
+
+    def forward(self, like: Tensor) -> tuple[BiasTerm, Tensor] | None:
+        """Return `bias()` for use beside a tensor. Layers call the module, so that its hooks have their way.
+
+        Args:
+            like: Tensor on whose device, and in whose dtype, what is computed anew is wanted.
+        """
+        return self.bias()
 
 
 class Rotary(Positions):
@@ -134,8 +143,6 @@ class ALiBi(Positions):
         Press, Smith and Lewis, "Train Short, Test Long", arXiv 2108.12409 (2021).
     """
 
-    slopes: Tensor
-
     def __init__(self, num_heads: int) -> None:
         """Make the encoding.
 
@@ -144,11 +151,26 @@ class ALiBi(Positions):
         """
         super().__init__()
         check_positive("num_heads", num_heads, integer=True)
+        self.num_heads = num_heads
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled encoding, one of a release that kept its slopes too."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        kept = self._buffers.pop("slopes", None)
+        if kept is not None:
+            self.num_heads = len(kept)
+
+    @property
+    def slopes(self) -> Tensor:
+        """The slopes, `[H]`, float32: computed, since a buffer that is not saved is lost on the meta device."""
+        return self._slopes(torch.device("cpu"))
+
+    def _slopes(self, device: torch.device) -> Tensor:
         # The paper defines slopes for powers of two; others add every second slope of the next power.
-        power = 2 ** math.floor(math.log2(num_heads))
-        slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-        slopes += [2 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
-        self.register_buffer("slopes", torch.tensor(slopes), persistent=False)
+        power = 2 ** math.floor(math.log2(self.num_heads))
+        h = torch.arange(self.num_heads, dtype=torch.float64, device=device)
+        exponents = torch.where(h < power, -8 * (h + 1) / power, -4 * (2 * (h - power) + 1) / power)
+        return torch.exp2(exponents).float()
 
     def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> None:
         """Return None: queries and keys stay as they are."""
@@ -156,6 +178,18 @@ class ALiBi(Positions):
     def bias(self) -> tuple[BiasTerm, Tensor]:
         """Return the distance penalty and the slopes `[1, H]`."""
         return DistanceSlope(), self.slopes[None]
+
+    def forward(self, like: Tensor) -> tuple[BiasTerm, Tensor]:
+        """Return the distance penalty and the slopes `[1, H]`.
+
+        Args:
+            like: As in `Positions.forward`.
+        """
+        return DistanceSlope(), self._slopes(like.device).to(like.dtype)[None]
+
+    def extra_repr(self) -> str:
+        """Return the settings, for `print`."""
+        return f"num_heads={self.num_heads}"
 
 
 class RelativeBias(Positions):
@@ -205,9 +239,9 @@ def make_positions(positions: "str | Positions | None", num_heads: int, head_dim
     """
     if isinstance(positions, Rotary) and positions.head_dim != head_dim:
         raise bad_value("positions", f"Rotary({head_dim}) for heads of size {head_dim}", positions)
-    per_head = positions.slopes if isinstance(positions, ALiBi) else None
-    per_head = positions.table if isinstance(positions, RelativeBias) else per_head
-    if per_head is not None and len(per_head) != num_heads:
+    made_for = positions.num_heads if isinstance(positions, ALiBi) else num_heads
+    made_for = len(positions.table) if isinstance(positions, RelativeBias) else made_for
+    if made_for != num_heads:
         raise bad_value("positions", f"made for num_heads={num_heads}", positions)
     if positions is None or isinstance(positions, Positions):
         return positions

@@ -494,19 +494,22 @@ class _Backward:
         return within
 
     def solution(self) -> AdjointSolution:
-        """Solve; return the gradients by tensor of the map, in its dtype."""
+        """Solve; return the gradients by tensor of the map. Past columns come last: all rows see them."""
         self.descend(0, self.system.length, self.widest)
         if self.swept is not None:
             self.swept.check()
             self.residual = torch.maximum(self.residual, self.swept.largest)
             self.sweeps = max(self.sweeps, self.swept.sweeps)
             self.near_singular += self.swept.near_singular
-        if self.system.past:  # past columns are constants: only the keys and terms of the rows get gradients from them
+        if self.system.past:
             assert self.system.past_column is not None and self.system.past_value is not None
-            self._pull(slice(0, self.system.length), self.system.past_column, self.system.past_value, 0)
+            everything = slice(0, self.system.length)
+            past = self._pull(everything, self.system.past_column, self.system.past_value, 0)
         if self.made is not None:
             self._through_map(self.made, slice(0, self.system.length))
         by_name: dict[str, Tensor | None] = {"key": self.d_key, "value": self.d_value, **self.rest}
+        if self.system.past:
+            by_name |= dict(zip(("past_column", "past_value"), past, strict=True))
         by_name |= {f"term{i}": grad for i, grad in enumerate(self.d_terms)}
         by_arg = []
         for name in self.system.tensors:

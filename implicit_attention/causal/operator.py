@@ -130,6 +130,8 @@ def _forward(
     tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     d = _Description.of(words, numbers, counts)
+    if not tensors[d.names.split(",").index("key")].numel():  # an empty batch: nothing to solve
+        return _outputs(tensors, dtype, words, numbers, counts)  # type: ignore[no-any-return]
     with torch.autocast(tensors[0].device.type, enabled=False):  # the solver chooses its precision itself
         found = d.solver().equilibrium(d.function(tensors), tuple(tensors), dtype)
     FailureReport.of(d.report)(found, "equilibrium")
@@ -139,9 +141,9 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
+def _outputs(
     tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     d = _Description.of(words, numbers, counts)
     named = dict(zip(d.names.split(","), tensors, strict=True))
     key, groups = named["key"], named["value"].shape[1]
@@ -166,6 +168,8 @@ def _adjoint(
     numbers: list[float], counts: list[int],
 ) -> list[Tensor]:  # fmt: skip
     d = _Description.of(words, numbers, counts)._replace(atol=0.0)  # cotangents have no scale of their own
+    if not y.numel():
+        return [t.new_zeros(t.shape) for t in tensors]
     with torch.autocast(y.device.type, enabled=False):
         found = d.solver().adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
     FailureReport.of(d.report).adjoint(found, grad)

@@ -60,7 +60,8 @@ class LayerCache:
             raise bad_value("cache", "a DynamicCache or a StaticCache of full length", Came(type(self.cache).__name__),
                             "The solver needs every column as it was, not a part or a quantised copy.")  # fmt: skip
         held = slice(0, self.length)
-        return Past(keys[:, :, held], values[:, :, held], None if hidden is None else hidden[:, held], self.length)
+        keys, values = kept(layer, keys[:, :, held]), kept(layer, values[:, :, held])
+        return Past(keys, values, None if hidden is None else hidden[:, held], self.length)
 
     def append(self, column: Tensor, value: Tensor, hidden: Tensor | None) -> None:
         """Take the columns of new tokens.
@@ -70,4 +71,15 @@ class LayerCache:
             value: Their values, `[B, G, n, d]`.
             hidden: `[B, n]`, True = padding. Not kept: see above.
         """
-        self.cache.update(column.detach().to(value.dtype), value.detach(), self.layer_idx)
+        self.cache.update(column.to(value.dtype), value, self.layer_idx)
+
+
+def kept(layer: object, columns: Tensor) -> Tensor:
+    """Return columns that a graph may keep: a static cache changes its own, and autograd takes none of inference mode.
+
+    Args:
+        layer: The layer of the cache that holds them.
+        columns: Some of its columns or values.
+    """
+    changes = isinstance(layer, StaticLayer) or columns.is_inference()
+    return columns.clone() if changes and torch.is_grad_enabled() else columns

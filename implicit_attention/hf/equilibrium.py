@@ -1,10 +1,8 @@
-"""One solve of an implicit layer inside a model: with a transformers cache, and with adapters on its query map."""
+"""One solve of an implicit layer inside a model, with a transformers cache."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from implicit_attention import ImplicitQueryAttention
 from implicit_attention.hf.caching import LayerCache
@@ -47,49 +45,7 @@ def solve(
     Returns:
         The equilibrium, with what was asked for.
     """
-    query_map: nn.Module = layer.Omega_Q
-    arguments = (x, hidden, cache, need_weights, gains and layer.triangular)
-    if isinstance(query_map, nn.Linear):
-        return _solve(layer, *arguments)
-    out: Solved = functional_call(_Solve(layer), _effective_weight(query_map), arguments)
-    return out
-
-
-def _solve(
-    layer: ImplicitQueryAttention,
-    x: Tensor,
-    hidden: Tensor | None,
-    cache: LayerCache | None,
-    need_weights: bool,
-    gains: bool,
-) -> Solved:
     equation = layer.equation(x, key_padding_mask=hidden, cache=cache) if need_weights else None
-    solution = layer.solve(x, key_padding_mask=hidden, cache=cache, gains=gains)
+    solution = layer.solve(x, key_padding_mask=hidden, cache=cache, gains=gains and layer.triangular)
     weights = None if equation is None else equation.function.weights(solution.value, *equation.args)
     return Solved(solution.value, weights, layer_stats(solution))
-
-
-class _Solve(nn.Module):
-    """`_solve` as a module, so that a parameter of its layer can be replaced."""
-
-    def __init__(self, layer: ImplicitQueryAttention) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *arguments: Any) -> Solved:
-        return _solve(self.layer, *arguments)
-
-
-def _effective_weight(linear: Any) -> dict[str, Tensor]:
-    """Return the weight that an adapted linear map amounts to, under the name of the parameter in its place.
-
-    A solve applies the query map many times and so takes its weight, not the module: what an adapter (LoRA) adds
-    would be left out. The map of the unit vectors, less that of zero, is the whole of it.
-
-    Returns:
-        The weight, by the parameter's name in `_Solve`.
-    """
-    base, bias = linear.weight, linear.bias
-    name = next(name for name, parameter in linear.named_parameters() if parameter is base)
-    out = linear(torch.eye(linear.in_features, dtype=base.dtype, device=base.device))
-    return {f"layer.Omega_Q.{name}": (out if bias is None else out - bias).mT}

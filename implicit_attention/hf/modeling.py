@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from implicit_attention import ALiBi, ImplicitQueryAttention, RelativeBias
+from implicit_attention import ImplicitQueryAttention, RelativeBias
 from implicit_attention.errors import Came, bad_type, bad_value
 from implicit_attention.hf.block import ImplicitAttentionBlock
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
@@ -19,6 +19,7 @@ from implicit_attention.hf.outputs import (
     ImplicitModelOutput,
     stack_stats,
 )
+from implicit_attention.hf.transactions import transactional
 
 M = TypeVar("M", bound=ModelOutput)
 Output = tuple[object, ...]
@@ -34,6 +35,12 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ImplicitAttentionBlock"]
     _supports_context_parallel = False
     accepts_loss_kwargs = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let every model with a forward of its own leave the cache of a call that raises as it was."""
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            cls.forward = transactional(cls.forward)
 
     @classmethod
     def from_pretrained(
@@ -65,8 +72,6 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
             init.ones_(module.temperature)
         elif isinstance(module, RelativeBias):
             init.zeros_(module.table)
-        elif isinstance(module, ALiBi):
-            init.copy_(module.slopes, ALiBi(len(module.slopes)).slopes)
 
 
 class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
@@ -153,6 +158,10 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
                             "Without a causal mask, old equilibria change with every new token.")  # fmt: skip
         wanted = either(use_cache, self.config.use_cache and self.config.is_causal and not self.training)
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if cache is not None and checkpointing:
+            raise bad_value("cache", "None with gradient checkpointing in training", Came(type(cache).__name__),
+                            "The backward pass calls every block again, which would add its tokens twice: "
+                            "model.gradient_checkpointing_disable(), or call without a cache.")  # fmt: skip
         if cache is None and wanted and not checkpointing:
             return DynamicCache(config=self.config)
         return cache

@@ -7,8 +7,11 @@ from transformers.cache_utils import Cache
 
 from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
 from implicit_attention.attention.positions import rotate
+from implicit_attention.equilibrium.solvers.base import zero_of
+from implicit_attention.hf.caching import kept
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.settings import make_positions
+from implicit_attention.inputs import refuse_recomputation
 
 
 class OrdinaryAttention(nn.Module):
@@ -56,8 +59,10 @@ class OrdinaryAttention(nn.Module):
         total = past + x.shape[1]
         query, key, value = self._project(x, past)
         if cache is not None:
+            refuse_recomputation()
             key, value = cache.update(key, value, self.layer_idx)
-            key, value = key[..., :total, :], value[..., :total, :]  # a static cache is longer than what it holds
+            held = cache.layers[self.layer_idx]  # a static one is longer than what it holds
+            key, value = kept(held, key[..., :total, :]), kept(held, value[..., :total, :])
         bias = self._bias(x, hidden, past)
         dropout = self.dropout if self.training else 0.0
         shared = self.num_kv_heads != self.num_heads
@@ -65,6 +70,8 @@ class OrdinaryAttention(nn.Module):
         y = F.scaled_dot_product_attention(
             query, key, value, bias, dropout, is_causal=causal, scale=self.scale, enable_gqa=shared
         )
+        if bias is not None and not len(x):  # the kernel gives it no gradient, where other processes have one
+            y = y + zero_of((bias,))
         out = merge_heads(y)
         weights = self._weights(query, key, bias, causal) if need_weights else None
         return out if self.out_proj is None else self.out_proj(out), weights
@@ -84,7 +91,7 @@ class OrdinaryAttention(nn.Module):
     def _bias(self, x: Tensor, hidden: Tensor | None, past: int) -> Tensor | None:
         """What is added to the scores, `[B or 1, H or 1, n, P + n]`; None where the kernel's own mask is enough."""
         new, total = x.shape[1], past + x.shape[1]
-        term = None if self.positions is None else self.positions.bias()
+        term = None if self.positions is None else self.positions(x)
         windowed = self.window is not None and total > self.window
         if hidden is None and term is None and not windowed and not (self.is_causal and past and new > 1):
             return None
@@ -99,7 +106,8 @@ class OrdinaryAttention(nn.Module):
         bias = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, -torch.inf)
         if term is None:
             return bias
-        return bias + term[0].block(term[1], slice(past, total), slice(0, total)).to(x.dtype)
+        block: Tensor = term[0].block(term[1], slice(past, total), slice(0, total))
+        return bias + block.to(x.dtype)
 
     def _weights(self, query: Tensor, key: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         key = key.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)

@@ -82,11 +82,16 @@ class ImplicitClassifierOutput(SequenceClassifierOutputWithPast):
 def layer_stats(solution: Solution) -> Stats:
     """Return one layer's part of `SolverStats`, by name."""
     found: Stats = {
-        "steps": solution.steps.amax(),
-        "residual": solution.residual.amax().detach(),
-        "unconverged": (~solution.converged).float().mean(),
+        "steps": _largest(solution.steps),
+        "residual": _largest(solution.residual).detach(),
+        "unconverged": (~solution.converged).float().sum() / max(1, solution.converged.numel()),
     }
-    return found if solution.gain is None else found | {"gain": solution.gain.amax().detach()}
+    return found if solution.gain is None else found | {"gain": _largest(solution.gain).detach()}
+
+
+def _largest(figures: Tensor) -> Tensor:
+    """The largest figure, 0 in an empty batch."""
+    return figures.amax() if figures.numel() else figures.new_zeros(())
 
 
 def stack_stats(layers: list[Stats]) -> SolverStats | None:

@@ -11,11 +11,11 @@ from implicit_attention.causal.diagonal import own_jacobian
 from implicit_attention.causal.forward_substitution import radius
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.equation import Equation
+from implicit_attention.equation.packing import PackedMap
 from implicit_attention.equilibrium import linear
 from implicit_attention.equilibrium.maps import Linearization
 from implicit_attention.errors import Came, bad_value, check_positive
 from implicit_attention.layer import ImplicitQueryAttention
-from implicit_attention.packing import PackedMap
 
 _BLOCK_ELEMENTS = 1 << 22  # most distances in memory at once
 _ROWS = 64  # rows whose biases are read together

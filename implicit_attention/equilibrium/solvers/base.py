@@ -329,6 +329,15 @@ def nothing_to_solve(y0: Tensor, row_ndim: int) -> Solution:
     return Solution(y0, none, none.long(), none == 0, none[None], none[None])
 
 
+def zero_of(args: tuple[Tensor, ...]) -> Tensor:
+    """Return zero as a function of tensors, so that each of them gets a gradient, of zeros, where others train on."""
+    zero = args[0].new_zeros(())
+    for arg in args:
+        if arg.requires_grad:
+            zero = zero + 0 * arg.sum()
+    return zero
+
+
 class _Bookkeeping:
     """Residuals, steps and best iterates. Nothing here is differentiated."""
 

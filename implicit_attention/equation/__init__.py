@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from implicit_attention.attention import AttentionSpec
+from implicit_attention.attention.linear_map import LinearMap, linear_map
 from implicit_attention.attention.map import AttentionMap, QueryMap, merge_heads, rms_norm, split_heads
 from implicit_attention.attention.masks import mask_terms
 from implicit_attention.attention.positions import Positions, rotate
 from implicit_attention.attention.spec import BiasTerm
+from implicit_attention.equation.packing import PackedMap, Packing
 from implicit_attention.equilibrium.solvers import DirectSolver, Method
 from implicit_attention.inputs import Inputs
-from implicit_attention.packing import PackedMap, Packing
 from implicit_attention.settings import Settings
 
 
@@ -21,7 +22,7 @@ class Layer(Protocol):
 
     settings: Settings
     training: bool
-    Omega_Q: nn.Linear
+    Omega_Q: nn.Linear  # this and the others: or what a user put in its place
     W_K: nn.Linear
     Omega_V: nn.Linear | None
     W_Q: nn.Linear | None
@@ -51,11 +52,13 @@ class Projected(NamedTuple):
         key: `W_K` of the tokens that keys are made from, `[B, M, H d]`; its dtype is that of the solve.
         value: Their values, `[B, M, G d]`.
         added: `W_Q x`, `[B, N, G d]`; None without it.
+        query_map: What `Omega_Q` amounts to; its bias is part of `added` where there is one.
     """
 
     key: Tensor
     value: Tensor
     added: Tensor | None
+    query_map: LinearMap
 
 
 def project(layer: Layer, inputs: Inputs) -> Projected:
@@ -70,8 +73,12 @@ def project(layer: Layer, inputs: Inputs) -> Projected:
     """
     key = layer.W_K(inputs.source)
     value = values(layer, inputs.source, key.dtype)
+    weight, bias = linear_map(layer.Omega_Q, "Omega_Q", inputs.x, layer.settings.embed_dim)
+    bias = None if bias is None else bias.to(key.dtype)
     added = None if layer.W_Q is None else layer.W_Q(inputs.x).to(key.dtype)
-    return Projected(key, value, added)
+    if added is not None and bias is not None:
+        added, bias = added + bias, None
+    return Projected(key, value, added, LinearMap(weight.to(key.dtype), bias))
 
 
 def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) -> Equation:
@@ -104,7 +111,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
         key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
     tensors |= {"key": key, "value": value}
     if past is not None:
-        tensors |= {"past_column": past.column, "past_value": past.value}
+        tensors |= {"past_column": past.column.to(dtype), "past_value": past.value.to(dtype)}
     # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
     own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
     start = merge_heads(own.repeat_interleave(heads // groups, 1)).clone()
@@ -129,7 +136,8 @@ def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equat
     unpacked = {name: packing.unpack(t) for name, t in by_token.items() if t is not None}
     equations = []
     for i, part in enumerate(packing.unpack_inputs(inputs)):
-        own = projected._replace(**{name: parts[i] for name, parts in unpacked.items()})
+        added = unpacked["added"][i] if "added" in unpacked else None
+        own = projected._replace(key=unpacked["key"][i], value=unpacked["value"][i], added=added)
         equations.append(prepare(layer, part, own))
     function = PackedMap(packing, tuple(e.function for e in equations if isinstance(e.function, AttentionMap)))
     return Equation(function, tuple(t for e in equations for t in e.args), packing.pack(e.start for e in equations))
@@ -142,13 +150,10 @@ def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _query_tensors(layer: Layer, inputs: Inputs, projected: Projected) -> dict[str, Tensor]:
     """The tensors of phi, by name."""
-    dtype = projected.key.dtype
-    tensors = {"weight": layer.Omega_Q.weight.to(dtype)}
-    if layer.Omega_Q.bias is not None:
-        tensors["bias"] = layer.Omega_Q.bias.to(dtype)
-    if projected.added is not None:
-        tensors["added"] = projected.added
-    rotation = _rotation(layer, inputs, inputs.x, dtype)
+    weight, bias = projected.query_map
+    given = {"weight": weight, "bias": bias, "added": projected.added}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    rotation = _rotation(layer, inputs, inputs.x, weight.dtype)
     return tensors if rotation is None else tensors | {"rotation": rotation}
 
 
@@ -161,5 +166,5 @@ def _rotation(layer: Layer, inputs: Inputs, tokens: Tensor, dtype: torch.dtype) 
 
 def _terms(layer: Layer, inputs: Inputs, dtype: torch.dtype) -> list[tuple[BiasTerm, Tensor]]:
     terms = mask_terms(inputs.attn_mask, inputs.padding, dtype, inputs.past_length)
-    bias = None if layer.positions is None else layer.positions.bias()
+    bias = None if layer.positions is None else layer.positions(inputs.x)
     return terms if bias is None else [*terms, bias]

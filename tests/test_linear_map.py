@@ -369,6 +369,7 @@ def test_autocast():
 def test_compiled(name):
     torch._dynamo.reset()
     _model, layer = adapted(ADAPTERS[name](), bias=True)
+    layer.eval()  # peft draws numbers in training, which no graph can hold
     found = []
     for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         y = call(inputs())

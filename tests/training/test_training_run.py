@@ -327,7 +327,7 @@ def test_the_user_is_told_of_missed_tolerances_by_the_watch_and_not_by_warnings(
     ("changes", "world", "sentence"),
     [
         ({"batch_size": 5}, "2", "batch_size: must be a multiple of accumulate x processes = 1 x 2, but is 5."),
-        ({"fsdp": True}, "1", "fsdp: needs several processes: torchrun --nproc-per-node 2"),
+        ({"fsdp": True}, "1", "fsdp: needs several processes: use torchrun --nproc-per-node 2"),
         ({"device": "cuda"}, "1", "device: no CUDA device was found: use --device cpu."),
     ],
 )

@@ -49,7 +49,9 @@ def compile_library(out_dir: Path, compiler: str | None = None, *, sanitize: boo
     found = find_compiler(compiler)
     if found is None:
         names = compiler or ", ".join(COMPILERS)
-        print(f"implicit-attention: no C++ compiler ({names}) on the PATH; the CPU kernels are left out.", file=sys.stderr)
+        print(
+            f"implicit-attention: no C++ compiler ({names}) on the PATH; the CPU kernels are left out.", file=sys.stderr
+        )
         return None
     extra = SANITIZERS if sanitize else ()
     units = {f"kernels_{name}": ("kernels.cpp", flags, f"-DCAPABILITY={name}") for name, flags in CAPABILITIES.items()}

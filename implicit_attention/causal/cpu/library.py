@@ -77,7 +77,9 @@ def load() -> ctypes.CDLL:
     library.implicit_attention_use_threads(_parallel_for())
     wanted = os.environ.get(VARIABLE)
     if wanted and not library.implicit_attention_use_capability(wanted.encode()):
-        raise RuntimeError(f"{VARIABLE}={wanted}: the processor does not have it, or there is no such set of instructions.")
+        raise RuntimeError(
+            f"{VARIABLE}={wanted}: the processor does not have it, or there is no such set of instructions."
+        )
     return library
 
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
 from implicit_attention import forward_substitution as substitution
+from implicit_attention.causal.cpu.engine import AdjointKernel
 from implicit_attention.causal_system import CausalSystem
 from implicit_attention.diagonal import NEAR_SINGULAR, BlockAdjointSolver, near_singular, own_jacobian
-from implicit_attention.causal.cpu.engine import AdjointKernel
 from tests.bridge import array, close, make_layer, oracle_gradients, problem_of
 
 HARD = (1.0, 3.0, 10.0, 30.0)

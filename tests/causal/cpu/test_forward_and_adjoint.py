@@ -101,7 +101,8 @@ def test_rows_that_the_kernel_gives_up_on_go_to_torch(monkeypatch):
     def give_up(into, y, lse, block, done):  # at row 20 of sample 1
         if not given_up:
             given_up.append(block)
-            done = [done[0], 20, 40]
+            into["y"][1, 20:], into["lse"][1, :, 20:] = y[1, 20:], lse[1, :, 20:]
+            done = [90, 20, 90]
         return hand_back(into, y, lse, block, done)
 
     monkeypatch.setattr(engine, "hand_back", give_up)

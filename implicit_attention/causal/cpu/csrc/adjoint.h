@@ -278,10 +278,13 @@ template <class T>
 void AdjointSample<T>::pull(int64_t g, int64_t s, int64_t m) {
   heads_of(g, [&](int64_t h) {
     for (int64_t i = 0; i < m; ++i) {
-      const T* now = of_four(t.now, h, i);
-      const T along = t.along[h * kBlock + s + i] = dot(now, y_row(h, s + i), z.dim);
+      const T* others[] = {value_row(g, s), value_row(g, s + std::min<int64_t>(i, 1)),
+                           value_row(g, s + std::min<int64_t>(i, 2)), value_row(g, s + i), y_row(h, s + i)};
+      T products[R + 1];
+      dots<R + 1>(of_four(t.now, h, i), others, z.dim, products);
+      const T along = t.along[h * kBlock + s + i] = products[R];
       for (int64_t j = 0; j <= i; ++j) {
-        const T by_weight = keep_of(h, s + i, block + s + j) * dot(now, value_row(g, s + j), z.dim);
+        const T by_weight = keep_of(h, s + i, block + s + j) * products[j];
         slopes_of(h, s + j)[s + i] = t.pairs[(h * R + i) * R + j] * (by_weight - along);
       }
     }

@@ -288,15 +288,13 @@ void ForwardSample<T>::sweep(int64_t g, int64_t s, int64_t m, Iterate<T>& at) {
   for (int64_t k = 0; k < z.padded; k += kLanes<T>) combine(g, k, m, at, q + k);
   for (int64_t i = 0; i < m; ++i) t.norms[g * R + i] = norm_and_turn(q + i * z.padded, s + i);
   heads_of(g, [&](int64_t h) {
+    const T* queries[] = {q, q + z.padded, q + 2 * z.padded, q + 3 * z.padded};
     for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        T score = t.start[i * z.hvec + h];
-        if (j < i || a.own_score == nullptr) {
-          score = dot(key_row(h, s + i), q + j * z.padded, z.dim);
-          if (a.bias != nullptr) score += bias_row(h, s + i)[s + j];
-        }
-        t.pairs[(i * R + j) * z.hvec + h] = score;
-      }
+      T scores[R];
+      dots<R>(key_row(h, s + i), queries, z.dim, scores);
+      for (int64_t j = 0; a.bias != nullptr && j <= i; ++j) scores[j] += bias_row(h, s + i)[s + j];
+      if (a.own_score != nullptr) scores[i] = t.start[i * z.hvec + h];
+      for (int64_t j = 0; j <= i; ++j) t.pairs[(i * R + j) * z.hvec + h] = scores[j];
     }
   });
 }

@@ -141,6 +141,22 @@ inline T dot(const T* a, const T* b, int64_t n) {
   return sum<T>(total + other) + rest;
 }
 
+// The products of `N` vectors with one: out[i] = a . b[i].
+template <int N, class T>
+inline void dots(const T* a, const T* const* b, int64_t n, T* out) {
+  Vector<T> total[N] = {};
+  int64_t k = 0;
+  for (; k + kLanes<T> <= n; k += kLanes<T>) {
+    const Vector<T> left = load(a + k);
+    for (int i = 0; i < N; ++i) total[i] += left * load(b[i] + k);
+  }
+  for (int i = 0; i < N; ++i) {
+    T rest = 0;
+    for (int64_t j = k; j < n; ++j) rest += a[j] * b[i][j];
+    out[i] = sum<T>(total[i]) + rest;
+  }
+}
+
 // The largest entry, or `peak` if that is larger.
 template <class T>
 inline T largest_entry(const T* a, int64_t n, T peak) {

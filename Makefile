@@ -7,39 +7,48 @@ TORCH ?= 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLING := .venv/.installing
+KERNELS := .venv/.kernels
+CPU := implicit_attention/causal/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench gpu constraints clean
+.PHONY: help demo check test lint types bench gpu constraints clean
 
-help: ## this list
+help: ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
 	@echo
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
-demo: $(INSTALLED) ## watch the layer settle and win the recall race; writes demo/ (ARGS=--quick: 30 seconds)
+demo: $(KERNELS) ## solve the original example, compare solvers, train two small models; writes demo/ (1 minute; ARGS=--quick: 30 s)
 	$(BIN)/implicit-attention demo --out demo $(ARGS)
 
-# One thread per worker: the workers fill the cores, and torch's own threads would only get in their way.
-test: $(INSTALLED) lint types ## lint, types, every test, and coverage (ARGS='-k picard --no-cov': a part of them)
+# The tests that find most mistakes for their time: inputs, the map, the solvers, the causal engine against its oracle.
+QUICK := tests/test_scaffold.py tests/test_bad_input.py tests/test_oracle.py tests/test_cache.py tests/test_seed.py \
+	tests/attention/test_attention.py tests/equilibrium/test_linear.py tests/equilibrium/test_solvers.py \
+	tests/causal/test_engine_oracle.py tests/causal/test_gains.py
+check: $(KERNELS) lint types ## lint, types, and a quick part of the tests (2 minutes)
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(QUICK) $(ARGS)
+
+# One thread per worker: the workers fill the cores, and threads of torch's own would compete with them.
+test: $(KERNELS) lint types ## lint, types, every test, and coverage (10 to 15 minutes; ARGS='-k picard --no-cov': a part of them)
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov $(ARGS)
 
-lint: $(INSTALLED) ## ruff: rules and format
+lint: $(INSTALLED) ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(INSTALLED) ## mypy, strict on the package
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## the benchmarks (ARGS=bidirectional: that one)
+bench: $(KERNELS) ## run a benchmark (ARGS=bidirectional)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-gpu: $(INSTALLED) ## on a CUDA device: the kernels' tests there, then what they cost (ARGS='--lengths 8192')
+gpu: $(INSTALLED) ## on a CUDA device: test the kernels, then measure them (ARGS='--lengths 8192')
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here")'
-	$(BIN)/python -m pytest -q --no-cov tests/causal/triton/test_triton_*.py tests/attention/test_flash_cuda.py tests/test_precision.py
+	$(BIN)/python -m pytest -q --no-cov tests/causal/triton tests/attention/test_flash_cuda.py tests/test_precision.py
 	$(BIN)/python -m benchmarks gpu $(ARGS)
 
 # The newest versions that go with torch $(TORCH), from a fresh environment.
-constraints: ## write constraints.txt anew (TORCH=2.13.0)
+constraints: ## write constraints.txt again (TORCH=2.13.0)
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT INT TERM && set -e && \
 	$(PYTHON) -m venv "$$scratch" && \
 	"$$scratch/bin/python" -m pip install "torch==$(TORCH)" -e '.[all]' && \
@@ -47,12 +56,12 @@ constraints: ## write constraints.txt anew (TORCH=2.13.0)
 	  "$$scratch/bin/python" -m pip freeze --all --exclude pip --exclude-editable | sed 's/+.*//'; \
 	} > "$$scratch/constraints.txt" && cp "$$scratch/constraints.txt" constraints.txt
 
-clean: ## remove .venv, demo/ and everything built or cached
+clean: ## remove .venv, demo/, builds and caches
 	rm -rf .venv demo build dist htmlcov .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f .coverage .coverage.* coverage.xml
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# .installing stands while pip works: an environment found with it was cut off half-way and is built from nothing.
+# .installing exists while pip works. An environment that still has it was cut off, and is built again from nothing.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] < (3, 14)))' 2>/dev/null || { \
 	  echo 'implicit-attention needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is' \
@@ -61,4 +70,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@mkdir -p .venv && rm -f $(INSTALLED) && touch $(INSTALLING)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[all]'
-	@mv $(INSTALLING) $(INSTALLED) && touch $(INSTALLED)
+	@mv $(INSTALLING) $(INSTALLED) && touch $(INSTALLED) $(KERNELS)
+
+# pip has built the C++ kernels; they are built again when their sources change.
+$(KERNELS): $(INSTALLED) $(wildcard $(CPU)/csrc/*) $(CPU)/build.py
+	$(BIN)/python $(CPU)/build.py
+	@touch $(KERNELS)

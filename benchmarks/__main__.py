@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import bidirectional, causal, decode, gpu, hard, imports, language_model
+from benchmarks import bidirectional, causal, decode, gpu, hard, imports, language_model, layer, packing
 
 BENCHMARKS = {
     "bidirectional": bidirectional,
@@ -15,6 +15,8 @@ BENCHMARKS = {
     "hard": hard,
     "imports": imports,
     "language_model": language_model,
+    "layer": layer,
+    "packing": packing,
 }
 
 

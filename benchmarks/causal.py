@@ -16,7 +16,7 @@ from benchmarks import measure
 from benchmarks.gate import Gate, reached
 from benchmarks.peers import CONTESTANTS, NEAR_SINGULAR, OURS, OURS_ALL, SDPA, Case, Entrant, available
 from benchmarks.report import PASSES, add_layer_arguments, described, target, tell, verdict
-from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
+from implicit_attention import ImplicitQueryAttention
 
 TOLERANCE = 1e-4
 LENGTHS = (256, 1024, 4096, 16384)
@@ -92,7 +92,7 @@ def make_layers(embed_dim: int, num_heads: int) -> dict[str, ImplicitQueryAttent
             is_causal=True,
             qk_norm=True,
             self_query=self_query,
-            solver=ForwardSubstitution(kernel="auto"),  # compiled where numba is installed
+            solver="auto",
         )
         for self_query in ("output", "input")
     }

@@ -185,7 +185,7 @@ def picard_residual(case: Case) -> float:
 
 
 def solver_for(tolerance: float) -> ForwardSubstitution:
-    """The solver as the causal benchmark takes it, compiled where numba is installed."""
+    """The solver as the causal benchmark takes it, with the compiled kernels."""
     return ForwardSubstitution(rtol=tolerance, atol=tolerance, kernel="auto")
 
 

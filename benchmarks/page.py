@@ -1,6 +1,6 @@
-"""docs/causal.md, figures of docs/training.md, and pictures, made from docs/data/*.json: `python -m benchmarks.page`.
+"""docs/causal.md, the figures of README.md and docs/training.md, and pictures: `python -m benchmarks.page`.
 
-So that pages and figures cannot disagree: no figure is typed into them.
+All is made from docs/data, so that pages and figures cannot disagree. No figure is typed into a page.
 """
 
 import json
@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.peers import CONTESTANTS
 from benchmarks.report import PASSES
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS, README = ROOT / "docs", ROOT / "README.md"
 TITLES = {"causal": "Time and memory", "decode": "Decoding", "hard": "Hard weights"}
 START, END = "<!-- figures: made by `python -m benchmarks.page` -->\n", "<!-- end of figures -->\n"  # in training.md
 HELD = {True: "holds", False: "**missed**"}
@@ -21,7 +22,7 @@ Result = dict[str, Any]
 
 def load() -> dict[str, Result]:
     """What has been measured, by benchmark."""
-    paths = {name: DOCS / "data" / f"{name}.json" for name in (*TITLES, "language_model")}
+    paths = {name: DOCS / "data" / f"{name}.json" for name in (*TITLES, "language_model", "layer")}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
@@ -30,11 +31,13 @@ def page(results: dict[str, Result]) -> str:
     parts = [
         "# What a causal equilibrium costs",
         "<!-- Made by `python -m benchmarks.page` from docs/data/*.json: measure again and make it anew. -->",
-        "Under a causal mask `ForwardSubstitution` solves the equation row by row, and computes attention between "
-        "blocks of rows once. So its price is counted in ordinary attention passes: times and memory are ratios to "
-        "`torch.nn.functional.scaled_dot_product_attention(is_causal=True)` on the same shapes, run in the same "
-        "process, in turn. Keys and values are given to everybody; making queries from the output is part of the work. "
-        'The diagonal blocks are computed with `kernel="auto"`, compiled where the extra `cpu` is installed, as here.',
+        "Under a causal mask, `ForwardSubstitution` solves the equation block by block. It computes attention between "
+        "blocks once. So its cost is counted in attention passes: times and memory are ratios to "
+        "`torch.nn.functional.scaled_dot_product_attention(is_causal=True)` (SDPA) on the same shapes. All contestants "
+        "run in turn in one process. All get the same keys and values; making queries from the output is part of the "
+        'work. The diagonal blocks use `kernel="auto"`: the compiled CPU engine of the extra `cpu`. This page measures '
+        "the solve. The README's table measures a whole layer, projections included, and its default kernel, which is "
+        "slower.",
     ]
     for name, title in TITLES.items():
         parts += [f"## {title}", *section(name, results.get(name))]
@@ -68,13 +71,13 @@ def causal_section(result: Result) -> list[str]:
             parts.append(tolerance_sentence(shape["memory_by_tolerance"]))
     parts += [f"Not run: {CONTESTANTS[name].label}; {why}" for name, why in result["absent"].items()]
     parts.append(
-        f"Tolerance {result['tolerance']:g}. *Forward* runs without autograd; *forward + backward* has a random "
-        "cotangent and gives the gradients of keys, values and Omega_Q (for SDPA of q, k, v). *Memory* is how far "
-        "what tensors hold rises above its level before the pass. The *largest residual* of any component of any row "
-        "is measured apart from the contestant, in float64, and **bold** where the tolerance was not reached. "
-        "torchdeq's measure is a norm over the whole sample, under which single rows may stay far from their "
-        f"equilibrium. *Once*: a pass of more than {result['slow_seconds']:g} seconds, measured once. Before anything "
-        f"was timed, outputs and gradients were checked against float64 at N = {result['gate']['shape'][1]}."
+        f"Tolerance {result['tolerance']:g}. *Forward* runs without autograd. *Forward + backward* takes a random "
+        "cotangent and returns the gradients of keys, values and Omega_Q (for SDPA: of q, k, v). *Memory* is the peak "
+        "of what tensors hold, less what they held before the pass. The *largest residual* is that of any component of "
+        "any row. It is measured outside the contestant, in float64, and is **bold** where it is above the tolerance. "
+        "torchdeq stops by a norm over the whole sample, so single rows may stay far from their solution. *Once*: the "
+        f"pass takes more than {result['slow_seconds']:g} seconds and was measured once. Before timing, outputs and "
+        f"gradients were checked against float64 at N = {result['gate']['shape'][1]}."
     )
     return parts
 
@@ -100,21 +103,21 @@ def decode_section(result: Result) -> list[str]:
         for name, r in result["rows"].items()
     ]
     text = (
-        f"One new token for each of {result['batch']} samples, after {result['context']} tokens: a decode step. "
-        f"Medians of {result['repeats']}, tolerance {result['tolerance']:g}. The solve without projections is the "
-        "difference between two runs, round by round."
+        f"A decode step: one new token for each of {result['batch']} samples, after {result['context']} tokens. "
+        f"Medians of {result['repeats']}, tolerance {result['tolerance']:g}. The solve without projections is a "
+        "difference: the time of `layer.solve` less that of the projections alone, round by round."
     )
     return [text, table(head, rows)]
 
 
 def hard_section(result: Result) -> list[str]:
     parts = [
-        "Scores of a large standard deviation, by the temperature (with `qk_norm`) or by the weights of keys and "
-        f"queries (without). *Picard* is the residual that plain iteration is left with after {result['picard_steps']} "
-        "steps. Times are relative to random weights, at the tolerance of the float32 residual. Residuals are the "
-        "largest of any row, measured apart from the library by one application of the map in the same dtype. "
-        "*Flagged* are rows that the library reported as not solved, in either dtype; *reported* is what the timed "
-        "passes said, gradients included."
+        "Here the scores have a large standard deviation. It comes from the temperature (with `qk_norm`) or from the "
+        "weights of keys and queries (without). *Picard* is the residual of plain iteration after "
+        f"{result['picard_steps']} steps. Times are relative to those with random weights. Residuals are the largest "
+        "of any row, measured outside the library by one application of the map in the same dtype. *Flagged* counts "
+        "rows that the library reports as not solved, in either dtype. *Reported* is what the timed passes reported, "
+        "gradients included."
     ]
     head = ["weights", "scores' std", "Picard", "forward", "forward + backward"]
     head += [f"residual, {dtype}" for dtype in ("float32", "float64")] + ["flagged", "reported"]
@@ -210,7 +213,8 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 def main() -> None:
     """Write the pages and the pictures."""
-    from benchmarks import plotting
+    from benchmarks import plotting, readme
+    from studies import records
 
     results = load()
     (DOCS / "causal.md").write_text(page(results), encoding="utf-8")
@@ -221,6 +225,9 @@ def main() -> None:
     training.write_text(training_page(training.read_text(encoding="utf-8"), found), encoding="utf-8")
     if found and found["correct"]:
         plotting.learning(found).savefig(DOCS / "images" / "language_model.png")
+    text = README.read_text(encoding="utf-8")
+    filled = readme.filled(text, results.get("layer"), records.load(DOCS / "data" / "eval"))
+    README.write_text(filled, encoding="utf-8")
 
 
 if __name__ == "__main__":

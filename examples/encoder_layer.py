@@ -1,8 +1,8 @@
 """Put the layer in the place of `nn.MultiheadAttention` inside `nn.TransformerEncoderLayer`, and learn recall with it.
 
-One encoder layer reads pairs of a key and its value, then the keys again, and is to say which value belongs to
-each: the value stands one token after its key and does not know which. Ordinary attention needs two layers for
-that; this one needs one.
+One encoder layer reads pairs of a key and its value, then the keys again, and predicts the value of each key. A value
+comes one token after its key and does not know which. Ordinary attention needs two layers for that, or a convolution on
+its keys; this layer needs one.
 """
 
 import argparse

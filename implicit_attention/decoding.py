@@ -215,11 +215,8 @@ def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
     query = key.reshape(len(key), column.shape[1], -1, key.shape[-1])  # the heads of a group as more rows
     if hidden is not None:
         spec, terms = AttentionSpec(layer.settings.scale, terms=(AdditiveMask(),)), (hidden[:, None, None, :],)
-    kernel = stock(query, value, spec)
-    if kernel is None:
-        out, lse = chunked.forward(spec, None, (query, column, value, None, *terms))
-    else:
-        out, lse = kernel.forward(spec, query, column, value, None, terms)
+    kernel, inputs = stock(query, value, spec), (query, column, value, None, *terms)
+    out, lse = chunked.forward(spec, None, inputs) if kernel is None else kernel.forward(spec, inputs)
     return out.reshape(key.shape), lse.reshape(key.shape[:-1])
 
 

@@ -1,24 +1,25 @@
-"""Every error and warning the package raises, and the sentence they share.
+"""The errors and warnings of the package, and their common sentence.
 
-A message names the argument, what was expected, what came, and what to do about it.
+A message names the argument, what was expected, what came, and what to do.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.effects import EffectType
 
 
 class ConvergenceWarning(UserWarning):
-    """An equilibrium or its adjoint was not solved to the requested tolerance."""
+    """An equilibrium or its adjoint was not solved to tolerance."""
 
 
 class ConvergenceError(RuntimeError):
-    """As `ConvergenceWarning`, raised where the caller asked for `on_failure="raise"`."""
+    """As `ConvergenceWarning`, raised with `on_failure="raise"`."""
 
 
 class NonFiniteError(ValueError):
-    """The map to be solved gave NaN or Inf at the very first iterate: its inputs are to blame."""
+    """The map returned NaN or Inf at the first iterate. The cause is in its inputs or parameters, not in the solver."""
 
 
 def describe(value: object) -> str:
@@ -29,11 +30,11 @@ def describe(value: object) -> str:
 
 
 class Came(str):
-    """What came in place of an argument, already in words."""
+    """A description of what came, in words: `bad_value` prints it as it is."""
 
 
 def bad_value(argument: str, expected: str, got: object, remedy: str = "") -> ValueError:
-    """Return the `ValueError` for an argument whose value is out of place."""
+    """Return the `ValueError` for an argument with a value that cannot work."""
     return ValueError(_sentence(argument, expected, got, remedy))
 
 
@@ -43,7 +44,7 @@ def missing_extra(what: str, package: str, extra: str) -> ImportError:
 
 
 def bad_type(argument: str, expected: str, got: object, remedy: str = "") -> TypeError:
-    """Return the `TypeError` for an argument of a type that cannot work."""
+    """Return the `TypeError` for an argument with a type that cannot work."""
     return TypeError(_sentence(argument, expected, got, remedy))
 
 
@@ -60,7 +61,7 @@ def check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_positive(argument: str, value: Any, *, integer: bool = False, zero: bool = False) -> None:
-    """Raise unless `value` is a finite number above zero (or zero itself, where `zero` allows it)."""
+    """Raise a `TypeError` or `ValueError` unless `value` is a finite number above zero, or zero if `zero` is true."""
     kind = "an integer" if integer else "a number"
     types = (int,) if integer else (int, float)
     bound = ">= 0" if zero else "> 0"
@@ -71,9 +72,9 @@ def check_positive(argument: str, value: Any, *, integer: bool = False, zero: bo
 
 
 def first_non_finite(named: dict[str, Tensor | None]) -> str | None:
-    """Return a sentence about the first tensor that holds NaN or Inf, or None if all are finite.
+    """Return a sentence about the first tensor that holds NaN or Inf, or None if all tensors are finite.
 
-    Masks (by their name) may hold -Inf, which hides an entry.
+    A tensor whose name ends in "mask" may hold -Inf, which hides an entry.
     """
     for name, tensor in named.items():
         if tensor is not None and tensor.is_floating_point() and not tensor.is_meta:
@@ -82,3 +83,35 @@ def first_non_finite(named: dict[str, Tensor | None]) -> str | None:
             if bad:
                 return f"`{name}` holds {bad} NaN or Inf of {tensor.numel()} entries"
     return None
+
+
+def require(holds: Tensor, message: str) -> None:
+    """Raise unless a condition holds. Not checked under `torch.func` transforms, which have no numbers to look at.
+
+    Args:
+        holds: The condition, a bool tensor without dimensions.
+        message: Of the error.
+
+    Raises:
+        ValueError: If it does not hold; from a compiled or exported graph when it runs.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return
+    if torch.compiler.is_compiling():
+        _require(holds, message)
+    elif not bool(holds):
+        raise ValueError(message)
+
+
+@torch.library.custom_op("implicit_attention::require", mutates_args=())
+def _require(holds: Tensor, message: str) -> None:
+    if not bool(holds):
+        raise ValueError(message)
+
+
+@_require.register_fake
+def _(holds: Tensor, message: str) -> None:
+    return None
+
+
+_require.register_effect(EffectType.ORDERED)  # without it the compiler drops an operator that returns nothing

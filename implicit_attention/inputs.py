@@ -1,6 +1,8 @@
 """What may enter a layer: every check of its input tensors, made once, before anything is computed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ class Inputs:
         cache: Takes the new tokens.
         past: The P columns it holds; None if there are none.
         batched: Whether x came with a batch dimension.
+        segments: Which document each token belongs to, `[B, N]`, int; None if samples are documents.
+        cu_seqlens: The same for a batch of one, as the boundaries of documents, `[docs + 1]`.
     """
 
     x: Tensor
@@ -31,6 +35,13 @@ class Inputs:
     cache: Cache | None = None
     past: Past | None = None
     batched: bool = True
+    segments: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether samples hold several documents."""
+        return (self.segments is not None or self.cu_seqlens is not None) and self.x.numel() > 0
 
     @property
     def source(self) -> Tensor:
@@ -67,6 +78,8 @@ def checked(
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     cache: Cache | None = None,
+    segments: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Inputs:
     """Return the inputs of a call if they fit.
 
@@ -78,21 +91,29 @@ def checked(
         attn_mask: Of rows by columns.
         key_padding_mask: Of columns.
         cache: The tokens before x.
+        segments: Which document each token belongs to.
+        cu_seqlens: Boundaries of documents.
 
     Raises:
         TypeError: If a tensor is of the wrong type.
         ValueError: If one does not fit.
     """
     check_input("x", x, weight, settings.embed_dim)
+    if segments is not None or cu_seqlens is not None:
+        others = {"context": context, "attn_mask": attn_mask, "cache": cache}
+        _check_documents(x, segments, cu_seqlens, others)
     if context is not None:
         _check_context(settings, weight, x, context)
-    inputs = Inputs(x, context, attn_mask, key_padding_mask, cache, batched=x.dim() == 3)
+    inputs = Inputs(
+        x, context, attn_mask, key_padding_mask, cache, batched=x.dim() == 3, segments=segments, cu_seqlens=cu_seqlens
+    )
     if not inputs.batched:
         padding = key_padding_mask
         if isinstance(padding, Tensor) and padding.dim() == 1:
             padding = padding[None]
         context = None if context is None else context[None]
-        inputs = replace(inputs, x=x[None], context=context, key_padding_mask=padding)
+        segments = None if segments is None else segments[None]
+        inputs = replace(inputs, x=x[None], context=context, key_padding_mask=padding, segments=segments)
     if cache is not None:
         inputs = replace(inputs, past=_past(settings, inputs, cache))
     return _with_masks(settings, inputs)
@@ -134,12 +155,62 @@ def _check_context(settings: Settings, weight: Tensor | None, x: Tensor, context
                         "Rows and columns are aligned at the first token.")  # fmt: skip
 
 
+def _check_documents(
+    x: Tensor, segments: Tensor | None, cu_seqlens: Tensor | None, others: Mapping[str, object]
+) -> None:
+    """Refuse what cannot say which tokens form a document, and what does not go with documents."""
+    name, given = ("segments", segments) if segments is not None else ("cu_seqlens", cu_seqlens)
+    if segments is not None and cu_seqlens is not None:
+        raise bad_value("cu_seqlens", "None next to segments", cu_seqlens, "Both say the same: give one of them.")
+    for other, value in others.items():
+        if value is not None:
+            came = value if isinstance(value, Tensor) else Came(f"a {other}")
+            raise bad_value(other, f"None next to {name}", came, _REMEDIES[other])
+    if not isinstance(given, Tensor) or given.dtype not in (torch.int32, torch.int64):
+        raise bad_type(name, "an int32 or int64 tensor", given)
+    if segments is not None and segments.shape != x.shape[:-1]:
+        raise bad_value(name, f"of shape {tuple(x.shape[:-1])}, like x", segments, "It numbers every token's document.")
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 2):
+        raise bad_value(name, "of shape [documents + 1]", cu_seqlens, "It holds 0 and the end of every document.")
+    if cu_seqlens is not None and x.dim() == 3 and len(x) != 1:
+        raise bad_value(name, f"None for a batch of {len(x)}", cu_seqlens,
+                        "Put all documents into one sample, or give segments [B, N].")  # fmt: skip
+
+
+_REMEDIES = {
+    "context": "Give every document its own call.",
+    "attn_mask": "Documents are kept apart without a mask; key_padding_mask hides tokens within them.",
+    "cache": "A cache holds one document per sample: fill it document by document.",
+}
+
+
+def document_lengths(inputs: Inputs) -> tuple[int, ...]:
+    """Return the lengths of the documents of packed inputs, one sample after the other. It reads them on the host.
+
+    Args:
+        inputs: With `segments` or `cu_seqlens`.
+
+    Raises:
+        ValueError: If `cu_seqlens` does not rise from 0 to the number of tokens.
+    """
+    batch, length = inputs.x.shape[:2]
+    if inputs.segments is not None:
+        segments = inputs.segments.cpu()
+        begins = torch.ones(batch, length, dtype=torch.bool)
+        begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        ends = [*begins.flatten().nonzero()[:, 0].tolist(), batch * length]
+    else:
+        assert inputs.cu_seqlens is not None
+        ends = inputs.cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+            shown = ends if len(ends) < 10 else [*ends[:4], "...", *ends[-4:]]
+            raise bad_value("cu_seqlens", f"rising from 0 to the number of tokens, {length}", Came(shown))
+    return tuple(end - begin for begin, end in pairwise(ends) if end > begin)
+
+
 def _past(settings: Settings, inputs: Inputs, cache: Cache) -> Past | None:
     """What a cache holds, if it can take the new tokens."""
-    if not settings.is_causal:
-        raise bad_value(
-            "cache", "None unless is_causal=True", Came("a cache"), "Later tokens would change earlier ones."
-        )
+    check_cacheable(settings)
     if inputs.context is not None:
         raise bad_value("cache", "None next to a context", Came("a cache"), "The context stands in its place.")
     refuse_recomputation()
@@ -149,6 +220,14 @@ def _past(settings: Settings, inputs: Inputs, cache: Cache) -> Past | None:
     if isinstance(cache, DecodeCache):
         cache.check(_like_values(settings, inputs.x))
     return cache.past()
+
+
+def check_cacheable(settings: Settings) -> None:
+    """Refuse a cache for a layer that is not causal."""
+    if not settings.is_causal:
+        raise bad_value(
+            "cache", "None unless is_causal=True", Came("a cache"), "Later tokens would change earlier ones."
+        )
 
 
 def refuse_recomputation() -> None:

@@ -1,48 +1,23 @@
 """The layer: implicit-query attention solved to its equilibrium, with all its options."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from implicit_attention.attention.linear_map import checked_against
 from implicit_attention.attention.positions import Positions, make_positions
 from implicit_attention.cache import Cache, DecodeCache
-from implicit_attention.decoding import Decoded, decode, serves
-from implicit_attention.equation import Equation, prepare, project
+from implicit_attention.equation import Equation, prepare
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.fixed_point import FailureReport
 from implicit_attention.equilibrium.solvers import Method, Solution
-from implicit_attention.errors import Came, NonFiniteError, bad_type, bad_value
-from implicit_attention.inputs import Inputs, checked, non_finite
-from implicit_attention.linear_map import checked_against
-from implicit_attention.require import require
+from implicit_attention.errors import bad_type, bad_value, require
+from implicit_attention.inputs import Inputs, check_cacheable, checked, non_finite
 from implicit_attention.settings import Configured, Settings
-from implicit_attention.solving import columns, make_adjoint, make_solver, row_gains, solve
-
-
-class _Found(NamedTuple):
-    """A solved call; the cache has not been given its tokens."""
-
-    solution: Solution
-    equation: Equation | None
-    decoded: Decoded | None
-
-    def weights(self) -> Tensor:
-        """Return the attention matrix, `[B, H, N, M]`."""
-        assert self.equation is not None
-        weights: Tensor = self.equation.function.weights(self.solution.value, *self.equation.args)
-        return weights
-
-    def give(self, inputs: Inputs) -> None:
-        """Give the cache the new tokens: the last thing a call does, so that one that raises leaves it as it was."""
-        if inputs.cache is None:
-            return
-        if self.decoded is not None:
-            self.decoded.give(inputs.cache)
-        elif self.equation is not None:
-            inputs.cache.append(*columns(self.equation, self.solution), inputs.key_padding_mask)
+from implicit_attention.solving import make_adjoint, make_solver, row_gains, settle
 
 
 class ImplicitQueryAttention(Configured):
@@ -168,6 +143,8 @@ class ImplicitQueryAttention(Configured):
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cache: Cache | None = None,
+        segments: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -183,6 +160,10 @@ class ImplicitQueryAttention(Configured):
                 those of the new tokens, bool.
             cache: Causal only: the tokens before x, to which those of x are added, `layer.make_cache(...)`. If the call
                 raises, it stays as it was.
+            segments: Packed documents: `[B, N]` (or `[N]`), int32 or int64. Each run of one number is a document (two
+                runs are two), which is an equilibrium of its own: its tokens see no others, its positions begin at 0.
+                Not next to `context`, `attn_mask` or `cache`.
+            cu_seqlens: The same for one sample, as the boundaries of its documents, `[docs + 1]` from 0 to N.
             need_weights: Also return the attention matrix at the equilibrium (the only thing that makes one).
             average_attn_weights: Average it over the heads.
 
@@ -195,16 +176,15 @@ class ImplicitQueryAttention(Configured):
             ValueError: If a shape, dtype or device does not fit, or an input or weight holds NaN or Inf.
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
-        inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache)
-        found = self._settle(inputs, short=not need_weights)
+        inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens)
+        found = settle(self, self._report, inputs, short=not need_weights)
         out = self._project(found.solution.value)
         out = out if inputs.batched else out[0]
-        if not need_weights:
-            found.give(inputs)
-            return out
-        weights = found.weights()
-        weights = weights.mean(1) if average_attn_weights else weights
+        weights = found.weights() if need_weights else out
         found.give(inputs)
+        if not need_weights:
+            return out
+        weights = weights.mean(1) if average_attn_weights else weights
         return out, weights if inputs.batched else weights[0]
 
     def solve(
@@ -215,6 +195,8 @@ class ImplicitQueryAttention(Configured):
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cache: Cache | None = None,
+        segments: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         history: bool = False,
         gains: bool = False,
     ) -> Solution:
@@ -226,13 +208,15 @@ class ImplicitQueryAttention(Configured):
             attn_mask: As in `forward`.
             key_padding_mask: As in `forward`.
             cache: As in `forward`.
+            segments: As in `forward`.
+            cu_seqlens: As in `forward`.
             history: Keep every iterate.
             gains: Also return `Solution.gain`, how much each row feeds itself, at the cost of no attention pass. Only
                 causal layers whose rows belong to keys have it.
 
         Returns:
-            The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` one per sample `[B]`, or per
-            row `[B, N]` with a causal mask and with `normalize_over="keys"`; no batch for unbatched input.
+            The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` per sample `[B]`, or per row `[B, N]`
+            with a causal mask, `normalize_over="keys"` or packed documents; no batch for unbatched input.
 
         Raises:
             TypeError: As `forward`.
@@ -242,8 +226,8 @@ class ImplicitQueryAttention(Configured):
         if gains and not self.triangular:
             raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
                             "Use diagnostics.spectral_radius.")  # fmt: skip
-        inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache)
-        found = self._settle(inputs, history=history, short=not (history or gains))
+        inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens)
+        found = settle(self, self._report, inputs, history=history, short=not (history or gains))
         solution = replace(found.solution, value=_own(found.solution.value))
         if gains:
             assert found.equation is not None
@@ -260,6 +244,8 @@ class ImplicitQueryAttention(Configured):
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cache: Cache | None = None,
+        segments: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Equation:
         """Return the equation that `solve` solves, for `fixed_point`, diagnostics or solvers of your own.
 
@@ -269,12 +255,14 @@ class ImplicitQueryAttention(Configured):
             attn_mask: As in `forward`.
             key_padding_mask: As in `forward`.
             cache: The tokens before x, which stay as they are.
+            segments: As in `forward`.
+            cu_seqlens: As in `forward`.
 
         Raises:
             TypeError: As `forward`.
             ValueError: As `forward`.
         """
-        return prepare(self, self._inputs(x, context, attn_mask, key_padding_mask, cache))
+        return prepare(self, self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens))
 
     def make_cache(self, batch_size: int, capacity: int) -> DecodeCache:
         """Return an empty cache for this layer.
@@ -286,10 +274,7 @@ class ImplicitQueryAttention(Configured):
         Raises:
             ValueError: If the layer is not causal.
         """
-        if not self.settings.is_causal:
-            raise bad_value(
-                "cache", "None unless is_causal=True", Came("a cache"), "Later tokens would change earlier ones."
-            )
+        check_cacheable(self.settings)
         settings = self.settings
         device, dtype = self._expects()
         if torch.is_autocast_enabled(device.type):
@@ -306,19 +291,6 @@ class ImplicitQueryAttention(Configured):
     def _inputs(self, x: Tensor, *others: Any) -> Inputs:
         return checked(self.settings, checked_against(self.W_K), x, *others)
 
-    def _settle(self, inputs: Inputs, *, history: bool = False, short: bool = False) -> _Found:
-        """Solve; `short`: the short way of one new token will do."""
-        projected = project(self, inputs)
-        decoded = decode(self, inputs, projected) if short and serves(self, inputs) else None
-        if decoded is not None:
-            return _Found(decoded.solution, None, decoded)
-        equation = prepare(self, inputs, projected)
-        try:
-            solution = solve(equation, self.solver, self.adjoint, self._report, history=history)
-        except NonFiniteError as error:
-            raise non_finite({**inputs.named(), **dict(self.named_parameters())}) from error
-        return _Found(solution, equation, None)
-
     def _project(self, y: Tensor) -> Tensor:
         if self.out_proj is None:
             return _own(y)
@@ -329,18 +301,7 @@ class ImplicitQueryAttention(Configured):
             raise non_finite(dict(self.named_parameters()))
         return out
 
-    def extra_repr(self) -> str:
-        """Return the settings that are not the default, for `print`."""
-        settings = self.settings
-        shown = [f"{name}={value!r}" for name, value in settings.changed().items() if name not in _SEEN]
-        shown += [] if self.on_failure == "warn" else [f"on_failure={self.on_failure!r}"]
-        parts = [f"{settings.embed_dim}, num_heads={settings.num_heads}", *shown]
-        return ", ".join([*parts, f"solver={self.solver}", f"adjoint={self.adjoint}"])
-
 
 def _own(y: Tensor) -> Tensor:
     """An equilibrium that the caller may change in place: the backward pass keeps the other."""
     return y.clone() if y.requires_grad else y
-
-
-_SEEN = {"query_input", "out_proj", "bias"}  # the printed modules show them

@@ -1,4 +1,4 @@
-"""Modules that had other names in 0.1.0: `import implicit_attention.solvers` finds the same objects as ever."""
+"""Old module names of version 0.1.0: `import implicit_attention.solvers` imports the module under its new name."""
 
 import sys
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ RENAMED = {
 
 
 class _Renamed(MetaPathFinder, Loader):
-    """Finds a module under its old name, and loads it under its new one."""
+    """Finds a module by its old name and loads it under its new name."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -54,14 +54,14 @@ class _Renamed(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give back the module's own description, which the import system has replaced."""
+        """Restore the module's own `__spec__`, which the import system has replaced."""
         spec = module.__spec__
         assert spec is not None
         module.__spec__ = spec.loader_state
 
 
 def _new_name(fullname: str) -> str | None:
-    """The new name of a module of 0.1.0, found by its longest part that is renamed; None if it is not."""
+    """The new name of a module of 0.1.0, by the longest renamed part of its old name; None if it has none."""
     if not fullname.startswith(f"{PACKAGE}."):
         return None
     parts = fullname.split(".")[1:]
@@ -73,7 +73,7 @@ def _new_name(fullname: str) -> str | None:
 
 
 def install() -> None:
-    """Let old names be imported. None of them is the name of a module today."""
+    """Make the old names importable. None of them is the name of a module today."""
     if any(isinstance(finder, _Renamed) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Renamed())
@@ -81,7 +81,7 @@ def install() -> None:
         module = sys.modules.get(f"{PACKAGE}.{new}")
         if module is None:
             continue
-        # Not by an import, which would set `implicit_attention.fixed_point`, the function, to the module.
+        # An import would bind the attribute `implicit_attention.fixed_point`, a function, to the module of that name.
         sys.modules.setdefault(f"{PACKAGE}.{old}", module)
         parent, _, name = f"{PACKAGE}.{old}".rpartition(".")
         if not hasattr(sys.modules[parent], name):

@@ -4,12 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from implicit_attention.attention import AttentionSpec
+from implicit_attention.attention.linear_map import checked_against, linear_map
 from implicit_attention.attention.map import AttentionMap, QueryMap
 from implicit_attention.equilibrium import maps
-from implicit_attention.errors import check_positive
+from implicit_attention.errors import check_positive, require
 from implicit_attention.inputs import check_input, non_finite
-from implicit_attention.linear_map import checked_against, linear_map
-from implicit_attention.require import require
 
 
 class ImplicitQueryAttentionLinearV(nn.Module):

@@ -125,6 +125,7 @@ class Settings:
 NAMES = frozenset(field.name for field in fields(Settings))
 # What a made layer can still change: the others decide the shapes of its parameters.
 _CHANGEABLE = frozenset({"is_causal", "window", "self_query", "dropout", "scale"})
+_SEEN = {"query_input", "out_proj", "bias"}  # the printed modules show them
 _MODULES = frozenset({"out_proj"})  # settings whose names belong to the modules that they make
 
 
@@ -148,3 +149,11 @@ class Configured(nn.Module):
             raise AttributeError(f"`{name}` decides the shapes of parameters: make a new layer to change it")
         else:
             super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """Return the settings that are not the default, for `print`."""
+        settings = self.settings
+        shown = [f"{name}={value!r}" for name, value in settings.changed().items() if name not in _SEEN]
+        shown += [] if self.on_failure == "warn" else [f"on_failure={self.on_failure!r}"]
+        parts = [f"{settings.embed_dim}, num_heads={settings.num_heads}", *shown]
+        return ", ".join([*parts, f"solver={self.solver}", f"adjoint={self.adjoint}"])

@@ -1,16 +1,33 @@
 """How a layer's equation is solved: by which solver, with which gradient, and what is known of the solution."""
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
+import torch
+from torch import Tensor, nn
+
+from implicit_attention.attention.map import AttentionMap
 from implicit_attention.causal import operator
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
-from implicit_attention.equation import Equation
+from implicit_attention.decoding import Decoded, decode, serves
+from implicit_attention.equation import Equation, Layer, prepare, project
+from implicit_attention.equation.packing import PackedMap, outside_graphs
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
 from implicit_attention.equilibrium.fixed_point import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Method, Solution
-from implicit_attention.errors import bad_type, bad_value
+from implicit_attention.errors import NonFiniteError, bad_type, bad_value
+from implicit_attention.inputs import Inputs, non_finite
 from implicit_attention.settings import Settings
+
+
+class SolvedLayer(Layer, Protocol):
+    """What a call of a layer is solved with, under the names of `ImplicitQueryAttention`."""
+
+    adjoint: Adjoint
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return the parameters by name, for a message that says which is to blame."""
+
 
 _ADJOINTS = {"implicit": Implicit, "unrolled": Unrolled, "phantom": Phantom}
 
@@ -87,11 +104,21 @@ def solve(
         ConvergenceError: If the tolerance is missed and the report raises.
     """
     function, args, start = equation
+    if isinstance(function, PackedMap):
+        parts = _batches(function, args, start)
+        solutions = [solve(part, solver, adjoint, report, history=history) for part in parts]
+        return function.packing.pack_solutions(solutions)
     if torch.compiler.is_compiling() and not history and operator.serves(solver, adjoint, function):
         assert isinstance(solver, ForwardSubstitution)
         return operator.solve(solver, function, args, start.dtype, report.handle)
     problem = Problem(function, solver, function.system_ndim, function.row_ndim, report)
     return adjoint(problem, start, args, history=history)
+
+
+def _batches(function: PackedMap, args: tuple[Tensor, ...], start: Tensor) -> list[Equation]:
+    """The equations of packed documents, batch by batch."""
+    parts = zip(function.maps, function.by_batch(args), function.packing.unpack(start), strict=True)
+    return [Equation(*part) for part in parts]
 
 
 def columns(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
@@ -105,6 +132,7 @@ def columns(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
         Their side of the scores and their values, `[B, G, N, d]` each.
     """
     function, args = equation.function, equation.args
+    assert isinstance(function, AttentionMap)  # `inputs` refuses a cache of packed documents
     known = solution.memo and not (torch.is_grad_enabled() and solution.value.requires_grad)  # it has no graph
     column = solution.memo[0].transpose(1, 2) if known else function.columns(solution.value, *args)
     return column, args[function.names.index("value")]
@@ -117,5 +145,67 @@ def row_gains(equation: Equation, solution: Solution) -> Tensor:
         equation: The equation.
         solution: Its solution, by any solver.
     """
+    function, memo = equation.function, solution.memo
     with torch.no_grad():
-        return ForwardSubstitution().gains(equation.function, equation.args, solution.value, solution.memo)
+        if not isinstance(function, PackedMap):
+            return ForwardSubstitution().gains(function, equation.args, solution.value, memo)
+        parts, each = _batches(function, equation.args, solution.value), len(memo) // len(function.maps)
+        memos = [memo[i * each : (i + 1) * each] for i in range(len(parts))]
+        found = [ForwardSubstitution().gains(*part, own) for part, own in zip(parts, memos, strict=True)]
+        return function.packing.pack(found)
+
+
+class Found(NamedTuple):
+    """A solved call; the cache has not been given its tokens."""
+
+    solution: Solution
+    equation: Equation | None
+    decoded: Decoded | None
+
+    def weights(self) -> Tensor:
+        """Return the attention matrix, `[B, H, N, M]`."""
+        assert self.equation is not None
+        weights: Tensor = self.equation.function.weights(self.solution.value, *self.equation.args)
+        return weights
+
+    def give(self, inputs: Inputs) -> None:
+        """Give the cache the new tokens: the last thing a call does, so that one that raises leaves it as it was."""
+        if inputs.cache is None:
+            return
+        if self.decoded is not None:
+            self.decoded.give(inputs.cache)
+        elif self.equation is not None:
+            inputs.cache.append(*columns(self.equation, self.solution), inputs.key_padding_mask)
+
+
+def settle(
+    layer: SolvedLayer, report: FailureReport, inputs: Inputs, *, history: bool = False, short: bool = False
+) -> Found:
+    """Solve the equation of a call.
+
+    Args:
+        layer: The layer.
+        report: Is told how it went.
+        inputs: Of the call, checked.
+        history: Keep every iterate.
+        short: Whether the short way of one new token will do, which makes no equation.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: If the map gives NaN or Inf; the message names the input or parameter to blame.
+        ConvergenceError: If the tolerance is missed and the report raises.
+    """
+    if inputs.packed and torch.compiler.is_compiling():
+        return outside_graphs(settle)(layer, report, inputs, history=history)
+    projected = project(layer, inputs)
+    decoded = decode(layer, inputs, projected) if short and serves(layer, inputs) else None
+    if decoded is not None:
+        return Found(decoded.solution, None, decoded)
+    equation = prepare(layer, inputs, projected)
+    try:
+        solution = solve(equation, layer.solver, layer.adjoint, report, history=history)
+    except NonFiniteError as error:
+        raise non_finite({**inputs.named(), **dict(layer.named_parameters())}) from error
+    return Found(solution, equation, None)

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can run here, and if not, why. Importing this module does not import triton."""
+"""Whether Triton's kernels can run, and why not. Importing this module does not import triton."""
 
 import os
 import re
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 def interpreted() -> bool:
-    """Return whether Triton's interpreter runs the kernels, as the environment says; ask before the first one runs."""
+    """Return whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1, set before triton is imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-OLDEST = (3, 6)  # 3.5 does not compile the row solver of normed queries
+OLDEST = (3, 6)  # 3.5 fails to compile the row equations of normed queries
 
 
 def check_version(argument: str) -> None:
-    """Refuse a Triton that does not compile the kernels.
+    """Refuse a version of Triton that does not compile the kernels.
 
     Args:
-        argument: What asks for them, as in `kernel='triton'`.
+        argument: The setting that needs the kernels, as in `kernel='triton'`.
 
     Raises:
-        ImportError: If it is too old.
+        ImportError: If the version is too old.
     """
     if interpreted():
         return
@@ -38,11 +38,12 @@ def check_version(argument: str) -> None:
 
 
 def misplaced(tensor: Tensor) -> str | None:
-    """Return why no kernel runs where a tensor is, in words; None if they do."""
+    """Return why the kernels cannot run on a tensor's device, in words; None if they can."""
     device = tensor.device
     if device.type == "cuda":
         current = torch.cuda.current_device()
         if device.index == current:
             return None
+        # Triton launches on the current device, wherever the tensors are.
         return f"the tensors are on {device} and the current device is {current}, which torch.cuda.set_device changes"
     return None if device.type == "cpu" and interpreted() else f"the tensors are on {device}"

@@ -1,4 +1,4 @@
-"""Experiments: what an implicit layer learns that others do not, run by run, and the page that says so."""
+"""Studies: small models that differ only in their attention, trained and compared; and the page of results."""
 
 from studies.arms import ARMS, Arm, Sizes, arm_named, build
 from studies.run import Run, perform

@@ -1,4 +1,4 @@
-"""`python -m studies`: the same as `implicit-attention eval`."""
+"""`python -m studies` does the same as `implicit-attention eval`."""
 
 from studies.command import app
 

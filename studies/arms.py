@@ -1,7 +1,6 @@
-"""The arms: models that differ in what mixes their tokens, and in nothing else that could be kept equal.
+"""The arms: models that differ only in how they mix tokens.
 
-All have the same embedding, relative bias and head; the width of the MLPs makes up for what one mixer has in weights
-and another has not.
+All have the same embedding, relative bias and head. The width of the MLPs is chosen so that all have as many weights.
 """
 
 from collections.abc import Callable
@@ -21,31 +20,31 @@ from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
 from studies.mixers import GRU, Implicit, Ordinary
 from studies.names import known
 
-MARGIN = 0.02  # by how much the numbers of parameters of two arms of a table may differ
+MARGIN = 0.02  # largest relative difference between the numbers of parameters of two arms of a table
 ADJOINTS = {"implicit": ImplicitAdjoint(), "phantom": Phantom(), "one step": Phantom(steps=1, damping=1.0)}
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MOST_STEPS = 24  # of an iterative solver: one row that does not settle keeps all others waiting
+MOST_STEPS = 24  # of an iterative solver: a row that does not settle makes all others wait
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a table's models; those of its reference, one block (or `blocks`) of ordinary attention.
+    """The sizes of a table's models. The reference is `blocks` blocks of ordinary attention.
 
     Attributes:
         embed_dim: D.
         num_heads: H.
-        mlp: Width of the reference's MLPs; the others' follow from it.
+        mlp: Width of the reference's MLPs. Those of other arms follow from it.
         max_distance: Offsets beyond it share an entry of the relative bias.
-        blocks: Blocks of all arms but those that have twice as many.
+        blocks: Blocks of an arm; some arms have twice as many.
         loops: How often the looped arm applies its blocks.
-        qk_norm: RMS norm of queries and keys, in every arm that has them.
+        qk_norm: RMS norm of queries and keys, in every arm that has queries and keys.
         query_input: Whether implicit layers add `W_Q x` to their queries.
-        positions: Of implicit layers, as `ImplicitQueryAttention` has them; all other arms have the relative bias.
-        adjoint: Of implicit layers, a name in `ADJOINTS`.
-        tolerance: To which equilibria are solved in training and judging, absolute and relative.
-        kernel: Of `ForwardSubstitution`.
-        precision: What products are computed in, a name in `PRECISIONS`; autocast sees to it, but for "float32".
-        bias_rate: Learning rate of relative biases, in that of all else.
+        positions: Positions of implicit layers, as in `ImplicitQueryAttention`. All other arms have the relative bias.
+        adjoint: Gradient of implicit layers, a name in `ADJOINTS`.
+        tolerance: Tolerance of equilibria in training and evaluation, absolute and relative.
+        kernel: Kernel of `ForwardSubstitution`.
+        precision: Dtype of matrix products, a name in `PRECISIONS`. All but "float32" use autocast.
+        bias_rate: Learning rate of relative biases, as a multiple of that of all other weights.
     """
 
     embed_dim: int = 64
@@ -64,7 +63,7 @@ class Sizes:
     bias_rate: float = 10.0
 
     def __post_init__(self) -> None:
-        """Refuse a precision that no autocast has."""
+        """Refuse an unknown precision."""
         known("precision", self.precision, PRECISIONS)
 
 
@@ -73,12 +72,12 @@ class Arm:
     """One of the arms.
 
     Attributes:
-        name: What commands and files call it.
-        title: What tables and pictures call it.
-        mixer: Makes one of its blocks from the task, the sizes and the width of the MLP.
-        depth: Blocks it has for each block of the others.
+        name: Its name in commands and files.
+        title: Its name in tables and pictures.
+        mixer: Makes one block from the task, the sizes and the width of the MLP.
+        depth: Blocks for each block of other arms.
         looped: Whether its blocks are applied `Sizes.loops` times.
-        causal_only: Whether it exists under a causal mask alone.
+        causal_only: Whether it exists only under a causal mask.
     """
 
     name: str

@@ -12,7 +12,7 @@ from studies.mixers import Mixer, Ordinary
 
 
 class MLP(nn.Module):
-    """Two linear maps with a GELU between them, without biases: its width is what makes arms equally large."""
+    """Two linear maps with a GELU between them, without biases. Its width makes arms equally large."""
 
     def __init__(self, embed_dim: int, width: int) -> None:
         """Make it, `embed_dim -> width -> embed_dim`."""
@@ -71,7 +71,7 @@ class RecurrentBlock(Block):
     is not known yet, to those of `x_i` itself. The same weights and norm make keys and values of both.
 
     Reference:
-        The Recurrent Transformer, arXiv 2604.21215, in the plainest form: no tiles, one row at a time.
+        The Recurrent Transformer, arXiv 2604.21215, in its plainest form: one row at a time.
     """
 
     def __init__(self, attention: Ordinary, embed_dim: int, width: int) -> None:
@@ -87,7 +87,7 @@ class RecurrentBlock(Block):
         bias = attention.bias(slice(0, x.shape[1]), slice(0, x.shape[1]))
         own_score = (query * own[..., :dim]).sum(-1) + bias.diagonal(dim1=-2, dim2=-1)  # [B, H, N]
         past, values, outputs = own[:, :, :0], own[..., dim:], []
-        # Split once: the gradient of a slice is as large as what was sliced.
+        # Split once: the gradient of every slice is a tensor as large as the whole.
         rows = zip(
             *(torch.split(t, 1, axis) for t, axis in ((x, 1), (query, 2), (own_score, 2), (values, 2), (bias, 2))),
             strict=True,
@@ -129,7 +129,7 @@ class SequenceModel(nn.Module):
             embed_dim: D.
             tokens: Whether inputs are tokens.
             loops: How often the blocks are applied, with the same weights.
-            precision: What autocast computes products in; None for no autocast.
+            precision: Dtype of autocast; None for no autocast.
         """
         super().__init__()
         self.embedding: nn.Module = nn.Embedding(inputs, embed_dim) if tokens else nn.Linear(inputs, embed_dim)
@@ -148,7 +148,7 @@ class SequenceModel(nn.Module):
         return self.solve(inputs)[0]
 
     def solve(self, inputs: Tensor, *, gains: bool = False) -> tuple[Tensor, list[Solution]]:
-        """Return `[B, N, outputs]`, and how each equilibrium on the way was found.
+        """Return `[B, N, outputs]`, and the solution of each equilibrium.
 
         Args:
             inputs: Tokens `[B, N]`, int64, or features `[B, N, F]`.

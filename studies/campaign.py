@@ -1,4 +1,4 @@
-"""Whole tables: first the learning rate of each row, then its seeds; what is there already is not done again."""
+"""The runs of a table: first those that choose learning rates, then the seeds. Finished runs are not repeated."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from studies.suite import Table
 
 @dataclass(frozen=True)
 class Watch:
-    """What is told as runs go on.
+    """Callbacks for the progress of runs.
 
     Attributes:
-        total: Is told how many runs there are to do in a table, and how many of them were done before.
-        progress: Is told how much of a run is done, from 0 to 1.
-        done: Is told the record of each run that ends.
+        total: Called with the number of runs of a table, and how many of them are finished already.
+        progress: Called with how much of a run is done, from 0 to 1.
+        done: Called with the record of each run that ends.
     """
 
     total: Callable[[Table, int, int], None] = lambda table, runs, before: None
@@ -34,7 +34,7 @@ def perform(
     environment: Mapping[str, object],
     watch: Watch,
 ) -> None:
-    """Do the runs of a table that are not done yet.
+    """Perform the runs of a table that are not finished.
 
     Args:
         table: The table.
@@ -42,8 +42,8 @@ def perform(
         seeds: Which seeds.
         directory: Where records are kept.
         workers: Processes at once.
-        environment: Versions and machine, which each record is given.
-        watch: Is told how it goes.
+        environment: Versions and machine, stored in each record.
+        watch: Receives the progress.
 
     Raises:
         ValueError: If there is no such row, or the directory holds runs of other settings.
@@ -69,7 +69,7 @@ def _perform(runs: list[Run], directory: Path, workers: int, environment: Mappin
 
 
 def _choose(runs: list[Run], directory: Path) -> float:
-    """The learning rate for a row, from the runs that try them; the only one where there is no choice."""
+    """The learning rate of a row, from the runs that try several; the only one if there is no choice."""
     if len(runs) == 1:
         return runs[0].rate
     tried = [records.read(records.path(directory, run)) for run in runs]

@@ -1,4 +1,4 @@
-"""What the experiments say about the defaults: each option's candidates, compared by their records."""
+"""The defaults that the records recommend: the candidates of each option, compared."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ Records = Mapping[str, Mapping[str, Sequence[Record]]]
 
 @dataclass(frozen=True)
 class Choice:
-    """An option, and by which rows of which tables its value is chosen.
+    """An option, and the rows of tables that are compared to choose its value.
 
     Attributes:
         option: Its name in `ImplicitQueryAttention`.
         tables: Where its candidates are compared.
-        rows: The row of each candidate, by what is written for the value, the library's own first.
+        rows: The row of each candidate value; the library's default comes first.
     """
 
     option: str
@@ -35,7 +35,7 @@ CHOICES = (
     Choice(
         "positions",
         ("positions", "positions-bytes"),
-        # At one rate, as optimisers have it that are given a model's parameters.
+        # At the rate of all other weights, as with an optimiser that gets a model's parameters.
         {'"rope"': "implicit-rope", '"relative"': "implicit-relative-one-rate", '"alibi"': "implicit-alibi",
          "None": "implicit-none"},
     ),
@@ -53,7 +53,7 @@ CHOICES = (
 
 
 def merit(runs: Sequence[Record]) -> tuple[float, float]:
-    """Return what rows are compared by: the share of seeds that solved the task, then their mean score.
+    """Return the figures that rows are compared by: the share of seeds solved, then the mean score.
 
     Args:
         runs: The records of a row; a run without a score counts as the worst.
@@ -64,7 +64,7 @@ def merit(runs: Sequence[Record]) -> tuple[float, float]:
 
 
 def deviation(runs: Sequence[Record]) -> float:
-    """Return the standard deviation of those scores that there are.
+    """Return the standard deviation of the scores; runs without a score are left out.
 
     Args:
         runs: The records of a row.
@@ -74,11 +74,11 @@ def deviation(runs: Sequence[Record]) -> float:
 
 
 def ahead(first: Sequence[Record], second: Sequence[Record]) -> bool:
-    """Return whether a row is ahead of another: more seeds solved it, or, if as many, by more than both deviations.
+    """Return whether a row is ahead of another: more seeds solved, or a mean better by more than both deviations.
 
     Args:
         first: The records of a row.
-        second: Those of the other.
+        second: The records of the other row.
     """
     (solved, score), (other_solved, other_score) = merit(first), merit(second)
     if solved != other_solved:
@@ -87,11 +87,11 @@ def ahead(first: Sequence[Record], second: Sequence[Record]) -> bool:
 
 
 def compared(choice: Choice, found: Records) -> dict[str, tuple[int, int]]:
-    """Return of each candidate, in how many comparisons with another it is ahead and in how many behind.
+    """Return for each candidate how many others it is ahead of, and how many it is behind.
 
     Args:
         choice: The option.
-        found: Records by table, row and seed; tables that lack a candidate do not count for it.
+        found: Records by table, row and seed. A table without a candidate does not count for it.
     """
     tally = dict.fromkeys(choice.rows, (0, 0))
     for table in choice.tables:

@@ -1,4 +1,4 @@
-"""`python -m studies`: small tasks, arm against arm, and the page of their results."""
+"""`python -m studies`: train arms on small tasks, and make the page of results."""
 
 import os
 from collections.abc import Iterator
@@ -28,19 +28,19 @@ RECORDS, DOCS = Path("docs/data/eval"), Path("docs")
 _TASK = typer.Argument(
     help="A table (recall-64) or a group of them (recall); [bold]list[/bold] shows all.", show_default=False
 )
-_ARM = typer.Option("--arm", help="An arm; may be repeated. [default: all of the table's]", show_default=False)
+_ARM = typer.Option("--arm", help="An arm; can be repeated. [default: all of the table's]", show_default=False)
 _SEEDS = typer.Option(
     "--seeds", help="Such as 0-4 or 0,2,5. [default: the table's own]", show_default=False, metavar="FIRST-LAST"
 )
 _OUT = typer.Option(
     "--out",
-    help="Where JSON, page and pictures go. [default: runs/eval-BUDGET; with --all --budget cpu: docs]",
+    help="Directory for records, page and pictures. [default: runs/eval-BUDGET; with --all --budget cpu: docs]",
     show_default=False,
     metavar="DIR",
 )
-_BUDGET = typer.Option("--budget", help="smoke (does it work?) or cpu (two cores, hours).")
-_ALL = typer.Option("--all", help="All tables.")
-_WORKERS = typer.Option("--workers", min=1, help="Runs at a time. [default: one for each core]", show_default=False)
+_BUDGET = typer.Option("--budget", help="smoke (a quick check, seconds) or cpu (hours on two cores).")
+_ALL = typer.Option("--all", help="Make all tables.")
+_WORKERS = typer.Option("--workers", min=1, help="Runs at once. [default: one for each core]", show_default=False)
 
 
 app = typer.Typer(
@@ -61,21 +61,21 @@ def evaluate(
     every: Annotated[bool, _ALL] = False,
     workers: Annotated[int | None, _WORKERS] = None,
 ) -> None:
-    """Train small models that differ in their attention alone, and compare what they learn.
+    """Train small models that differ only in their attention, and compare what they learn.
 
-    [bold]implicit-attention eval recall-64 --arm ordinary --arm implicit --seeds 0-4[/bold] asks which of the two
-    learns to look up 4 pairs in 64 tokens. Each arm's learning rate is chosen first, on a seed of its own.
+    [bold]implicit-attention eval recall-64 --arm ordinary --arm implicit --seeds 0-4[/bold] compares two arms on
+    looking up 4 pairs in 64 tokens. Each arm's learning rate is chosen first, on a separate seed.
 
-    Every run leaves a file of JSON, OUT/TABLE/ARM/seed-N.json: settings, versions, parameters, FLOPs, seconds, how
-    equilibria were solved, the whole curve. A run whose file is there is not done again: a command that was
-    stopped goes on when it is given once more. The same seed gives the same figures, however many runs go at once.
+    Every run writes a JSON record, OUT/TABLE/ARM/seed-N.json: settings, versions, parameters, FLOPs, seconds, solver
+    statistics and the whole curve. Finished runs are not repeated, so the same command continues one that was stopped.
+    The same seed gives the same figures, however many runs are made at once.
 
-    At the end come a table (mean ± standard deviation, seeds solved), OUT/results.md and OUT/images.
+    At the end, prints a table (mean ± standard deviation, seeds solved) and writes OUT/results.md and OUT/images.
 
     [bold]implicit-attention eval list[/bold] shows tables and arms.
 
-    [bold]implicit-attention eval --all --budget cpu[/bold] makes docs/results.md of this checkout, from runs that it
-    does where docs/data/eval lacks them.
+    [bold]implicit-attention eval --all --budget cpu[/bold] makes docs/results.md of this checkout. It makes the runs
+    that are missing in docs/data/eval.
     """
     with one_line("eval"), _sentences():
         from studies import suite
@@ -93,13 +93,13 @@ def _tables(task: str | None, budget: str, every: bool) -> "list[Table]":
     from studies import suite
 
     if (task is None) != every:
-        raise RunError("name a task, or say --all for all of them; `implicit-attention eval list` shows them")
+        raise RunError("name a task, or use --all; `implicit-attention eval list` shows all tasks")
     return list(suite.tables(budget).values()) if task is None else suite.chosen(budget, task)
 
 
 @contextmanager
 def _sentences() -> Iterator[None]:
-    """A value that does not fit is the user's to change: its sentence is enough."""
+    """Turn an invalid value into one line, without a traceback."""
     try:
         yield
     except typer.Exit:
@@ -109,10 +109,12 @@ def _sentences() -> Iterator[None]:
 
 
 def _places(out: Path | None, budget: str, every: bool) -> tuple[Path, Path]:
-    """Where records go, and where the page."""
+    """The directories of records and of the page."""
     if every and out is None and budget == "cpu":
         if not DOCS.is_dir():
-            raise RunError("--all writes docs/results.md of a checkout: run it from its root, or name another --out")
+            raise RunError(
+                "--all writes docs/results.md of a checkout: run it from the root of the checkout, or use --out"
+            )
         return RECORDS, DOCS
     directory = out or Path("runs") / f"eval-{budget}"
     return directory, directory
@@ -152,7 +154,7 @@ def _perform(plans: "list[Plan]", directory: Path, page: Path, budget: str, work
             for plan in plans:
                 campaign.perform(*plan, directory, workers=workers, environment=machine, watch=display.watch)
     except KeyboardInterrupt:
-        print(f"\nstopped; what is done stays in {directory}: the same command goes on from there")
+        print(f"\nstopped; finished runs are in {directory}: the same command continues from there")
         raise typer.Exit(130) from None
     found = records.load(directory)
     for table, rows, _ in plans:
@@ -169,7 +171,7 @@ def _prepare(directory: Path) -> None:
 
 
 def _show(table: "Table", rows: "dict[str, list[Record]]") -> None:
-    """Print the page's table as a grid."""
+    """Print the table of the page."""
     from studies import report
 
     head, *lines = report.cells(table, rows)
@@ -180,7 +182,7 @@ def _show(table: "Table", rows: "dict[str, list[Record]]") -> None:
 
 
 def _list(tables: "dict[str, Table]") -> None:
-    grid = Grid("group", "table", "what", "arms", "seeds")
+    grid = Grid("group", "table", "title", "arms", "seeds")
     for table in tables.values():
         grid.add_row(table.group, table.name, escape(table.title), " ".join(table.rows), str(table.seeds))
     Console().print(grid)

@@ -1,4 +1,4 @@
-"""Runs of an evaluation as they go: a bar for the table on a terminal, a line for each run that ends."""
+"""The progress of runs: a bar for the table on a terminal, and a line for each run that ends."""
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -9,13 +9,13 @@ from studies.suite import RATE_SEED, Table
 
 
 class Display:
-    """The bar of a table's runs; `watch` is what the runs tell it."""
+    """The bar of a table's runs. `watch` receives the events of the runs."""
 
     def __init__(self, console: Console, workers: int) -> None:
-        """Make it; it is shown within `with display.progress`.
+        """Make the bar. It is shown inside `with display.progress`.
 
         Args:
-            console: Where it is shown.
+            console: Where to show it.
             workers: Runs at a time.
         """
         self.console = console
@@ -37,7 +37,7 @@ class Display:
         self.going, self.ended = {}, before
         self.bar = self.progress.add_task(table.name, total=runs, completed=before)
         if before:
-            self.console.print(f"{table.name}: {before} of {runs} runs are there already", highlight=False)
+            self.console.print(f"{table.name}: {before} of {runs} runs are finished already", highlight=False)
 
     def _progress(self, run: Run, done: float) -> None:
         self.going[_key(run)] = done

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step takes, counted by formula for all arms alike.
+"""The operations of a training step, counted by one formula for all arms.
 
 Two operations for each multiplication with an addition in linear maps, in scores and in weighted sums; nothing for
 norms, softmax or activations. The backward pass counts twice the forward pass. Attention counts the pairs of tokens

@@ -1,4 +1,4 @@
-"""What is measured of a trained model's equilibria: solves, starts, gradients."""
+"""Measurements of a trained model's equilibria: solver statistics, other starts, gradients."""
 
 import copy
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Figures = dict[str, float]
 
 
 def solver_figures(solutions: Sequence[Solution]) -> Figures:
-    """Return how the solves of a forward pass went, over all of its equilibria; nothing if there are none.
+    """Return the solver statistics of a forward pass over all equilibria; empty if there are none.
 
     Args:
         solutions: From `SequenceModel.solve`.
@@ -52,7 +52,7 @@ def implicit_layers(model: SequenceModel) -> list[ImplicitQueryAttention]:
 
 
 def path_independence(model: SequenceModel, batch: Batch) -> Figures | None:
-    """Solve the first equilibrium again from another start, and say whether it is the same.
+    """Solve the first equilibrium again from another start, and compare.
 
     The other start is the values of the tokens in reverse order, from which Anderson's method goes on as it does
     without a causal mask. A second solve that does not arrive says nothing, and is counted apart.
@@ -104,8 +104,8 @@ def gradient_quality(model: SequenceModel, task: Task, batch: Batch) -> Figures:
 
     Args:
         model: A model with implicit layers under a causal mask.
-        task: Whose loss is differentiated.
-        batch: On what.
+        task: The task, whose loss is differentiated.
+        batch: The batch.
 
     Returns:
         Cosines by the names of `ADJOINTS`, and "radius", the largest gain of a row.

@@ -1,4 +1,4 @@
-"""What mixes tokens in an arm: attention of several kinds and a GRU, under one interface.
+"""The mixers of the arms: several kinds of attention and a GRU, under one interface.
 
 A mixer maps `[B, N, D]` to `[B, N, D]` and says, where it solves for an equilibrium, how that went.
 """
@@ -18,15 +18,15 @@ Mixed = tuple[Tensor, Solution | None]
 
 
 class Mixer(nn.Module, ABC):
-    """Base of what mixes tokens."""
+    """Base of the mixers."""
 
     @abstractmethod
     def mix(self, x: Tensor, *, gains: bool = False) -> Mixed:
-        """Return the mixed tokens and how their equilibrium was found.
+        """Return the mixed tokens and the solution of the equilibrium.
 
         Args:
             x: `[B, N, D]`.
-            gains: Whether the solution should say how much each row feeds itself, where that exists.
+            gains: Whether the solution has gains, where they exist.
 
         Returns:
             `[B, N, D]`, and the solution, None where nothing is solved.
@@ -71,7 +71,8 @@ class Ordinary(Mixer):
     def bias(self, rows: slice, cols: slice) -> Tensor:
         """Return the relative bias of a block of scores, `[1, H, r, c]`."""
         term, table = self.positions(self.W_K.weight)
-        return term.block(table, rows, cols)
+        block: Tensor = term.block(table, rows, cols)
+        return block
 
     def mix(self, x: Tensor, *, gains: bool = False) -> Mixed:
         """Return the attention's output, and None."""
@@ -86,7 +87,7 @@ class Ordinary(Mixer):
 
 
 class Implicit(Mixer):
-    """The library's layer; its `out_proj` is applied here, so that the solution comes along."""
+    """The library's layer. Its `out_proj` is applied here, so that the solution is returned too."""
 
     def __init__(self, layer: ImplicitQueryAttention) -> None:
         """Take a layer that has an `out_proj`."""

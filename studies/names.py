@@ -1,4 +1,4 @@
-"""Names that people type, and what they may have meant."""
+"""Names that users type, with a suggestion for a misspelt one."""
 
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -7,15 +7,15 @@ from implicit_attention.errors import bad_value
 
 
 def known(what: str, name: str, names: Collection[str]) -> str:
-    """Return a name if it is one of those there are.
+    """Return a name if it is known.
 
     Args:
-        what: What it names, such as "arm".
-        name: What was typed.
-        names: What there is.
+        what: The kind of name, such as "arm".
+        name: The name that was typed.
+        names: The known names.
 
     Raises:
-        ValueError: If it is none of them; the message names the nearest.
+        ValueError: If it is unknown. The message has the nearest name.
     """
     if name in names:
         return name

@@ -1,4 +1,4 @@
-"""Pictures of tables: scores against steps, solver's work and gain, gradients against spectral radius."""
+"""Pictures of tables: scores and solver statistics by step, gradients by spectral radius."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -95,7 +95,7 @@ def _scores(axes: "Axes", shown: Table, rows: Rows, styles: Mapping[str, dict[st
 
 
 def _band(curves: Sequence[Mapping[int, float]]) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Mean and extremes over seeds at every step; a run that ended goes on as it ended."""
+    """Mean and extremes over seeds at every step. A run that stopped early keeps its last value."""
     steps = sorted({step for curve in curves for step in curve})
     values = []
     for step in steps:

@@ -1,4 +1,4 @@
-"""Runs in several processes at once, each on one thread: what comes out does not depend on how many."""
+"""Runs in several processes at once, each on one thread. Results do not depend on the number of processes."""
 
 import multiprocessing
 import os
@@ -17,15 +17,15 @@ def records(runs: Iterable[Run], workers: int, progress: Progress) -> Iterator[t
     """Perform runs, and yield each with its record as soon as it is done.
 
     Args:
-        runs: What to do, begun in this order.
+        runs: The runs, started in this order.
         workers: Processes; with one, runs are performed in this process.
-        progress: Is told how much of a run is done, from 0 to 1.
+        progress: Called with how much of a run is done, from 0 to 1.
 
     Yields:
         A run and its record.
 
     Raises:
-        RuntimeError: If a run failed, with what it said, or its process ended.
+        RuntimeError: If a run failed or its process ended.
     """
     if workers == 1:
         for run in runs:

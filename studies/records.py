@@ -1,4 +1,4 @@
-"""The JSON of runs: one file each, written whole, read back, and compared with what was asked for."""
+"""The JSON records of runs: one file each, written whole, and checked against the run when read back."""
 
 import json
 import math
@@ -21,14 +21,14 @@ def path(directory: Path, run: Run) -> Path:
 
 
 def finished(directory: Path, run: Run) -> Record | None:
-    """Return the record of a run that was made before, None if it was not.
+    """Return the record of a finished run, None if there is none.
 
     Args:
         directory: Where records are kept.
         run: The run.
 
     Raises:
-        ValueError: If the record is of a run with other settings, or is no record.
+        ValueError: If the record has other settings, or the file is not a record.
     """
     file = path(directory, run)
     if not file.exists():
@@ -45,13 +45,13 @@ def finished(directory: Path, run: Run) -> Record | None:
 
 
 def read(file: Path) -> Record:
-    """Return what a file of JSON holds.
+    """Return the record in a JSON file.
 
     Args:
         file: The file.
 
     Raises:
-        ValueError: If it holds no record.
+        ValueError: If it is not a record.
     """
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -63,11 +63,11 @@ def read(file: Path) -> Record:
 
 
 def write(file: Path, record: Record) -> None:
-    """Write a record under a temporary name, then give it its own, so that no one ever reads half of it.
+    """Write a record under a temporary name, then rename it, so that nobody reads half a file.
 
     Args:
         file: The file; its directory is made if it is missing.
-        record: What goes into it; numbers that JSON does not have become null.
+        record: The record. Numbers that JSON does not have become null.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite(record), indent=1, allow_nan=False) + "\n"
@@ -93,7 +93,7 @@ def _finite(value: Any) -> Any:
 
 
 def best_rate(records: list[Record]) -> float:
-    """Return the learning rate of the run that did best: solved soonest, else scored highest; the smaller if equal.
+    """Return the best learning rate: solved soonest, else highest score; the smaller if equal.
 
     Args:
         records: The runs, one for each rate.
@@ -108,13 +108,13 @@ def best_rate(records: list[Record]) -> float:
 
 
 def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
-    """Return the records of the runs that count, by table, row and seed.
+    """Return the records of the seeds, by table, row and seed.
 
     Args:
         directory: Where records are kept.
 
     Raises:
-        ValueError: If a file there is no record.
+        ValueError: If a file there is not a record.
     """
     found: dict[str, dict[str, list[Record]]] = {}
     for file in sorted(directory.glob("*/*/seed-*.json")):

@@ -1,4 +1,4 @@
-"""The page of results, made from the records alone: no figure on it is typed."""
+"""The page of results. Every figure on it comes from the records."""
 
 import itertools
 import statistics
@@ -19,7 +19,7 @@ def page(found: Records, tables: Mapping[str, Table]) -> str:
 
     Args:
         found: Records by table, row and seed, as `records.load` gives them.
-        tables: What the tables are called; those without records are left out.
+        tables: The tables by name. Those without records are left out.
 
     Returns:
         Markdown.
@@ -48,7 +48,7 @@ def page(found: Records, tables: Mapping[str, Table]) -> str:
 
 
 def missing(found: Records, tables: Mapping[str, Table]) -> list[str]:
-    """Return the tables of which runs have not been made yet, with their rows where some have all runs.
+    """Return the tables that lack runs, with the rows that lack them unless all do.
 
     Args:
         found: As in `page`.
@@ -64,7 +64,7 @@ def missing(found: Records, tables: Mapping[str, Table]) -> list[str]:
 
 
 def overview(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> list[list[str]]:
-    """Return a line for each table that compares arms: the score of some of them, and whose is the best.
+    """Return a line for each table that compares arms: the scores of some arms, and the best arm.
 
     Args:
         shown: Tables and their records.
@@ -87,12 +87,12 @@ def overview(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> l
 
 
 def worst_score(runs: Sequence[Record], sign: int) -> str:
-    """Return mean and deviation over seeds of the score that decides, that of the worst kind; empty without runs."""
+    """Return mean and deviation over seeds of the deciding score, that of the hardest kind; empty without runs."""
     return spread(None if run["score"] is None else sign * run["score"] for run in runs) if runs else ""
 
 
 def recommendation(found: Records) -> list[str]:
-    """Return a paragraph for each option that the records say something about."""
+    """Return a paragraph for each option that the records compare."""
     return [
         sentences.choice(choice, value, choices.compared(choice, found), [t for t in choice.tables if t in found])
         for choice in choices.CHOICES
@@ -101,7 +101,7 @@ def recommendation(found: Records) -> list[str]:
 
 
 def in_order(table: Table, rows: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Record]]:
-    """Return the rows that have records, in the table's order; rows that the table does not know come last."""
+    """Return the rows that have records, in the table's order; unknown rows come last."""
     known = {name: rows[name] for name in table.rows if rows.get(name)}
     return known | {name: runs for name, runs in rows.items() if name not in known and runs}
 
@@ -145,7 +145,7 @@ def kinds_of(rows: Mapping[str, Sequence[Record]]) -> list[str]:
 
 
 def other_scores(rows: Mapping[str, Sequence[Record]], kind: str, known: tuple[str, ...]) -> list[str]:
-    """Return the names of the scores of a kind that do not decide."""
+    """Return the names of the other scores of a kind."""
     names = (name for runs in rows.values() for run in runs for name in run["scores"].get(kind, {}))
     return [name for name in dict.fromkeys(names) if name not in known]
 
@@ -157,7 +157,7 @@ def value(run: Record, kind: str, score: str, sign: int) -> float | None:
 
 
 def solved(runs: Sequence[Record]) -> list[str]:
-    """Return how many seeds solved the task, and the median of the steps that those took."""
+    """Return how many seeds solved the task, and the median of their steps."""
     steps = [run["solved_at"] for run in runs if run["solved_at"] is not None]
     return [f"{len(steps)} of {len(runs)}", f"{statistics.median(steps):.0f}" if steps else ""]
 
@@ -176,13 +176,13 @@ def costs(runs: Sequence[Record]) -> list[str]:
 
 
 def equal_seconds(rows: Mapping[str, Sequence[Record]]) -> float:
-    """Return the time that the fastest row's runs took, their median: what all rows can be compared at."""
+    """Return the median time of the fastest row's runs, at which all rows are compared."""
     medians: list[float] = [statistics.median(run["seconds"] for run in runs) for runs in rows.values()]
     return min(medians)
 
 
 def at_equal_seconds(runs: Sequence[Record], seconds: float, sign: int) -> list[float | None]:
-    """Return each run's score at its last evaluation within a time; None where there was none."""
+    """Return each run's score at its last evaluation within a time; None if there is none."""
     found = []
     for run in runs:
         within = [e["score"] for e in run["curve"] if e["seconds"] <= seconds * 1.02 and e["score"] is not None]
@@ -191,7 +191,7 @@ def at_equal_seconds(runs: Sequence[Record], seconds: float, sign: int) -> list[
 
 
 def solver_table(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
-    """Return what is known of the equilibria, empty if no row has any."""
+    """Return the table of solver statistics, empty if no row has any."""
     lines = []
     for name, runs in rows.items():
         last = [entry for run in runs if run["curve"] for entry in run["curve"][-1].get("solver", {}).values()]
@@ -214,7 +214,7 @@ def solver_table(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
 
 
 def gradient_table(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
-    """Return cosines of gradients to the exact one by spectral radius, empty if none were measured."""
+    """Return the table of cosines between gradients and the exact one, empty if none were measured."""
     bounds = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, float("inf"))
     lines = []
     for name, runs in rows.items():
@@ -230,7 +230,7 @@ def gradient_table(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
 
 
 def spread(values: Iterable[float | None], digits: int = 3) -> str:
-    """Return mean and standard deviation; a run without a figure is said to be without one."""
+    """Return mean and standard deviation, and how many runs have no figure."""
     listed = list(values)
     numbers = [v for v in listed if v is not None]
     if not numbers:

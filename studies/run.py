@@ -1,4 +1,4 @@
-"""One run: a model of an arm trained on a task from a seed, and what came out, ready for JSON."""
+"""One run: an arm trained on a task from a seed, and its record, ready for JSON."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from studies.blocks import SequenceModel
 Record = dict[str, Any]
 Tell = Callable[[float], None]
 
-JUDGED_SEED = 1  # the same held-out sequences for every arm and seed
+JUDGED_SEED = 1  # every arm and seed has the same held-out sequences
 MEASURED = 8  # sequences on which gradients and starts are compared
 MOST_AT_ONCE = 64  # sequences judged together
 
@@ -33,8 +33,8 @@ class Training:
         steps: Steps at most.
         batch_size: Sequences in a step.
         evaluate_every: Steps between evaluations; the last step is always evaluated.
-        held_out: Sequences of each kind to be judged on.
-        solved: The score from which on the task counts as solved, in the worst of the kinds; None where no score does.
+        held_out: Held-out sequences of each kind.
+        solved: The score of the hardest kind at which the task counts as solved; None if there is none.
         rates: Learning rates to choose from.
         rate_steps: Steps of the runs that choose.
         gradients: Whether gradients are compared at each evaluation.
@@ -57,7 +57,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run depends on.
+    """Everything that a run depends on.
 
     Attributes:
         table: Name of the table it belongs to.
@@ -67,7 +67,7 @@ class Run:
         sizes: Sizes of the model.
         training: How it is trained.
         rate: Learning rate.
-        seed: Of weights and of training batches.
+        seed: Seed of weights and training batches.
     """
 
     table: str
@@ -80,7 +80,7 @@ class Run:
     seed: int
 
     def settings(self) -> Record:
-        """Return everything that the outcome depends on but the versions, as JSON has it."""
+        """Return everything that the record depends on, except versions, as JSON values."""
         return {
             "table": self.table,
             "row": self.row,
@@ -101,14 +101,14 @@ def _fields(thing: Any) -> Record:
 
 
 def perform(run: Run, tell: Tell = lambda done: None) -> Record:
-    """Train, judge, measure.
+    """Train, evaluate and measure.
 
     The same run gives the same figures, whatever else the machine does: one thread, and randomness that is drawn
     from the run's seed alone. Only seconds differ.
 
     Args:
-        run: What to do.
-        tell: Is told after each step how much of the run is done, from 0 to 1.
+        run: The run.
+        tell: Called after each step with how much of the run is done, from 0 to 1.
 
     Returns:
         The record: "settings", "parameters", "flops" of a step, "seconds" of training (of the processor: what the clock
@@ -129,7 +129,7 @@ def perform(run: Run, tell: Tell = lambda done: None) -> Record:
 
 
 class _Course:
-    """A run on its way."""
+    """A run in progress."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.task, self.training = run, run.task, run.training
@@ -162,7 +162,7 @@ class _Course:
         return self._record(end, step, seconds)
 
     def _step(self) -> float:
-        """One step of training; returns its loss, NaN if the weights or the loss are not finite any more."""
+        """One step of training. Returns its loss, NaN if the weights or the loss are no longer finite."""
         batch = self.task.batch(self.training.batch_size, self.batches)
         self.length = batch.inputs.shape[1]
         self.optimizer.zero_grad()
@@ -199,7 +199,7 @@ class _Course:
         return found
 
     def _solved_at(self) -> int | None:
-        """The first of two evaluations in a row, the last ones, that solved the task."""
+        """The step of the last evaluation but one, if it and the last one solved the task."""
         goal, last = self.training.solved, self.curve[-2:]
         if goal is None or len(last) < 2 or min(entry["score"] for entry in last) < goal:
             return None
@@ -230,15 +230,15 @@ class _Course:
 
 
 def parameter_groups(model: SequenceModel, rate: float, bias_rate: float) -> list[dict[str, Any]]:
-    """Return a model's parameters for the optimiser: relative biases learn faster, and nothing pulls them to zero.
+    """Return the optimiser's groups. Relative biases have a higher rate and no weight decay.
 
     A bias has to grow to about log N before it singles an offset out of N, and Adam moves it by about the learning
     rate in a step.
 
     Args:
         model: The model.
-        rate: Learning rate of all others.
-        bias_rate: That of the biases, in that of all others.
+        rate: Learning rate of all other weights.
+        bias_rate: Learning rate of the biases, as a multiple of it.
     """
     tables = [part.table for part in model.modules() if isinstance(part, RelativeBias)]
     apart = {id(table) for table in tables}
@@ -247,23 +247,23 @@ def parameter_groups(model: SequenceModel, rate: float, bias_rate: float) -> lis
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Return the factor on the learning rate: up over the first twentieth, then along a cosine to a tenth.
+    """Return the factor on the learning rate: it rises over the first twentieth, then falls to a tenth.
 
     Args:
         step: Steps taken so far.
-        steps: Of the whole run.
+        steps: Steps of the whole run.
     """
     up = min(1.0, (step + 1) / max(1.0, steps / 20))
     return up * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
 
 
 def judge(model: SequenceModel, task: Task, batch: Batch) -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """Return a model's scores on a batch, and how its solves went.
+    """Return a model's scores on a batch, and its solver statistics.
 
     Args:
         model: The model.
         task: What is asked.
-        batch: Sequences, judged some at a time.
+        batch: Sequences, evaluated in parts.
     """
     logits: list[Tensor] = []
     solutions = []

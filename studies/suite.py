@@ -1,4 +1,4 @@
-"""Which experiments there are: every table with its task, its rows and its sizes, for each budget."""
+"""All tables, with their tasks, rows and sizes, for each budget."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from studies.arms import ADJOINTS, ARMS, Sizes
 from studies.names import known
 from studies.run import Run, Training
 
-RATE_SEED = 1000  # of the runs that choose a learning rate; no run that counts has it
+RATE_SEED = 1000  # seed of the runs that choose a learning rate; no other run has it
 BUDGETS = ("smoke", "cpu")
 
 
@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         arm: Name of the arm.
-        title: What the page calls it.
+        title: Its name on the page.
         sizes: Sizes of its model.
     """
 
@@ -40,13 +40,13 @@ class Table:
     """Runs that are compared with each other.
 
     Attributes:
-        name: What commands and files call it.
-        group: Name of the tables it belongs with.
+        name: Its name in commands and files.
+        group: Name of the group of tables it belongs to.
         title: Its heading.
-        task: What is learned.
-        rows: By name.
-        training: How.
-        seeds: How many, from 0 on.
+        task: The task that is learned.
+        rows: Its rows by name.
+        training: How they are trained.
+        seeds: Number of seeds, from 0 on.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Table:
     seeds: int
 
     def run(self, row: str, seed: int, rate: float) -> Run:
-        """Return a run that counts.
+        """Return a run of the table.
 
         Args:
             row: Name of the row.
@@ -66,14 +66,14 @@ class Table:
             rate: The learning rate that was chosen.
 
         Raises:
-            ValueError: If there is no such row, or the seed is that of the choice.
+            ValueError: If there is no such row, or the seed is the one that chooses learning rates.
         """
         if seed == RATE_SEED:
             raise bad_value("seed", f"another than {RATE_SEED}", seed, "That seed chooses the learning rate.")
         return self._run(row, seed, rate, self.training)
 
     def rate_runs(self, row: str) -> list[Run]:
-        """Return the runs among which the learning rate of a row is chosen.
+        """Return the runs that choose the learning rate of a row.
 
         Args:
             row: Name of the row.
@@ -97,7 +97,7 @@ def tables(budget: str) -> dict[str, Table]:
     """Return all tables of a budget, by name.
 
     Args:
-        budget: "smoke" (each table in seconds, to see that it works) or "cpu" (two cores, hours).
+        budget: "smoke" (each table in seconds, to check that it works) or "cpu" (hours on two cores).
 
     Raises:
         ValueError: If there is no such budget.
@@ -108,14 +108,14 @@ def tables(budget: str) -> dict[str, Table]:
 
 
 def chosen(budget: str, name: str) -> list[Table]:
-    """Return the tables that a name stands for: one table, or those of a group.
+    """Return the table of a name, or the tables of a group.
 
     Args:
         budget: As in `tables`.
         name: Of a table or a group.
 
     Raises:
-        ValueError: If there is nothing of that name.
+        ValueError: If there is no such table or group.
     """
     every = tables(budget)
     groups = {table.group for table in every.values()}
@@ -131,7 +131,7 @@ _RECALL = Training(steps=500, rate_steps=250, batch_size=16, evaluate_every=25)
 _RECALL_TRAINING = {
     64: _RECALL,
     128: replace(_RECALL, evaluate_every=50, held_out=128),
-    # The first hundreds of steps teach nothing here: rates can only be told apart by whole runs.
+    # In the first hundreds of steps no rate learns anything here, so rates are chosen on whole runs.
     256: replace(_RECALL, steps=1000, rate_steps=1000, batch_size=8, evaluate_every=100, held_out=128),
 }
 _RECALL_SIZES = Sizes(num_heads=2, mlp=256, max_distance=64)
@@ -182,7 +182,7 @@ def _bytes() -> list[Table]:
 
 
 def _digits() -> Table:
-    # Without a mask and with norms of queries, iterative solvers mostly find no equilibrium: no arm has the norms.
+    # Without a mask and with qk_norm, solvers mostly find no equilibrium, so no arm has qk_norm.
     sizes = Sizes(num_heads=4, mlp=256, qk_norm=False)
     training = Training(steps=600, rate_steps=300, batch_size=16, evaluate_every=50, held_out=256, solved=None)
     return Table("digits", "digits", "Digits: half of the pixels from the other half", Digits(),
@@ -204,7 +204,7 @@ def _studies() -> list[Table]:
         )
         for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     }
-    precisions = {  # each with its own default of the tolerance, but float32, which here is solved less exactly
+    precisions = {  # each at the default tolerance of its dtype; float32 at a larger one
         f"implicit-{precision}": Row(
             "implicit",
             f"{title}, {precision}, tolerance {tolerance:g}",
@@ -251,7 +251,7 @@ def _studies() -> list[Table]:
 
 
 def _sized(table: Table, budget: str) -> Table:
-    """A table for another budget than the CPU's, for which they are written down."""
+    """A table for another budget; tables are written down for "cpu"."""
     if budget == "cpu":
         return table
     training = table.training

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention, ImplicitQueryAttentionLinearV
+from implicit_attention.attention.linear_map import checked_against, linear_map
 from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
-from implicit_attention.linear_map import checked_against, linear_map
 from tests.bridge import make_layer
 
 F64 = torch.float64

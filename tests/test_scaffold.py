@@ -18,18 +18,16 @@ PACKAGE = ROOT / "implicit_attention"
 # "__init__" is the public face, `from implicit_attention import ImplicitQueryAttention`.
 ORDER = [
     "errors",
-    "require",
     "triton_available",
     "settings",
     "equilibrium",
-    "linear_map",
     "attention",
     "cache",
     "inputs",
     "causal",
     "equation",
-    "solving",
     "decoding",
+    "solving",
     "layer",
     "seed",
     "inspection",
@@ -47,14 +45,14 @@ CAUSAL = [
     "rows",
     "system",
     "diagonal",
-    "numba",
+    "cpu",
     "triton",
     "engines",
     "forward_substitution",
     "operator",
     "__init__",
 ]
-LAZY = ["triton", "numba", "transformers", "matplotlib", "typer", "rich", "accelerate", "tensorboard", "yaml"]
+LAZY = ["triton", "transformers", "matplotlib", "typer", "rich", "accelerate", "tensorboard", "yaml"]
 
 
 def module_name(path: Path) -> str:
@@ -123,7 +121,7 @@ def test_imports_point_downwards_in_the_causal_engine(name):
 
 
 def test_engines_do_not_import_each_other():
-    for own, others in {"numba": ["triton"], "triton": ["numba"]}.items():
+    for own, others in {"cpu": ["triton"], "triton": ["cpu"]}.items():
         for name in FILES:
             if name.startswith(f"causal.{own}"):
                 assert not [used for used in imports(name) if used.startswith(tuple(f"causal.{o}" for o in others))]

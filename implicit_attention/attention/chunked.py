@@ -1,6 +1,6 @@
-"""Attention in chunks of rows, each of them the reference: every option, any device, every derivative.
+"""Attention in chunks of rows, each computed by `reference`: every option, any device, every derivative.
 
-Memory is a few blocks of scores, `[B, H, r, M]` with r rows at a time; the whole matrix never exists.
+Memory is a few blocks of scores, `[B, H, r, M]` for r rows at a time. The whole matrix never exists.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from implicit_attention.attention import reference
-from implicit_attention.attention.spec import AttentionSpec
-
-Inputs = tuple[Tensor | None, ...]  # query, key, value, self_score or None, then one tensor per bias term
+from implicit_attention.attention.spec import AttentionSpec, Inputs
 
 
 def forward(spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return output `[B, H, N, d_v]` and log-sum-exp `[B, H, N]`; arguments as in `attention`."""
+    """Return output `[B, H, N, d_v]` and log-sum-exp `[B, H, N]`.
+
+    Args:
+        spec: The call.
+        seeds: `[B]` or None; see `AttentionSpec.keep`.
+        inputs: Query, key, value, self score or None, and the terms' tensors; shapes as in `attention`.
+    """
     outs, lses = zip(*(_attend(spec, seeds, inputs, *chunk) for chunk in _chunks(spec, inputs)), strict=True)
     return torch.cat(outs, -2), torch.cat(lses, -1)
 
@@ -42,12 +46,12 @@ def partial_backward(
     *,
     bias_grad: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of query, key, value and terms where `out` and `lse` belong to a softmax over more columns.
+    """Return the gradients of query, key, value and terms for a part of a softmax.
 
-    Those of the terms are None unless `bias_grad`.
+    `out` and `lse` belong to the whole softmax, over more columns than `inputs` hold. The gradients of the terms are
+    None unless `bias_grad`.
     """
     query, key, value, _, *tensors = inputs
-    assert query is not None and key is not None and value is not None
     wide = lse.dtype
     d_query, d_key, d_value = (torch.zeros_like(t, dtype=wide) for t in (query, key, value))
     d_terms: list[Tensor | None] = [None] * len(tensors)
@@ -60,16 +64,13 @@ def partial_backward(
         p = torch.exp((scores if bias is None else scores + bias) - seen)
         slope = g @ v.mT
         keep = spec.keep(seeds, query.shape[1], rows, cols, lse)
-        if keep is not None:
-            slope, kept = slope * keep, p * keep
-        else:
-            kept = p
+        slope, kept = (slope, p) if keep is None else (slope * keep, p * keep)
         slope = p * (slope - (g * out[..., rows, :]).sum(-1, keepdim=True))
         d_query[..., rows, :] += spec.scale * (slope @ k)
         d_key[..., cols, :] += spec.scale * (slope.mT @ q)
         d_value[..., cols, :] += kept.mT @ g
         if bias_grad:
-            found = spec.bias_gradient(tuple(t for t in tensors if t is not None), rows, cols, slope)
+            found = spec.bias_gradient(tuple(tensors), rows, cols, slope)
             d_terms = [_add(a, b) for a, b in zip(d_terms, found, strict=True)]
     return d_query, d_key, d_value, *d_terms
 
@@ -98,7 +99,6 @@ def double_backward(
         with torch.enable_grad():
             lam, *leaves = _leaves((grad, *inputs))
             out, _ = _attend(spec, seeds, tuple(leaves), *chunk)
-            assert lam is not None
             first = _gradients([out], leaves, [lam[..., chunk[0], :]], create_graph=True)
             used = [(a, b) for a, b in zip(first, cotangents, strict=True) if a is not None and b is not None]
             second = _gradients([a for a, _ in used], [lam, *leaves], [b for _, b in used])
@@ -110,7 +110,6 @@ def jvp(spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, tangents: Seq
     """Return the derivative of the output along `tangents`, `[B, H, N, d_v]`; a None tangent is zero."""
     query, key, value, self_score, *tensors = inputs
     dq, dk, dv, d_self, *d_tensors = tangents
-    assert query is not None and key is not None and value is not None
     outs = []
     for rows, cols in _chunks(spec, inputs):
         q, k, v = query[..., rows, :], key[..., cols, :], value[..., cols, :]
@@ -143,9 +142,8 @@ def jvp(spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, tangents: Seq
 
 
 def weights(spec: AttentionSpec, inputs: Inputs) -> Tensor:
-    """Return the whole attention matrix `[B, H, N, M]` before dropout, for those who ask to see it."""
+    """Return the whole attention matrix `[B, H, N, M]` before dropout, for diagnostics."""
     query, key, _, self_score, *tensors = inputs
-    assert query is not None and key is not None
     rows, cols = slice(0, query.shape[-2]), slice(0, key.shape[-2])
     bias = _bias(spec, tensors, rows, cols, query)
     return reference.weights(query, key, scale=spec.scale, bias=bias, self_score=self_score, first_row=spec.ahead)[0]
@@ -155,7 +153,6 @@ def _attend(
     spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, rows: slice, cols: slice
 ) -> tuple[Tensor, Tensor]:
     query, key, value, self_score, *tensors = inputs
-    assert query is not None and key is not None and value is not None
     return reference.attend(
         query[..., rows, :],
         key[..., cols, :],
@@ -168,16 +165,12 @@ def _attend(
     )
 
 
-def _bias(
-    spec: AttentionSpec, tensors: Sequence[Tensor | None], rows: slice, cols: slice, query: Tensor
-) -> Tensor | None:
-    return spec.bias(tuple(t for t in tensors if t is not None), rows, cols, query)
+def _bias(spec: AttentionSpec, tensors: Sequence[Tensor], rows: slice, cols: slice, query: Tensor) -> Tensor | None:
+    return spec.bias(tuple(tensors), rows, cols, query)
 
 
 def _chunks(spec: AttentionSpec, inputs: Inputs) -> Iterator[tuple[slice, slice]]:
-    query, key = inputs[:2]
-    assert query is not None and key is not None
-    return iter(spec.chunks(query, key))
+    return iter(spec.chunks(*inputs[:2]))
 
 
 def _leaves(inputs: Inputs) -> Inputs:
@@ -187,7 +180,7 @@ def _leaves(inputs: Inputs) -> Inputs:
 def _gradients(
     outputs: list[Tensor], leaves: Sequence[Tensor | None], grads: list[Tensor], *, create_graph: bool = False
 ) -> list[Tensor | None]:
-    """Return one gradient per leaf, None for what is not differentiable or does not matter."""
+    """Return one gradient per leaf, None for a leaf that is not float or that the outputs do not depend on."""
     wanted = [t for t in leaves if t is not None and t.requires_grad]
     if not outputs:
         return [None] * len(leaves)

@@ -1,13 +1,13 @@
-"""The stock flash kernel for the CPU: tiled attention that returns its log-sum-exp.
+"""PyTorch's flash kernel for the CPU: tiled attention that returns its log-sum-exp.
 
-Dao, Fu, Ermon, Rudra and Re, "FlashAttention", arXiv 2205.14135 (2022). Its backward pass needs only the
-final output and log-sum-exp, so parts of a softmax can be computed, merged and differentiated apart.
+Dao, Fu, Ermon, Rudra and Re, "FlashAttention", arXiv 2205.14135 (2022). The backward pass needs only the final output
+and log-sum-exp. So a softmax can be computed, merged and differentiated in parts.
 """
 
 import torch
 from torch import Tensor
 
-from implicit_attention.attention.spec import AttentionSpec
+from implicit_attention.attention.spec import AttentionSpec, Inputs
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -16,7 +16,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def serves(query: Tensor, value: Tensor, spec: AttentionSpec, self_score: Tensor | None) -> bool:
-    """Return whether the stock kernel can compute this call (its backward knows no bias gradient)."""
+    """Return whether the kernel computes this call. Its backward pass gives no gradient of a bias."""
     return (
         query.device.type == "cpu"
         and query.shape[-1] == value.shape[-1]
@@ -27,16 +27,10 @@ def serves(query: Tensor, value: Tensor, spec: AttentionSpec, self_score: Tensor
     )
 
 
-def forward(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    self_score: Tensor | None,
-    tensors: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor]:
-    """Return output `[B, H, N, d]` and log-sum-exp `[B, H, N]`; arguments as in `attention`."""
-    query, key, value = _rows_contiguous(query, key, value)
+def forward(spec: AttentionSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return output `[B, H, N, d]` and log-sum-exp `[B, H, N]`; arguments as in `chunked.forward`."""
+    self_score, tensors = inputs[3], inputs[4:]
+    query, key, value = _rows_contiguous(*inputs[:3])
     if self_score is not None:
         return _forward_merging_diagonal(spec, query, key, value, self_score)
     if spec.plain:
@@ -47,32 +41,23 @@ def forward(
         bias = _bias(spec, tensors, rows, cols, query)
         k, v = key[..., cols, :], value[..., cols, :]
         out, lse = _forward(query[..., rows, :], k, v, attn_mask=bias, scale=spec.scale)
-        unseen = torch.isneginf(bias).all(-1)  # the stock kernel gives those rows zeros, and lse = 0
+        unseen = torch.isneginf(bias).all(-1)  # PyTorch's kernel returns zeros and lse = 0 for these rows
         out, lse = _visible(out, lse, unseen)
         outs.append(out)
         lses.append(lse.masked_fill(unseen, -torch.inf))
     return torch.cat(outs, -2), torch.cat(lses, -1)
 
 
-def backward(
-    spec: AttentionSpec,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    self_score: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    tensors: tuple[Tensor, ...],
-) -> Gradients:
-    """Return the gradients of query, key, value and (where there is one) self score."""
-    grad, query, key, value = _rows_contiguous(grad, query, key, value)
+def backward(spec: AttentionSpec, grad: Tensor, inputs: Inputs, out: Tensor, lse: Tensor) -> Gradients:
+    """Return the gradients of query, key, value and self score (None without one)."""
+    self_score, tensors = inputs[3], inputs[4:]
+    grad, query, key, value = _rows_contiguous(grad, *inputs[:3])
     if self_score is not None:
         return _backward_splitting_diagonal(spec, grad, query, key, value, self_score, out, lse)
     if spec.plain:
         dq, dk, dv = _backward(grad, query, key, value, out, lse, 0.0, spec.is_causal, scale=spec.scale)
         return dq, dk, dv, None
-    lse = lse.masked_fill(torch.isneginf(lse), 0.0)
+    lse = lse.masked_fill(torch.isneginf(lse), 0.0)  # rows that see nothing: -inf - -inf would give NaN
     d_query, d_key, d_value = [], torch.zeros_like(key), torch.zeros_like(value)
     for rows, cols in spec.chunks(query, key):
         bias = _bias(spec, tensors, rows, cols, query)
@@ -92,10 +77,11 @@ def backward(
 def _forward_merging_diagonal(
     spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor, self_score: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attend strictly below the diagonal, then let each row see itself with the score given for it."""
+    """Attend strictly below the diagonal, then merge each row's own column, whose score is given."""
     out, lse = value.clone(), self_score.to(_wide(query.dtype), copy=True)
     n = query.shape[-2]
     if n > 1:
+        # Row i + 1 against column i: shifted by one, "strictly below the diagonal" is the kernel's causal mask.
         parts = _forward(query[..., 1:, :], key[..., :-1, :], value[..., :-1, :], 0.0, True, scale=spec.scale)
         below, below_lse = _visible(parts[0], parts[1], None)
         weight = torch.sigmoid(lse[..., 1:] - below_lse)[..., None].to(value.dtype)
@@ -132,7 +118,7 @@ def _backward_splitting_diagonal(
 
 def _bias(spec: AttentionSpec, tensors: tuple[Tensor, ...], rows: slice, cols: slice, query: Tensor) -> Tensor:
     bias = spec.bias(tensors, rows, cols, query)
-    if bias is None:  # a window that hides nothing here
+    if bias is None:  # the window hides nothing in this chunk
         return torch.zeros((), dtype=query.dtype, device=query.device).expand(
             1, 1, rows.stop - rows.start, cols.stop - cols.start
         )
@@ -140,7 +126,10 @@ def _bias(spec: AttentionSpec, tensors: tuple[Tensor, ...], rows: slice, cols: s
 
 
 def _visible(out: Tensor, lse: Tensor, unseen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Make rows whose scores are NaN or Inf NaN: the stock kernel returns zeros for them, as if all were hidden."""
+    """Return NaN in rows whose scores hold NaN or Inf.
+
+    PyTorch's kernel returns zeros for such rows, as for rows whose columns are all hidden.
+    """
     broken = ~torch.isfinite(lse) | (lse == 0)
     if unseen is not None:
         broken = broken & ~unseen
@@ -151,7 +140,7 @@ def _visible(out: Tensor, lse: Tensor, unseen: Tensor | None) -> tuple[Tensor, T
 
 
 def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
-    """The stock kernel reads any strides but those of the last dimension."""
+    """Copy tensors whose last dimension is not contiguous: the kernel ignores that stride."""
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 

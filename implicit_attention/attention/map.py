@@ -1,7 +1,7 @@
 r"""The map of implicit-query attention, `F(y) = softmax(K phi(y)^T / sqrt(d)) V`, as a pure function.
 
-`phi` makes queries from the output, each token on its own: linear (`Omega_Q`, which mixes the heads), plus an
-input, then RMS norm, then rotation. Everything that does not depend on y is prepared before.
+`phi` makes queries from the output, token by token: a linear map (`Omega_Q`, which mixes the heads), plus an input,
+then RMS norm, then rotation. What does not depend on y is computed before.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ def merge_heads(t: Tensor) -> Tensor:
 
 
 def by_read_head(weight: Tensor, num_heads: int) -> Tensor:
-    """Return `Omega_Q` `[G d, D]` by the head of the output that it reads, `[H, d, G d]`, a view."""
+    """Return a view of `Omega_Q` `[G d, D]`, split by the head of the output that it reads, `[H, d, G d]`."""
     return weight.view(len(weight), num_heads, -1).permute(1, 2, 0)
 
 
@@ -41,11 +41,11 @@ def rms_norm(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class QueryMap:
-    """`phi`, without its tensors: `[B, N, D] -> [B, H, N, d]`.
+    """The map `phi`, without its tensors: `[B, N, D] -> [B, H, N, d]`.
 
     Attributes:
-        num_heads: Heads of the queries (G where rows belong to keys and heads share queries, else H).
-        normalize: Whether queries are RMS-normed over the head dimension.
+        num_heads: Heads of the queries: G if rows belong to keys and heads share queries, else H.
+        normalize: Whether queries get an RMS norm over the head dimension.
     """
 
     names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation")
@@ -66,8 +66,8 @@ class QueryMap:
 
         Args:
             y: Output, `[B, N, D]`.
-            weight: `Omega_Q`, `[D, D]`; None where it has been absorbed into the keys.
-            bias: Its bias, `[D]`.
+            weight: `Omega_Q`, `[D, D]`; None if the keys have absorbed it.
+            bias: Bias of `Omega_Q`, `[D]`.
             added: `W_Q x`, `[B, N, D]`.
             rotation: `[2, N, d / 2]`.
         """
@@ -80,18 +80,21 @@ class QueryMap:
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """F, without its tensors, which `__call__` takes in the order of `names`.
+    """The map F, without its tensors. `__call__` takes the tensors in the order of `names`.
 
-    Tensors by name: `key` `[B, H, M, d]`, `value` `[B, G, M, d]` (G heads of columns, each for H / G heads of rows;
-    with `rows_are_keys` false the keys are columns, `[B, G, M, d]`); optional `weight`, `bias`, `added`,
-    `rotation` of the query map; `past_column`, `past_value` `[B, G, P, d]`, columns before the first row;
-    `self_score` `[B, H, N]`; `seeds` `[B]`; `term0`, `term1`, ... of the bias terms.
+    Tensors by name:
+
+    - `key` `[B, H, M, d]` (`[B, G, M, d]` if `rows_are_keys` is false: then keys are columns).
+    - `value` `[B, G, M, d]`. Each of the G column heads serves H / G row heads.
+    - Optional, of the query map: `weight`, `bias`, `added`, `rotation`.
+    - Optional, columns before the first row: `past_column` and `past_value` `[B, G, P, d]`.
+    - Optional: `self_score` `[B, H, N]`, `seeds` `[B]`, and `term0`, `term1`, ... of the bias terms.
 
     Attributes:
         spec: Scale, causality, bias terms and dropout.
-        query_map: phi.
-        rows_are_keys: Whether output rows belong to keys and the softmax runs over queries (the seed), or the
-            other way round.
+        query_map: The map phi.
+        rows_are_keys: True if output rows belong to keys and the softmax runs over queries, as in the seed. False if
+            output rows belong to queries.
         names: Names of the tensors.
     """
 
@@ -102,16 +105,16 @@ class AttentionMap:
 
     @property
     def system_ndim(self) -> int:
-        """Leading dimensions of y that are independent systems: samples, or tokens where rows decouple."""
+        """Leading dimensions of y that count independent systems: samples, or tokens if rows are independent."""
         return 1 if self.rows_are_keys else 2
 
     @property
     def row_ndim(self) -> int:
-        """Leading dimensions of y that are judged one by one: tokens unless all depend on all."""
+        """Leading dimensions of y whose residuals are judged one by one."""
         return 2 if self.spec.is_causal else self.system_ndim
 
     def __call__(self, y: Tensor, *tensors: Tensor) -> Tensor:
-        """Return F(y), `[B, N, D]`, for y `[B, N, D]`; computed in the dtype of the keys."""
+        """Return F(y), `[B, N, D]`, for y `[B, N, D]`, computed in the dtype of the keys."""
         t = dict(zip(self.names, tensors, strict=True))
         row, column = self._sides(y, t)
         value = _joined(t.get("past_value"), t["value"])
@@ -127,13 +130,13 @@ class AttentionMap:
         return merge_heads(out).to(y.dtype)
 
     def weights(self, y: Tensor, *tensors: Tensor) -> Tensor:
-        """Return the attention matrix `[B, H, N, M]` at y, before dropout, all of it at once."""
+        """Return the whole attention matrix `[B, H, N, M]` at y, before dropout."""
         t = dict(zip(self.names, tensors, strict=True))
         row, column = self._sides(y, t)
         return weights(self._spec(t), (row, column, None, t.get("self_score"), *self._terms(t)))
 
     def columns(self, y: Tensor, *tensors: Tensor) -> Tensor:
-        """Return what a cache keeps of the tokens beside their values: their side of the scores, `[B, G, N, d]`."""
+        """Return the column side of the scores, `[B, G, N, d]`: what a cache keeps beside the values."""
         t = dict(zip(self.names, tensors, strict=True))
         return self._queries(y, t) if self.rows_are_keys else t["key"]
 
@@ -158,5 +161,5 @@ def _joined(past: Tensor | None, new: Tensor) -> Tensor:
 
 
 def _for_heads(t: Tensor, heads: int) -> Tensor:
-    """`[B, G, M, d] -> [B, H, M, d]`: what a group of heads shares, for each of them."""
+    """`[B, G, M, d] -> [B, H, M, d]`: repeat each group's part for its heads."""
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)

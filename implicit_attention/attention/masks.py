@@ -1,7 +1,7 @@
-"""Who may see whom: the masks of a layer as bias terms of the attention operation.
+"""The masks of a layer as bias terms of the attention operation.
 
-In the layer a boolean mask says **True = hidden**, as in `nn.MultiheadAttention`; PyTorch's
-`scaled_dot_product_attention` says the opposite.
+In a boolean mask of the layer **True = hidden**, as in `nn.MultiheadAttention`. In PyTorch's
+`scaled_dot_product_attention` True = attended.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from implicit_attention.attention.spec import BiasTerm
 
 @dataclass(frozen=True)
 class AdditiveMask:
-    """A bias term made from a tensor `[b, h, N or 1, M]`: added if it is float, hiding where True if bool.
+    """A bias term from a mask `[b, h, N or 1, M]`. A float mask is added; a bool mask hides where it is True.
 
     Attributes:
-        first_row: The row that the tensor's first row belongs to.
+        first_row: Position of the tensor's first row.
     """
 
     first_row: int = 0
@@ -31,7 +31,7 @@ class AdditiveMask:
         return torch.zeros(part.shape, device=part.device).masked_fill(part, -torch.inf)
 
     def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
-        """Return the gradient of a float mask for that of a block."""
+        """Return the gradient of a float mask for the gradient of a block."""
         found = torch.zeros_like(tensor, dtype=grad.dtype)
         part = self._part(tensor, rows, cols)
         found[part] = grad.sum_to_size(found[part].shape)
@@ -50,9 +50,9 @@ def mask_terms(
 
     Args:
         attn_mask: `[1 or B, 1 or H, N, M]`, bool (True = hidden) or float (added).
-        padding: `[B, M]`: which columns are hidden from every row; bool or float.
-        dtype: What float masks are converted to.
-        past: Columns that come before those of the rows.
+        padding: `[B, M]`, bool (True = a column hidden from every row) or float (added).
+        dtype: Float masks are converted to it.
+        past: Number of columns before the first row's own.
 
     Returns:
         Terms and their tensors, `[1 or B, 1 or H, 1 or N, M]`.

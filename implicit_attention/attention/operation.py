@@ -1,4 +1,4 @@
-"""The attention operation: which implementation serves a call, and all its derivatives."""
+"""The attention operation: the choice of an implementation, and all derivatives."""
 
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,7 @@ from implicit_attention.attention.spec import AttentionSpec
 
 
 def stock(query: Tensor, value: Tensor, spec: AttentionSpec, self_score: Tensor | None = None) -> ModuleType | None:
-    """Return the module that computes a call with one of PyTorch's flash kernels, None if none of them can.
+    """Return the module whose flash kernel of PyTorch computes a call, None if there is none.
 
     Args:
         query: As in `attention`.
@@ -39,22 +39,22 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     r"""Return `softmax(scale q k^T + bias) v` and its log-sum-exp, without an N x M matrix.
 
-    Differentiable twice in every float tensor but `seeds`, in forward mode once, and under
-    `torch.func` transforms. The stock flash kernels serve what they can (see `stock`); dropout, learned biases'
-    gradients, and on CUDA devices float32, float64 and biases take the chunked implementation.
+    The result is differentiable twice in every float tensor, once in forward mode, and under `torch.func`
+    transforms. PyTorch's flash kernels compute what they serve (see `stock`). The chunked implementation computes the
+    rest: dropout, gradients of learned biases, and on CUDA devices float32, float64 and biases.
 
     Args:
-        query: `[B, H, N, d]`; row i of the output belongs to it.
+        query: `[B, H, N, d]`; row i of the output belongs to query i.
         key: `[B, H, M, d]`, same dtype.
         value: `[B, H, M, d_v]`, same dtype.
         spec: Scale, causality, bias terms and dropout.
         self_score: `[B, H, N]`, replaces `scale q_i . k_i` on the diagonal.
-        seeds: `[B]` int64, one per sample: what the dropout masks are hashed from.
+        seeds: `[B]` int64, one per sample; the dropout masks are hashes of them.
         terms: The tensors of `spec.terms`, each with leading dimension 1 or B.
 
     Returns:
-        Output `[B, H, N, d_v]`, zero in rows that see nothing, and log-sum-exp `[B, H, N]` in float32 or
-        wider, not differentiable.
+        Output `[B, H, N, d_v]`, zero in rows that see no column, and log-sum-exp `[B, H, N]` in float32 or wider. The
+        log-sum-exp is not differentiable; see `log_sum_exp`.
     """
     out, lse = _Attention.apply(spec, seeds, query, key, value, self_score, *terms)  # type: ignore[no-untyped-call]
     return out, lse
@@ -73,7 +73,7 @@ def partial_backward(
     terms: tuple[Tensor, ...] = (),
     bias_grad: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a **part** of a softmax, given the whole's output and log-sum-exp.
+    """Return the gradients of a **part** of a softmax, given the output and log-sum-exp of the whole.
 
     Args:
         grad: Cotangent of the whole output, `[B, H, N, d_v]`.
@@ -85,17 +85,17 @@ def partial_backward(
         spec: The part's call.
         seeds: As in `attention`.
         terms: As in `attention`.
-        bias_grad: Whether to return the terms' gradients too, which the stock kernel does not know.
+        bias_grad: Whether to return the terms' gradients too. PyTorch's flash kernels do not compute them.
 
     Returns:
         Gradients of query, key, value and each term (None unless `bias_grad`).
     """
-    kernel = None if bias_grad else stock(query, value, spec)
+    kernel, inputs = None if bias_grad else stock(query, value, spec), (query, key, value, None, *terms)
     if kernel is not None:
-        narrow = query.dtype
-        found = kernel.backward(spec, grad.to(narrow), query, key, value, None, out.to(narrow), lse, terms)
+        narrow = query.dtype  # the flash kernels take all tensors in one dtype
+        found = kernel.backward(spec, grad.to(narrow), inputs, out.to(narrow), lse)
         return *found[:3], *(None for _ in terms)
-    return chunked.partial_backward(spec, seeds, grad, (query, key, value, None, *terms), out, lse, bias_grad=bias_grad)
+    return chunked.partial_backward(spec, seeds, grad, inputs, out, lse, bias_grad=bias_grad)
 
 
 def log_sum_exp(
@@ -128,7 +128,8 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """`d lse = sum_j P_ij d S_ij`: the backward pass of an attention over values 1 / d whose output is 0."""
+        """`d lse = sum_j P_ij d S_ij`: the backward pass of attention over constant values 1 / d with output 0."""
+        # With cotangent g in all d entries, g . v_j = g, so the slope of a score is P_ij (g - 0).
         lse, query, key, *terms = ctx.saved_tensors
         ones = grad[..., None].to(query.dtype).expand_as(query).contiguous()
         value = torch.full_like(key, 1.0 / key.shape[-1])
@@ -142,13 +143,13 @@ class _LogSumExp(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(spec: AttentionSpec, seeds: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
-        query, key, value, self_score, *terms = inputs
-        kernel = stock(query, value, spec, self_score)
+        kernel = stock(inputs[0], inputs[2], spec, inputs[3])
         if kernel is None:
             return chunked.forward(spec, seeds, inputs)
-        out, lse = kernel.forward(spec, query, key, value, self_score, tuple(terms))
+        out, lse = kernel.forward(spec, inputs)
         return out, lse
 
+    # setup_context apart from forward, and vmap by hand: what torch.func transforms require.
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.spec, *tensors = inputs
@@ -177,7 +178,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AttentionGradient(torch.autograd.Function):
-    """The backward pass of `_Attention`, as an operation of its own so that it has a backward pass too."""
+    """The backward pass of `_Attention`, a separate operation so that it can be differentiated again."""
 
     @staticmethod
     def forward(
@@ -189,12 +190,10 @@ class _AttentionGradient(torch.autograd.Function):
         grad: Tensor,
         *inputs: Any,
     ) -> tuple[Tensor | None, ...]:
-        query, key, value, self_score, *terms = inputs
-        kernel = None if bias_grad else stock(query, value, spec, self_score)
+        kernel = None if bias_grad else stock(inputs[0], inputs[2], spec, inputs[3])
         if kernel is None:
             return chunked.backward(spec, seeds, grad, inputs)
-        grads = kernel.backward(spec, grad, query, key, value, self_score, out, lse, tuple(terms))
-        return (*grads, *(None for _ in terms))
+        return *kernel.backward(spec, grad, inputs, out, lse), *(None for _ in inputs[4:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -216,7 +215,7 @@ class _AttentionGradient(torch.autograd.Function):
 
 
 class _AttentionSecondGradient(torch.autograd.Function):
-    """The backward pass of `_AttentionGradient`: takes its (grad, *inputs) and a cotangent for each input."""
+    """The backward pass of `_AttentionGradient`: takes its grad and inputs, and one cotangent per input."""
 
     @staticmethod
     def forward(spec: AttentionSpec, seeds: Tensor | None, *tensors: Any) -> tuple[Tensor | None, ...]:
@@ -230,7 +229,10 @@ class _AttentionSecondGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError("attention is differentiable twice; a third derivative was asked for")
+        raise NotImplementedError(
+            "Attention is differentiable twice, and a third derivative was asked for. "
+            "`attention.reference.attend` can be differentiated any number of times."
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: AttentionSpec, *tensors: Any) -> Any:
@@ -242,7 +244,7 @@ class _AttentionSecondGradient(torch.autograd.Function):
 
 
 def _unfold(grads: Any, mapped: int, batch: int, tensors: tuple[Any, ...], dims: tuple[Any, ...]) -> Any:
-    """Take the mapped dimension out of the batch again, summing over samples for what they share."""
+    """Take the mapped dimension out of the batch again; sum over samples the gradients of shared tensors."""
     unfolded = []
     for grad, tensor, dim in zip(grads, tensors, dims, strict=True):
         if grad is not None:
@@ -254,14 +256,14 @@ def _unfold(grads: Any, mapped: int, batch: int, tensors: tuple[Any, ...], dims:
 
 
 def _batch_size(tensor: Tensor, dim: int | None) -> int:
-    """The leading dimension of a tensor beneath the dimension that is mapped over."""
+    """The batch dimension of a tensor, not counting the mapped one."""
     return tensor.shape[1 if dim == 0 else 0]
 
 
 def _fold(
     mapped: int, batch: int, tensors: tuple[Any, ...], dims: tuple[Any, ...], *, per_sample: bool = False
 ) -> list[Tensor | None]:
-    """Fold a mapped dimension into the batch; `per_sample` expands even what is shared by the batch."""
+    """Fold a mapped dimension into the batch; `per_sample` also expands tensors that the batch shares."""
     folded: list[Tensor | None] = []
     for tensor, dim in zip(tensors, dims, strict=True):
         if tensor is None or (dim is None and tensor.shape[0] == 1 and not per_sample):

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary positions on queries and keys, or a bias on the scores."""
+"""Position encodings: rotary positions on queries and keys, or a bias on the scores."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ class Positions(nn.Module, ABC):
 
     @abstractmethod
     def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor | None:
-        """Return what `rotate` applies to queries and keys, None if they stay as they are.
+        """Return the angles by which `rotate` turns queries and keys, None for an encoding without rotation.
 
         Args:
             length: Number of tokens.
@@ -30,7 +30,7 @@ class Positions(nn.Module, ABC):
 
     @abstractmethod
     def bias(self) -> tuple[BiasTerm, Tensor] | None:
-        """Return a bias term and its tensor `[1, ...]`, None if the scores get none."""
+        """Return a bias term and its tensor `[1, ...]`, None for an encoding without a bias."""
 
     def forward(self, like: Tensor) -> tuple[BiasTerm, Tensor] | None:
         """Return `bias()` for use beside a tensor. Layers call the module, so that its hooks have their way.
@@ -53,7 +53,7 @@ class Rotary(Positions):
 
         Args:
             head_dim: Size d of a head, even.
-            base: The slowest turn has a period of about `2 pi base`.
+            base: The slowest pair has a period of about `2 pi base` positions.
         """
         super().__init__()
         check_positive("head_dim", head_dim, integer=True)
@@ -65,6 +65,7 @@ class Rotary(Positions):
     def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor:
         """Return cosines and sines, `[2, length, d / 2]` or `[2, B, 1, length, d / 2]`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
+        # Angles in float64: at position 10^5 float32 would be off by about 0.01.
         i = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=like.device)
         turns = torch.arange(length, dtype=torch.float64, device=like.device)[:, None]
         turns = turns + (first[:, None, None, None] if isinstance(first, Tensor) else first)
@@ -80,21 +81,21 @@ class Rotary(Positions):
 
 
 def rotate(t: Tensor, rotation: Tensor) -> Tensor:
-    """Turn `[..., N, d]` by `rotation` `[2, ..., N, d / 2]`."""
+    """Rotate `[..., N, d]` by `rotation` `[2, ..., N, d / 2]`."""
     cos, sin = rotation.unbind(0)
     a, b = t.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(t.dtype)
 
 
 def unrotate(t: Tensor, rotation: Tensor) -> Tensor:
-    """Undo `rotate`, which is also its transpose."""
+    """Undo `rotate`. A rotation's inverse is its transpose, so this also pulls cotangents back."""
     cos, sin = rotation.unbind(0)
     return rotate(t, torch.stack([cos, -sin]))
 
 
 @dataclass(frozen=True)
 class DistanceSlope:
-    """A bias term: a slope per head times the distance."""
+    """A bias term: minus a slope per head times the distance."""
 
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
         """`-slope_h |i - j|` for slopes `[1, H]`."""
@@ -107,10 +108,10 @@ class DistanceSlope:
 
 @dataclass(frozen=True)
 class OffsetTable:
-    """A bias term: a table per head, looked up by offset.
+    """A bias term: a table per head, indexed by offset.
 
     Attributes:
-        max_distance: Offsets beyond it share the table's last entries.
+        max_distance: Larger offsets share the table's last entries.
     """
 
     max_distance: int
@@ -165,6 +166,7 @@ class ALiBi(Positions):
         return self._slopes(torch.device("cpu"))
 
     def _slopes(self, device: torch.device) -> Tensor:
+        # The paper defines slopes for powers of two; others add every second slope of the next power.
         power = 2 ** math.floor(math.log2(self.num_heads))
         h = torch.arange(self.num_heads, dtype=torch.float64, device=device)
         exponents = torch.where(h < power, -8 * (h + 1) / power, -4 * (2 * (h - power) + 1) / power)
@@ -202,7 +204,7 @@ class RelativeBias(Positions):
 
         Args:
             num_heads: Number of heads; each has a table.
-            max_distance: Offsets beyond it share the table's last entries.
+            max_distance: Larger offsets share the table's last entries.
         """
         super().__init__()
         check_positive("num_heads", num_heads, integer=True)
@@ -231,8 +233,9 @@ def make_positions(positions: "str | Positions | None", num_heads: int, head_dim
         head_dim: Size of a head.
 
     Raises:
-        TypeError: If it is neither a name nor an encoding.
-        ValueError: If the name is unknown, or head_dim is odd for rotary positions.
+        TypeError: If `positions` is neither a name nor an encoding.
+        ValueError: If the name is unknown, the encoding is made for another number or size of heads, or head_dim is odd
+            for rotary positions.
     """
     if isinstance(positions, Rotary) and positions.head_dim != head_dim:
         raise bad_value("positions", f"Rotary({head_dim}) for heads of size {head_dim}", positions)

@@ -1,24 +1,26 @@
-"""The static description of one attention call, and its score bias, evaluated block by block."""
+"""The static description of an attention call, and its score bias, computed block by block."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 22  # scores alive at once in a chunk: 16 MiB in float32
-MIN_CHUNK = 32  # rows; fewer would be all overhead
+Inputs = tuple[Any, ...]  # query, key, value, self score or None, then one tensor per bias term
+
+BLOCK_ELEMENTS = 1 << 22  # scores of a chunk, 16 MiB in float32: more takes more memory, fewer more launches
+MIN_CHUNK = 32  # rows of a chunk: with fewer rows the launch overhead dominates
 
 
 class BiasTerm(Protocol):
-    """An additive score bias, **linear** in one tensor whose leading dimension is the batch or 1."""
+    """An additive score bias, **linear** in one tensor. The tensor's leading dimension is the batch size or 1."""
 
     def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
         """Return the bias for a block of scores.
 
         Args:
-            tensor: What the term is made from, `[b, ...]` with b either 1 or the batch size.
+            tensor: Tensor of the term, `[b, ...]` with b either 1 or the batch size.
             rows: Rows (positions on the query side of the attention) of the block.
             cols: Columns (positions on its key side) of the block.
 
@@ -27,7 +29,7 @@ class BiasTerm(Protocol):
         """
 
     def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
-        """Return the gradient of the tensor for a cotangent of `block`: its transpose, as the term is linear.
+        """Return the gradient of the tensor for a cotangent of `block`: the transpose of the linear term.
 
         Args:
             tensor: As in `block`.
@@ -42,15 +44,15 @@ class BiasTerm(Protocol):
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What is known about an attention call before its tensors are seen.
+    """The settings of an attention call, without its tensors.
 
     Attributes:
         scale: Factor on the scores `q . k`.
         is_causal: Row i sees columns j <= i, counted from `origin`.
         terms: Additive biases, one tensor each, added after the scaling.
-        dropout: Probability with which an attention weight is zeroed; the call then needs `seeds`.
+        dropout: Probability with which an attention weight is zeroed. The call then needs `seeds`.
         window: Row i sees columns j > i - window; None for all.
-        origin: Row and column of the first score, for a block of a larger matrix.
+        origin: Row and column of the first score, if the call is a block of a larger matrix.
     """
 
     scale: float
@@ -62,32 +64,32 @@ class AttentionSpec:
 
     @property
     def plain(self) -> bool:
-        """Whether scores get no bias but a causal mask from the first row and column on."""
+        """Whether the only bias, if any, is a causal mask aligned to the first row and column."""
         return not self.terms and self.window is None and not (self.is_causal and self.ahead)
 
     @property
     def ahead(self) -> int:
-        """The column on whose diagonal the first row lies."""
+        """The column of the first row's diagonal element."""
         return self.origin[0] - self.origin[1]
 
     def shifted(self, row: int, col: int) -> "AttentionSpec":
-        """Return the call of a block below the diagonal: its rows start at `row`, its columns at `col`."""
+        """Return the call of a block below the diagonal, with rows from `row` on and columns from `col` on."""
         if row < col:
             raise ValueError(f"a block at row {row}, column {col} lies above the diagonal")
         terms = tuple(_Shifted(term, row, col) for term in self.terms)
         return replace(self, is_causal=False, terms=terms, origin=(self.origin[0] + row, self.origin[1] + col))
 
     def following(self, past: int) -> "AttentionSpec":
-        """Return the call whose first row stands at column `past`: the columns before it come from a cache."""
+        """Return the call whose first row is at column `past`; a cache holds the columns before it."""
         return replace(self.shifted(past, 0), is_causal=self.is_causal) if past else self
 
     def chunks(self, query: Tensor, key: Tensor, *, systems: int | None = None) -> list[tuple[slice, slice]]:
-        """Return (rows, columns they see) so that `systems * rows * columns` stays within a budget.
+        """Return pairs (rows, columns that they see) with at most `BLOCK_ELEMENTS` scores each.
 
         Args:
             query: `[B, H, N, d]`.
             key: `[B, H, M, d]`.
-            systems: How many score matrices are alive at once; B * H unless told.
+            systems: Number of score matrices in memory at once; B * H if None.
         """
         batch, heads, n, _ = query.shape
         m = key.shape[-2]
@@ -102,7 +104,7 @@ class AttentionSpec:
             yield slice(start, stop), slice(first, min(m, stop + self.ahead) if self.is_causal else m)
 
     def bias(self, tensors: tuple[Tensor, ...], rows: slice, cols: slice, like: Tensor) -> Tensor | None:
-        """Return the sum of all biases and of the masks (causal, window) on a block, None if there are none.
+        """Return the sum of all biases and masks (causal, window) on a block, None without any.
 
         Args:
             tensors: One tensor per term.
@@ -144,7 +146,7 @@ class AttentionSpec:
         return tuple(found)
 
     def _hidden(self, rows: slice, cols: slice, device: torch.device) -> Tensor | None:
-        """What the causal mask and the window hide on a block, `[r, c]`, None where that is nothing."""
+        """The entries of a block that the causal mask and the window hide, `[r, c]`, None if they hide none."""
         later = self.is_causal and cols.stop - 1 > rows.start + self.ahead
         past = self.window is not None and rows.stop - 1 + self.ahead - cols.start >= self.window
         if not (later or past):
@@ -157,8 +159,8 @@ class AttentionSpec:
     def keep(self, seeds: Tensor | None, heads: int, rows: slice, cols: slice, like: Tensor) -> Tensor | None:
         """Return the dropout factors of a block, 0 or 1 / (1 - dropout), None without dropout.
 
-        Each factor is a hash of (seed, head, row, column): the same in every iteration of a solve and in
-        its backward pass, whatever the chunking, the batch around the sample or the device.
+        Each factor is a hash of (seed, head, row, column). So it is the same in every iteration of a solve and in the
+        backward pass, and does not depend on the chunks, on the other samples or on the device.
 
         Args:
             seeds: `[B]`, int64.
@@ -183,7 +185,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class _Shifted:
-    """A bias term seen from a block that starts at (row, col)."""
+    """A bias term on a block that starts at (row, col)."""
 
     term: BiasTerm
     row: int
@@ -203,7 +205,8 @@ class _Shifted:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """One round of splitmix64 (Steele, Lea, Flood 2014); int64 arithmetic wraps as it should."""
+    """One round of splitmix64 (Steele, Lea and Flood 2014) in int64, which wraps around like uint64."""
+    # int64 shifts keep the sign; the masks clear the bits that an unsigned shift would fill with zeros.
     x = x + -7046029254386353131
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685

@@ -1,1 +1,1 @@
-"""The causal engine: the exact equilibrium of a causal map, one block of rows after another. See README.md."""
+"""The causal engine: the exact equilibrium of a causal map, block of rows by block of rows. See README.md."""

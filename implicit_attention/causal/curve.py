@@ -1,7 +1,7 @@
-"""The curve that leads from p = 1 to a root of a row problem, whatever the weights.
+"""The homotopy curve from p = 1 to a root of a row problem, for any weights.
 
-`p = (1 - t) 1 + t target(p)` has the one solution p = 1 at t = 0; from there a smooth curve (p, t) arrives, for almost
-every problem, at t = 1, in a root. It may turn back in t on its way, so it is followed by its length.
+At t = 0, `p = (1 - t) 1 + t target(p)` has one solution, p = 1. From there a smooth curve (p, t) leads, for almost
+every problem, to a root at t = 1. The curve may turn back in t, so it is followed by arc length.
 """
 
 from dataclasses import dataclass
@@ -12,21 +12,24 @@ from torch.nn.functional import normalize, pad
 
 from implicit_attention.causal.row_problem import RowProblem
 
-_CHUNK = 2048  # rows followed at once: bounds the memory
+_CHUNK = 2048  # rows followed at once: more rows share launch overhead, fewer take less memory
+# The length is adapted from the first step on, so the first one matters little. A row that needs a shorter step than
+# the second constant is given up.
 FIRST_STEP, SHORTEST_STEP = 0.05, 1e-10
-LANDING_STEPS, ARRIVED, NEAR_ENOUGH = 20, 1e-13, 1e-10  # Newton's steps at t = 1, and how far the last one may go
+# Newton at t = 1: number of steps; length of a step that counts as converged; largest last step that is accepted.
+LANDING_STEPS, ARRIVED, NEAR_ENOUGH = 20, 1e-13, 1e-10
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How boldly a curve is followed.
+    """Bounds on the steps along a curve: looser bounds are faster, tighter bounds less likely to leave the curve.
 
     Attributes:
-        nats: How far a step's end may be off the prediction, in units of the scores.
-        cosine: Least cosine between the tangents at the two ends of a step.
-        contraction: How much smaller the second correction must be than the first.
+        nats: Largest first correction of a step, in units of the scores.
+        cosine: Smallest cosine between the tangents at the two ends of a step.
+        contraction: Largest ratio of the second correction to the first.
         longest: Longest step, in units of (p, t).
-        steps: Steps after which a row is given up.
+        steps: Number of steps after which a row is given up.
     """
 
     nats: float
@@ -36,6 +39,7 @@ class Pace:
     steps: int
 
 
+# BRISK is tried first. CAREFUL takes several times its steps, and only for rows that BRISK has lost.
 BRISK = Pace(nats=1.0, cosine=0.8, contraction=0.1, longest=0.5, steps=4000)
 CAREFUL = Pace(nats=0.1, cosine=0.98, contraction=0.02, longest=0.1, steps=20_000)
 
@@ -43,17 +47,17 @@ CAREFUL = Pace(nats=0.1, cosine=0.98, contraction=0.02, longest=0.1, steps=20_00
 def follow_curve(problem: RowProblem, pace: Pace) -> Tensor:
     """Follow each row's curve from p = 1 to its first arrival at t = 1, by pseudo-arclength.
 
-    A step predicts with the tangent and the last bend, corrects twice with one factorisation, and counts only if it
-    turned little, the corrections were small and shrank, and the curve's orientation (the sign of the determinant of
-    Jacobian and tangent, constant along a curve) is still the same; otherwise it is repeated at a shorter length.
-    A row's steps depend on that row alone.
+    A step predicts with the tangent and the last bend, and corrects twice with one factorisation. It is accepted if the
+    tangent turned little, the corrections were small and shrank, and the orientation of the curve is unchanged (the
+    sign of the determinant of Jacobian and tangent, constant along a curve). Otherwise it is repeated at a shorter
+    length. The steps of a row depend on that row alone.
 
     Args:
         problem: R problems, float64.
-        pace: How boldly.
+        pace: Bounds on the steps.
 
     Returns:
-        Roots, `[R, H]`; NaN where the curve was lost.
+        Roots, `[R, H]`; NaN in rows whose curve was lost.
 
     Reference:
         S. Chow, J. Mallet-Paret and J. Yorke, "Finding zeroes of maps: homotopy methods that are constructive with
@@ -65,14 +69,14 @@ def follow_curve(problem: RowProblem, pace: Pace) -> Tensor:
 
 @dataclass
 class _Walk:
-    """Rows under way: where they are, where they head, how far they step next."""
+    """The state of the rows on their curves."""
 
     problem: RowProblem
-    index: Tensor  # [R], which row of the chunk
-    u: Tensor  # [R, H + 1]: (p, t)
-    tangent: Tensor  # [R, H + 1], of length one
+    index: Tensor  # [R], row of the chunk
+    u: Tensor  # [R, H + 1], point (p, t)
+    tangent: Tensor  # [R, H + 1], unit tangent
     bend: Tensor  # [R, H + 1], half the curvature
-    length: Tensor  # [R], of the next step
+    length: Tensor  # [R], length of the next step
 
     @classmethod
     def start(cls, problem: RowProblem) -> "_Walk":
@@ -102,7 +106,7 @@ def _follow(problem: RowProblem, pace: Pace) -> Tensor:
         count = int(live.sum())
         if not count:
             break
-        if len(live) - count > len(live) // 8:  # copying the rows that are left costs about a step
+        if len(live) - count > len(live) // 8:  # dropping rows copies the others, about a step's work
             walk, live = walk.rows(live), live[live]
     roots = torch.full_like(problem.alpha, torch.nan)
     if crossings:
@@ -112,7 +116,7 @@ def _follow(problem: RowProblem, pace: Pace) -> Tensor:
 
 
 def _step(walk: _Walk, pace: Pace) -> None:
-    """One step of every row, taken only where it can be trusted."""
+    """Try one step in every row, and accept it in rows that pass all tests."""
     length = walk.length[:, None]
     guess = torch.addcmul(torch.addcmul(walk.u, length, walk.tangent), length.square(), walk.bend)
     value, slope, weight, missing = _curve(walk.problem, guess)
@@ -136,6 +140,7 @@ def _step(walk: _Walk, pace: Pace) -> None:
     taken = good[:, None]
     walk.bend = torch.where(taken, (tangent - walk.tangent) / (2.0 * length), walk.bend)
     walk.u, walk.tangent = torch.where(taken, u, walk.u), torch.where(taken, tangent, walk.tangent)
+    # If doubt grows with the square of the length, the next step has a doubt of 1/2.
     factor = torch.rsqrt(2.0 * doubt).clamp(0.25, 2.0)
     walk.length = (walk.length * torch.where(good, factor, factor.clamp_max(0.5))).clamp_max(pace.longest)
 
@@ -145,7 +150,7 @@ def _largest(t: Tensor) -> Tensor:
 
 
 def _peaks(walk: _Walk, u: Tensor, tangent: Tensor, length: Tensor) -> Tensor:
-    """Whether t turns back within a step to `u` and may have passed 1 before: where its tangents cross, `[R]`."""
+    """Whether t turns back within the step to `u` and may have passed 1, `[R]`: test where the tangents cross."""
     rise, fall = walk.tangent[:, -1], tangent[:, -1]
     turned = (rise > 0.0) & (fall < 0.0)
     if not bool(turned.any()):
@@ -155,14 +160,14 @@ def _peaks(walk: _Walk, u: Tensor, tangent: Tensor, length: Tensor) -> Tensor:
 
 
 def _curve(problem: RowProblem, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`h(p, t) = p - 1 + t (1 - target)`, and what its Jacobian is made of.
+    """`h(p, t) = p - 1 + t (1 - target)`, and the parts of its Jacobian.
 
     Args:
         problem: R problems.
         u: Points (p, t), `[R, H + 1]`.
 
     Returns:
-        h `[R, H]`, the scores' Jacobian `[R, H, H]`, `t sigmoid'` `[R, H]` and dh/dt `[R, H]`.
+        h `[R, H]`, the Jacobian of the scores `[R, H, H]`, `t sigmoid'` `[R, H]` and dh/dt `[R, H]`.
     """
     p, t = u[:, :-1], u[:, -1:]
     target, slope = problem.evaluate(p)
@@ -177,13 +182,13 @@ class _Factors:
         self.lu, self.pivots, _ = torch.linalg.lu_factor_ex(matrix)
 
     def solve(self, right: Tensor) -> Tensor:
-        """Solve for `[R, m, k]`; entries that it lacks at the end, n - m of them, are zero."""
+        """Solve for right-hand sides `[R, m, k]`; the last n - m rows are zero."""
         right = pad(right, (0, 0, 0, self.lu.shape[-1] - right.shape[-2]))
         solution: Tensor = torch.linalg.lu_solve(self.lu, self.pivots, right)
         return solution
 
     def positive(self) -> Tensor:
-        """Whether the determinant is positive, `[R]`."""
+        """Whether the determinant is positive, `[R]`: the parity of row swaps and negative pivots."""
         unmoved = torch.arange(1, self.lu.shape[-1] + 1, dtype=self.pivots.dtype, device=self.lu.device)
         flips = (self.lu.diagonal(dim1=-2, dim2=-1) < 0) ^ (self.pivots != unmoved)
         even: Tensor = flips.sum(-1) % 2 == 0
@@ -191,14 +196,14 @@ class _Factors:
 
 
 def _bordered(slope: Tensor, weight: Tensor, missing: Tensor, tangent: Tensor) -> _Factors:
-    """The Jacobian of h with the tangent as its last row: regular along the curve, its turns included."""
+    """The Jacobian of h with the tangent as its last row: regular along the curve, also where t turns back."""
     eye = torch.eye(slope.shape[-1], dtype=slope.dtype, device=slope.device)
     by_p = torch.addcmul(eye, weight[..., None], slope, value=-1.0)
     return _Factors(torch.cat([torch.cat([by_p, missing[..., None]], -1), tangent[:, None]], -2))
 
 
 def _land(problem: RowProblem, before: Tensor, after: Tensor, pace: Pace) -> Tensor:
-    """Newton at t = 1, from where the last step crossed it; NaN where it wanders off the step."""
+    """Newton at t = 1, from the point where the last step crossed it; NaN in rows where it leaves the step."""
     share = (1.0 - before[:, -1:]) / (after - before)[:, -1:]
     start = torch.lerp(before, after, share)[:, :-1]
     eye = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
@@ -212,9 +217,10 @@ def _land(problem: RowProblem, before: Tensor, after: Tensor, pace: Pace) -> Ten
         moved = torch.where(arrived, moved, _largest(step))
         if not bool((moved > ARRIVED).any()):
             break
+    # Accept a converged root only within the last step, in p and in scores: otherwise it may lie on another branch.
     off = problem.score(p) - problem.score(start)
     good = (
         (moved <= NEAR_ENOUGH) & (_largest(p - start) <= _largest(after - before)) & (_largest(off) <= 4.0 * pace.nats)
     )
-    good &= system.positive()  # as it is where the curve first rises through t = 1
+    good &= system.positive()  # the orientation of the first rise through t = 1
     return torch.where(good[:, None], p, torch.nan)

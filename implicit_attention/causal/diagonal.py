@@ -1,8 +1,8 @@
-"""The diagonal blocks of a causal equilibrium and of its adjoint: sweeps over some rows until they settle.
+"""Diagonal blocks of a causal equilibrium and of its adjoint: sweeps over the rows of a block until they settle.
 
-All rows of a block are evaluated together. A row whose weight on its own column hardly depends on its output is
-swept along; the others' own equations are solved exactly (`rows`). After t exact sweeps the first t rows are final,
-whatever the weights, and usually all are by then. The adjoint goes from the last row to the first.
+A sweep evaluates the map for all rows of a block at once. If a row's weight on its own column hardly depends on its
+output, sweeps settle the row. Otherwise its row equation is solved exactly (`rows`). After t exact sweeps the first t
+rows are final, for any weights; usually all rows are. The adjoint goes from the last row to the first.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,20 @@ from implicit_attention.causal.rows import RowProblem, solve_rows
 from implicit_attention.causal.system import CausalSystem, Queries
 from implicit_attention.errors import NonFiniteError
 
-FAR = 0.25  # change of the own weight between y = v and now beyond which a row's root is found by the row solver
-MOST_SWEEPS = 24  # then the block is halved
-PATIENCE = 8  # sweeps after which a row that still settles slowly is solved exactly
-SLOW = 0.7  # ratio of residuals from sweep to sweep that is slow
-SAME_ROOT = 1e-2  # change of the own weight that cannot be another root
-NEAR_SINGULAR = 1e-3  # distance of a gain from 1 at which the adjoint is reported
+# What the constants trade. "Own weight": the weight p of a row on its own column.
+# Change of the own weight since y = v that sends a row to the row solver. Larger: fewer row equations are solved, but
+# a row may settle at a root that iteration from y = v does not reach. Several roots need a slope p (1 - p) beta > 1.
+FAR = 0.25
+# Sweeps until the block is halved. Larger: hard blocks lose more work. Smaller: blocks that would settle are halved.
+MOST_SWEEPS = 24
+# Sweeps before slow rows are solved exactly. Most blocks settle in fewer, and a sweep is cheaper than row equations.
+PATIENCE = 8
+# Ratio of residuals between two sweeps that counts as slow: at 0.7 a digit takes 6.5 sweeps.
+SLOW = 0.7
+# Change of the own weight that still counts as the same root: above the error of sweeps, below the gap between roots.
+SAME_ROOT = 1e-2
+# Distance of a gain from 1 at which the adjoint is reported: errors of the gradient grow by 1 / distance.
+NEAR_SINGULAR = 1e-3
 
 
 @dataclass
@@ -29,12 +37,12 @@ class Block:
 
     Attributes:
         y: Outputs `[B, n, H, d]`.
-        queries: What phi makes of them.
+        queries: Queries of these outputs.
         lse: Log-sum-exp `[B, H, n]`.
         residual: `max |F(y) - y|` per row, `[B, n]`.
         size: `max |F(y)|` per row, `[B, n]`.
-        sweeps: How many it took.
-        settled: Whether every row is within tolerance, at the root that is wanted.
+        sweeps: Number of sweeps.
+        settled: Whether every row is within tolerance, at the root that iteration from y = v reaches.
     """
 
     y: Tensor
@@ -47,23 +55,24 @@ class Block:
 
 
 class Unsettled(Exception):  # noqa: N818 -- no error: the caller starts again
-    """A block that was taken for settled had not settled, and what followed on it is void."""
+    """A block was wrongly assumed to have settled, so the results of later blocks are void."""
 
 
 class DiagonalBlock:
-    """The keys, values and biases of some rows, as they are in every sweep."""
+    """The keys, values and biases of a block, which do not change from sweep to sweep."""
 
     def __init__(self, system: CausalSystem, rows: slice) -> None:
-        """Prepare them.
+        """Prepare the tensors of the block.
 
         Args:
             system: The map.
-            rows: The rows.
+            rows: The rows of the block.
         """
         self.system, self.rows, self.n = system, rows, rows.stop - rows.start
         self.shape = (system.batch, system.heads, self.n)
         self.key = system.key[:, :, rows].to(system.wide).contiguous() * system.spec.scale
         value = system.value[:, :, rows].to(system.wide)
+        # The heads of a group share queries and values: one product per group instead of one per head.
         self.folded_key = self.key.view(system.batch * system.groups, -1, system.dim)
         self.folded_value = value.reshape(system.batch * system.groups, self.n, system.dim)
         self.strict, self.own_bias = system.block_bias(rows)
@@ -85,41 +94,42 @@ class DiagonalBlock:
 
 
 class BlockSolver(DiagonalBlock):
-    """Solves the equations of a block, given attention over everything before it."""
+    """Solves the equations of a block, given attention over all columns before the block."""
 
     def __init__(self, system: CausalSystem, rows: slice, before: Tensor, before_lse: Tensor) -> None:
-        """Prepare what does not change from sweep to sweep.
+        """Prepare the tensors of the block.
 
         Args:
             system: The map.
-            rows: The rows.
+            rows: The rows of the block.
             before: Attention over the columns before the block, `[B, H, n, d]`.
             before_lse: Its log-sum-exp `[B, H, n]`.
         """
         super().__init__(system, rows)
         self.before, self.before_lse = before.contiguous(), before_lse.contiguous()
         self.slow = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
-        self.solved = torch.zeros_like(self.slow)  # rows whose own equation was solved in some sweep
+        self.solved = torch.zeros_like(self.slow)  # rows whose row equation was solved in some sweep
         self.roots = torch.full((system.batch, self.n, system.heads), torch.nan, dtype=system.wide).to(self.key.device)
 
     def settle(self, rtol: float, atol: float) -> Block:
-        """Sweep until every row's residual is within `atol + rtol max|F(y)|`, or `MOST_SWEEPS` are done.
+        """Sweep until every row's residual is within `atol + rtol max|F(y)|`, at most `MOST_SWEEPS` times.
 
-        Samples stop for themselves: what one returns does not depend on the others.
+        Each sample stops for itself: its result does not depend on other samples.
 
         Args:
             rtol: Relative tolerance.
             atol: Absolute tolerance.
 
         Returns:
-            The block, which may be unsettled.
+            The block; `settled` says whether it settled.
 
         Raises:
-            NonFiniteError: If the map gives NaN or Inf.
+            NonFiniteError: If the map returns NaN or Inf.
         """
         system = self.system
-        limit = MOST_SWEEPS if self.n > 1 else 2 * MOST_SWEEPS
+        limit = MOST_SWEEPS if self.n > 1 else 2 * MOST_SWEEPS  # a single row cannot be halved
         start = self._start()
+        # Attention to earlier columns is usually closest to the output; a row without any starts from its value.
         y = torch.where(torch.isneginf(self.before_lse)[..., None], self.own_value, self.before)
         before = y.new_full((system.batch, self.n), torch.inf)
         done = torch.zeros(system.batch, dtype=torch.bool, device=y.device)
@@ -135,15 +145,18 @@ class BlockSolver(DiagonalBlock):
                 raise NonFiniteError("the map gave NaN or Inf")
             within = residual <= allowed
             ready = within.all(1) & ~done
-            if start is not None:
+            if start is not None:  # otherwise own weights do not depend on outputs, and there is one root
                 far = ((self.own_weight(start, lse) - p).abs_() > FAR).any(1)
                 if sweep > PATIENCE:
+                    # After n exact sweeps all rows would be final: rows that are not by then need their equations.
                     self.slow |= ~within & (residual > SLOW * before) if sweep <= self.n else ~within
+                # Slow rows; rows that just became far; and, before a sample is accepted, all rows that could be at
+                # another root.
                 marked = self.slow & ~done[:, None] | far & ~self.solved | (far | self.solved) & ready[:, None]
                 if bool(marked.any()):
-                    thorough = sweep > PATIENCE or bool(ready.any())  # before, rows may still become easier
+                    thorough = sweep > PATIENCE or bool(ready.any())  # before that, a row may still become easy
                     f, same = self._solve_own(marked, a, lse, p, f, 0.1 * float(allowed.min()), thorough)
-                    ready &= same  # at the root that is wanted
+                    ready &= same  # not ready while a row is at another root
             before = residual
             done |= ready
             if bool(done.all()) or sweep == limit:
@@ -157,14 +170,15 @@ class BlockSolver(DiagonalBlock):
         return self._biased((self.key * self.system.per_head(query.transpose(1, 2))).sum(-1))
 
     def attend(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return attention over all columns but a row's own, its log-sum-exp, and the score of the own column."""
+        """Return attention over all columns except a row's own, its log-sum-exp, and the score of the own column."""
         own = self.given_own
-        if self.n == 1:  # as in decoding: all other columns come before
+        if self.n == 1:  # as in decoding: all other columns are before the block
             return self.before, self.before_lse, self.own_score(query) if own is None else own
         scores = self.scores(query)
         if own is None:
             own = self._biased(scores.diagonal(dim1=-2, dim2=-1)).clone()
         scores += self.strict
+        # A finite peak, so that rows without columns give exp(-inf) = 0, not NaN.
         peak = torch.maximum(scores.amax(-1), self.before_lse).clamp_min_(torch.finfo(scores.dtype).min)
         weights = scores.sub_(peak[..., None]).exp_()
         old = (self.before_lse - peak).exp_()
@@ -177,12 +191,12 @@ class BlockSolver(DiagonalBlock):
         return a, total.log_().add_(peak), own
 
     def own_weight(self, own: Tensor, lse: Tensor) -> Tensor:
-        """The weight of the own column, `[B, H, n]`; 0 in rows that see nothing."""
+        """The weight of the own column, `[B, H, n]`; 0 if the own column is hidden."""
         p = torch.sigmoid(own - lse)
         return p if self.own_bias is None else p.masked_fill_(torch.isneginf(own), 0.0)
 
     def _start(self) -> Tensor | None:
-        """Scores of the own column at the start y = v, `[B, H, n]`; None where they are given."""
+        """Scores of the own column at the start y = v, `[B, H, n]`; None if scores of own columns are given."""
         if self.given_own is not None:
             return None
         return self.own_score(self.system.phi(self.own_value.transpose(1, 2), self.rows).query)
@@ -190,10 +204,14 @@ class BlockSolver(DiagonalBlock):
     def _solve_own(
         self, marked: Tensor, a: Tensor, lse: Tensor, p: Tensor, f: Tensor, tolerance: float, thorough: bool
     ) -> tuple[Tensor, Tensor]:
-        """Solve the marked rows' own equations; return the outputs with theirs, and which samples were at the root."""
+        """Solve the row equations of the marked rows.
+
+        Returns:
+            The outputs with those of the solved rows, and which samples have no row at another root, `[B]`.
+        """
         samples, positions = marked.nonzero(as_tuple=True)
         problem, value = self.row_problem(a, lse, samples, positions)
-        floor = 32 * torch.finfo(a.dtype).eps
+        floor = 32 * torch.finfo(a.dtype).eps  # the rounding of scores of about 100: no solver gets below
         found = solve_rows(problem, max(tolerance, floor), self.roots[samples, positions], thorough=thorough)
         done = found.solved
         samples, positions, root = samples[done], positions[done], found.p[done]
@@ -206,7 +224,11 @@ class BlockSolver(DiagonalBlock):
         return out, ~jumped.any(1)
 
     def row_problem(self, a: Tensor, lse: Tensor, samples: Tensor, positions: Tensor) -> tuple[RowProblem, Tensor]:
-        """`y = a + p (value - a)`, put through the query map and onto the row's key; and the rows' values."""
+        """The row equations of some rows: scores of the query of `y = a + p (value - a)` with the row's key.
+
+        Returns:
+            The problems, and the rows' values `[R, H, d]`.
+        """
         system = self.system
         keep = None
         if self.keep is not None:
@@ -219,7 +241,7 @@ class BlockSolver(DiagonalBlock):
         own_bias = 0.0 if self.own_bias is None else self.own_bias.expand(self.shape)
         offset = (own_bias - lse).transpose(1, 2)[samples, positions]
         if self.own_bias is not None:
-            offset = offset.masked_fill(offset.isnan(), -torch.inf)  # -inf + inf: sees neither itself nor others
+            offset = offset.masked_fill(offset.isnan(), -torch.inf)  # -inf + inf: the row sees no column at all
         gram = None
         if system.function.query_map.normalize:
             gram = query @ query.mT / system.dim
@@ -235,12 +257,12 @@ class BlockAdjoint:
     Attributes:
         lam: `[B, n, H, d]`.
         d_made: Cotangent of the linear map's output, `[B, n, G d]`.
-        d_key: `[B, H, n, d]`.
-        d_value: `[B, G, n, d]`.
+        d_key: Cotangent of the keys, `[B, H, n, d]`.
+        d_value: Cotangent of the values, `[B, G, n, d]`.
         slope: Cotangent of the scores with their biases, `[B, H, n, n]`.
-        residual: Of the adjoint equation, `[B]`.
-        sweeps: How many it took.
-        near_singular: Rows with a gain within `NEAR_SINGULAR` of 1.
+        residual: Residual of the adjoint equation, `[B]`.
+        sweeps: Number of sweeps.
+        near_singular: Number of rows with a gain within `NEAR_SINGULAR` of 1.
     """
 
     lam: Tensor
@@ -254,16 +276,16 @@ class BlockAdjoint:
 
 
 class BlockAdjointSolver(DiagonalBlock):
-    """Solves `lam = g + J^T lam` on a block, given what comes from the rows after it."""
+    """Solves `lam = g + J^T lam` on a block, given the cotangents from the rows after it."""
 
     def __init__(self, system: CausalSystem, rows: slice, y: Tensor, queries: Queries, lse: Tensor) -> None:
         """Linearise at the equilibrium.
 
         Args:
             system: The map.
-            rows: The rows.
+            rows: The rows of the block.
             y: Outputs `[B, n, H, d]`.
-            queries: What phi makes of them.
+            queries: Queries of these outputs.
             lse: Log-sum-exp `[B, H, n]`.
         """
         super().__init__(system, rows)
@@ -279,23 +301,24 @@ class BlockAdjointSolver(DiagonalBlock):
         self.weights.diagonal(dim1=-2, dim2=-1).copy_(self.p)
 
     def solve(self, grad: Tensor, later: Tensor, allowed: Tensor) -> BlockAdjoint:
-        """Sweep until no sample's residual is above `allowed` `[B]`.
+        """Sweep until every sample's residual is at most `allowed`.
 
         Args:
             grad: Cotangent of the outputs, `[B, n, H, d]`.
             later: Cotangent of the queries from the rows after the block, `[B, n, G, d]`.
-            allowed: Tolerance.
+            allowed: Absolute tolerance, `[B]`.
 
         Returns:
-            The solution and the gradients that follow from it.
+            The solution and its gradients.
         """
         lam, before = grad, torch.full_like(allowed, torch.inf)
-        done = torch.zeros_like(allowed, dtype=torch.bool)  # samples stop for themselves
+        done = torch.zeros_like(allowed, dtype=torch.bool)  # each sample stops for itself
         own: _OwnColumns | None = None
+        # At most n plain sweeps, then n with exact own columns, which solve any block; the rest lets rounding decay.
         for sweep in range(1, 3 * self.n + MOST_SWEEPS):
             slope = self._slope(lam)
             f = self._pulled(grad, later, slope, own is not None)
-            # Once own columns are solved for, f lacks their part, and lam came from the f before.
+            # With exact own columns f lacks their part; lam came from the previous f, so compare f with that.
             residual = (f - (lam if own is None else own.f)).abs_().amax((1, 2, 3))
             residual = torch.where(done, before, residual)
             done |= residual <= allowed
@@ -316,7 +339,7 @@ class BlockAdjointSolver(DiagonalBlock):
         return self.system.before_map(later + self._d_query(slope, strict), self.queries, self.rows)
 
     def _pulled(self, grad: Tensor, later: Tensor, slope: Tensor, strict: bool) -> Tensor:
-        """`g + J^T lam`, without the own columns if `strict`."""
+        """`g + J^T lam`; without the part of the own columns if `strict`."""
         return grad + self.system.through_map(self._d_made(later, slope, strict))
 
     def _slope(self, lam: Tensor) -> Tensor:
@@ -329,7 +352,7 @@ class BlockAdjointSolver(DiagonalBlock):
         return slope.sub_((lam * self.y).sum(-1, keepdim=True)).mul_(self.weights)
 
     def _d_query(self, slope: Tensor, strict: bool) -> Tensor:
-        """The cotangent of the block's queries, `[B, n, G, d]`; `strict`: without the own columns' part."""
+        """The cotangent of the block's queries, `[B, n, G, d]`; without the part of the own columns if `strict`."""
         if strict or self.given_own is not None:
             slope = slope.tril(-1)
         d_query = torch.bmm(slope.view(len(self.folded_key), -1, self.n).mT, self.folded_key)
@@ -352,10 +375,10 @@ class BlockAdjointSolver(DiagonalBlock):
 
 
 class _OwnColumns:
-    """`lam = f + sum_h (grad_y s_h) z_h`, `z_h = u_h . lam_h`: a row's own column is of rank one per head.
+    """Solves for the own columns: `lam = f + sum_h (grad_y s_h) z_h` with `z_h = u_h . lam_h`, rank one per head.
 
-    So lam follows from H numbers per row, `(I - M^T) z = (u_h . f_h)` (Woodbury), with M the row's own Jacobian, whose
-    eigenvalues decide whether the equilibrium can be differentiated there.
+    So lam follows from H numbers per row: `(I - M^T) z = (u_h . f_h)` (Woodbury). M is the row's own Jacobian. If it
+    has an eigenvalue 1, the equilibrium has no derivative in that row.
     """
 
     def __init__(self, block: BlockAdjointSolver) -> None:
@@ -365,6 +388,7 @@ class _OwnColumns:
         matrix = own_jacobian(block.system, block.rows, block.y.transpose(1, 2), block.queries, block.p)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         self.matrix = eye - matrix.mT
+        # Only matrices with a norm near 1 or above can have an eigenvalue near 1.
         self.near_singular = near_singular(matrix[matrix.flatten(2).norm(dim=-1) > 1.0 - NEAR_SINGULAR])
 
     def solve(self, f: Tensor) -> Tensor:
@@ -379,27 +403,29 @@ class _OwnColumns:
 
 
 def near_singular(matrices: Tensor) -> int:
-    """Return how many of some own Jacobians, `[R, H, H]`, have an eigenvalue within `NEAR_SINGULAR` of 1."""
+    """Return how many of the own Jacobians `[R, H, H]` have an eigenvalue within `NEAR_SINGULAR` of 1."""
     if not len(matrices):
         return 0
     try:
         distance = (torch.linalg.eigvals(matrices) - 1.0).abs().amin(-1)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # No convergence; the smallest singular value of M - I is a lower bound.
+        # The eigenvalue solver failed. The smallest singular value of M - I is a lower bound of the distance.
         eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
         distance = torch.linalg.svdvals(matrices - eye)[..., -1]
     return int((distance < NEAR_SINGULAR).sum())
 
 
 def hand_back(into: dict[str, Tensor], y: Tensor, lse: Tensor, rows: slice, done: list[int]) -> int:
-    """Return the first row that some sample has not settled; samples that went on get back what they saw before.
+    """Return the first row that is not settled in all samples; restore the state of later rows in the other samples.
+
+    The recursion goes on with all samples from the same row, so rows that only some samples have settled are undone.
 
     Args:
-        into: The tensors of the recursion that a compiled kernel has worked on: y `[B, N, H, d]`, lse `[B, H, N]`.
-        y: What the block's rows attended to before it, `[B, n, H, d]`.
+        into: The tensors of the recursion that a compiled kernel has changed: y `[B, N, H, d]`, lse `[B, H, N]`.
+        y: Attention over the columns before the block, `[B, n, H, d]`.
         lse: Its log-sum-exp, `[B, H, n]`.
         rows: The block.
-        done: How many of its rows each sample has settled.
+        done: Number of settled rows of each sample.
     """
     least = min(done)
     for b, settled in enumerate(done):
@@ -412,16 +438,16 @@ def hand_back(into: dict[str, Tensor], y: Tensor, lse: Tensor, rows: slice, done
 
 
 def own_jacobian(system: CausalSystem, rows: slice, y: Tensor, queries: Queries, p: Tensor) -> Tensor:
-    """The Jacobian of each row's own equation, `[B, n, H, H]`: `M_gh = (d s_g / d y_h) . (v_h - y_h) p_h`.
+    """The Jacobian of each row equation, `[B, n, H, H]`: `M_gh = (d s_g / d y_h) . (v_h - y_h) p_h`.
 
-    Its eigenvalues are those of the row's diagonal block of dF/dy that are not zero. Differentiable.
+    Its eigenvalues are the non-zero eigenvalues of the row's diagonal block of dF/dy. The result is differentiable.
 
     Args:
         system: The map.
         rows: The rows.
         y: Their outputs at the equilibrium, `[B, n, H, d]`.
-        queries: What phi makes of them.
-        p: The weight of each row's own column, `[B, H, n]`.
+        queries: Queries of these outputs.
+        p: Weight of each row's own column, `[B, H, n]`.
 
     Returns:
         One matrix per row.

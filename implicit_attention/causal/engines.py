@@ -1,61 +1,79 @@
-"""Which kernel computes the diagonal blocks of a causal map: torch, or one that is compiled by numba or Triton.
+"""Which engine computes the diagonal blocks of a causal map: C++ on the CPU, Triton on CUDA devices, or torch.
 
-Each of the compiled ones is an engine: a module with a `ForwardKernel` and an `AdjointKernel`, which know nothing of
-each other's, and `hindrance`, which says why it cannot compute a map. `diagonal`, in torch, serves every map, and rows
-that an engine gives up on are handed to it.
+An engine is a module with a `ForwardKernel` and an `AdjointKernel`, which know nothing of another engine's. `diagonal`,
+in torch, serves every map on every device; rows that an engine gives up on are handed to it.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from implicit_attention.causal import numba, triton
+from implicit_attention.causal import cpu, triton
 from implicit_attention.causal.diagonal import BlockAdjoint
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.errors import Came, bad_value, missing_extra
 from implicit_attention.triton_available import check_version, misplaced
 
-_WORTH_IT = 8  # rows; preparing a kernel costs more than fewer rows do (a decoded token is one)
+_LOG = logging.getLogger("implicit_attention")
 
 
 class ForwardKernel(Protocol):
     """Settles diagonal blocks in place."""
 
     def settle(self, rows: slice) -> int:
-        """Settle a block's rows up to the first few that want the row solver; the rest is left as it was."""
+        """Settle rows up to the first that the kernel gives up on, and return that row; later rows are unchanged."""
 
 
 class AdjointKernel(Protocol):
     """Solves the adjoint of diagonal blocks."""
 
     def solve(self, rows: slice) -> BlockAdjoint | None:
-        """Solve a block; None if it has rows that want another solver."""
+        """Solve a block; None if the kernel gives up on one of its rows."""
+
+
+class Engine(Protocol):
+    """What computes diagonal blocks.
+
+    Attributes:
+        ForwardKernel: Makes a `ForwardKernel` for a map.
+        AdjointKernel: Makes an `AdjointKernel` for a map.
+        KEEPS_SLOPES: Whether the adjoint can return the cotangents of all scores, which gradients of biases need.
+    """
+
+    ForwardKernel: Callable[..., ForwardKernel]
+    AdjointKernel: Callable[..., AdjointKernel]
+    KEEPS_SLOPES: bool
+
+    def widest(self, system: CausalSystem, block: int) -> int:
+        """Return how many rows one call should take, at least `block`."""
 
 
 @runtime_checkable
 class Merger(Protocol):
-    """A forward kernel that also merges what comes from below the diagonal."""
+    """A forward kernel that also merges attention from below the diagonal."""
 
     def merge(self, rows: slice, out: Tensor, lse: Tensor) -> None:
         """Merge attention over more columns, `[B, H, r, d]` and `[B, H, r]`, into rows that are not solved yet."""
 
 
 class Sweeper(Protocol):
-    """Sweeps over blocks of many rows, in place; it may go on from one before it knows that it has settled."""
+    """Sweeps over blocks of many rows, in place. It may start a block before it knows that the last one settled."""
 
     def check(self) -> None:
-        """Raise `Unsettled` if the last block had not settled."""
+        """Raise `Unsettled` if the last block did not settle."""
 
 
 class ForwardSweeper(Sweeper, Protocol):
     """Settles blocks of many rows in place."""
 
     def settle(self, rows: slice) -> bool:
-        """Settle a block; return whether that has been done. If not, it is as it was."""
+        """Settle a block and return whether it settled; otherwise it is unchanged."""
 
 
 class AdjointSweeper(Sweeper, Protocol):
@@ -63,8 +81,8 @@ class AdjointSweeper(Sweeper, Protocol):
 
     Attributes:
         largest: The largest residual so far, `[B]`.
-        sweeps: The most sweeps of a block.
-        near_singular: Rows that are known to have a gain close to 1.
+        sweeps: The largest number of sweeps of a block.
+        near_singular: Number of rows known to have a gain close to 1.
     """
 
     largest: Tensor
@@ -72,92 +90,113 @@ class AdjointSweeper(Sweeper, Protocol):
     near_singular: int
 
     def solve(self, rows: slice, *, exactly: bool) -> bool:
-        """Solve a block, the rows' own columns `exactly` or not; return whether that has been done."""
+        """Solve a block, with own columns solved `exactly` or swept, and return whether it was solved."""
 
 
 @dataclass(frozen=True)
-class _Compiled:
+class _Known:
     """What is known about an engine before it is imported.
 
     Attributes:
         module: Where it is.
-        extra: The extra that installs what it needs.
         serves: What it computes, in words.
         hindrance: Why it cannot compute a map, in words; None if it can.
-        automatic: Whether "auto" takes it: only what has been run and measured where it is meant for.
+        missing: The error to raise if what it needs is not installed; None if it is.
+        automatic: Whether "auto" takes it.
     """
 
     module: str
-    extra: str
     serves: str
     hindrance: Callable[[CausalSystem], str | None]
+    missing: Callable[[], ImportError | None]
     automatic: bool
 
 
-_COMPILED = {
-    "numba": _Compiled(
-        module="implicit_attention.causal.numba.engine",
-        extra="cpu",
-        serves="the layer runs on the CPU in float32 or float64, without dropout",
-        hindrance=numba.hindrance,
+def _missing_cpp() -> ImportError | None:
+    problem = cpu.problem()
+    return None if problem is None else ImportError(f"kernel='cpp': {problem}")
+
+
+def _missing_triton() -> ImportError | None:
+    if find_spec("triton") is None:
+        return missing_extra("kernel='triton'", "triton", "gpu")
+    try:
+        check_version("kernel='triton'")
+    except ImportError as error:
+        return error
+    return None
+
+
+_ENGINES = {
+    "cpp": _Known(
+        module="implicit_attention.causal.cpu.engine",
+        serves="the layer runs on the CPU in one dtype",
+        hindrance=cpu.hindrance,
+        missing=_missing_cpp,
         automatic=True,
     ),
-    "triton": _Compiled(
+    "triton": _Known(
         module="implicit_attention.causal.triton.engine",
-        extra="gpu",
         serves="the layer runs on a CUDA device, in one dtype and without dropout (with TRITON_INTERPRET=1 in the "
         "environment before the start, Triton's interpreter also serves the CPU, slowly)",
         hindrance=triton.hindrance,
-        automatic=False,
+        missing=_missing_triton,
+        automatic=False,  # run and measured in part alone
     ),
 }
-KERNELS = ("auto", "torch", *_COMPILED)
+KERNELS = ("auto", "torch", *_ENGINES)
+RENAMED = {"numba": "cpp"}  # what 0.1.0 called the compiled kernels of the CPU
 
 
 def chosen(kernel: str, system: CausalSystem) -> str:
-    """Return which kernel computes the diagonal blocks of a map.
+    """Return which engine computes the diagonal blocks of a map.
 
     Args:
-        kernel: What is asked for: "auto" takes numba where it is installed, where it serves the map, and where it
-            pays; Triton's kernels, which have been measured in part alone, only if they are asked for.
+        kernel: What is asked for. "auto" takes the C++ kernels where they serve the map; Triton's, which have been
+            measured in part alone, only if they are asked for.
         system: The map.
 
     Returns:
-        "torch", "numba" or "triton".
+        "torch", "cpp" or "triton".
 
     Raises:
-        ImportError: If a compiled kernel is asked for whose compiler is missing.
+        ImportError: If an engine is asked for that is not installed.
         ValueError: If one is asked for that cannot compute the map.
     """
     if kernel == "torch":
         return kernel
     if kernel == "auto":
-        return next((name for name, engine in _COMPILED.items() if _pays(name, engine, system)), "torch")
-    _check(kernel, _COMPILED[kernel].hindrance(system))
+        return next((name for name in _ENGINES if _serves(name, system)), "torch")
+    _check(kernel, _ENGINES[kernel].hindrance(system))
     return kernel
 
 
 def _check(kernel: str, hindrance: str | None) -> None:
-    compiled = _COMPILED[kernel]
-    if find_spec(kernel) is None:
-        raise missing_extra(f"kernel={kernel!r}", kernel, compiled.extra)
-    if kernel == "triton":
-        check_version(f"kernel={kernel!r}")
+    known = _ENGINES[kernel]
+    missing = known.missing()
+    if missing is not None:
+        raise missing
     if hindrance:
-        expected = f'"auto" or "torch" unless {compiled.serves}'
+        expected = f'"auto" or "torch" unless {known.serves}'
         raise bad_value("kernel", expected, Came(f'"{kernel}" where {hindrance}'))
 
 
-def _pays(name: str, engine: _Compiled, system: CausalSystem) -> bool:
-    return (
-        engine.automatic
-        and system.length >= _WORTH_IT
-        and engine.hindrance(system) is None
-        and find_spec(name) is not None
-    )
+def _serves(name: str, system: CausalSystem) -> bool:
+    known = _ENGINES[name]
+    if not known.automatic or known.hindrance(system) is not None:
+        return False
+    missing = known.missing()
+    if missing is not None:
+        _say_once(str(missing))
+    return missing is None
 
 
-def engine(kernel: str, system: CausalSystem) -> Any:
+@cache
+def _say_once(missing: str) -> None:
+    _LOG.warning("%s Until then torch computes the diagonal blocks, several times slower.", missing)
+
+
+def engine(kernel: str, system: CausalSystem) -> Engine | None:
     """Return the engine that computes the diagonal blocks of a map, None if torch does.
 
     Args:
@@ -172,11 +211,25 @@ def engine(kernel: str, system: CausalSystem) -> Any:
         ValueError: As in `chosen`.
     """
     name = chosen(kernel, system)
-    return None if name == "torch" else import_module(_COMPILED[name].module)
+    found: Any = None if name == "torch" else import_module(_ENGINES[name].module)
+    return found  # type: ignore[no-any-return]
+
+
+def states() -> dict[str, str]:
+    """Return, for each engine, whether it can be used on this machine and by whom, in words."""
+    found = {"torch": "ready: every map on every device; what the others are checked against"}
+    for name, known in _ENGINES.items():
+        missing = known.missing()
+        if missing is not None:
+            found[name] = f"not here: {missing}"
+        else:
+            asked = 'taken by kernel="auto"' if known.automatic else f'only with kernel="{name}"'
+            found[name] = f"ready, {asked}, where {known.serves}"
+    return found
 
 
 def sweeper(kernel: str, system: CausalSystem) -> Any:
-    """Return what sweeps over blocks of many rows, where the chosen kernel has such a thing and it serves the map.
+    """Return the module that sweeps over blocks of many rows, None if the engine has none that serves the map.
 
     Args:
         kernel: As in `chosen`.
@@ -196,7 +249,7 @@ def sweeper(kernel: str, system: CausalSystem) -> Any:
 
 
 def token_kernels(kernel: str, like: Tensor) -> Any:
-    """Return what decodes one token per sample in few launches, None if torch does, in many.
+    """Return the module that decodes one token per sample in few launches, None for torch, which takes many.
 
     Args:
         kernel: As in `chosen`.

@@ -1,13 +1,13 @@
-"""Forward substitution: the exact equilibrium of a causal map, block by block, and its adjoint backwards.
+"""Forward substitution: the exact equilibrium of a causal map, block by block, and its adjoint in reverse order.
 
-Under a causal mask row i depends on rows j <= i alone. So attention between blocks is computed once, by the stock
-kernel, and merged by log-sum-exp; only the blocks on the diagonal are iterated (`diagonal`). The adjoint is the same
-recursion backwards.
+Under a causal mask row i depends only on rows j <= i. So attention between blocks is computed once, by PyTorch's flash
+kernel, and merged by log-sum-exp. Only the diagonal blocks are iterated (`diagonal`). The adjoint is the same recursion
+in reverse order.
 """
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,58 +23,62 @@ from implicit_attention.equilibrium.solvers import NewtonKrylov, Solution, Solve
 from implicit_attention.equilibrium.solvers.base import AdjointSolution, DirectSolver
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 
-EXACTLY = 128  # rows of a block whose own columns can be solved for in sweeps: what that takes grows with them
-HANDED_OVER = 4  # rows that a compiled kernel gives up on together
+# Most rows of a block whose sweeps of the adjoint solve own columns exactly. That takes `(3 d H + 2 d G + H^2)` numbers
+# a row: more rows take more memory, fewer make more blocks.
+EXACTLY = 128
+# Rows that go to torch together when a compiled kernel gives up on the first of them. More rows share torch's launch
+# overhead, but some of them the kernel could have solved.
+HANDED_OVER = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardSubstitution(DirectSolver):
-    """The exact solver of causal maps: about one attention pass plus the diagonal blocks, for any weights.
+    """The exact solver of causal maps, for any weights: about one attention pass plus the diagonal blocks.
 
     Attributes:
-        block: Rows of a diagonal block; one that does not settle is halved, down to single rows. Triton's kernels
-            sweep over wider ones first.
-        kernel: What computes the diagonal blocks: "torch"; "numba" (the extra `cpu`; float32 and float64 on the CPU
-            without dropout), several times faster, but compiled for a minute or two when it is first used on a
-            machine; "triton" (the extra `gpu`; CUDA devices, without dropout); or "auto": numba where it is installed
-            and serves. See `kernel_for`.
-        fallback: What solves the equations that have no causal structure to go by: adjoints that are
-            differentiated again or taken under torch.func transforms.
+        block: Rows of a diagonal block. A block that does not settle is halved, down to single rows. Compiled kernels
+            take wider blocks.
+        kernel: What computes the diagonal blocks. "auto" takes the C++ kernels on a CPU and torch elsewhere. "cpp" is
+            the C++ kernels, part of the package. "triton" (the extra `gpu`) is for CUDA devices, without dropout.
+            "torch" serves everywhere, several times slower. See `kernel_for`.
+        fallback: Iterative solver for equations without a known causal structure: adjoints that are differentiated
+            again, or taken under torch.func transforms.
 
     Reference:
-        The recursion is that of blocked triangular solves; computing each off-diagonal block once is also how the
-        Recurrent Transformer (arXiv 2604.21215) trains.
+        The recursion is that of blocked triangular solves. The Recurrent Transformer (arXiv 2604.21215) also computes
+        each off-diagonal block once.
     """
 
     block: int = 64
-    kernel: str = "torch"
+    kernel: str = "auto"
     fallback: Solver = field(default_factory=NewtonKrylov)
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         super().__post_init__()
         check_positive("block", self.block, integer=True)
+        object.__setattr__(self, "kernel", engines.RENAMED.get(self.kernel, self.kernel))
         check_choice("kernel", self.kernel, engines.KERNELS)
         if not isinstance(self.fallback, Solver):
             raise bad_type("fallback", "an iterative solver such as NewtonKrylov()", self.fallback)
 
     def equilibrium(self, function: Callable[..., Tensor], args: tuple[Tensor, ...], dtype: torch.dtype) -> Solution:
-        """Return the equilibrium, `[B, N, D]`, judged row by row.
+        """Return the equilibrium, `[B, N, D]`, with one residual per row.
 
         Args:
             function: A causal `AttentionMap` whose rows belong to keys.
             args: Its tensors.
-            dtype: Of the equilibrium.
+            dtype: Dtype of the equilibrium.
 
         Raises:
             ValueError: If the map is not causal.
-            NonFiniteError: If it gives NaN or Inf.
+            NonFiniteError: If the map returns NaN or Inf.
         """
-        system = CausalSystem(_causal(function), args)
+        system = self._system(function, args)
         forward = None
         with suppress(Unsettled):
             forward = _Forward(system, self, dtype).solved()
-        if forward is None:  # outside, where nothing holds what the first try has filled
+        if forward is None:  # outside the `with`, so that the first try's tensors are free by now
             forward = _Forward(system, self, dtype, cautious=True).solved()
         residual, size = forward.residual, forward.size
         return Solution(
@@ -85,7 +89,7 @@ class ForwardSubstitution(DirectSolver):
             abs_trace=residual[None],
             rel_trace=residual[None] / size.clamp_min(torch.finfo(size.dtype).tiny),
             evaluations=int(forward.sweeps.max()),
-            memo=(forward.query, forward.lse, forward.inverse),
+            memo=(forward.query.to(_dtype(function, args)), forward.lse, forward.inverse),
         )
 
     def adjoint(
@@ -97,28 +101,37 @@ class ForwardSubstitution(DirectSolver):
         grad: Tensor,
         needs: tuple[bool, ...],
     ) -> AdjointSolution:
-        """Solve `lam = grad + J^T lam` at the equilibrium and return what it gives the tensors of the map.
+        """Solve `lam = grad + J^T lam` at the equilibrium and return the gradients of the map's tensors.
 
         Args:
             function: As in `equilibrium`.
             args: As in `equilibrium`.
             y: The equilibrium, `[B, N, D]`.
-            memo: What `equilibrium` left; empty if another solver found it.
+            memo: The memo of `equilibrium`; empty if another solver found the equilibrium.
             grad: Cotangent, `[B, N, D]`.
-            needs: For each of `args`, whether its gradient is wanted.
+            needs: For each of `args`, whether its gradient is needed.
 
         Returns:
-            The gradients, and how well the equation was solved.
+            The gradients, and the residual of the adjoint equation.
         """
-        system = CausalSystem(_causal(function), args)
+        system = self._system(function, args)
+        found = None
         with suppress(Unsettled):
-            return _Backward(system, y, memo, grad, needs, self).solution()
-        return _Backward(system, y, memo, grad, needs, self, cautious=True).solution()
+            found = _Backward(system, y, memo, grad, needs, self).solution()
+        if found is None:
+            found = _Backward(system, y, memo, grad, needs, self, cautious=True).solution()
+        by_arg = [None if g is None else g.to(a.dtype) for g, a in zip(found.by_arg, args, strict=True)]
+        return replace(found, by_arg=by_arg)
+
+    def _system(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> CausalSystem:
+        """The map's tensors, in float32 or wider where the C++ kernels, which know nothing narrower, compute it."""
+        system = CausalSystem(_causal(function), args)
+        return system.widened() if engines.chosen(self.kernel, system) == "cpp" else system
 
     def kernel_for(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> str:
-        """Return what computes the diagonal blocks of a map: "torch", "numba" or "triton".
+        """Return what computes the diagonal blocks of a map: "torch", "cpp" or "triton".
 
-        The compiled ones hand rows that they do not solve to torch, and leave the gradients of biases to it.
+        The compiled ones hand rows that they do not solve to torch.
 
         Args:
             function: As in `equilibrium`.
@@ -133,15 +146,15 @@ class ForwardSubstitution(DirectSolver):
     def gains(
         self, function: Callable[..., Tensor], args: tuple[Tensor, ...], y: Tensor, memo: tuple[Tensor, ...]
     ) -> Tensor:
-        """Return the spectral radius of each row's diagonal block of dF/dy, `[B, N]`: no attention pass is needed.
+        """Return the spectral radius of each row's diagonal block of dF/dy, `[B, N]`, without an attention pass.
 
-        Their maximum is the spectral radius of dF/dy itself.
+        Their maximum is the spectral radius of dF/dy, which is block lower triangular.
 
         Args:
             function: As in `equilibrium`.
             args: As in `equilibrium`.
             y: The equilibrium, `[B, N, D]`.
-            memo: What `equilibrium` left; empty if another solver found it.
+            memo: The memo of `equilibrium`; empty if another solver found the equilibrium.
         """
         system = CausalSystem(_causal(function), args)
         at = _At(system, y, memo)
@@ -161,7 +174,7 @@ def radius(matrix: Tensor) -> Tensor:
         return matrix[..., 0, 0].abs()
     try:
         largest: Tensor = torch.linalg.eigvals(matrix).abs().amax(-1)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # no convergence, for one of them
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the eigenvalue solver failed for one matrix
         return gelfand_radius(matrix.flatten(0, -3)).view(matrix.shape[:-2])
     return largest
 
@@ -172,19 +185,24 @@ def _causal(function: Callable[..., Tensor]) -> AttentionMap:
             "solver",
             'one that iterates on the whole map, unless is_causal=True and normalize_over="queries"',
             Came("ForwardSubstitution(...)"),
-            'Rows depend on later rows here, or on none: use solver="auto" or Anderson().',
+            'In this map rows depend on later rows, or on no other row. Use solver="auto" or Anderson().',
         )
     return function
 
 
+def _dtype(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> torch.dtype:
+    """The dtype of a map's keys, in which it keeps what it makes."""
+    return args[_causal(function).names.index("key")].dtype
+
+
 def _halves(low: int, high: int, block: int) -> int:
-    """Where a range is cut: after half of its blocks."""
+    """Where to cut a range: after half of its blocks, rounded up."""
     blocks = -(-(high - low) // block)
     return low + block * ((blocks + 1) // 2)
 
 
 def _seen(system: CausalSystem, low: int, middle: int, high: int) -> tuple[slice, slice]:
-    """The rows from `middle` on and the columns before it of which any sees any; both are empty if none does."""
+    """The rows from `middle` on and the columns before it between which the window lets attention pass; maybe none."""
     window = system.spec.window
     if window is not None:
         high, low = min(high, middle + window - 1), max(low, middle - window + 1)
@@ -192,13 +210,13 @@ def _seen(system: CausalSystem, low: int, middle: int, high: int) -> tuple[slice
 
 
 def _sweeps(solver: ForwardSubstitution, system: CausalSystem) -> tuple[Any, int]:
-    """What sweeps over blocks that are wider than the solver's, if anything does, and how wide the first ones are."""
+    """The module that sweeps over blocks wider than the solver's, or None; and the rows of the first blocks."""
     sweeps = engines.sweeper(solver.kernel, system) if system.length > solver.block else None
     return sweeps, solver.block if sweeps is None else max(solver.block, sweeps.widest(system.length))
 
 
 class _Forward:
-    """The recursion. In rows that are not solved yet, `y` and `lse` hold attention over the columns before them."""
+    """The recursion. In rows that are not solved yet, `y` and `lse` hold attention over earlier, solved columns."""
 
     def __init__(
         self, system: CausalSystem, solver: ForwardSubstitution, dtype: torch.dtype, *, cautious: bool = False
@@ -218,11 +236,13 @@ class _Forward:
             self.y = new(*shape, system.heads, system.dim, dtype=system.wide)
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
         engine = engines.engine(solver.kernel, system)
+        self.block = min(solver.block, system.length)
+        sweeps, self.widest = _sweeps(solver, system)
         self.compiled: engines.ForwardKernel | None = None
         into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
         if engine is not None:
-            self.compiled = engine.ForwardKernel(system, into, min(solver.block, system.length), self.rtol, self.atol)
-        self.block, (sweeps, self.widest) = solver.block, _sweeps(solver, system)
+            self.compiled = engine.ForwardKernel(system, into, self.block, self.rtol, self.atol)
+            self.widest = max(self.widest, engine.widest(system, self.block))
         self.swept: engines.ForwardSweeper | None = None
         if sweeps is not None:
             self.swept = sweeps.ForwardSweeps(system, into, self.widest, self.rtol, self.atol, cautious=cautious)
@@ -240,6 +260,7 @@ class _Forward:
         if high - low <= block:
             self._settle(slice(low, high))
             return
+        # The earlier half first: only then are the queries of its columns known, to which the later half attends.
         middle = _halves(low, high, block)
         self.descend(low, middle, block)
         self._attend(*_seen(self.system, low, middle, high))
@@ -252,6 +273,7 @@ class _Forward:
             return
         before = self.lse[:, :, rows]
         total = torch.logaddexp(before, lse)
+        # A finite total: rows that have seen no column get a share exp(-inf) = 0, not NaN.
         share = torch.exp(lse - total.clamp_min(torch.finfo(total.dtype).min))[..., None]
         y = self.y[:, rows].transpose(1, 2)
         y.lerp_(out.to(self.system.wide), share)
@@ -260,17 +282,17 @@ class _Forward:
     def _settle(self, rows: slice) -> None:
         n = rows.stop - rows.start
         if self.swept is not None and n > self.block:
-            if not self.swept.settle(rows):
+            if not self.swept.settle(rows):  # a block that sweeps do not settle is unchanged, and is halved
                 self.descend(rows.start, rows.stop, max(self.block, (n + 1) // 2))
             return
-        if self.swept is not None:
+        if self.swept is not None:  # these rows attend to the last swept block: it has to have settled
             self.swept.check()
         if self.compiled is None:
             self._settle_eagerly(rows)
             return
         while rows.start < rows.stop:
             done = self.compiled.settle(rows)
-            hard = slice(done, min(done + HANDED_OVER, rows.stop))  # the kernel gives up on these: to torch
+            hard = slice(done, min(done + HANDED_OVER, rows.stop))  # the kernel gave up here: these rows go to torch
             self._attend(slice(done, rows.stop), slice(rows.start, done))
             self._settle_eagerly(hard)
             rows = slice(hard.stop, rows.stop)
@@ -288,7 +310,7 @@ class _Forward:
         before, lse = self.y[:, rows].transpose(1, 2), self.lse[:, :, rows]
         found = BlockSolver(self.system, rows, before, lse).settle(self.rtol, self.atol)
         if not found.settled and n > 1:
-            compiled, self.compiled = self.compiled, None
+            compiled, self.compiled = self.compiled, None  # a hard block stays in torch
             self.descend(rows.start, rows.stop, (n + 1) // 2)
             self.compiled = compiled
             return
@@ -303,10 +325,10 @@ class _At:
 
     def __init__(self, system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...]) -> None:
         self.system = system
-        self.given = y.view(*y.shape[:2], system.heads, system.dim)  # in the type that it came in
+        self.given = y.view(*y.shape[:2], system.heads, system.dim)  # in its own dtype, as the flash kernels take it
         self.y = self.given.to(system.wide)
         if memo:
-            self.query, self.lse, self.inverse = memo
+            self.query, self.lse, self.inverse = memo[0].to(system.narrow), *memo[1:]
             return
         everything = slice(0, system.length)
         made = system.phi(self.y, everything)
@@ -323,7 +345,11 @@ class _At:
 
 
 class _Backward:
-    """The recursion of the adjoint. `lam` holds the cotangents of the queries in rows that are not solved yet."""
+    """The recursion of the adjoint, from the last block to the first.
+
+    In rows that are not solved yet, `d_query` holds the cotangents of the queries from solved rows. `lam` may share its
+    memory: a row needs its `d_query` no longer when its `lam` is stored.
+    """
 
     def __init__(
         self, system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...], grad: Tensor, needs: tuple[bool, ...],
@@ -349,15 +375,17 @@ class _Backward:
         engine = engines.engine(solver.kernel, system)
         self.compiled: engines.AdjointKernel | None = None
         at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
-        if engine is not None and not self.bias_grad:  # they keep no slopes of biases
-            block = min(solver.block, system.length)
-            self.compiled = engine.AdjointKernel(system, at, self.grad, self.d_query, self.allowed, block)
-        self.block = self.widest = solver.block
+        self.block = self.widest = min(solver.block, system.length)
+        if engine is not None and (engine.KEEPS_SLOPES or not self.bias_grad):
+            self.compiled = engine.AdjointKernel(
+                system, at, self.grad, self.d_query, self.allowed, self.block, slopes=self.bias_grad
+            )
         self.swept: engines.AdjointSweeper | None = None
         self.made: Tensor | None = None
         sweeps = None
-        if self.compiled is not None:
+        if engine is not None and self.compiled is not None:
             sweeps, self.widest = _sweeps(solver, system)
+            self.widest = max(self.widest, engine.widest(system, self.block))
         if sweeps is not None:
             self.made = system.key.new_empty(*shape, system.groups * system.dim)
             into = {"later": self.d_query, "lam": self.lam, "d_key": self.d_key, "d_value": self.d_value,
@@ -371,6 +399,7 @@ class _Backward:
         if high - low <= block:
             self._solve(slice(low, high))
             return
+        # The later half first: its solved rows send cotangents to the queries of the earlier half.
         middle = _halves(low, high, block)
         self.descend(middle, high, block)
         rows, cols = _seen(self.system, low, middle, high)
@@ -379,7 +408,7 @@ class _Backward:
         self.descend(low, middle, block)
 
     def _carry(self, rows: slice, cols: slice) -> None:
-        """From solved rows to the columns before them."""
+        """Carry cotangents from solved rows to earlier columns."""
         query, value = self.at.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
         d_query, d_value = self._pull(rows, query, value, self.system.past + cols.start)
         self.d_query[:, cols].transpose(1, 2).add_(d_query)
@@ -409,7 +438,12 @@ class _Backward:
         if self.swept is not None:
             self.swept.check()
         system, found = self.system, None if self.compiled is None else self.compiled.solve(rows)
-        diagonal = found is not None  # of slope, that is all there is
+        diagonal = found is not None and not self.bias_grad  # of slope, that is all there is
+        if found is None and n > self.block:  # to torch, in blocks
+            compiled, self.compiled = self.compiled, None
+            self.descend(rows.start, rows.stop, self.block)
+            self.compiled = compiled
+            return
         if found is None:
             grad, later = self.grad[:, rows].to(system.wide), self.d_query[:, rows]
             found = self.at.block(rows).solve(grad, later, self.allowed)
@@ -433,17 +467,18 @@ class _Backward:
             self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))
 
     def _sweep(self, sweeper: engines.AdjointSweeper, rows: slice) -> bool:
-        """Sweep a block, if need be with own columns solved for; the first rows of all want the most sweeps."""
+        """Sweep a block; if it does not settle, sweep again with own columns solved exactly. Return if it settled."""
+        # The first rows of a sequence have heavy own columns and take the most sweeps: sweep them in a small block.
         first, few = self.system.past + rows.start == 0, rows.stop - rows.start <= EXACTLY
         swept = (few or not first) and sweeper.solve(rows, exactly=False)
         return swept or (few and sweeper.solve(rows, exactly=True))
 
     def _through_map(self, d_made: Tensor, rows: slice) -> None:
-        """Add what the cotangents of the linear map's outputs give what it has besides the outputs."""
+        """Add the gradients of the query map's tensors from the cotangents of the linear map's output."""
         made, y = d_made.flatten(0, 1), self.at.y[:, rows].flatten(-2).flatten(0, 1)
         if "weight" in self.rest and made.dtype == y.dtype:
             self.rest["weight"].addmm_(made.mT, y)
-        elif "weight" in self.rest:  # as in the gradient of a linear map: summed in float32, rounded once
+        elif "weight" in self.rest:  # half types: one product for all rows, summed in float32, rounded once
             self.rest["weight"] += made.mT @ y.to(made.dtype)
         if "bias" in self.rest:
             self.rest["bias"] += made.sum(0, dtype=self.system.wide)
@@ -451,15 +486,15 @@ class _Backward:
             self.rest["added"][:, rows] = d_made
 
     def _within(self, found: BlockAdjoint) -> Tensor:
-        """Whether a block's residual is within tolerance of the cotangent, or of a solution that is larger."""
+        """Whether a block's residual is within tolerance, relative to the cotangent or to a larger solution."""
         within: Tensor = found.residual <= self.allowed
-        if not bool(within.all()):  # near a gain of 1: not even rounding lam leaves less
+        if not bool(within.all()):  # with a gain near 1 lam is large, and the residual is at least its rounding
             larger = torch.maximum(self.allowed, self.rtol * found.lam.abs().amax((1, 2, 3)))
             within = (found.residual <= larger) & torch.isfinite(found.residual)
         return within
 
     def solution(self) -> AdjointSolution:
-        """Solve; what was found, by tensor of the map, in its dtype. Past columns come last: all rows see them."""
+        """Solve; return the gradients by tensor of the map. Past columns come last: all rows see them."""
         self.descend(0, self.system.length, self.widest)
         if self.swept is not None:
             self.swept.check()
@@ -477,7 +512,6 @@ class _Backward:
             by_name |= dict(zip(("past_column", "past_value"), past, strict=True))
         by_name |= {f"term{i}": grad for i, grad in enumerate(self.d_terms)}
         by_arg = []
-        for name, tensor in self.system.tensors.items():
-            grad = by_name.get(name) if self.needs[name] else None
-            by_arg.append(None if grad is None else grad.to(tensor.dtype))
+        for name in self.system.tensors:
+            by_arg.append(by_name.get(name) if self.needs[name] else None)
         return AdjointSolution(by_arg, self.residual, self.converged, self.sweeps, self.near_singular)

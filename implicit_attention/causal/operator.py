@@ -1,7 +1,7 @@
-"""Forward substitution as a registered operator, so that `torch.compile(fullgraph=True)` takes a layer as a whole.
+"""Forward substitution as a registered operator, so that `torch.compile(fullgraph=True)` compiles a whole layer.
 
-The operator runs `ForwardSubstitution` as it is; what the compiler learns are its shapes and its gradient. A map is
-described to it by numbers and names, since an operator takes tensors and plain values alone.
+The operator runs `ForwardSubstitution` unchanged. The compiler sees its shapes and its gradient only. An operator takes
+tensors and plain values alone, so `_Description` holds a map and its solver in words and numbers.
 """
 
 from typing import NamedTuple
@@ -26,44 +26,66 @@ class _Description(NamedTuple):
     """A causal map and its solver in plain values.
 
     Attributes:
-        names: Of the tensors, with commas.
-        kinds: Of the bias terms, with commas.
-        scale: Of the scores.
-        window: Of the mask, 0 for none.
+        names: Names of the tensors, with commas.
+        kinds: Kinds of the bias terms, with commas.
+        kernel: Engine of the solver.
+        scale: Factor on the scores.
         dropout: Probability.
+        rtol: Relative tolerance of the solver.
+        atol: Absolute tolerance of the solver, 0 for its default.
+        window: Window of the mask, 0 for none.
         query_heads: Heads of the queries.
-        normalize: Whether queries are normed.
-        block: Of the solver.
-        kernel: Of the solver.
-        rtol: Of the solver.
-        atol: Of the solver.
+        normalize: Whether queries are normed, 0 or 1.
+        block: Rows of the solver's diagonal blocks.
         report: Handle of the layer's report.
     """
 
     names: str
     kinds: str
-    scale: float
-    window: int
-    dropout: float
-    query_heads: int
-    normalize: bool
-    block: int
     kernel: str
+    scale: float
+    dropout: float
     rtol: float
     atol: float
+    window: int
+    query_heads: int
+    normalize: int
+    block: int
     report: int
 
+    @classmethod
+    def of_map(
+        cls, solver: ForwardSubstitution, function: AttentionMap, rtol: float, atol: float, report: int
+    ) -> "_Description":
+        """The description of a map and its solver, with the tolerances and the report's handle."""
+        spec, query_map = function.spec, function.query_map
+        return cls(
+            ",".join(function.names), ",".join([_KINDS[type(term)] for term in spec.terms]), solver.kernel,
+            spec.scale, spec.dropout, rtol, atol,
+            spec.window or 0, query_map.num_heads, int(query_map.normalize), solver.block, report,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, words: str, numbers: list[float], counts: list[int]) -> "_Description":
+        """The description in an operator's arguments."""
+        return cls._make([*words.split(";"), *numbers, *counts])
+
+    def arguments(self) -> tuple[str, list[float], list[int]]:
+        """The same as an operator takes it: words, real numbers and integers."""
+        words, numbers, counts = self[:3], self[3:7], self[7:]
+        return ";".join(words), list(numbers), list(counts)
+
     def function(self, tensors: list[Tensor]) -> AttentionMap:
-        """The map again."""
+        """The map that is described, for its tensors."""
         named = dict(zip(self.names.split(","), tensors, strict=True))
         past = named["past_value"].shape[-2] if "past_value" in named else 0
         kinds = self.kinds.split(",") if self.kinds else []
         terms = tuple(_term(kind, named[f"term{i}"], past) for i, kind in enumerate(kinds))
         spec = AttentionSpec(self.scale, True, terms, self.dropout, self.window or None)
-        return AttentionMap(spec, QueryMap(self.query_heads, self.normalize), True, tuple(named))
+        return AttentionMap(spec, QueryMap(self.query_heads, bool(self.normalize)), True, tuple(named))
 
     def solver(self) -> ForwardSubstitution:
-        """The solver again."""
+        """The solver that is described."""
         return ForwardSubstitution(block=self.block, kernel=self.kernel, rtol=self.rtol, atol=self.atol or None)
 
 
@@ -74,7 +96,7 @@ def _term(kind: str, tensor: Tensor, past: int) -> BiasTerm:
 
 
 def serves(solver: Method, adjoint: Adjoint, function: AttentionMap) -> bool:
-    """Return whether the operator can stand for a solve: forward substitution, its own adjoint, known bias terms."""
+    """Return whether the operator can replace a solve: forward substitution, its own adjoint, known bias terms."""
     return (
         isinstance(solver, ForwardSubstitution)
         and isinstance(adjoint, Implicit)
@@ -90,118 +112,75 @@ def solve(
 
     Args:
         solver: The solver.
-        function: The map, which the operator `serves`.
+        function: The map, for which `serves` is true.
         args: Its tensors.
         dtype: Of the equilibrium.
-        report: Handle of the `FailureReport` that is told how it went.
+        report: Handle of the layer's `FailureReport`.
 
     Returns:
         The solution, whose value carries the gradient.
     """
-    spec, (rtol, atol) = function.spec, solver.tolerances(dtype)
-    value, residual, steps, converged, relative, query, lse, inverse = _forward(
-        list(args),
-        dtype,
-        ",".join(function.names),
-        ",".join([_KINDS[type(term)] for term in spec.terms]),
-        spec.scale,
-        spec.window or 0,
-        spec.dropout,
-        function.query_map.num_heads,
-        function.query_map.normalize,
-        solver.block,
-        solver.kernel,
-        rtol,
-        atol,
-        report,
-    )
-    return Solution(value, residual, steps, converged, residual[None], relative[None], memo=(query, lse, inverse))
+    described = _Description.of_map(solver, function, *solver.tolerances(dtype), report)
+    value, residual, steps, converged, relative, *memo = _forward(list(args), dtype, *described.arguments())
+    return Solution(value, residual, steps, converged, residual[None], relative[None], memo=tuple(memo))
 
 
 @torch.library.custom_op("implicit_attention::forward_substitution", mutates_args=())
 def _forward(
-    tensors: list[Tensor],
-    dtype: torch.dtype,
-    names: str,
-    kinds: str,
-    scale: float,
-    window: int,
-    dropout: float,
-    query_heads: int,
-    normalize: bool,
-    block: int,
-    kernel: str,
-    rtol: float,
-    atol: float,
-    report: int,
+    tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, kernel, rtol, atol, report)
-    if not tensors[names.split(",").index("key")].numel():  # an empty batch: nothing to solve
-        return _outputs(tensors, dtype, *d)  # type: ignore[no-any-return]
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    d = _Description.of(words, numbers, counts)
+    if not tensors[d.names.split(",").index("key")].numel():  # an empty batch: nothing to solve
+        return _outputs(tensors, dtype, words, numbers, counts)  # type: ignore[no-any-return]
+    with torch.autocast(tensors[0].device.type, enabled=False):  # the solver chooses its precision itself
         found = d.solver().equilibrium(d.function(tensors), tuple(tensors), dtype)
-    FailureReport.of(report)(found, "equilibrium")
+    FailureReport.of(d.report)(found, "equilibrium")
     query, lse, inverse = found.memo
+    # The trace is cloned: an operator must not return views of its other results.
     return found.value, found.residual, found.steps, found.converged, found.rel_trace[0].clone(), query, lse, inverse
 
 
 @_forward.register_fake
 def _outputs(
-    tensors: list[Tensor], dtype: torch.dtype, names: str, kinds: str, scale: float, window: int, dropout: float,
-    query_heads: int, normalize: bool, block: int, kernel: str, rtol: float, atol: float, report: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    named = dict(zip(names.split(","), tensors, strict=True))
+    tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d = _Description.of(words, numbers, counts)
+    named = dict(zip(d.names.split(","), tensors, strict=True))
     key, groups = named["key"], named["value"].shape[1]
-    batch, heads, n, d = key.shape
+    batch, heads, n, dim = key.shape
     wide = torch.promote_types(key.dtype, torch.float32)
     residual = key.new_empty(batch, n, dtype=wide)
     return (
-        key.new_empty(batch, n, heads * d, dtype=dtype),
+        key.new_empty(batch, n, heads * dim, dtype=dtype),
         residual,
         torch.empty_like(residual, dtype=torch.long),
         torch.empty_like(residual, dtype=torch.bool),
         torch.empty_like(residual),
-        key.new_empty(batch, n, groups, d),
+        key.new_empty(batch, n, groups, dim),
         key.new_empty(batch, heads, n, dtype=wide),
-        key.new_empty((batch, n, groups, 1) if normalize else (0,), dtype=wide),
+        key.new_empty((batch, n, groups, 1) if d.normalize else (0,), dtype=wide),
     )
 
 
 @torch.library.custom_op("implicit_attention::forward_substitution_adjoint", mutates_args=())
 def _adjoint(
-    grad: Tensor,
-    y: Tensor,
-    memo: list[Tensor],
-    tensors: list[Tensor],
-    needs: list[bool],
-    names: str,
-    kinds: str,
-    scale: float,
-    window: int,
-    dropout: float,
-    query_heads: int,
-    normalize: bool,
-    block: int,
-    kernel: str,
-    rtol: float,
-    atol: float,
-    report: int,
-) -> list[Tensor]:
-    d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, kernel, rtol, 0.0, report)
+    grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], words: str,
+    numbers: list[float], counts: list[int],
+) -> list[Tensor]:  # fmt: skip
+    d = _Description.of(words, numbers, counts)._replace(atol=0.0)  # cotangents have no scale of their own
     if not y.numel():
         return [t.new_zeros(t.shape) for t in tensors]
     with torch.autocast(y.device.type, enabled=False):
         found = d.solver().adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
-    FailureReport.of(report).adjoint(found, grad)
+    FailureReport.of(d.report).adjoint(found, grad)
     pairs = zip(found.by_arg, tensors, strict=True)
     return [t.new_zeros(t.shape) if g is None else g.contiguous() for g, t in pairs]
 
 
 @_adjoint.register_fake
 def _(
-    grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], names: str, kinds: str,
-    scale: float, window: int, dropout: float, query_heads: int, normalize: bool, block: int, kernel: str, rtol: float,
-    atol: float, report: int,
+    grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], words: str,
+    numbers: list[float], counts: list[int],
 ) -> list[Tensor]:  # fmt: skip
     return [t.new_empty(t.shape) for t in tensors]
 

@@ -1,4 +1,4 @@
-"""Solving the row problems of a causal equilibrium: which root, found how, with what certainty."""
+"""The solver of the row problems of a causal equilibrium: which root it returns, and by which methods."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,22 +12,26 @@ from implicit_attention.causal.row_problem import RowProblem, gains
 
 __all__ = ["RowProblem", "RowSolution", "gains", "solve_rows"]
 
-_Found = tuple[Tensor, Tensor]  # p [R, H] and its residual [R], inf where a method refuses its own result
+_Found = tuple[Tensor, Tensor]  # p [R, H] and its residual [R], inf in rows whose result the method refuses
 _Method = Callable[[RowProblem, float], _Found]
-_HARDLY = 1e-2  # nats by which scores may have changed since, and distance the root may have moved, to keep a branch
+# A root of a nearby problem is reused if scores changed by at most this (in nats) and the root moves at most this far.
+# Larger: fewer problems are solved from p = 1. Smaller: less risk to stay on a branch that p = 1 no longer leads to.
+_HARDLY = 1e-2
+# Newton doubles its digits: from 0.1, 5 steps reach float64. Rows that need more than 20 damped steps go to the curve.
+# The bracket halves at worst: 100 halvings exhaust float64.
 _NEWTON_STEPS, _DAMPED_STEPS, _BRACKET_STEPS = 8, 20, 100
-_LENGTHS = (1.0, 0.5, 0.25)
-_FINE = 1e-12  # residual up to which problems in lower precision are solved in float64
+_LENGTHS = (1.0, 0.5, 0.25)  # of a damped step; rows that need shorter ones go to the curve
+_FINE = 1e-12  # tolerance of rows in lower precision that are solved in float64: far below their own rounding
 
 
 @dataclass(frozen=True)
 class RowSolution:
-    """Weights on the own column and how well they solve the problem.
+    """Weights on the own column, and their residuals.
 
     Attributes:
-        p: `[R, H]`.
+        p: Weights, `[R, H]`.
         residual: `max_h |sigmoid(score(p) + offset) - p|`, `[R]`.
-        solved: Whether that is within tolerance, `[R]`.
+        solved: Whether the residual is within tolerance, `[R]`.
     """
 
     p: Tensor
@@ -40,29 +44,28 @@ def solve_rows(
 ) -> RowSolution:
     r"""Solve every row for the root that is reached from p = 1, the start `y = v` of plain iteration.
 
-    One head with a linear score: the largest root. Otherwise the first of these that there is:
+    One head with a linear score: the largest root. Otherwise the first of these roots that exists:
 
-    1. The root that plain (Picard's) iteration `p <- target(p)` from p = 1 contracts to: its second and third steps are
-       each at most half as long (in the largest component) as the one before, or within tolerance, and Newton's
-       iteration, which takes over there, stays within the length of the third step, as contraction by half would.
-    2. The root of damped Newton from p = 1: a step, clamped to the unit cube, is taken at the first of the lengths
+    1. The root to which Picard's iteration `p <- target(p)` from p = 1 contracts. Its second and third steps must each
+       be at most half as long (in the largest component) as the step before, or within tolerance. Newton's iteration
+       continues from there. It must stay within the length of the third step, as a contraction by half would.
+    2. The root of damped Newton from p = 1. A step is clamped to the unit cube and taken at the first of the lengths
        1, 1/2, 1/4 at which the residual falls by at least a quarter of the length; at most 20 steps.
     3. The first arrival at t = 1 of the curve `p = (1 - t) 1 + t target(p)` from t = 0, p = 1.
 
-    So which root comes back depends on the row alone; rows that 1 leaves unsolved are solved in float64 whatever
-    their dtype. On random rows the roots of 1 and 3 were the same wherever both exist; those of 2 may differ.
+    So the returned root depends on the row alone. Rows that method 1 does not solve are solved in float64, for any
+    dtype. On random rows methods 1 and 3 returned the same root if both found one; method 2 may return another root.
 
     Args:
         problem: R problems, float32 or float64.
-        tolerance: On the residual.
-        near: Roots `[R, H]` of problems that have hardly changed since, NaN in rows that have none: such a row keeps
-            its branch if its scores changed by less than 0.01 and Newton's iteration arrives within 0.01. Not needed,
-            nor used, for one head with a linear score.
-        thorough: Whether to go as far as 2 and 3, which take the longest; otherwise rows that need them are left
-            unsolved.
+        tolerance: Tolerance of the residual.
+        near: Roots `[R, H]` of problems that have hardly changed since; NaN in rows without one. A row keeps its branch
+            if its scores changed by less than 0.01 and Newton's iteration arrives within 0.01. One head with a linear
+            score does not need it and ignores it.
+        thorough: Whether to try methods 2 and 3, which take the longest. If false, rows that need them stay unsolved.
 
     Returns:
-        The solution; a row that is not solved says so.
+        The solution, with `solved` false in rows that were not solved.
 
     Reference:
         S. Chow, J. Mallet-Paret and J. Yorke, "Finding zeroes of maps: homotopy methods that are constructive with
@@ -81,7 +84,7 @@ def solve_rows(
 
 
 def _finish(found: _Found, problem: RowProblem, tolerance: float) -> _Found:
-    """Solve what is left in float64."""
+    """Solve the rows that are left, in float64."""
     p, residual = found
     left = (~(residual <= tolerance)).nonzero()[:, 0]
     if not len(left):
@@ -98,12 +101,12 @@ def _finish(found: _Found, problem: RowProblem, tolerance: float) -> _Found:
 
 
 def _improve(found: _Found, problem: RowProblem, tolerance: float, methods: list[_Method]) -> _Found:
-    """Give the rows that are left to one method after the other; keep what is better."""
+    """Try the methods in turn on the rows that are left; keep the result with the smaller residual."""
     p, residual = found
     for method in methods:
         left = (~(residual <= tolerance)).nonzero()[:, 0]
         part = problem.rows(left)
-        if p.dtype == torch.float64 and len(left):  # rows as good as rounding allows have no further to go
+        if p.dtype == torch.float64 and len(left):  # rows at the level of rounding cannot be improved
             able = ~(residual[left] <= part.rounding(p[left]))
             left, part = left[able], part.rows(able)
         if not len(left):
@@ -119,15 +122,15 @@ def _size(step: Tensor) -> Tensor:
 
 
 def _continue(problem: RowProblem, tolerance: float, near: Tensor) -> _Found:
-    """Newton from roots of nearby problems, as far as they are nearby."""
+    """Newton from roots of nearby problems, in rows whose scores have hardly changed."""
     target, slope = problem.evaluate(near)
-    room = torch.maximum(target * (1.0 - target), near * (1.0 - near))  # d p / d score
+    room = torch.maximum(target * (1.0 - target), near * (1.0 - near))  # d p / d score: turns nats into weights
     close = ((target - near).abs() <= _HARDLY * room + 4.0 * torch.finfo(near.dtype).eps).all(-1)
     return _newton(problem, tolerance, near, torch.where(close, _HARDLY, -1.0), (target, slope))
 
 
 def _settle(problem: RowProblem, tolerance: float) -> _Found:
-    """Three of Picard's steps, and Newton's where they contract."""
+    """Three Picard steps, then Newton in rows where they contract."""
     steps = [torch.ones_like(problem.alpha)]
     for _ in range(3):
         steps.append(problem.target(steps[-1]))
@@ -141,8 +144,8 @@ def _settle(problem: RowProblem, tolerance: float) -> _Found:
 def _newton(
     problem: RowProblem, tolerance: float, start: Tensor, reach: Tensor, value: tuple[Tensor, Callable[[], Tensor]]
 ) -> _Found:
-    """Newton's iteration, kept in the unit cube; refused beyond `reach` [R] of the start, not tried if that is < 0."""
-    p, (target, slope) = start, value  # what the problem evaluates to at the start
+    """Newton's iteration in the unit cube; refused beyond `reach` [R] of the start, and not tried for `reach` < 0."""
+    p, (target, slope) = start, value  # the problem evaluated at the start
     eye = torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
     inside = reach >= 0.0
     for step in range(_NEWTON_STEPS + 1):
@@ -159,7 +162,7 @@ def _newton(
 
 
 def _damped_newton(problem: RowProblem, tolerance: float) -> _Found:
-    """Newton from p = 1, each step at the first length at which the residual falls enough."""
+    """Newton from p = 1; each step takes the first length at which the residual falls enough."""
     p = torch.ones_like(problem.alpha)
     residual = _size(problem.target(p) - p).nan_to_num(torch.inf)
     eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
@@ -184,21 +187,24 @@ def _damped_newton(problem: RowProblem, tolerance: float) -> _Found:
 
 
 def _curve(problem: RowProblem, tolerance: float, pace: Pace) -> _Found:
-    """The homotopy curve's root."""
+    """The root at the end of the homotopy curve."""
     p = follow_curve(problem, pace).clamp(0.0, 1.0)
     return p, _size(problem.target(p) - p).nan_to_num(torch.inf)
 
 
 def _largest_root(problem: RowProblem, tolerance: float) -> _Found:
-    """One head, linear score: Newton in a bracket that holds the largest root and no other, in float64."""
+    """One head, linear score: Newton in a bracket that holds only the largest root, in float64."""
     wide = problem.double()
     beta, c = wide.beta[:, 0, 0], (wide.alpha + wide.offset)[:, 0]
     low, high = torch.zeros_like(c), torch.ones_like(c)
-    bent = (beta > 4.0) & torch.isfinite(c)  # then sigmoid(c + beta p) - p falls, rises and falls again: its turns
+    # For beta > 4, sigmoid(c + beta p) - p falls, rises and falls again: up to three roots. It turns where the slope of
+    # the sigmoid is 1 / beta. If it is positive at its last turn, the peak, the largest root is beyond the peak;
+    # otherwise the only root is before the first turn.
+    bent = (beta > 4.0) & torch.isfinite(c)
     if bool(bent.any()):
-        steep = beta.clamp_min(4.0)  # are where the sigmoid's slope is 1 / beta
+        steep = beta.clamp_min(4.0)
         turn = 2.0 * torch.atanh((1.0 - 4.0 / steep).sqrt())
-        peak = (turn - c) / steep  # where it turns last
+        peak = (turn - c) / steep
         above = bent & (peak > 0.0) & (peak < 1.0) & (torch.sigmoid(turn) >= peak)
         low = torch.where(above, peak, low)
         high = torch.where(bent & ~above & (peak > 0.0), ((-turn - c) / steep).clamp(0.0, 1.0), high)
@@ -215,7 +221,7 @@ def _largest_root(problem: RowProblem, tolerance: float) -> _Found:
             break
         low, high = torch.where(excess > 0.0, p, low), torch.where(excess < 0.0, p, high)
         step = p - excess / (value * (1.0 - value) * beta - 1.0)
-        trusted = (step >= low) & (step <= high) & (size <= 0.5 * before)  # otherwise the bracket is halved
+        trusted = (step >= low) & (step <= high) & (size <= 0.5 * before)  # otherwise halve the bracket
         p, before = torch.where(going, torch.where(trusted, step, 0.5 * (low + high)), p), size
     root = p[:, None].to(problem.alpha.dtype)
     return root, _size(wide.target(root.double()) - root).to(root.dtype)

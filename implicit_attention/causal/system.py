@@ -1,4 +1,4 @@
-"""A causal map with its tensors at hand, in the layout and precision that forward substitution works in."""
+"""A causal map and its tensors, in the layout and precision of forward substitution."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,11 +14,11 @@ from implicit_attention.attention.positions import rotate, unrotate
 
 
 class Queries(NamedTuple):
-    """What the query map makes of outputs.
+    """The queries of some outputs.
 
     Attributes:
         query: `[B, n, G, d]`, normed and rotated.
-        inverse: `[B, n, G, 1]`, one over the root mean square before the norm; None without a norm.
+        inverse: `[B, n, G, 1]`, the inverse of the root mean square before the norm; None without a norm.
     """
 
     query: Tensor
@@ -26,12 +26,12 @@ class Queries(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The tensors of R single rows, each of a sample at a position.
+    """The tensors of R single rows, each at its own sample and position.
 
     Attributes:
-        key: `[R, H, d]`, turned back by the row's rotation and scaled: `score = key . query before rotation`.
+        key: `[R, H, d]`, scaled and with the row's rotation undone, so that `score = key . query before rotation`.
         value: `[R, H, d]`.
-        constant: `[R, G, d]`, the part of the query that does not depend on y; None if there is none.
+        constant: `[R, G, d]`, the part of the query that does not depend on y; None without one.
     """
 
     key: Tensor
@@ -43,9 +43,9 @@ class Row(NamedTuple):
 class CausalSystem:
     """The tensors of a causal map whose rows belong to keys.
 
-    Rows are counted from 0; columns from 0 too, with the `past` ones (a cache) before them. Outputs are
-    `[B, n, H, d]`, queries `[B, n, G, d]` (G groups of heads share queries and values), attention works on
-    `[B, H, n, d]`. Whatever is accumulated is in float32 or wider.
+    Rows are counted from 0. Columns are counted from 0 too; the `past` first columns come from a cache. Outputs are
+    `[B, n, H, d]`, queries `[B, n, G, d]` (G groups of heads share queries and values), and attention works on
+    `[B, H, n, d]`. All sums are in `wide`, float32 or wider; `narrow` is the dtype of the inputs.
     """
 
     function: AttentionMap
@@ -71,10 +71,17 @@ class CausalSystem:
         self.past_column, self.past_value = self.tensors.get("past_column"), self.tensors.get("past_value")
         self.past = 0 if self.past_value is None else self.past_value.shape[-2]
 
+    def widened(self) -> "CausalSystem":
+        """The same map with all its tensors in the wide dtype."""
+        if self.narrow == self.wide:
+            return self
+        args = tuple(t.to(self.wide) if t.is_floating_point() else t for t in self.args)
+        return CausalSystem(self.function, args)
+
     # Queries from outputs.
 
     def phi(self, y: Tensor, rows: slice) -> Queries:
-        """Return the queries that outputs `[B, n, H, d]` of some rows make, in the wide dtype."""
+        """Return the queries of some rows' outputs `[B, n, H, d]`, in the wide dtype."""
         q = y.flatten(-2).to(self.narrow)
         if self.weight is not None:
             q = F.linear(q, self.weight, self.bias)
@@ -87,10 +94,11 @@ class CausalSystem:
             q = q * inverse
         if self.rotation is not None:
             q = rotate(q, self.rotation[:, :, rows])
+        # Rounded to the narrow dtype, as the attention kernels read queries: all parts see the same numbers.
         return Queries(q.to(self.narrow).to(self.wide), inverse)
 
     def before_map(self, d_query: Tensor, queries: Queries, rows: slice) -> Tensor:
-        """Return the cotangent of the linear map's output `[B, n, G d]` for that of queries `[B, n, G, d]`."""
+        """Return the cotangent of the linear map's output `[B, n, G d]` from that of the queries `[B, n, G, d]`."""
         if queries.inverse is not None:
             along = (d_query * queries.query).mean(-1, keepdim=True)
             d_query = torch.addcmul(d_query, queries.query, along, value=-1.0).mul_(queries.inverse)
@@ -99,11 +107,11 @@ class CausalSystem:
         return d_query.flatten(-2)
 
     def through_map(self, d_made: Tensor) -> Tensor:
-        """Return the cotangent of outputs `[B, n, H, d]` for that of the linear map's output `[B, n, G d]`."""
+        """Return the cotangent of the outputs `[B, n, H, d]` from that of the linear map's output `[B, n, G d]`."""
         d_y = d_made if self.weight is None else (d_made.to(self.narrow) @ self.weight).to(self.wide)
         return d_y.view(*d_y.shape[:2], self.heads, self.dim)
 
-    # Single rows, for those whose own column is solved for exactly.
+    # Single rows, for row equations.
 
     def row(self, samples: Tensor, positions: Tensor, keep: Tensor | None) -> Row:
         """Return the tensors of rows `(samples[r], positions[r])`; `keep` `[R, H]` scales the own value."""
@@ -119,27 +127,28 @@ class CausalSystem:
         return Row(key, value if keep is None else value * keep[..., None], constant)
 
     def contributions(self, u: Tensor) -> Tensor:
-        """What each head's `u` `[R, H, d]` adds to each group's query before the norm, `[R, G, H, d]`."""
-        if self.weight is None:  # one head, absorbed into the key
+        """Return what each head's `u` `[R, H, d]` adds to each group's query before the norm, `[R, G, H, d]`."""
+        if self.weight is None:  # one head, whose key has absorbed Omega_Q
             return u[:, None]
         made = torch.bmm(u.transpose(0, 1), self._by_head)  # [H, R, G d]
         return made.view(self.heads, -1, self.groups, self.dim).permute(1, 2, 0, 3)
 
     @cached_property
     def _by_head(self) -> Tensor:
-        """Omega_Q by the head it reads, `[H, d, G d]`."""
+        """Omega_Q, split by the head that it reads, `[H, d, G d]`."""
         assert self.weight is not None
         return by_read_head(self.weight.to(self.wide), self.heads).contiguous()
 
     def per_head(self, t: Tensor) -> Tensor:
-        """`[R, G, ...] -> [R, H, ...]`: what a group's heads share, for each of them."""
+        """`[R, G, ...] -> [R, H, ...]`: repeat each group's part for its heads."""
         return t if self.heads == self.groups else t.repeat_interleave(self.heads // self.groups, 1)
 
     # Attention.
 
     def block_bias(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """The bias strictly below the diagonal of a block, `-inf` elsewhere, and the diagonal's (None: zero)."""
+        """The bias strictly below a block's diagonal, `-inf` elsewhere; and the bias on the diagonal, None for 0."""
         n = rows.stop - rows.start
+        # The own column is solved apart, so it is hidden with the later ones.
         hidden = torch.full((n, n), -torch.inf, dtype=self.wide, device=self.key.device).triu_()
         at = slice(self.past + rows.start, self.past + rows.stop)
         bias = replace(self.spec, is_causal=False).bias(self.terms, at, at, hidden)
@@ -149,13 +158,13 @@ class CausalSystem:
         return bias + hidden, bias.diagonal(dim1=-2, dim2=-1)
 
     def compiled_bias(self, rows: slice) -> tuple[Tensor, int, int] | None:
-        """What compiled kernels add to a block's scores, the diagonal's bias on the diagonal; None if there is nothing.
+        """The biases of a block, diagonal included, for compiled kernels; None without biases.
 
         Args:
             rows: The block.
 
         Returns:
-            `[1 or B, 1 or H, n, n]`, and its strides from sample to sample and from head to head, 0 where all share it.
+            The biases `[1 or B, 1 or H, n, n]`, and their strides of samples and of heads, 0 for a shared dimension.
         """
         if self.spec.plain:
             return None
@@ -167,19 +176,19 @@ class CausalSystem:
         return strict, by_sample, by_head
 
     def keep(self, rows: slice) -> Tensor | None:
-        """The dropout factors of a diagonal block, `[B, H, n, n]`, or None."""
+        """The dropout factors of a diagonal block, `[B, H, n, n]`, None without dropout."""
         at = slice(self.past + rows.start, self.past + rows.stop)
         like = self.key.new_empty(0, dtype=self.wide)
         return self.spec.keep(self.seeds, self.heads, at, at, like)
 
     def below(self, rows: slice, query: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Attend rows to columns that all come before them: `[B, H, r, d]` and `[B, H, r]`.
+        """Attend rows to columns that are all before them: `[B, H, r, d]` and `[B, H, r]`.
 
         Args:
             rows: The rows.
             query: Queries of the columns, `[B, G, c, d]`.
             value: Their values, `[B, G, c, d]`.
-            first: The first column, past ones counted.
+            first: The first column, counted with past columns.
 
         Returns:
             Output and log-sum-exp.
@@ -187,7 +196,7 @@ class CausalSystem:
         spec, key = self.spec.shifted(self.past + rows.start, first), self.key[:, :, rows]
         if self.groups == self.heads:
             return attention(key, query, value, spec, seeds=self.seeds, terms=self.terms)
-        if spec.plain and not spec.dropout:  # the heads of a group as more rows
+        if spec.plain and not spec.dropout:  # fold the heads of a group into rows: no copies of queries and values
             out, lse = attention(self._folded(key), query, value, spec)
             return out.reshape(key.shape), lse.reshape(key.shape[:-1])
         return attention(key, self._expanded(query), self._expanded(value), spec, seeds=self.seeds, terms=self.terms)
@@ -196,7 +205,7 @@ class CausalSystem:
         self, grad: Tensor, rows: slice, query: Tensor, value: Tensor, first: int, whole: tuple[Tensor, Tensor],
         bias_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:  # fmt: skip
-        """Return the gradients of `below` for key, query, value and terms, under the whole softmax.
+        """Return the gradients of `below` for key, query, value and terms, as a part of the whole softmax.
 
         Args:
             grad: Cotangent of the whole output, `[B, H, r, d]`.
@@ -204,11 +213,11 @@ class CausalSystem:
             query: As in `below`.
             value: As in `below`.
             first: As in `below`.
-            whole: The rows' whole output `[B, H, r, d]` and log-sum-exp `[B, H, r]`.
-            bias_grad: Whether the terms' gradients are wanted.
+            whole: Output `[B, H, r, d]` and log-sum-exp `[B, H, r]` of the rows over all columns.
+            bias_grad: Whether the terms' gradients are needed.
 
         Returns:
-            `[B, H, r, d]`, `[B, G, c, d]`, `[B, G, c, d]`, and one gradient (or None) per term.
+            Gradients of key `[B, H, r, d]`, query and value `[B, G, c, d]`, and one (or None) per term.
         """
         spec, key = self.spec.shifted(self.past + rows.start, first), self.key[:, :, rows]
         out, lse = whole[0], whole[1].contiguous()
@@ -229,7 +238,7 @@ class CausalSystem:
         return d_key, d_query, d_value, tuple(d_terms)
 
     def whole_lse(self, query: Tensor) -> Tensor:
-        """The log-sum-exp of every row, `[B, H, N]`, for the queries `[B, G, N, d]` of an equilibrium."""
+        """The log-sum-exp of every row, `[B, H, N]`, from the queries `[B, G, N, d]` of an equilibrium."""
         value = self._expanded(self.value) if self.groups != self.heads else self.value
         query = self._expanded(query) if self.groups != self.heads else query
         diagonal = replace(self.spec.shifted(self.past, self.past), is_causal=True)

@@ -24,10 +24,10 @@ def main() -> None:
 
 
 def _leave() -> None:
-    """End a process that torchrun has started and that has done its work, without the interpreter's own ending.
+    """End a process of torchrun that has done its work, without the interpreter's shutdown.
 
-    Gloo's threads outlive `destroy_process_group` while anything refers to the group (DTensor's caches do). If one of
-    them lets go of a tensor while the interpreter ends, the process aborts, its work done (pytorch/pytorch#179291).
+    Gloo's threads outlive `destroy_process_group` while anything refers to the group, as DTensor's caches do. A thread
+    that releases a tensor during shutdown makes the process abort after its work is done (pytorch/pytorch#179291).
     """
     sys.stdout.flush()
     sys.stderr.flush()

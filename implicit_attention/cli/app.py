@@ -10,6 +10,7 @@ from implicit_attention import __version__
 from implicit_attention.cli.demo import demo
 from implicit_attention.cli.eval import evaluate
 from implicit_attention.cli.generate import generate
+from implicit_attention.cli.info import info
 from implicit_attention.cli.train import train
 
 app = typer.Typer(
@@ -19,13 +20,19 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "train": train, "generate": generate, "eval": evaluate}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "eval": evaluate,
+    "info": info,
+}
 _PASSED_ON: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
 for name, command in COMMANDS.items():
-    # Lines of a docstring are wrapped for the source; the terminal wraps paragraphs itself.
+    # A docstring is wrapped for the source. The terminal wraps each paragraph itself.
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
     page = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     app.command(name, help=page, **(_PASSED_ON if name == "eval" else {}))(command)

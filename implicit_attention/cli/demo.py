@@ -1,4 +1,4 @@
-"""`implicit-attention demo`: the layer settles on real input and wins a race, in front of your eyes."""
+"""`implicit-attention demo`: the original example, solvers on real text, and two small models trained live."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ class Scale:
     """How much work the demo does.
 
     Attributes:
-        training_steps: Of the race, for each model.
+        training_steps: Training steps of each model.
         length: Bytes in a window of text.
         repeats: Timed solves of each solver.
     """
@@ -41,28 +41,26 @@ FULL, QUICK = Scale(400, 256, 3), Scale(160, 128, 1)
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the pictures and the figures; made if missing.")] = Path(
-        "demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Directory for pictures and figures. It is made if it does not exist.")
+    ] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all weights and data.")] = 0,
     quick: Annotated[
         bool,
         typer.Option(
             "--quick",
             help=f"Train {QUICK.training_steps} steps instead of {FULL.training_steps}, "
-            f"read {QUICK.length} bytes of text instead of {FULL.length}, time each solver once.",
+            f"use {QUICK.length} bytes of text instead of {FULL.length}, and time each solver once.",
         ),
     ] = False,
 ) -> None:
-    """Watch implicit-query attention settle, and race it against ordinary attention.
+    """Show how implicit-query attention settles, and train it next to ordinary attention.
 
-    Three parts: the seed's own example, ten steps and a gradient; five
-    solvers side by side on a real text, the source of Python's standard
-    library; associative recall, learned live by one layer of ordinary and one
-    of implicit-query attention with as many parameters, on the same data.
+    Part 1 runs the original example: ten steps and a gradient. Part 2 compares six solvers on a real text, the source
+    of Python's standard library. Part 3 trains one layer of ordinary and one of implicit-query attention on associative
+    recall, with as many parameters and on the same data.
 
-    Writes convergence.png, recall.png, attention.png and summary.json, which
-    holds every figure shown.
+    Writes convergence.png, recall.png, attention.png and summary.json, which has every figure shown.
     """
     try:
         output.prepare(out, FILES)
@@ -74,13 +72,13 @@ def demo(
 
 
 def run(out: Path, seed: int, scale: Scale, console: Console) -> dict[str, Any]:
-    """Do the work of the demo.
+    """Run the demo.
 
     Args:
         out: Directory to write to.
-        seed: Of all weights and data.
-        scale: How much work.
-        console: Where to show it.
+        seed: Seed of all weights and data.
+        scale: How much work to do.
+        console: Where to print.
 
     Returns:
         What `summary.json` holds.
@@ -175,7 +173,7 @@ def _progress(console: Console) -> Progress:
 
 @contextmanager
 def _noted(console: Console) -> Iterator[list[str]]:
-    """Show warnings above the progress bars instead of through them, and keep what they say."""
+    """Print warnings above the progress bars, and yield the list of them."""
     notes: list[str] = []
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

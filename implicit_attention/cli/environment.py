@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Versions and machine, which every figure is kept with."""
 
 import platform
 from importlib import metadata
@@ -17,7 +17,7 @@ def environment() -> dict[str, Any]:
             "implicit-attention": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "matplotlib": _version("matplotlib"),
+            **{name: _version(name) for name in ("triton", "transformers", "matplotlib")},
         },
         "system": platform.platform(),
         "processor": _processor(),
@@ -33,7 +33,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name; Linux tells it in a file, the other systems to `platform`."""
+    """The processor's name, from /proc on Linux, else from `platform`."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

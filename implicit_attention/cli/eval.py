@@ -1,4 +1,4 @@
-"""`implicit-attention eval`: the studies of a checkout, which are no part of the installed package."""
+"""`implicit-attention eval`: runs the studies of a checkout. They are not part of the installed package."""
 
 import sys
 from importlib import import_module
@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def evaluate(context: typer.Context) -> None:
-    """Train small models that differ in their attention alone, and compare what they learn.
+    """Train small models that differ only in their attention, and compare what they learn.
 
-    Needs a checkout of the project; there `python -m studies` is the same command.
+    This needs a checkout of the project. There, `python -m studies` is the same command.
     """
     with one_line("eval"):
         _find_studies()
@@ -25,7 +25,7 @@ def evaluate(context: typer.Context) -> None:
 def _find_studies() -> None:
     if not (ROOT / "studies" / "command.py").is_file():
         raise RunError(
-            "the studies come with the source alone: clone the project, run `pip install -e '.[all]'` there, "
+            "the studies are only in the source: clone the project, run `pip install -e '.[all]'` in the clone, "
             "then `implicit-attention eval`"
         )
     if str(ROOT) not in sys.path:

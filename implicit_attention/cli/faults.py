@@ -1,4 +1,4 @@
-"""How a command ends that cannot do its work: one line, and status 2."""
+"""How a command fails: one line on standard error, and status 2."""
 
 import os
 import sys
@@ -12,13 +12,13 @@ from implicit_attention.training.faults import RunError
 
 @contextmanager
 def one_line(command: str) -> Iterator[None]:
-    """Turn faults, and packages that are not installed, into one line on standard error and status 2.
+    """Turn faults and missing packages into one line on standard error and status 2.
 
     Args:
         command: The command's name.
 
     Raises:
-        typer.Exit: In place of them; of several processes only the first prints.
+        typer.Exit: Instead of these. Of several processes, only the first prints.
     """
     try:
         yield
@@ -31,7 +31,7 @@ def one_line(command: str) -> Iterator[None]:
 
 
 def first_process() -> bool:
-    """Return whether this is the first of the processes that work together, or the only one."""
+    """Return whether this process is the first of those that run together, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 

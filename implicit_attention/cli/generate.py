@@ -1,4 +1,4 @@
-"""`implicit-attention generate`: text from a trained model, byte by byte as it comes."""
+"""`implicit-attention generate`: text from a trained model, shown as it is made."""
 
 import sys
 from pathlib import Path
@@ -12,27 +12,28 @@ from implicit_attention.cli.faults import one_line
 def generate(
     model: Annotated[
         Path,
-        typer.Option(help="Directory of a run of [bold]implicit-attention train[/bold], or of one of its checkpoints."),
+        typer.Option(help="Directory of a run of [bold]implicit-attention train[/bold], or one of its checkpoints."),
     ],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "\n",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "\n",
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Bytes to write.", show_default="as many as the model's sequences hold")
+        int | None, typer.Option(min=1, help="Bytes to write.", show_default="as many as fit the model's length")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=1e-6, help="Below 1 likely bytes become likelier.", show_default="1.0")
+        float | None, typer.Option(min=1e-6, help="Below 1, likely bytes become more likely.", show_default="1.0")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest bytes alone.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose only among the k most likely bytes.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=1e-6, max=1, help="Choose among the fewest bytes that are together this likely.")
+        float | None,
+        typer.Option(min=1e-6, max=1, help="Choose among the fewest bytes whose probabilities sum to this."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the choice.")] = 0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest byte.")] = False,
-    device: Annotated[str, typer.Option(help="Where to compute.", metavar="auto|cpu|cuda")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random choices.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely byte.")] = False,
+    device: Annotated[str, typer.Option(help="Device to compute on.", metavar="auto|cpu|cuda")] = "auto",
 ) -> None:
-    """Write on from a text with a trained model.
+    """Continue a text with a trained model.
 
-    The prompt and what follows it appear as they are made. Into a terminal, bytes that would control it are shown as
-    symbols; into a file or a pipe, all bytes go as they are.
+    Prints the prompt and what follows it, as it is made. In a terminal, control bytes are shown as symbols. In a file
+    or a pipe, all bytes are written unchanged.
     """
     with one_line("generate"):
         from implicit_attention.training import generation

@@ -1,4 +1,4 @@
-"""Where a command leaves its files: checked before any work, written whole or not at all."""
+"""The files of a command: the directory is checked before any work, and files are written whole or not at all."""
 
 import errno
 import os
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def prepare(directory: Path, names: Iterable[str]) -> None:
-    """Create a directory, with its parents, and make sure that files can be written into it.
+    """Create a directory with its parents, and check that files can be written there.
 
     Args:
         directory: The directory.
         names: Files that will be written there.
 
     Raises:
-        NotADirectoryError: If it is something else.
-        OSError: If it cannot be created, or a file in it not be written.
+        NotADirectoryError: If the path exists and is not a directory.
+        OSError: If the directory cannot be created, or a file in it cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -35,11 +35,11 @@ def prepare(directory: Path, names: Iterable[str]) -> None:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, then give it its own, so that no one ever reads half of it.
+    """Write a file under a temporary name, then rename it, so that nobody reads half a file.
 
     Args:
         path: The file.
-        content: What goes into it, text as UTF-8.
+        content: Its content; text is written as UTF-8.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

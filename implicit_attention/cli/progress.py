@@ -1,4 +1,4 @@
-"""A run as it goes: a bar with its figures on a terminal, a line for each evaluation in a file."""
+"""The progress of a run: a bar with figures on a terminal, and a line for each evaluation."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ class Display:
     """The bar of a run."""
 
     def __init__(self, console: Console) -> None:
-        """Make it; it is shown within `with display.progress`.
+        """Make the bar. It is shown inside `with display.progress`.
 
         Args:
-            console: Where it is shown.
+            console: Where to show it.
         """
         self.console = console
         self.progress = Progress(
@@ -33,12 +33,12 @@ class Display:
         self.console.print(f"[yellow]{escape(sentence)}[/yellow]", highlight=False, soft_wrap=True)
 
     def callback(self) -> TrainerCallback:
-        """Return what the Trainer tells of every step."""
+        """Return the callback for the Trainer."""
         return _Callback(self)
 
 
 class _Callback(TrainerCallback):
-    """Moves a bar, and prints what evaluations find."""
+    """Moves the bar and prints the results of evaluations."""
 
     def __init__(self, display: Display) -> None:
         self.display = display
@@ -81,7 +81,7 @@ def note(logs: dict[str, float]) -> str:
         logs: Of training steps.
 
     Returns:
-        Those it has: loss, bits per byte, speed, and how well the equilibria are solved.
+        Those it has of: loss, bits per byte, speed, solver steps, residual and gain.
     """
     parts = [f"loss {logs['loss']:.3f}", f"{logs['bits_per_byte']:.3f} bits/byte"]
     parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")

@@ -1,4 +1,4 @@
-"""The demo's figures: as entries of `summary.json`, and as a page that a person wants to read."""
+"""The demo's figures, as entries of `summary.json` and as text for the terminal."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,12 +15,12 @@ SOLVED = 0.99  # accuracy at which recall counts as learned
 
 
 def example_figures(example: stages.SeedExample) -> dict[str, Any]:
-    """Return the seed's example for the summary."""
+    """Return the summary of the original example."""
     return {"differences": example.differences, "gradient": example.gradient.tolist()}
 
 
 def case_figures(case: stages.TextCase, results: list[stages.Settled]) -> dict[str, Any]:
-    """Return what the solvers did on one case for the summary, an entry for each of its texts."""
+    """Return the summary of one case, with an entry for each solver."""
     batch, length, embed_dim = case.x.shape
     return {
         "case": case.name,
@@ -46,7 +46,7 @@ def _solver_figures(case: stages.TextCase, result: stages.Settled) -> dict[str, 
 
 
 def race_figures(entrants: dict[str, stages.Runner], task: Recall) -> dict[str, Any]:
-    """Return the race for the summary."""
+    """Return the summary of training."""
     return {"task": vars(task), "models": {name: _runner_figures(runner) for name, runner in entrants.items()}}
 
 
@@ -67,7 +67,7 @@ def _runner_figures(runner: stages.Runner) -> dict[str, Any]:
 
 
 def failures(summary: dict[str, Any]) -> list[str]:
-    """Return a sentence about everything that did not converge."""
+    """Return a sentence for everything that did not converge."""
     found = []
     for case in summary["text"]:
         for row in case["solvers"]:
@@ -87,9 +87,11 @@ def failures(summary: dict[str, Any]) -> list[str]:
 
 
 def opening(console: Console, settings: dict[str, Any], seed: int, *, quick: bool) -> None:
-    """Say what runs, and where."""
+    """Print what runs, with versions, threads and seed."""
     versions = settings["versions"]
-    console.print("[bold]implicit-query attention[/bold]: queries are made from the output, y = F(y)", highlight=False)
+    console.print(
+        "[bold]implicit-query attention[/bold]: queries are made from the output, so y = F(y)", highlight=False
+    )
     console.print(
         f"implicit-attention {versions['implicit-attention']}, torch {versions['torch']}, "
         f"threads: {settings['threads']}, seed: {seed}",
@@ -97,11 +99,11 @@ def opening(console: Console, settings: dict[str, Any], seed: int, *, quick: boo
         highlight=False,
     )
     if quick:
-        console.print("quick: fewer training steps, a shorter text, one timing each", style="yellow")
+        console.print("quick: fewer training steps, shorter text, each solver timed once", style="yellow")
 
 
 def results(console: Console, summary: dict[str, Any], files: Iterable[Path]) -> None:
-    """Print the summary."""
+    """Print the results."""
     _show_example(console, summary["seed_example"])
     for case in summary["text"]:
         _show_case(console, case)
@@ -109,7 +111,7 @@ def results(console: Console, summary: dict[str, Any], files: Iterable[Path]) ->
     for sentence in summary["failures"]:
         console.print(f"[yellow]Not converged:[/yellow] {sentence}", highlight=False)
     if summary["warnings"]:
-        console.print(f"{len(summary['warnings'])} warnings, shown above and in summary.json.", style="yellow")
+        console.print(f"{len(summary['warnings'])} warnings; see above and summary.json.", style="yellow")
     console.print(f"\nDone in {summary['seconds']:.0f} s. Written:", highlight=False)
     for path in files:
         console.print(Text(f"  {path}"), soft_wrap=True)
@@ -120,10 +122,10 @@ def _heading(console: Console, text: str) -> None:
 
 
 def _show_example(console: Console, example: dict[str, Any]) -> None:
-    _heading(console, "1. The seed's example: 4 tokens of size 8, ten steps from y = V")
+    _heading(console, "1. The seed's example: 4 tokens of width 8, ten steps from y = V")
     differences = "  ".join(f"{d:.1e}" for d in example["differences"])
     console.print(f"|y_(t+1) - y_t|:  {differences}", highlight=False)
-    console.print("gradient of sum(y) in x, through the ten steps:", highlight=False)
+    console.print("gradient of sum(y) by x, through the ten steps:", highlight=False)
     for row in example["gradient"][0]:
         console.print("  " + " ".join(f"{g:8.4f}" for g in row), highlight=False)
 
@@ -132,7 +134,7 @@ def _show_case(console: Console, case: dict[str, Any]) -> None:
     batch, length, _ = case["shape"]
     _heading(console, f"2. {batch} x {length} bytes of Python's standard library: {case['case']}")
     radius = max(case["spectral_radius"])
-    side = "plain iteration can settle" if radius < 1 else "plain iteration cannot settle"
+    side = "plain iteration settles" if radius < 1 else "plain iteration does not settle"
     console.print(f"causal, 4 heads of 16; spectral radius {radius:.2f} ({side})", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("solver", "steps", "evaluations", "residual", "milliseconds", ""):
@@ -152,7 +154,7 @@ def _show_case(console: Console, case: dict[str, Any]) -> None:
 
 def _show_race(console: Console, recall: dict[str, Any]) -> None:
     task, models = recall["task"], recall["models"]
-    _heading(console, f"3. Associative recall, {task['pairs']} pairs: which value followed this key?")
+    _heading(console, f"3. Associative recall, {task['pairs']} pairs: which value came after this key?")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("one layer of", "weights", "held out", "99 % at step", "seconds", "unsettled"):
         table.add_column(name, justify="left" if name == "one layer of" else "right")
@@ -170,7 +172,9 @@ def _show_race(console: Console, recall: dict[str, Any]) -> None:
     implicit = models[stages.IMPLICIT]
     console.print(
         f"Both: {len(implicit['steps'])} steps of AdamW on the same data. Held out: share of right answers on new "
-        f"sequences. Unsettled: rows above tolerance in training.\n{implicit['layer']}",
+        "sequences. Unsettled: share of rows above tolerance in training.\n"
+        "One ordinary layer does not learn recall; two, or one with a convolution on its keys, do.\n"
+        f"{implicit['layer']}",
         style="dim",
         highlight=False,
         markup=False,

@@ -1,4 +1,4 @@
-"""What the demo shows, computed: the seed's example, solvers on a real text, the recall race."""
+"""The computations of the demo: the original example, solvers on a real text, two models that learn recall."""
 
 import statistics
 import time
@@ -37,11 +37,11 @@ IMPLICIT, ORDINARY = "implicit-query attention", "ordinary attention"
 
 @dataclass(frozen=True)
 class SeedExample:
-    """The example at the end of the document that the project grew from.
+    """The original example of the layer.
 
     Attributes:
         differences: `|y_{t+1} - y_t|` of its ten steps, Frobenius norm.
-        gradient: Of the output's sum in the input, `[1, 4, 8]`.
+        gradient: Gradient of the output's sum by the input, `[1, 4, 8]`.
     """
 
     differences: list[float]
@@ -52,7 +52,7 @@ def seed_example(seed: int) -> SeedExample:
     """Run the example: one sequence of four tokens of size eight, ten steps.
 
     Args:
-        seed: Of weights and input.
+        seed: Seed of weights and input.
 
     Returns:
         Its differences and gradient.
@@ -67,11 +67,11 @@ def seed_example(seed: int) -> SeedExample:
 
 @dataclass(frozen=True)
 class TextCase:
-    """A real text and a layer, to be solved by every solver.
+    """A real text and a layer that every solver solves.
 
     Attributes:
-        name: What sets the layer apart.
-        layer: The layer, which reports no failure itself.
+        name: How the layer's weights were made.
+        layer: The layer, with `on_failure="ignore"`.
         x: The embedded text, `[B, N, D]`.
         radius: Spectral radius at the equilibrium, `[B]`.
     """
@@ -83,12 +83,12 @@ class TextCase:
 
 
 def text_cases(seed: int, *, length: int = 256, gains: tuple[float, ...] = (1.0, 12.0)) -> Iterator[TextCase]:
-    """Embed windows of the standard library's source and make layers whose queries are ever larger.
+    """Embed windows of the standard library's source, and make layers with larger and larger queries.
 
     Args:
-        seed: Of windows and weights.
+        seed: Seed of windows and weights.
         length: Bytes in a window, N.
-        gains: Factors on `Omega_Q`: 1 is the layer as initialised; training makes scores grow.
+        gains: Factors on `Omega_Q`. 1 is the layer as initialised. Training makes scores grow, as larger factors do.
 
     Yields:
         One case for each gain.
@@ -100,7 +100,7 @@ def text_cases(seed: int, *, length: int = 256, gains: tuple[float, ...] = (1.0,
     x = (embed(text.long()) + 0.5 * positions).detach()
     base = ImplicitQueryAttention(64, num_heads=4).state_dict()
     for gain in gains:
-        # Without a mask all tokens could agree on the mean value, an equilibrium that is too easy to be interesting.
+        # Without a mask this layer collapses to the mean of the values, which every solver finds at once.
         layer = ImplicitQueryAttention(64, num_heads=4, is_causal=True, solver=SOLVERS["Anderson"], on_failure="ignore")
         layer.load_state_dict(base | {"Omega_Q.weight": gain * base["Omega_Q.weight"]})
         name = "as initialised" if gain == 1 else f"queries {gain:g} times larger"
@@ -109,7 +109,7 @@ def text_cases(seed: int, *, length: int = 256, gains: tuple[float, ...] = (1.0,
 
 @dataclass(frozen=True)
 class Settled:
-    """How a solver fared.
+    """The result of one solver.
 
     Attributes:
         solver: Its name.
@@ -128,7 +128,7 @@ def settle(case: TextCase, solver: str, *, repeats: int = 3) -> Settled:
     Args:
         case: The case.
         solver: Name of one of `SOLVERS`.
-        repeats: Timed solves; one more goes before them.
+        repeats: Timed solves, after one that is not timed.
 
     Returns:
         The solution and the time of a solve.
@@ -146,11 +146,11 @@ def settle(case: TextCase, solver: str, *, repeats: int = 3) -> Settled:
 
 @dataclass(frozen=True)
 class Runner:
-    """A model in the race.
+    """A model in training.
 
     Attributes:
         model: The model.
-        steps: What each of its training steps did.
+        steps: The results of its training steps so far.
     """
 
     model: TokenModel
@@ -167,19 +167,19 @@ class Runner:
         return sum(p.numel() for p in self.model.parameters())
 
     def first(self, accuracy: float) -> int | None:
-        """Return the first step at which the accuracy was measured to be at least this, None if never."""
+        """Return the first step at which the measured accuracy is at least this, None if there is none."""
         return next((step for step, reached in self.curve.items() if reached >= accuracy), None)
 
 
 def runners(seed: int, task: Recall) -> dict[str, Runner]:
-    """Make the two models: the same sizes, the same options, the same seed of their weights.
+    """Make the two models, with the same sizes, options and seed.
 
-    The implicit layer reads its own token's query from the input (`self_query="input"`): its equilibrium is then
-    unique whatever the weights become, and forward substitution reaches it exactly.
+    The implicit layer has `self_query="input"`: its equilibrium is unique for any weights, and forward substitution
+    solves it exactly.
 
     Args:
-        seed: Of the weights.
-        task: What they are to learn.
+        seed: Seed of the weights.
+        task: The task they learn.
 
     Returns:
         The models by name, untrained.
@@ -195,16 +195,16 @@ def runners(seed: int, task: Recall) -> dict[str, Runner]:
 
 
 def race(entrants: dict[str, Runner], task: Recall, *, steps: int, seed: int) -> Iterator[tuple[str, Step]]:
-    """Train the models in turn, a step each, on the same data.
+    """Train the models in turn, one step each, on the same data.
 
     Args:
-        entrants: The models by name; their records grow.
-        task: What they learn.
-        steps: Training steps of each.
-        seed: Of the data.
+        entrants: The models by name. Their lists of steps grow.
+        task: The task they learn.
+        steps: Training steps of each model.
+        seed: Seed of the data.
 
     Yields:
-        The name of a model and what its step did.
+        The name of a model and the result of its step.
     """
     running = [train(runner.model, task, steps=steps, seed=seed, held_out=512) for runner in entrants.values()]
     for taken in zip(*running, strict=True):
@@ -214,12 +214,12 @@ def race(entrants: dict[str, Runner], task: Recall, *, steps: int, seed: int) ->
 
 
 def attention_maps(runner: Runner, task: Recall, seed: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the trained layer's attention, head by head, as its iteration settles on one new sequence.
+    """Return the trained layer's attention at the first iterations and at the last, on one new sequence.
 
     Args:
         runner: The implicit model.
         task: Its task.
-        seed: Of the sequence.
+        seed: Seed of the sequence.
 
     Returns:
         Maps `[H, N, N]` by title, and the names of the N tokens.
@@ -229,7 +229,7 @@ def attention_maps(runner: Runner, task: Recall, seed: int) -> tuple[dict[str, T
     assert isinstance(layer, ImplicitQueryAttention)
     with torch.no_grad():
         x = runner.model.embed(tokens)
-        # The iterates of the plain iteration, which forward substitution does not pass through.
+        # Forward substitution has no iterates of the whole sequence, so plain iteration is used to show some.
         function, args, start = layer.equation(x)
         history = fixed_point(function, start, args, solver=Picard(max_steps=x.shape[-2]), history=True).history
         assert history is not None

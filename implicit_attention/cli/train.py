@@ -26,20 +26,20 @@ CURVE, SUMMARY = "loss.png", "summary.json"
 
 
 def train(*, config: Path | None, resume: bool, **flags: Any) -> None:
-    """Train a language model on bytes, and tell how many bits per byte it needs for text it has not seen.
+    """Train a byte-level language model, and measure bits per byte on held-out text.
 
-    [bold]implicit-attention train[/bold] learns the source of Python's standard library, in minutes on two CPU cores.
-    The same with [bold]--attention ordinary[/bold] is the model to compare with.
+    Without options, [bold]implicit-attention train[/bold] learns the source of Python's standard library, in minutes on
+    two CPU cores. Add [bold]--attention ordinary[/bold] for the model to compare with.
 
-    A setting comes from its flag; else from the --config file, YAML with the flags' names, such as
-    [bold]learning_rate: 0.001[/bold]; else from the preset.
+    A setting comes from its flag, else from the --config file, else from the preset. The file is YAML and uses the
+    names of the flags, such as [bold]learning_rate: 0.001[/bold].
 
-    The run's directory gets checkpoints, TensorBoard logs, loss.png, summary.json and the model, which
-    [bold]implicit-attention generate[/bold] and transformers' from_pretrained load. A run that was cut off,
-    by whatever, goes on with [bold]--resume --out DIR[/bold] as if nothing had happened.
+    The directory of the run gets checkpoints, TensorBoard logs, loss.png, summary.json and the model. Load the model
+    with [bold]implicit-attention generate[/bold] or with transformers' from_pretrained. To continue a run that was
+    interrupted, use [bold]--resume --out DIR[/bold].
 
-    On several devices: [bold]torchrun --nproc-per-node 8 -m implicit_attention.cli train ...[/bold], or the same under
-    accelerate launch; --fsdp shards the weights. Press Ctrl-C to stop.
+    On several devices, run [bold]torchrun --nproc-per-node 8 -m implicit_attention.cli train ...[/bold], or use
+    accelerate launch. --fsdp shards the weights. Press Ctrl-C to stop.
     """
     with one_line("train"):
         from implicit_attention.training import run
@@ -77,12 +77,12 @@ def _run(run: Callable[..., "Result | None"], plan: Any, console: Console) -> "R
 
 def _interrupted(settings: Settings) -> None:
     if first_process():
-        print(f"\nstopped; go on with: implicit-attention train --resume --out {settings.directory}", file=sys.stderr)
+        print(f"\nstopped; to continue: implicit-attention train --resume --out {settings.directory}", file=sys.stderr)
     raise typer.Exit(130) from None
 
 
 def _report(settings: Settings, result: "Result") -> None:
-    """Write the curve and the summary, and print the line that the run was made for."""
+    """Write the curve and the summary, and print the result."""
     curves = {
         "training": _curve(result.history, "bits_per_byte"),
         "held out (sample)": _curve(result.history, "eval_bits_per_byte"),
@@ -107,7 +107,7 @@ def _curve(history: Any, name: str) -> dict[int, float]:
 
 
 def _option(name: str) -> inspect.Parameter:
-    """One flag, from what the settings say about it; None where it is not given."""
+    """One flag, made from the metadata of its setting. Its default is None: not given."""
     field = FIELDS[name]
     kind, words = plain_type(name)
     flag = f"--{name.replace('_', '-')}"
@@ -124,7 +124,7 @@ def _option(name: str) -> inspect.Parameter:
 
 
 def _defaults(name: str) -> str:
-    """A default as the help page shows it, with those of the presets where they differ."""
+    """A default for the help page, with those of the presets where they differ."""
     default = FIELDS[name].default
     others = {preset: values[name] for preset, values in PRESETS.items() if values.get(name, default) != default}
     if name == "out":
@@ -134,7 +134,7 @@ def _defaults(name: str) -> str:
 
 
 _CONFIG = typer.Option("--config", help="YAML file with settings.", rich_help_panel="Run", metavar="FILE.yaml")
-_RESUME = typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel="Run")
+_RESUME = typer.Option("--resume", help="Continue from the last checkpoint in --out.", rich_help_panel="Run")
 _PARAMETERS = [
     *map(_option, FIELDS),
     inspect.Parameter(
@@ -142,6 +142,6 @@ _PARAMETERS = [
     ),
     inspect.Parameter("resume", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _RESUME]),
 ]
-# Typer reads the signature: every setting becomes a flag, so that flags, YAML file and checkpoints cannot differ.
+# Typer reads the signature. Every setting becomes a flag, so flags, YAML file and checkpoints have the same names.
 train.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
 train.__annotations__ = {parameter.name: parameter.annotation for parameter in _PARAMETERS}

@@ -1,1 +1,1 @@
-"""Fixed points of any map: solvers, gradients, and linear algebra without matrices."""
+"""Fixed points of any map: solvers, gradients, and matrix-free linear algebra."""

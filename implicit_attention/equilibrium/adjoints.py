@@ -1,4 +1,4 @@
-"""How gradients pass through an equilibrium: by implicit differentiation, unrolled, or by phantom steps."""
+"""Gradient methods for an equilibrium: implicit differentiation, unrolling, and phantom steps."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,26 +17,26 @@ from implicit_attention.errors import Came, bad_type, bad_value, check_choice, c
 
 
 class Report(Protocol):
-    """Is told how solves went."""
+    """Receives the outcome of every solve."""
 
     def __call__(self, solution: Solution, name: str) -> None:
-        """Take note of every solve and of what was solved."""
+        """Receive the outcome of a solve, and the name of the equation."""
 
     def adjoint(self, found: AdjointSolution, grad: Tensor) -> None:
-        """Take note of an adjoint equation that was solved directly, for the cotangent `grad`."""
+        """Receive the outcome of an adjoint equation that a direct solver solved for the cotangent `grad`."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A fixed-point equation and everything that is needed to solve it and to differentiate it.
+    """A fixed-point equation with the settings to solve and to differentiate it.
 
     Attributes:
-        function: The map, `(y, *args) -> tensor like y`; pure, since torch.func transforms run it again.
-        solver: What solves it.
+        function: The map, `(y, *args) -> tensor like y`. It must be pure: torch.func transforms run it again.
+        solver: The solver.
         system_ndim: Leading dimensions of y that count independent systems.
-        row_ndim: Leading dimensions whose entries are judged one by one.
-        report: Told of every solution, with the name of what was solved.
-        name: That name.
+        row_ndim: Leading dimensions of y whose residuals are judged one by one.
+        report: Receives every solution, with the name of the equation.
+        name: Name of the equation.
         linear: Whether the map is affine in y.
     """
 
@@ -49,7 +49,7 @@ class Problem:
     linear: bool = False
 
     def solve(self, function: Callable[[Tensor], Tensor], y0: Tensor, *, history: bool = False) -> Solution:
-        """Iterate on the map with its arguments filled in, and report the outcome."""
+        """Iterate on the map, whose arguments are filled in, and report the outcome."""
         assert isinstance(self.solver, Solver)
         solution = solve(
             self.solver,
@@ -69,18 +69,18 @@ class Adjoint(ABC):
 
     @abstractmethod
     def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
-        """Solve the problem; return a solution through whose value gradients flow to `args`.
+        """Solve the problem; gradients flow through the value of the returned solution to `args`.
 
         Args:
             problem: The equation.
             y0: Start.
-            args: Arguments of the map that may need gradients.
+            args: Arguments of the map.
             history: Whether to keep every iterate.
         """
 
     def __call__(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool = False) -> Solution:
-        """`apply`, which torch.compile leaves alone: how long a solve takes depends on its data."""
-        if not y0.numel():  # an empty batch: nothing to solve, and zero gradients through the start
+        """Call `apply`. torch.compile does not trace it, since the number of steps depends on the data."""
+        if not y0.numel():  # an empty batch: nothing to solve, and the gradients are zero
             return nothing_to_solve(y0 + zero_of(args).to(y0.dtype), problem.row_ndim)
         if torch.compiler.is_compiling():
             solve_eagerly: Callable[..., Solution] = torch.compiler.disable(self.apply)  # type: ignore[no-untyped-call]
@@ -90,13 +90,13 @@ class Adjoint(ABC):
 
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
-    """Backpropagate through the steps that the solver took, as the seed does.
+    """Backpropagate through the steps of the solver, as the seed does.
 
-    Memory grows with the number of steps. Gradients also flow to the start. Works with solvers whose steps
-    are differentiable (Picard, Anderson, Broyden).
+    Memory grows with the number of steps. Gradients also flow to the start. The solver's steps must be differentiable:
+    Picard, Anderson or Broyden.
 
     Attributes:
-        checkpoint: Keep only the iterates and recompute the inside of the map in the backward pass.
+        checkpoint: Keep the iterates only, and recompute the inside of the map in the backward pass.
     """
 
     checkpoint: bool = False
@@ -106,13 +106,13 @@ class Unrolled(Adjoint):
         check_choice("checkpoint", self.checkpoint, (True, False))
 
     def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
-        """Solve with autograd recording the steps."""
+        """Solve, with autograd recording the steps."""
         if not problem.solver.unrollable:
             raise bad_value(
                 "adjoint",
                 f"Implicit() or Phantom() with solver={type(problem.solver).__name__}",
                 Came("Unrolled()"),
-                "Its steps solve linear systems that are not differentiated; or choose Picard, Anderson or Broyden.",
+                "Its steps cannot be differentiated: change the adjoint, or choose Picard, Anderson or Broyden.",
             )
         try:
             return problem.solve(lambda y: self._call(problem.function, y, args), y0, history=history)
@@ -120,8 +120,8 @@ class Unrolled(Adjoint):
             if "data-dependent control flow" not in str(error):
                 raise
             raise RuntimeError(
-                "Unrolled() looks at residuals to decide when to stop, which torch.func.vmap does not allow: "
-                "use Implicit() or Phantom(), or map over the batch dimension instead."
+                "Unrolled() reads residuals to decide when to stop, which torch.func.vmap does not allow. "
+                "Use Implicit() or Phantom(), or map over the batch dimension instead."
             ) from error
 
     def _call(self, function: maps.MapFunction, y: Tensor, args: tuple[Tensor, ...]) -> Tensor:
@@ -133,14 +133,14 @@ class Unrolled(Adjoint):
 
 @dataclass(frozen=True)
 class Phantom(Adjoint):
-    """Solve without recording, then take a few damped steps of the map with autograd.
+    """Solve without autograd, then take a few damped steps of the map with autograd.
 
-    The gradient is a truncated, damped Neumann series of the exact one: cheap and biased; a single undamped
-    step is the "one-step gradient" (Jacobian-free backpropagation). The value is that after the steps.
+    The gradient is a truncated, damped Neumann series of the exact gradient: cheap and biased. One step with damping 1
+    is the "one-step gradient" (Jacobian-free backpropagation). The returned value is the value after these steps.
 
     Attributes:
         steps: Number of recorded steps.
-        damping: Their length, in (0, 1].
+        damping: Length of a step, in (0, 1].
 
     Reference:
         Geng, Zhang, Bai, Wang and Lin, "On Training Implicit Models", NeurIPS 2021; Fung et al., "JFB",
@@ -158,7 +158,7 @@ class Phantom(Adjoint):
             raise bad_value("damping", "in (0, 1]", self.damping)
 
     def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
-        """Solve, then step."""
+        """Solve, then take the recorded steps."""
         with torch.no_grad():
             solution = _solve_opaquely(_Run(problem, problem.solver, record=False, history=history), y0, args)
         y = solution.value
@@ -172,12 +172,13 @@ class Phantom(Adjoint):
 class Implicit(Adjoint):
     r"""Differentiate the equilibrium itself: `dy*/dt = (I - J)^{-1} dF/dt` (implicit function theorem).
 
-    The backward pass solves `lam = g + J^T lam` and returns `lam^T dF/dt`. Memory is that of one application
-    of the map, whatever the number of iterations. Differentiable again, and under torch.func transforms.
+    The backward pass solves the adjoint equation `lam = g + J^T lam` and returns `lam^T dF/dt`. Memory is that of one
+    evaluation of the map, for any number of iterations. The gradient can be differentiated again, and works under
+    torch.func transforms.
 
     Attributes:
-        solver: What solves the adjoint equation; None for the solver of the equilibrium, whose relative
-            tolerance it then shares. The absolute tolerance defaults to 0: cotangents have no scale.
+        solver: Solver of the adjoint equation. None takes the solver of the equilibrium with its relative tolerance and
+            an absolute tolerance of 0, since cotangents have no scale of their own.
 
     Reference:
         Bai, Kolter and Koltun, "Deep Equilibrium Models", arXiv 1909.01377, theorem 1.
@@ -191,7 +192,7 @@ class Implicit(Adjoint):
             raise bad_type("solver", "None or a solver object such as Anderson()", self.solver)
 
     def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
-        """Solve, and attach the implicit gradient to the value."""
+        """Solve, and attach the implicit gradient to the value of the solution."""
         needs = tuple(a.requires_grad for a in args)
         run = _Run(problem, self._adjoint_solver(problem), needs, torch.is_grad_enabled(), history)
         return _solve_opaquely(run, y0, args)
@@ -204,7 +205,7 @@ class Implicit(Adjoint):
 
 @dataclass
 class _Run:
-    """One solve on its way through autograd: settings, and what the forward pass leaves for the backward."""
+    """One solve inside autograd: its settings, and what the forward pass keeps for the backward pass."""
 
     problem: Problem
     adjoint_solver: Method
@@ -216,10 +217,10 @@ class _Run:
     iterates: list[Tensor] | None = field(default=None, repr=False)
 
     def forward(self, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
-        """Solve; keep the last evaluation's graph, which is all that a first-order backward pass needs."""
+        """Solve, and keep the graph of the last evaluation: a first-order backward pass needs no more."""
 
         def evaluate(y: Tensor) -> Tensor:
-            if maps.transforms_active():  # inside a Jacobian product of the solver's own
+            if maps.transforms_active():  # inside a Jacobian product of the solver
                 return self.problem.function(y, *args)
             self.linearization = None  # free the previous graph before the next one is built
             self.linearization = maps.Linearization(self.problem.function, y, args, self.needs)
@@ -236,8 +237,8 @@ class _Run:
         return solution
 
     def _solve_directly(self, solver: DirectSolver, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
-        """Solve by the map's structure."""
-        with torch.autocast(y0.device.type, enabled=False):  # it chooses its precision itself
+        """Solve with a direct solver."""
+        with torch.autocast(y0.device.type, enabled=False):  # the solver chooses its precision itself
             solution = solver.equilibrium(self.problem.function, args, y0.dtype)
         if self.history:
             solution = replace(solution, history=[y0, solution.value])
@@ -251,7 +252,8 @@ class _Run:
                 "function",
                 "a pure function of (y, *args)",
                 Came(f"one that closes over a tensor of shape {tuple(captured.shape)} that requires grad"),
-                "Its gradient would be lost: pass it in `args`, or pass the nn.Module itself as the function.",
+                "The gradient of this tensor would be lost. Pass the tensor in `args`, or pass the nn.Module itself as "
+                "the function.",
             )
 
     def backward(
@@ -260,7 +262,7 @@ class _Run:
         """Return the gradients of `args`: first order from the kept graph, higher orders by recursion."""
         if torch.is_grad_enabled() or maps.transforms_active():
             return self._composable_backward(y, args, grad)
-        # NaN in a sample's cotangent: NaN in its gradients alone.
+        # Solve samples with NaN in their cotangent for 0, so that no other sample sees NaN, then set theirs to NaN.
         broken = ~torch.isfinite(largest(grad))
         any_broken = bool(broken.any())
         by_sample = broken.reshape(-1, *[1] * (grad.dim() - 1))
@@ -285,7 +287,7 @@ class _Run:
 
         lam = self._adjoint_problem(self.problem.function).solve(adjoint_map, grad).value
         if last is not None and torch.equal(last[0], lam):
-            return last  # the last product was taken at the solution: the arguments' gradients came with it
+            return last  # the last product was taken at the solution, so it holds the gradients of the arguments
         return lam, linearization.vjp(lam)[1]
 
     def _substitute_adjoint(
@@ -297,7 +299,7 @@ class _Run:
         return found.by_arg
 
     def _composable_backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
-        """The same, in operations that autograd and torch.func can see: the adjoint is a fixed point too."""
+        """As `backward`, in differentiable operations: the adjoint is the fixed point of a linear map."""
         function = self.problem.function
         real = [i for i, a in enumerate(args) if a.is_floating_point()]
 
@@ -312,7 +314,7 @@ class _Run:
             return g + pull(lam)[0]  # type: ignore[no-any-return]
 
         inputs = (grad, y, *(args[i] for i in real))
-        # The structure of F says nothing about this map of (lam, grad, y, ...): direct solvers step back.
+        # A direct solver knows the structure of F, not of this map of (lam, grad, y, ...): take its fallback.
         solver = self.adjoint_solver.fallback if isinstance(self.adjoint_solver, DirectSolver) else self.adjoint_solver
         problem = replace(self._adjoint_problem(adjoint_map), solver=solver)
         run = _Run(problem, solver, tuple(t.requires_grad for t in inputs))
@@ -328,7 +330,7 @@ class _Run:
 
 
 def _solve_opaquely(run: _Run, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
-    """Solve where neither autograd nor torch.func sees the steps, only the equilibrium."""
+    """Solve inside one autograd function: neither autograd nor torch.func sees the steps."""
     found = _ImplicitFunction.apply(run, y0, *args)  # type: ignore[no-untyped-call]
     value, residual, steps, converged, abs_trace, rel_trace, *memo = found
     return Solution(
@@ -336,11 +338,11 @@ def _solve_opaquely(run: _Run, y0: Tensor, args: tuple[Tensor, ...]) -> Solution
     )
 
 
-_FIGURES = 6  # value, residual, steps, converged, abs_trace, rel_trace
+_FIGURES = 6  # outputs before the memo: value, residual, steps, converged, abs_trace, rel_trace
 
 
 def _poisoned(grad: Tensor | None, arg: Tensor, broken: Tensor) -> Tensor | None:
-    """A gradient with NaN in the samples whose cotangent held one; all of it where samples share the tensor."""
+    """Set a gradient to NaN in the samples whose cotangent holds NaN, or everywhere if samples share the tensor."""
     if grad is None:
         return None
     if arg.shape[:1] == broken.shape and len(broken) > 1:
@@ -352,14 +354,14 @@ class _ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def forward(run: _Run, y0: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
         s = run.forward(y0, args)
-        value = s.value if s.memo else s.value.clone()  # an iterate may be the start itself
+        value = s.value if s.memo else s.value.clone()  # an iterate may be the start: outputs must not alias inputs
         return value, s.residual, s.steps, s.converged, s.abs_trace, s.rel_trace, *s.memo
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.run, _, *args = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        ctx.set_materialize_grads(False)  # None instead of tensors of zeros for outputs without a gradient
         ctx.count = len(args)
         ctx.save_for_backward(output[0], *args, *output[_FIGURES:])
 
@@ -373,7 +375,7 @@ class _ImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], run: _Run, y0: Tensor, *args: Tensor) -> Any:
-        """Solve the mapped equations as one more dimension of independent systems, direct ones in turn."""
+        """Solve the mapped equations as one more dimension of independent systems; direct solvers take each in turn."""
         if isinstance(run.problem.solver, DirectSolver):
             solved = [
                 _ImplicitFunction.apply(  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Where iteration meets gradients: `fixed_point` for any map, and what is said when a solve fails."""
+"""`fixed_point`: solve any map and differentiate the result; and the report of failed solves."""
 
 import itertools
 import warnings
@@ -138,25 +138,25 @@ def fixed_point(
     on_failure: str = "warn",
     history: bool = False,
 ) -> Solution:
-    """Solve `y = function(y, *args)` and let gradients flow to `args`.
+    """Solve `y = function(y, *args)`; gradients flow to `args`.
 
     Args:
-        function: A pure function `(y, *args) -> tensor like y`, or an `nn.Module` with that signature, whose
-            parameters then receive gradients too. It must treat each independent system on its own.
+        function: A pure function `(y, *args) -> tensor like y`, or an `nn.Module` with that signature. The module's
+            parameters receive gradients too. No system's result may depend on another system.
         y0: Start, `[*systems, ...]`, float.
         args: Tensors that the map depends on.
         solver: A solver; `Anderson()` if None.
         adjoint: `Implicit()` if None, `Unrolled()` or `Phantom()`.
-        system_ndim: How many leading dimensions of y0 count independent systems, each of which stops for itself.
-        on_failure: "warn", "raise" or "ignore" when the tolerance is not met.
-        history: Keep every iterate in `Solution.history`.
+        system_ndim: Number of leading dimensions of y0 that count independent systems. Each system stops for itself.
+        on_failure: "warn", "raise" or "ignore" if the residual stays above tolerance.
+        history: Whether to keep every iterate in `Solution.history`.
 
     Returns:
         The solution; its `value` carries the gradient.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If y0 has too few dimensions, the map's result is not like y0, or the map gives NaN or Inf.
+        ValueError: If y0 has too few dimensions, the map's result is not like y0, or the map returns NaN or Inf.
         ConvergenceError: If a solve fails and `on_failure` is "raise".
 
     Example:

@@ -1,4 +1,4 @@
-"""Linear algebra on matrices known only by their products: GMRES and the power iteration, batched."""
+"""Matrix-free linear algebra, batched: GMRES and the power iteration use matrix-vector products only."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,10 @@ MatVec = Callable[[Tensor], Tensor]  # [S, n] -> [S, n], one matrix per row
 
 
 def largest(t: Tensor) -> Tensor:
-    """Return the largest magnitude in each sample, NaN where it has NaN: `[B, ...] -> [B]`.
+    """Return the largest magnitude of each sample, NaN if it holds NaN: `[B, ...] -> [B]`.
 
-    Several times faster than `torch.linalg.vector_norm(t, torch.inf)`, whose reduction is not vectorised on the CPU.
+    This is several times faster than `torch.linalg.vector_norm(t, torch.inf)`, which PyTorch does not vectorise on the
+    CPU.
 
     Args:
         t: Real, `[B, ...]`, not empty.
@@ -25,14 +26,14 @@ def gmres(matvec: MatVec, b: Tensor, *, rtol: Tensor | float, restart: int, cycl
     """Solve `A x = b` for every row of `b` by restarted GMRES, from x = 0.
 
     Args:
-        matvec: Product with A, `[S, n] -> [S, n]`, each row with a matrix of its own.
+        matvec: Product with A, `[S, n] -> [S, n]`; each row has its own matrix.
         b: Right-hand sides `[S, n]`.
-        rtol: Stop a system when its residual's norm is below `rtol` times the norm of its b; a number or `[S]`.
-        restart: Directions kept in memory, each of the size of b.
-        cycles: How often to restart at most.
+        rtol: A system stops if the norm of its residual is at most `rtol` times the norm of its b; a number or `[S]`.
+        restart: Krylov directions in memory, each of the size of b.
+        cycles: Maximum number of restarts.
 
     Returns:
-        Solutions `[S, n]` and the norms of their residuals `[S]`.
+        Solutions `[S, n]` and the norms of the residuals `[S]`.
 
     Reference:
         Saad and Schultz, "GMRES", SIAM J. Sci. Stat. Comput. 7 (1986).
@@ -53,10 +54,10 @@ def gmres(matvec: MatVec, b: Tensor, *, rtol: Tensor | float, restart: int, cycl
 
 
 def _gmres_cycle(matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor, restart: int) -> tuple[Tensor, Tensor]:
-    """One Arnoldi sweep: the correction and the residual's norm after it, as the rotations tell it.
+    """One Arnoldi sweep: the correction, and the residual's norm after it from the Givens rotations.
 
-    A system that has reached its target gets empty columns from then on, so that what it returns does not
-    depend on how long the others take.
+    A system that has reached its target gets zero columns from then on. So its result does not depend on the number of
+    steps that other systems take.
 
     Returns:
         `[S, n]` and `[S]`.
@@ -73,12 +74,13 @@ def _gmres_cycle(matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor,
         w = matvec(basis[k]) * live[:, None]
         size = torch.linalg.vector_norm(w, dim=-1)
         h = residual.new_zeros(count, k + 1)
-        for _ in range(2):  # Gram-Schmidt twice is as good as Householder (Giraud et al. 2005)
+        for _ in range(2):  # Gram-Schmidt twice is orthogonal to rounding, as Householder (Giraud et al. 2005)
             c = torch.einsum("ksn,sn->sk", basis[: k + 1], w)
             w = w - torch.einsum("ksn,sk->sn", basis[: k + 1], c)
             h = h + c
         below = torch.linalg.vector_norm(w, dim=-1)
-        below = torch.where(below > 10 * torch.finfo(w.dtype).eps * size, below, 0.0)  # the space is exhausted
+        # What is left of w to rounding: the Krylov space is exhausted, and the next direction would be noise.
+        below = torch.where(below > 10 * torch.finfo(w.dtype).eps * size, below, 0.0)
         basis[k + 1] = torch.where(below > 0, 1.0 / below.clamp_min(_tiny(below)), 0.0)[:, None] * w
         for i, (cos, sin) in enumerate(rotations):
             upper, lower = h[:, i].clone(), h[:, i + 1].clone()
@@ -91,7 +93,7 @@ def _gmres_cycle(matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor,
         r[:, k, k] = radius
         g[:, k + 1] = -sin * g[:, k]
         g[:, k] = cos * g[:, k]
-        # A column that lies in the others, to rounding, reduces nothing: its system ends where it stands.
+        # A column that depends on the others, to rounding, cannot reduce the residual: its system stops here.
         stuck = radius <= 100 * torch.finfo(w.dtype).eps * torch.linalg.vector_norm(h, dim=-1)
         r[:, k, k] = torch.where(stuck, 0.0, radius)
         used, norm = k + 1, torch.where(live & ~stuck, g[:, k + 1].abs(), norm)
@@ -99,17 +101,17 @@ def _gmres_cycle(matvec: MatVec, residual: Tensor, norm: Tensor, target: Tensor,
         if not bool(live.any()):
             break
     r, g_top = r[:, :used, :used], g[:, :used]
-    empty = r.diagonal(dim1=-2, dim2=-1) == 0  # a column that added nothing gets no weight
+    empty = r.diagonal(dim1=-2, dim2=-1) == 0  # columns without a direction get weight 0; 1 keeps r regular
     r = r + torch.diag_embed(empty.to(r.dtype))
     weights = torch.linalg.solve_triangular(r, (g_top * ~empty)[..., None], upper=True)[..., 0]
     return torch.einsum("ksn,sk->sn", basis[:used], weights), norm
 
 
 def spectral_radius(matvec: MatVec, start: Tensor, *, iterations: int = 50) -> Tensor:
-    """Estimate the largest eigenvalue modulus of every row's matrix by the power iteration.
+    """Estimate the spectral radius of every row's matrix by the power iteration.
 
-    The growth is averaged geometrically over the second half of the iterations, so that complex pairs,
-    whose norms oscillate, are estimated too.
+    The estimate is the geometric mean of the growth over the second half of the iterations. So it also works for
+    complex pairs of eigenvalues, for which the growth oscillates.
 
     Args:
         matvec: Product with the matrices, `[S, n] -> [S, n]`.
@@ -117,7 +119,7 @@ def spectral_radius(matvec: MatVec, start: Tensor, *, iterations: int = 50) -> T
         iterations: Number of products.
 
     Returns:
-        `[S]`, a lower estimate that becomes exact as `iterations` grows.
+        `[S]`, usually from below; exact in the limit of many `iterations`.
     """
     v = start / torch.linalg.vector_norm(start, dim=-1, keepdim=True).clamp_min(_tiny(start))
     logs = []

@@ -1,4 +1,4 @@
-"""A map `y -> F(y, *args)` and its derivatives, made from any function by automatic differentiation."""
+"""A map `y -> F(y, *args)` and its derivatives, by automatic differentiation of any function."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,12 +12,12 @@ MapFunction = Callable[..., Tensor]  # (y, *args) -> tensor like y
 
 
 class Linearization:
-    """One evaluation of a map, kept with its graph: the value, and products with its Jacobian's transpose.
+    """One evaluation of a map with its graph: the value, and products with the transposed Jacobian.
 
-    The graph holds what a single application of the map saves, so keeping it costs no second evaluation.
+    The backward pass reuses the graph, so it needs no second evaluation. The graph holds what one evaluation saves.
 
     Attributes:
-        y: Where the map was linearised.
+        y: Point of the linearisation.
         value: `F(y, *args)`, detached.
     """
 
@@ -28,7 +28,7 @@ class Linearization:
             function: The map.
             y: Point, any shape.
             args: The other arguments of the map.
-            needs: For each of `args`, whether its gradient will be asked for.
+            needs: For each of `args`, whether its gradient is needed.
         """
         with torch.enable_grad():
             self.y = y.detach().requires_grad_()
@@ -37,7 +37,7 @@ class Linearization:
         self.value = self._output.detach()
 
     def vjp(self, lam: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """Return `lam^T dF/dy` and the list of `lam^T dF/darg` (None where not needed or without effect)."""
+        """Return `lam^T dF/dy` and the list of `lam^T dF/darg`, None if not needed or if F does not depend on it."""
         wanted = [self.y, *(a for a in self._args if a.requires_grad)]
         if not self._output.requires_grad:
             return torch.zeros_like(self.y), [None] * len(self._args)
@@ -47,7 +47,7 @@ class Linearization:
         return (torch.zeros_like(self.y) if dy is None else dy), by_arg
 
     def captured(self) -> Tensor | None:
-        """Return a leaf that the map reaches through a closure rather than through its arguments."""
+        """Return a leaf that the map reads through a closure instead of its arguments, None without one."""
         known = {id(self.y), *(id(a) for a in self._args)}
         seen, stack = set(), [self._output.grad_fn]
         while stack:
@@ -69,20 +69,22 @@ def jvp(function: MapFunction, y: Tensor, tangent: Tensor) -> Tensor:
 
 
 def lift(function: MapFunction | nn.Module, args: tuple[Tensor, ...]) -> tuple[MapFunction, tuple[Tensor, ...]]:
-    """Return the map as a pure function, with a module's parameters and buffers among the arguments.
+    """Return the map as a pure function; a module's parameters and buffers become arguments.
 
     Args:
         function: A pure function of `(y, *args)`, or a module whose forward has that signature.
         args: Its arguments after y.
 
     Raises:
-        TypeError: If `function` cannot be called, or an argument is no tensor.
+        TypeError: If `function` is not callable, or an argument is not a tensor.
     """
     if not callable(function):
         raise bad_type("function", "a callable (y, *args) -> tensor like y", function)
     for i, arg in enumerate(args):
         if not isinstance(arg, Tensor):
-            raise bad_type(f"args[{i}]", "a tensor", arg, "Close over anything that is not one.")
+            raise bad_type(
+                f"args[{i}]", "a tensor", arg, "Close over values that are not tensors instead of passing them."
+            )
     if not isinstance(function, nn.Module):
         return function, args
     module, count = function, len(args)
@@ -96,6 +98,6 @@ def lift(function: MapFunction | nn.Module, args: tuple[Tensor, ...]) -> tuple[M
 
 
 def transforms_active() -> bool:
-    """Return whether a `torch.func` transform (grad, vmap, jvp ...) is being applied around the caller."""
+    """Return whether the caller runs inside a `torch.func` transform (grad, vmap, jvp ...)."""
     active: Any = torch._C._are_functorch_transforms_active()
     return bool(active)

@@ -1,7 +1,7 @@
-"""How far an iterate is from a fixed point, row by row: with torch, or in one pass over memory with Triton.
+"""The residual of an iterate, row by row: in torch, or in one pass over memory in Triton.
 
-In torch the norms of `f - y` and of `f` read and write what they measure several times; beside a short attention pass
-that is no small part of an iteration.
+In torch the norms of `f - y` and of `f` read and write these tensors several times. Next to a short attention pass that
+is a large part of an iteration.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,16 @@ Measure = Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor]]
 
 
 def measure_with(kernel: str, like: Tensor) -> Measure:
-    """Return what measures `largest(f - y)` and `largest(f)`, as `measured` does.
+    """Return the function that measures the largest `|f - y|` and `|f|` of each row, `measured` or `fused`.
 
     Args:
-        kernel: "triton", which needs a CUDA device; or "torch", which "auto" stands for as long as Triton's kernel has
-            not run on a device.
+        kernel: "torch", "triton" (needs a CUDA device) or "auto". "auto" is "torch": Triton's kernel has not been
+            measured on a device yet.
         like: A tensor of the iteration.
 
     Raises:
-        ImportError: If triton is asked for and missing.
-        ValueError: If it cannot serve where the tensor is.
+        ImportError: If `kernel` is "triton" and Triton is not installed or too old.
+        ValueError: If `kernel` is "triton" and no kernel runs on the tensor's device.
     """
     if kernel != "triton":
         return measured
@@ -49,8 +49,8 @@ def measured(y: Tensor, f: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tenso
 
     Args:
         y: Iterate, `[S, n]`.
-        f: What the map makes of it, the same.
-        rows: S and R; a row is n / R numbers.
+        f: `F(y)`, `[S, n]`.
+        rows: S and R; a row has n / R numbers.
     """
     return _largest(f - y, rows), _largest(f, rows)
 
@@ -60,8 +60,8 @@ def _largest(t: Tensor, rows: tuple[int, int]) -> Tensor:
 
 
 def fused(y: Tensor, f: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return the same, bit by bit; arguments as in `measured`, in float32 or float64."""
-    if is_functorch_wrapped_tensor(y) or is_functorch_wrapped_tensor(f):  # has no memory that a kernel could read
+    """Return what `measured` returns, bit by bit, from one Triton kernel; arguments in float32 or float64."""
+    if is_functorch_wrapped_tensor(y) or is_functorch_wrapped_tensor(f):  # wrapped tensors have no memory to read
         return measured(y, f, rows)
     from implicit_attention.equilibrium import residual_kernel as triton_kernel  # imports triton
 

@@ -1,14 +1,14 @@
-"""The residual of an iterate and the size it is judged by, in one pass over both."""
+"""The residual of an iterate, and the size that it is judged by, in one pass over memory, in Triton."""
 
 import triton
 import triton.language as tl
 
-SPAN = 4096  # numbers of a program
+SPAN = 4096  # numbers of a program: enough to hide the launch, few enough that long rows fill the device
 
 
 @triton.jit
 def bits(x):
-    """The bits of moduli: integers in their order, Inf above every number and NaN, of either sign, above Inf."""
+    """The bits of absolute values: integers in the order of the values, with NaN above Inf above every number."""
     if x.dtype == tl.float64:
         found = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
@@ -18,15 +18,15 @@ def bits(x):
 
 @triton.jit(do_not_specialize=["length", "count"])
 def largest_in_rows(y, f, found, length, count, span: tl.constexpr):
-    """Raise `found` to the largest `|f - y|` and the largest `|f|` of each row; the order of programs is of no matter.
+    """Raise `found` to the largest `|f - y|` and the largest `|f|` of each row. The order of programs has no effect.
 
     Args:
         y: `[count, length]`, contiguous.
         f: The same.
-        found: Bits of moduli `[2, count]`, zeros.
+        found: Bits of absolute values `[2, count]`; zeros before the call.
         length: Numbers of a row.
         count: Rows.
-        span: Numbers of a program; each row has as many programs as it takes, one row after another.
+        span: Numbers of a program; each row takes `ceil(length / span)` programs.
     """
     parts = tl.cdiv(length, span)
     row = (tl.program_id(0) // parts).to(tl.int64)

@@ -40,7 +40,7 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
         """Let every model with a forward of its own leave the cache of a call that raises as it was."""
         super().__init_subclass__(**kwargs)
         if "forward" in vars(cls):
-            cls.forward = transactional(cls.forward)  # type: ignore[method-assign]
+            cls.forward = transactional(cls.forward)
 
     @classmethod
     def from_pretrained(

@@ -106,7 +106,8 @@ class OrdinaryAttention(nn.Module):
         bias = torch.zeros(seen.shape, dtype=x.dtype, device=x.device).masked_fill(~seen, -torch.inf)
         if term is None:
             return bias
-        return bias + term[0].block(term[1], slice(past, total), slice(0, total)).to(x.dtype)
+        block: Tensor = term[0].block(term[1], slice(past, total), slice(0, total))
+        return bias + block.to(x.dtype)
 
     def _weights(self, query: Tensor, key: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         key = key.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)

@@ -1,26 +1,28 @@
-"""Is an equilibrium stable, and is it the only one? Figures that tell, and a penalty that keeps it so."""
+"""Whether an equilibrium is stable and unique: measures, bounds, and a penalty for training."""
 
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from implicit_attention.attention.map import AttentionMap
 from implicit_attention.attention.operation import log_sum_exp
 from implicit_attention.causal.diagonal import own_jacobian
 from implicit_attention.causal.forward_substitution import radius
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.equation import Equation
+from implicit_attention.equation.packing import PackedMap
 from implicit_attention.equilibrium import linear
 from implicit_attention.equilibrium.maps import Linearization
 from implicit_attention.errors import Came, bad_value, check_positive
 from implicit_attention.layer import ImplicitQueryAttention
 
-_BLOCK_ELEMENTS = 1 << 22  # distances alive at once
-_ROWS = 64  # rows whose biases are looked at together
+_BLOCK_ELEMENTS = 1 << 22  # most distances in memory at once
+_ROWS = 64  # rows whose biases are read together
 
 
 class Inputs(TypedDict, total=False):
-    """What `layer.solve` takes next to x.
+    """The arguments of `layer.solve` besides x.
 
     Attributes:
         context: Where keys and values come from, `[B, M, D]`.
@@ -43,7 +45,7 @@ def spectral_radius(
     (`layer.solve(x, gains=True)`). Otherwise an estimate by the power iteration on `(dF/dy)^T`.
 
     Args:
-        layer: The layer; its equilibrium is solved for with its own solver, and reported as usual.
+        layer: The layer. Its own solver finds the equilibrium, and failures are reported as usual.
         x: Input `[B, N, D]`, or `[N, D]` as a batch of one.
         iterations: Products with the Jacobian, at least 1 (50 if None); none are taken under a causal mask over
             queries.
@@ -77,7 +79,7 @@ def spectral_radius(
         pulled, _ = linearization.vjp(lam.to(y.dtype).reshape(y.shape))
         return pulled.reshape(lam.shape).to(wide)
 
-    generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it is
+    generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
     start = torch.randn(y.shape, generator=generator).to(y.device, wide).reshape(systems.numel(), -1)
     return linear.spectral_radius(product, start, iterations=iterations).reshape(systems)
 
@@ -91,7 +93,7 @@ def _power_iterations(layer: ImplicitQueryAttention, iterations: int | None) -> 
 
 
 def row_gains(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]) -> Tensor:
-    r"""Return how much each row of a causal equilibrium feeds itself: the spectral radius of its own Jacobian.
+    r"""Return the gain of each row of a causal equilibrium: the spectral radius of the row's own Jacobian.
 
     With one head that is `|p (1 - p) beta|`. Their maximum is the spectral radius of the whole map. The same as
     `layer.solve(x, gains=True).gain`, but **differentiable** in parameters and inputs, at the price of one more
@@ -116,7 +118,7 @@ def row_gains(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]
                         "Use spectral_radius.")  # fmt: skip
     x = x if x.dim() == 3 else x[None]
     equation, y = layer.equation(x, **inputs), layer.solve(x, **inputs).value
-    system = CausalSystem(equation.function, equation.args)
+    system = CausalSystem(_one_map(equation), equation.args)
     y = y.to(system.wide).view(*y.shape[:2], system.heads, system.dim)
     if system.self_score is not None:
         return torch.zeros_like(y[:, :, 0, 0])
@@ -139,7 +141,7 @@ def gain_penalty(layer: ImplicitQueryAttention, x: Tensor, *, limit: float = 0.9
     Args:
         layer: A causal layer whose rows belong to keys.
         x: Input `[B, N, D]`.
-        limit: The gain from which on rows are penalised.
+        limit: The gain above which a row is penalised.
         **inputs: The other inputs of `layer.solve`.
 
     Returns:
@@ -181,7 +183,7 @@ def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack
         ValueError: As `layer.solve`; or if the layer has `qk_norm`, rotary positions, or active dropout.
     """
     equation = _equation(layer, x, inputs)
-    function = equation.function
+    function = _one_map(equation)
     tensors = dict(zip(function.names, equation.args, strict=True))
     if function.query_map.normalize or "rotation" in tensors:
         raise bad_value(
@@ -201,6 +203,13 @@ def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> Equat
     _refuse_dropout(layer)
     with torch.no_grad():
         return layer.equation(x, **inputs)
+
+
+def _one_map(equation: Equation) -> AttentionMap:
+    if isinstance(equation.function, PackedMap):
+        raise bad_value("segments", "None, as cu_seqlens, for this figure", Came("packed documents"),
+                        "Take it document by document, or use layer.solve(..., gains=True).gain.")  # fmt: skip
+    return equation.function
 
 
 def _refuse_dropout(layer: ImplicitQueryAttention) -> None:

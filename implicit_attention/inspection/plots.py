@@ -1,4 +1,4 @@
-"""Pictures of what a layer does: how it settles, what it attends to, what it learns. Needs matplotlib."""
+"""Plots of residuals, attention and training curves. Needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Trace = Sequence[float] | Tensor  # one figure per step
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; markers tell them apart in print.
+# Okabe and Ito's colours, which suit all kinds of colour vision. Markers help in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _DPI = 150
@@ -32,8 +32,8 @@ def convergence(
     Args:
         traces: Curves by name; or panels by title, each with its curves by name. Zeros, which have no
             logarithm, are left out.
-        tolerance: Where to draw a line that marks the tolerance.
-        quantity: What the vertical axis shows.
+        tolerance: The tolerance, drawn as a line.
+        quantity: Label of the vertical axis.
 
     Returns:
         The figure, 1350 pixels wide for two panels when saved as it is.
@@ -64,7 +64,7 @@ def convergence(
 
 
 def _decay(axes: "Axes", name: str, heights: Tensor, *, color: str, marker: str) -> None:
-    """Draw one curve, and say so where it ends because what follows is zero."""
+    """Draw one curve, with a note where it ends because the rest is zero."""
     steps = torch.arange(len(heights))[heights > 0]
     every = max(1, len(steps) // 12)
     style: dict[str, Any] = {"color": color, "marker": marker, "markevery": every, "markersize": 5, "linewidth": 1.8}
@@ -110,7 +110,7 @@ def learning(curves: Mapping[str, Mapping[int, float]], *, quantity: str = "bits
 
     Args:
         curves: By name, the loss by training step.
-        quantity: What the vertical axis shows.
+        quantity: Label of the vertical axis.
 
     Returns:
         The figure.
@@ -127,7 +127,7 @@ def learning(curves: Mapping[str, Mapping[int, float]], *, quantity: str = "bits
         sparse = len(curve) <= 30
         style: dict[str, Any] = {"marker": "o" if sparse else None, "markersize": 5, "linewidth": 2 if sparse else 1}
         axes.plot(list(curve), list(curve.values()), color=colour, label=name, **style)
-    # The first steps fall from a height beside which nothing later could be told apart.
+    # The first losses are so large that later differences could not be seen beside them.
     late = [height for curve in curves.values() for step, height in curve.items() if 10 * step >= max(curve)]
     axes.set(xlabel="training step", ylabel=quantity, ylim=(0.98 * min(late), 1.05 * max(late)))
     axes.legend(frameon=False)
@@ -182,7 +182,7 @@ def attention(maps: Mapping[str, Tensor], *, tokens: Sequence[str] | None = None
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """An empty figure, `width` x `height` inches at 150 dots, outside any global state of matplotlib's."""
+    """An empty figure, `width` x `height` inches at 150 dots, apart from matplotlib's global state."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -191,7 +191,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _row(figure: "Figure", count: int) -> "list[Axes]":
-    """Panels side by side, in the style all of them share."""
+    """Panels side by side, in one style."""
     panels: Any = figure.subplots(1, count, squeeze=False)
     for axes in panels[0]:
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Tasks and data that need no download, and the small models to try them with."""
+"""Tasks and data that need no download, and small models to learn them."""
 
 from implicit_attention.tasks.byte_text import ByteText
 from implicit_attention.tasks.digits import Digits

@@ -1,4 +1,4 @@
-"""Python's own source text, byte by byte."""
+"""The source of Python's standard library, byte by byte."""
 
 import functools
 import math
@@ -21,14 +21,14 @@ _NATS = math.log(2)  # of a bit
 
 @dataclass(frozen=True)
 class ByteText:
-    """Which byte comes next in the source of the running Python's standard library?
+    """Predict the next byte of the source of the running Python's standard library.
 
-    Windows at random places, `length` bytes to read and the one after each to predict. A tenth of the files, by a
-    hash of their names, is held out, the same that runs of a language model hold out. Figures compare within one
-    version of Python, whose library is the text.
+    Windows are at random places. Each has `length` bytes to read, and the byte after each to predict. A tenth of the
+    files is held out, chosen by a hash of their names; `implicit-attention train` holds out the same files. Compare
+    figures only within one version of Python, since its library is the text.
 
-    How much a model reads off its own window shows where a bigram comes back: where the byte before and the byte
-    to predict have stood next to each other earlier in the window.
+    The score of repeated bigrams measures recall: there, the byte before and the byte to predict came next to each
+    other earlier in the window.
 
     Attributes:
         length: Bytes in a window, N.
@@ -46,11 +46,11 @@ class ByteText:
     score: ClassVar[str] = "-bits_per_byte"
 
     def __post_init__(self) -> None:
-        """Refuse a length that cannot work."""
+        """Refuse an invalid length."""
         check_positive("length", self.length, integer=True)
 
     def batch(self, size: int, generator: Generator) -> Batch:
-        """Draw windows of the text to learn from.
+        """Draw windows of the training text.
 
         Args:
             size: Number of windows, B.
@@ -62,17 +62,17 @@ class ByteText:
         Raises:
             TypeError: If `size` is no integer.
             ValueError: If it is not positive, or a window is longer than the text.
-            FileNotFoundError: If the interpreter keeps no source of its library.
+            FileNotFoundError: If the interpreter has no source of its library.
         """
         check_positive("size", size, integer=True)
         return self._cut(library(held_out=False), size, generator)
 
     def held_out(self, size: int, seed: int) -> Mapping[str, Batch]:
-        """Return windows of the text that is held out.
+        """Return windows of the held-out text.
 
         Args:
             size: Number of windows.
-            seed: Which ones.
+            seed: Decides which ones.
 
         Returns:
             `{"held_out": batch}`.
@@ -80,7 +80,7 @@ class ByteText:
         Raises:
             TypeError: If an argument is no integer.
             ValueError: If `size` is not positive, `seed` negative, or a window longer than the text.
-            FileNotFoundError: If the interpreter keeps no source of its library.
+            FileNotFoundError: If the interpreter has no source of its library.
         """
         check_positive("size", size, integer=True)
         return {"held_out": self._cut(library(held_out=True), size, held_out_stream(seed, "bytes"))}
@@ -94,7 +94,7 @@ class ByteText:
 
         Args:
             logits: `[B, length, 256]`.
-            batch: What they answer.
+            batch: The batch they answer.
         """
         return cross_entropy(logits, batch)
 
@@ -103,7 +103,7 @@ class ByteText:
 
         Args:
             logits: `[B, length, 256]`.
-            batch: What they answer.
+            batch: The batch they answer.
 
         Returns:
             "bits_per_byte" over all positions; "repeat_bits_per_byte" and "new_bits_per_byte" over those whose bigram
@@ -125,7 +125,7 @@ class ByteText:
 
 
 def repeated_bigrams(batch: Batch) -> Tensor:
-    """Tell where the byte read and the byte to predict have stood next to each other earlier in the window.
+    """Return where the bigram of the byte read and the byte to predict came earlier in the window.
 
     Args:
         batch: Windows of bytes.
@@ -140,7 +140,7 @@ def repeated_bigrams(batch: Batch) -> Tensor:
 
 @functools.cache
 def library(*, held_out: bool) -> Tensor:
-    """Return one part of the source of the running interpreter's standard library.
+    """Return one part of the source of the standard library.
 
     Args:
         held_out: Whether the files that are held out, or all others.
@@ -149,7 +149,7 @@ def library(*, held_out: bool) -> Tensor:
         `[n]`, uint8, file after file in the order of their paths.
 
     Raises:
-        FileNotFoundError: If the interpreter keeps no source of its library.
+        FileNotFoundError: If the interpreter has no source of its library.
     """
     root, files = standard_library_files()
     kept = held_out_files(root, files)

@@ -1,4 +1,4 @@
-"""Handwritten digits with half of their pixels hidden, to be filled in from the other half."""
+"""Handwritten digits: half of the pixels are hidden and predicted from the other half."""
 
 import functools
 import hashlib
@@ -19,16 +19,15 @@ _HELD_OUT = 5  # one image of this many
 
 @dataclass(frozen=True)
 class Digits:
-    """What is the value of each hidden pixel? Every position sees all others.
+    """Predict the value of each hidden pixel. Every position sees all others.
 
-    The 1797 images of 8 x 8 that scikit-learn brings along, their pixels in rows as 64 positions, scaled to 0 ... 1.
-    Of every image drawn, `masked` pixels chosen at random are hidden. A position has two features: its value, 0 if
-    hidden, and whether it is hidden, 0 or 1; where it stands is for the model to know. Targets are the hidden values,
-    NaN elsewhere.
+    The data are the 1797 images of 8 x 8 pixels of scikit-learn, as 64 positions in row order, scaled to 0 ... 1.
+    In every image drawn, `masked` random pixels are hidden. A position has two features: its value (0 if hidden), and
+    whether it is hidden, 0 or 1. Its place is for the model to know. Targets are the hidden values, NaN elsewhere.
 
-    A fifth of the images, by a hash of their index, is held out and never trained on. Another writer's digits are
-    not: scikit-learn does not tell who wrote which. The mean of each pixel over the training images has a squared
-    error of 0.073 on the others; one number for all pixels, 0.141.
+    A fifth of the images is held out, chosen by a hash of their index. The split is not by writer, since scikit-learn
+    does not say who wrote which. The mean of each pixel over the training images has a squared error of 0.073 on the
+    held-out ones; one number for all pixels has 0.141.
 
     Attributes:
         masked: Hidden pixels, 1 to 64.
@@ -47,13 +46,13 @@ class Digits:
     score: ClassVar[str] = "-squared_error"
 
     def __post_init__(self) -> None:
-        """Refuse a number of pixels that an image does not have."""
+        """Refuse more pixels than an image has."""
         check_positive("masked", self.masked, integer=True)
         if self.masked > _PIXELS:
             raise bad_value("masked", f"at most {_PIXELS}, the pixels of an image", self.masked)
 
     def batch(self, size: int, generator: Generator) -> Batch:
-        """Draw images to learn from, with replacement, each with a mask of its own.
+        """Draw training images with replacement, each with its own mask.
 
         Args:
             size: Number of images, B.
@@ -72,11 +71,11 @@ class Digits:
         return self._hide(images[torch.randint(len(images), (size,), generator=generator)], generator)
 
     def held_out(self, size: int, seed: int) -> Mapping[str, Batch]:
-        """Return held-out images, in random order, each with a mask of its own.
+        """Return held-out images in random order, each with its own mask.
 
         Args:
-            size: Number of images; where it is more than there are, all come once before any comes again.
-            seed: Which ones, and which of their pixels are hidden.
+            size: Number of images. If it is more than there are, every image comes once before any comes twice.
+            seed: Decides which images, and which of their pixels are hidden.
 
         Returns:
             `{"held_out": batch}`.
@@ -102,7 +101,7 @@ class Digits:
 
         Args:
             logits: `[B, 64, 1]`, values of pixels.
-            batch: What they answer.
+            batch: The batch they answer.
 
         Returns:
             A scalar, float32 or wider.
@@ -121,7 +120,7 @@ class Digits:
 
         Args:
             logits: `[B, 64, 1]`, values of pixels.
-            batch: What they answer.
+            batch: The batch they answer.
 
         Returns:
             "squared_error", the mean over hidden pixels, on the scale of 0 to 1; "-squared_error" is larger for

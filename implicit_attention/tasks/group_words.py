@@ -16,19 +16,18 @@ _DEGREE = {"S3": 3, "A5": 5}
 
 @dataclass(frozen=True)
 class GroupWords(PrefixTask):
-    """Which permutation do the permutations so far amount to? Random elements of a group, one a token.
+    """Predict the product of all permutations so far. Each token is a random element of a group.
 
-    S3 is the smallest group that is not commutative, and solvable; A5 the smallest that is not solvable, whose word
-    problem is complete for NC1: no transformer of a fixed depth is believed to solve it at all lengths. A constant
+    S3 is the smallest group that is not commutative; it is solvable. A5 is the smallest group that is not solvable. Its
+    word problem is complete for NC1: no transformer of a fixed depth is believed to solve it at all lengths. A constant
     answer is right once in 6, or once in 60.
 
-    Elements are numbered in the lexicographic order of the permutations they are, written as tuples `p` that take
-    t to `p[t]`, of which A5 has the even ones. A product is read as it is written: first the permutations before,
-    then the new one, `(p q)[t] = q[p[t]]`.
+    Elements are numbered in the lexicographic order of their permutations, written as tuples `p` that map t to `p[t]`.
+    A5 has the even ones. In a product the earlier permutations come first: `(p q)[t] = q[p[t]]`.
 
     Attributes:
-        train_length: Tokens in a sequence to learn from.
-        judged: Lengths to be judged on.
+        train_length: Tokens in a training sequence.
+        judged: Lengths of held-out sequences.
         group: "S3" (6 elements) or "A5" (60).
 
     Reference:
@@ -41,7 +40,7 @@ class GroupWords(PrefixTask):
     group: str = "S3"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work."""
+        """Refuse invalid settings."""
         super().__post_init__()
         check_choice("group", self.group, tuple(_DEGREE))
 
@@ -56,13 +55,13 @@ class GroupWords(PrefixTask):
         return self.inputs
 
     def draw(self, size: int, length: int, generator: Generator) -> Batch:
-        """Draw random elements, and the product of those up to each; see `PrefixTask.draw`."""
+        """Draw random elements and their prefix products; see `PrefixTask.draw`."""
         words = torch.randint(self.inputs, (size, length), generator=generator)
         return Batch(words, _running_products(words, _products(self.group)))
 
 
 def _running_products(words: Tensor, products: Tensor) -> Tensor:
-    """Multiply up, `[B, N]`, in log2 N rounds: each joins the product of s elements to that of the s before them."""
+    """Prefix products `[B, N]` in log2 N rounds. Each round multiplies products of s elements by the s before them."""
     running, span = words.clone(), 1
     while span < words.shape[1]:
         running[:, span:] = products[running[:, :-span], running[:, span:]]

@@ -1,4 +1,4 @@
-"""What tasks share when they judge: streams of randomness that training never meets, and figures of classes."""
+"""Evaluation that tasks share: random streams that training never uses, and the loss and accuracy of classes."""
 
 import hashlib
 
@@ -13,15 +13,15 @@ _UPPER_HALF = 1 << 31  # of the 32 bits of a seed that torch's generator on the 
 
 
 def held_out_stream(seed: int, kind: str) -> Generator:
-    """Return the randomness that held-out sequences of a kind are drawn from.
+    """Return the random stream of one kind of held-out sequences.
 
     Its generator is seeded in the upper half of the seeds, so a training stream seeded below 2**31 is another
     stream. That the other stream draws the same sequence by chance has the odds of drawing that sequence: a task
     with few possible sequences has no unseen ones, whatever its streams.
 
     Args:
-        seed: What the caller names its held-out sequences by.
-        kind: Which of their kinds; every kind has a stream of its own.
+        seed: Seed of the held-out sequences.
+        kind: Name of the kind; every kind has its own stream.
 
     Returns:
         A generator on the CPU.
@@ -36,11 +36,11 @@ def held_out_stream(seed: int, kind: str) -> Generator:
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy, in nats, over the positions where something is asked.
+    """Return the mean cross-entropy, in nats, over the positions that have a target.
 
     Args:
         logits: `[B, N, outputs]`.
-        batch: Whose targets are classes.
+        batch: A batch whose targets are classes.
 
     Returns:
         A scalar, float32 or wider.
@@ -54,11 +54,11 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def accuracy(logits: Tensor, batch: Batch) -> float:
-    """Return the share of right answers among the positions where something is asked, NaN if there are none.
+    """Return the share of right answers among the positions that have a target; NaN if there are none.
 
     Args:
         logits: `[B, N, outputs]`.
-        batch: Whose targets are classes.
+        batch: A batch whose targets are classes.
 
     Returns:
         A number from 0 to 1.
@@ -71,7 +71,7 @@ def accuracy(logits: Tensor, batch: Batch) -> float:
 
 
 def asked_logits(logits: Tensor, asked: Tensor) -> Tensor:
-    """Return the logits of the positions where something is asked.
+    """Return the logits of the positions that have a target.
 
     Args:
         logits: `[B, N, outputs]`.

@@ -1,4 +1,4 @@
-"""k-hop induction: look up what followed the last occurrence of a symbol, then of that one, k times over."""
+"""k-hop induction: look up what followed the last occurrence of a symbol, then repeat that k times."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from implicit_attention.tasks.task import IGNORED, Batch
 
 @dataclass(frozen=True)
 class KHop:
-    """From every position, where do k hops lead? One model learns all k, told which by the first token.
+    """Predict where k hops lead from every position. One model learns all k; the first token tells k.
 
-    A hop goes from position i to j + 1, where j < i is the last position before i that holds the same symbol; the
-    answer at i is the symbol where k hops from i end, or "none" where one of them finds no earlier occurrence.
-    Symbols are random, but never twice the same in a row.
+    A hop goes from position i to j + 1, where j < i is the last position before i with the same symbol. The target at i
+    is the symbol where k hops from i end, or "none" if a hop finds no earlier occurrence. Symbols are random, but two
+    neighbours are never equal.
 
-    Tokens are the symbols 0 to symbols - 1, then `symbols + k - 1` for k, which stands first; classes are the
-    symbols, then "none". Every position is labelled but the first. As k grows, more and more answers are "none":
-    about half at k = 8 and a length of 48. Hence the second score, over answers that are a symbol.
+    Tokens are the symbols 0 to symbols - 1, then `symbols + k - 1` for k, which comes first. Classes are the symbols,
+    then "none". Every position but the first has a target. As k grows, more targets are "none": about half at k = 8 and
+    a length of 48. So there is a second score, over targets that are a symbol.
 
-    The published code has k from 0 to 16 (0 copies), and sequences of 1 + 98 tokens for its 100; a blank class
-    labels the first position. The sizes to compare here are lengths of 48 and 100, k = 1 to 8.
+    The published code has k from 0 to 16 (0 copies) and sequences of 1 + 98 tokens for its 100. A blank class labels
+    the first position. The sizes here are lengths of 48 and 100, and k = 1 to 8.
 
     Attributes:
-        length: Tokens in a sequence, N, the first of which tells k.
+        length: Tokens in a sequence, N. The first one tells k.
         hops: Largest k; k is uniform in 1 to hops.
         symbols: Size of the alphabet, at least 2.
 
@@ -46,7 +46,7 @@ class KHop:
     score: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot work."""
+        """Refuse invalid sizes."""
         for name in ("length", "hops", "symbols"):
             check_positive(name, getattr(self, name), integer=True)
         if self.length < 2:
@@ -65,7 +65,7 @@ class KHop:
         return self.symbols + 1
 
     def batch(self, size: int, generator: Generator) -> Batch:
-        """Draw sequences, each with a k of its own.
+        """Draw training sequences, each with its own k.
 
         Args:
             size: Number of sequences, B.
@@ -82,11 +82,11 @@ class KHop:
         return self._ask(1 + torch.randint(self.hops, (size, 1), generator=generator), generator)
 
     def held_out(self, size: int, seed: int) -> Mapping[str, Batch]:
-        """Return sequences to be judged on, for every k, from streams that training never meets.
+        """Return held-out sequences for every k, from random streams that training never uses.
 
         Args:
             size: Number of sequences of each k.
-            seed: Which ones.
+            seed: Decides which ones.
 
         Returns:
             `{"hops=1": batch, "hops=2": batch, ...}`.
@@ -112,13 +112,13 @@ class KHop:
         return Batch(tokens, targets)
 
     def _symbols(self, size: int, generator: Generator) -> Tensor:
-        """Draw symbols of which no two neighbours are the same: each is the one before it and a step, modulo A."""
+        """Draw symbols so that no two neighbours are equal: each adds a step to the one before it, modulo A."""
         first = torch.randint(self.symbols, (size, 1), generator=generator)
         steps = torch.randint(1, self.symbols, (size, self.length - 2), generator=generator)
         return torch.cat([first, steps], 1).cumsum(1) % self.symbols
 
     def _destinations(self, symbols: Tensor, k: Tensor) -> Tensor:
-        """Return the position where k hops end, `[B, N]`, counted with the first token, 0 if they lead nowhere."""
+        """Return the position where k hops end, `[B, N]`, the first token counted; 0 if they lead nowhere."""
         alike, order = symbols.sort(stable=True)  # [B, N - 1]: equal symbols in a row, each after the one before it
         after = torch.where(alike[:, 1:] == alike[:, :-1], order[:, :-1] + 2, 0)  # past it, and past the token of k
         hop = F.pad(torch.empty_like(order).scatter_(1, order, F.pad(after, (1, 0))), (1, 0))  # [B, N], from 0 to 0
@@ -132,16 +132,16 @@ class KHop:
 
         Args:
             logits: `[B, length, symbols + 1]`.
-            batch: What they answer.
+            batch: The batch they answer.
         """
         return cross_entropy(logits, batch)
 
     def scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        """Return shares of right answers; of a kind of `held_out`, for its k.
+        """Return the share of right answers for each k in the batch.
 
         Args:
             logits: `[B, length, symbols + 1]`.
-            batch: What they answer.
+            batch: The batch they answer.
 
         Returns:
             "accuracy" over all positions but the first, and "found_accuracy" over those whose answer is a symbol

@@ -1,4 +1,4 @@
-"""The smallest model around one attention layer, and the ordinary layer to compare the implicit one with."""
+"""A minimal model around one attention layer, and an ordinary layer to compare the implicit one with."""
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ class OrdinaryAttention(nn.Module):
 
 
 class TokenModel(nn.Module):
-    """Token embedding plus learned positions, one attention layer, a linear head; nothing else."""
+    """Token embedding with learned positions, one attention layer, and a linear head."""
 
     def __init__(self, vocabulary: int, length: int, attention: nn.Module, *, residual: bool = False) -> None:
         """Make the model around a layer.
@@ -91,7 +91,7 @@ class TokenModel(nn.Module):
         self.head = nn.Linear(embed_dim, vocabulary)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return what the attention layer is given, `[B, N, D]`, for tokens `[B, N]`."""
+        """Return the input of the attention layer, `[B, N, D]`, for tokens `[B, N]`."""
         embedded: Tensor = self.embedding(tokens)
         return embedded + self.positions[: tokens.shape[-1]]
 
@@ -107,7 +107,7 @@ class TokenModel(nn.Module):
         return self.solve(tokens)[0]
 
     def solve(self, tokens: Tensor) -> tuple[Tensor, Solution | None]:
-        """Return logits and how the equilibrium was found.
+        """Return logits and the solution of the equilibrium.
 
         Args:
             tokens: `[B, N]`, int64.

@@ -1,4 +1,4 @@
-"""Multi-query associative recall as Zoology defines it: pairs, then their keys again, scattered among noise."""
+"""Multi-query associative recall as Zoology defines it: pairs, then their keys again among random tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,27 +14,27 @@ from implicit_attention.tasks.task import IGNORED, Batch
 
 @dataclass(frozen=True)
 class MQAR:
-    """Which value stood after this key? Asked where a key comes back, and there alone.
+    """Predict the value that came after a key, at each position where a key comes back.
 
-    A sequence begins with `k1 v1 k2 v2 ...`: distinct keys out of tokens 1 to V/2 - 1, distinct values out of V/2 to
-    V - 1. Its other `length - 2 pairs` positions are slots of two tokens; each key comes back once, as the first
-    token of a slot. Which slot falls to which key is drawn without replacement, the first key first, slot g (from 0)
-    with a weight of `(g + 1)**(power_a - 1)`: most keys come back early. What is left over is filled with random
-    tokens, any of the vocabulary, or with token 0. The target at a returning key is its value.
+    A sequence begins with `k1 v1 k2 v2 ...`. Keys are distinct tokens of 1 to V/2 - 1, values are distinct tokens of
+    V/2 to V - 1. The other `length - 2 pairs` positions are slots of two tokens. Each key comes back once, as the first
+    token of a slot. Slots are drawn for the keys in order, without replacement. Slot g (from 0) has the weight
+    `(g + 1)**(power_a - 1)`, so most keys come back early. The other positions hold random tokens of the vocabulary, or
+    token 0. The target at a returning key is its value.
 
     The published sizes (length, pairs) are (64, 4), (128, 8) and (256, 16), with a vocabulary of 8192, 100,000
-    sequences to train on and 3,000 to test. Two things differ here: sequences are drawn afresh for every batch, and
-    the vocabulary is 512 unless asked otherwise, as most of a small model's time on a CPU would go into 8192 logits.
-    The paper's own runs fill with token 0 (`random_fill=False`); its generator's default is to fill at random.
+    training sequences and 3,000 test sequences. Two things differ here. Sequences are drawn anew for every batch. The
+    vocabulary is 512 by default, since 8192 logits would take most of a small model's time on a CPU. The paper's runs
+    fill with token 0 (`random_fill=False`); its generator fills at random by default.
 
-    Published figures are of models of two layers; the task itself brings no convolution that would shift a token on.
+    Published figures are for models of two layers. The task itself has no convolution that would shift a token.
 
     Attributes:
         length: Tokens in a sequence, N, even.
         pairs: Pairs in a sequence; `4 pairs <= length`.
         vocabulary: Different tokens V, even and more than `length`.
         power_a: Exponent of the law of the gaps; 1 is uniform.
-        random_fill: Whether positions that are no pair and no query hold random tokens, instead of token 0.
+        random_fill: Whether positions outside pairs and queries hold random tokens; else they hold token 0.
 
     Reference:
         Arora et al. 2023, "Zoology: Measuring and improving recall in efficient language models", arXiv 2312.04927,
@@ -51,7 +51,7 @@ class MQAR:
     score: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot work."""
+        """Refuse invalid sizes."""
         for name in ("length", "pairs", "vocabulary"):
             check_positive(name, getattr(self, name), integer=True)
         check_positive("power_a", self.power_a)
@@ -69,7 +69,7 @@ class MQAR:
 
     @property
     def outputs(self) -> int:
-        """Different classes: any token, as published, though only values are asked for."""
+        """Different classes: any token, as published, although only values are targets."""
         return self.vocabulary
 
     def batch(self, size: int, generator: Generator) -> Batch:
@@ -108,11 +108,11 @@ class MQAR:
         return torch.zeros(size, self.length, dtype=torch.int64)
 
     def held_out(self, size: int, seed: int) -> Mapping[str, Batch]:
-        """Return sequences to be judged on, of one kind, from a stream that training never meets.
+        """Return held-out sequences, of one kind, from a random stream that training never uses.
 
         Args:
             size: Number of sequences.
-            seed: Which ones.
+            seed: Decides which ones.
 
         Returns:
             `{"held_out": batch}`.
@@ -128,7 +128,7 @@ class MQAR:
 
         Args:
             logits: `[B, length, vocabulary]`.
-            batch: What they answer.
+            batch: The batch they answer.
         """
         return cross_entropy(logits, batch)
 
@@ -137,11 +137,11 @@ class MQAR:
 
         Args:
             logits: `[B, length, vocabulary]`.
-            batch: What they answer.
+            batch: The batch they answer.
         """
         return {"accuracy": accuracy(logits, batch)}
 
 
 def _distinct(size: int, count: int, choices: int, generator: Generator) -> Tensor:
-    """Draw numbers below `choices`, `[size, count]`, those of a row distinct and in random order."""
+    """Draw numbers below `choices`, `[size, count]`: distinct within a row, in random order."""
     return torch.rand(size, choices, generator=generator).topk(count).indices

@@ -1,4 +1,4 @@
-"""Running parity, learned on short sequences and judged on long ones."""
+"""Running parity, trained on short sequences and evaluated on long ones."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,17 +12,16 @@ from implicit_attention.tasks.task import Batch
 
 @dataclass(frozen=True)
 class Parity(PrefixTask):
-    """Is the number of ones so far odd? Asked at every position of random bits.
+    """Predict at every position of random bits whether the number of ones so far is odd.
 
-    A constant answer is right half the time. Transformers are known to learn parity at the lengths they train on and
-    to fail at longer ones.
-    The published protocol trains on lengths of 1 to 40 and tests to 500, asking at the end alone; here every prefix
-    is asked about, and the longest sequence has 256 tokens. Of 2**N sequences those held out are new only where
-    2**N is many times what training draws.
+    A constant answer is right half the time. Transformers learn parity at the lengths they train on, and fail at longer
+    ones. The published protocol trains on lengths of 1 to 40 and tests up to 500, with a target only at the end. Here
+    every prefix has a target, and the longest sequence has 256 tokens. Held-out sequences are new only if 2**N is many
+    times the number of training sequences.
 
     Attributes:
-        train_length: Tokens in a sequence to learn from.
-        judged: Lengths to be judged on.
+        train_length: Tokens in a training sequence.
+        judged: Lengths of held-out sequences.
 
     Reference:
         Hahn 2020, "Theoretical limitations of self-attention in neural sequence models", arXiv 1906.06755;
@@ -36,6 +35,6 @@ class Parity(PrefixTask):
     outputs: ClassVar[int] = 2
 
     def draw(self, size: int, length: int, generator: Generator) -> Batch:
-        """Draw random bits, and whether the ones up to each of them are odd in number; see `PrefixTask.draw`."""
+        """Draw random bits and their running parity; see `PrefixTask.draw`."""
         bits = torch.randint(2, (size, length), generator=generator)
         return Batch(bits, bits.cumsum(1) % 2)

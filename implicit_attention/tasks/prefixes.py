@@ -1,4 +1,4 @@
-"""What tasks have in common that ask, at every position, for a value of all that came so far, at any length."""
+"""The base of tasks whose target at every position depends on all tokens so far, at any length."""
 
 import abc
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from implicit_attention.tasks.task import IGNORED, Batch
 
 @dataclass(frozen=True)
 class PrefixTask(abc.ABC):
-    """Short sequences to learn from, longer ones to be judged on; every position asks about its prefix.
+    """Base: short training sequences, longer held-out ones, and a target at every position for its prefix.
 
     Sequences to learn from all have `train_length` tokens: a causal model is asked about each of their prefixes,
     which is to train on every length up to it.
 
     Attributes:
-        train_length: Tokens in a sequence to learn from.
-        judged: Lengths to be judged on.
+        train_length: Tokens in a training sequence.
+        judged: Lengths of held-out sequences.
     """
 
     train_length: int
@@ -31,7 +31,7 @@ class PrefixTask(abc.ABC):
     score: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
-        """Refuse lengths that cannot work."""
+        """Refuse invalid lengths."""
         check_positive("train_length", self.train_length, integer=True)
         if not isinstance(self.judged, tuple) or not self.judged:
             raise bad_type("judged", "a tuple of lengths, at least one", self.judged)
@@ -40,7 +40,7 @@ class PrefixTask(abc.ABC):
 
     @property
     def length(self) -> int:
-        """Longest sequence, of training or of judging."""
+        """Longest sequence, training or held out."""
         return max(self.train_length, *self.judged)
 
     @abc.abstractmethod
@@ -57,7 +57,7 @@ class PrefixTask(abc.ABC):
         """
 
     def batch(self, size: int, generator: Generator) -> Batch:
-        """Draw sequences to learn from.
+        """Draw training sequences.
 
         Args:
             size: Number of sequences, B.
@@ -74,11 +74,11 @@ class PrefixTask(abc.ABC):
         return self.draw(size, self.train_length, generator)
 
     def held_out(self, size: int, seed: int) -> Mapping[str, Batch]:
-        """Return sequences to be judged on, of every length, from streams that training never meets.
+        """Return held-out sequences of every length, from random streams that training never uses.
 
         Args:
             size: Number of sequences of each length.
-            seed: Which ones.
+            seed: Decides which ones.
 
         Returns:
             `{"length=40": batch, ...}`, in the order of `judged`.
@@ -96,7 +96,7 @@ class PrefixTask(abc.ABC):
 
         Args:
             logits: `[B, N, outputs]`.
-            batch: What they answer.
+            batch: The batch they answer.
         """
         return cross_entropy(logits, batch)
 
@@ -105,7 +105,7 @@ class PrefixTask(abc.ABC):
 
         Args:
             logits: `[B, N, outputs]`.
-            batch: What they answer.
+            batch: The batch they answer.
 
         Returns:
             "accuracy" over all positions; "last_quarter_accuracy" over the last quarter of them, rounded up, where

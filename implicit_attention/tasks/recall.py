@@ -1,4 +1,4 @@
-"""Associative recall: pairs of a key and its value, then the keys again; which value belongs to each?"""
+"""Associative recall: pairs of a key and its value, then the keys again. The targets are their values."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from implicit_attention.errors import bad_value, check_positive
 
 
 class RecallBatch(NamedTuple):
-    """Sequences and what should be answered at their last `pairs` positions.
+    """Sequences and the targets of their last `pairs` positions.
 
     Attributes:
         tokens: `[B, 3 pairs]`, int64: `k1 v1 k2 v2 ...`, then the keys again in random order.
@@ -24,9 +24,10 @@ class RecallBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Recall:
-    """The task: one attention layer has to look a value up that stands one token after its key.
+    """The task: look up a value that comes one token after its key.
 
-    A layer of ordinary attention cannot: the token to read, the value, does not know which key it follows.
+    One layer of plain ordinary attention does not learn it: the value, which is the token to read, does not know which
+    key it follows. Two layers do, or one with a convolution on its keys.
 
     Attributes:
         pairs: Pairs in a sequence; its keys are distinct, its values need not be.
@@ -42,7 +43,7 @@ class Recall:
     values: int = 32
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot work."""
+        """Refuse invalid sizes."""
         for name in ("pairs", "keys", "values"):
             check_positive(name, getattr(self, name), integer=True)
         if self.pairs > self.keys:

@@ -1,20 +1,20 @@
-"""What every task is: batches to learn from, held-out batches to be judged on, a loss and scores."""
+"""The interface of tasks: training batches, held-out batches, a loss and scores."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Generator, Tensor
 
-IGNORED = -100  # target of a position that nothing is asked about, as in torch's cross-entropy
+IGNORED = -100  # target of a position without a target, as in torch's cross-entropy
 
 
 class Batch(NamedTuple):
-    """Sequences, and what should be said at each of their positions.
+    """Sequences, and the target of each position.
 
     Attributes:
         inputs: Tokens `[B, N]`, int64; or features `[B, N, F]`, float32.
-        targets: Classes `[B, N]`, int64, `IGNORED` where nothing is asked; or numbers `[B, N]`, float32, NaN where
-            nothing is asked.
+        targets: Classes `[B, N]`, int64, `IGNORED` where there is no target; or numbers `[B, N]`, float32, NaN where
+            there is no target.
     """
 
     inputs: Tensor
@@ -22,11 +22,11 @@ class Batch(NamedTuple):
 
 
 class Task(Protocol):
-    """A task. Frozen dataclasses whose fields are its sizes implement it: what is a property here may be a field."""
+    """A task. Frozen dataclasses implement it; a property here may be a field there."""
 
     @property
     def is_causal(self) -> bool:
-        """Whether a position sees earlier ones alone."""
+        """Whether a position sees only earlier ones."""
 
     @property
     def inputs(self) -> int:
@@ -38,20 +38,20 @@ class Task(Protocol):
 
     @property
     def length(self) -> int:
-        """Longest sequence, of training or of judging."""
+        """Longest sequence, training or held out."""
 
     @property
     def score(self) -> str:
-        """Name of the score that decides, in `scores`; larger is better."""
+        """Name of the deciding score in `scores`. Larger is better."""
 
     def batch(self, size: int, generator: Generator) -> Batch:
-        """Draw sequences to learn from."""
+        """Draw training sequences."""
 
     def held_out(self, size: int, seed: int) -> Mapping[str, Batch]:
-        """Return sequences to be judged on, of each kind by name (lengths, hops, ...), never trained on."""
+        """Return held-out sequences by the name of their kind (lengths, hops, ...)."""
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the loss of logits `[B, N, outputs]`, a scalar."""
 
     def scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        """Return what is reported of logits `[B, N, outputs]`, by name."""
+        """Return the scores of logits `[B, N, outputs]`, by name."""

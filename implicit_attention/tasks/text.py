@@ -1,4 +1,4 @@
-"""A real text that every machine with Python has: the source of its standard library, as bytes."""
+"""A text that every machine with Python has: the source of the standard library, as bytes."""
 
 import hashlib
 import sysconfig
@@ -29,7 +29,7 @@ def standard_library(limit: int | None = None) -> Tensor:
     Raises:
         TypeError: If `limit` is no integer.
         ValueError: If it is not positive.
-        FileNotFoundError: If the interpreter keeps no source of its library.
+        FileNotFoundError: If the interpreter has no source of its library.
     """
     if limit is not None:
         check_positive("limit", limit, integer=True)
@@ -50,7 +50,7 @@ def standard_library_files() -> tuple[Path, list[Path]]:
         The directory, and the files in and below it.
 
     Raises:
-        FileNotFoundError: If the interpreter keeps no source of its library.
+        FileNotFoundError: If the interpreter has no source of its library.
     """
     root = Path(sysconfig.get_path("stdlib"))
     found = sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix())
@@ -61,19 +61,19 @@ def standard_library_files() -> tuple[Path, list[Path]]:
 
 
 def name_hash(root: Path, path: Path) -> bytes:
-    """Return the SHA-256 hash of a file's name, as it is called from `root`."""
+    """Return the SHA-256 hash of a file's name relative to `root`."""
     return hashlib.sha256(path.relative_to(root).as_posix().encode("utf-8", "surrogateescape")).digest()
 
 
 def held_out_files(root: Path, files: Iterable[Path]) -> set[Path]:
-    """Return the files to hold out: a tenth by a hash of their names, so that others may come or go.
+    """Return the files to hold out: a tenth, chosen by a hash of their names, so that adding files changes nothing.
 
     Args:
         root: Directory that their names are taken from.
         files: Files in it or below it, at least one.
 
     Returns:
-        At least one of them, and not all unless there is but one.
+        At least one file, and not all unless there is only one.
     """
     hashes = {path: name_hash(root, path) for path in files}
     held_out = {path for path, digest in hashes.items() if int.from_bytes(digest, "big") % HELD_OUT == 0}

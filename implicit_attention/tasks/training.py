@@ -1,4 +1,4 @@
-"""Training on recall, step by step, so that two models can be watched side by side."""
+"""Training on recall, one step at a time, so that two models can be trained side by side."""
 
 import time
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from implicit_attention.tasks.recall import Recall
 
 @dataclass(frozen=True)
 class Step:
-    """What one training step did.
+    """The result of one training step.
 
     Attributes:
         step: Its number, from 1.
         loss: Training loss.
         accuracy: Accuracy on held-out sequences after the step, None where it was not measured.
         seconds: Time spent on the steps so far, evaluations included.
-        solver_steps: Most steps that a system of the forward solve took; 0 for a layer that solves nothing.
+        solver_steps: Most solver steps of a system in the forward pass; 0 for a layer without a solver.
         unconverged: Share of its systems (rows of a causal layer) that missed the tolerance.
         residual: Its largest residual.
     """
@@ -46,7 +46,7 @@ def train(
     evaluate_every: int = 20,
     held_out: int = 256,
 ) -> Iterator[Step]:
-    """Train a model with AdamW on batches drawn from a seed; one step per item.
+    """Train a model with AdamW, and yield the result of each step.
 
     Args:
         model: The model, changed in place.
@@ -54,12 +54,12 @@ def train(
         steps: Number of steps.
         seed: Seed of the data; the same seed gives every model the same batches.
         batch_size: Sequences in a step.
-        learning_rate: Of AdamW, whose other settings are torch's own.
+        learning_rate: Learning rate of AdamW; its other settings are the defaults of torch.
         evaluate_every: Steps between evaluations; the last step is always evaluated.
-        held_out: Sequences to evaluate on, drawn from a seed of their own.
+        held_out: Number of held-out sequences; they have a seed of their own.
 
     Yields:
-        What each step did.
+        The result of each step.
 
     Raises:
         TypeError: If a count is no integer.

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON, no pickle; written whole or not at all; the same for every way to distribute.
+"""Checkpoints: safetensors and JSON, no pickle; written whole or not at all; the same on one process and on several.
 
 checkpoint-250/
   config.json generation_config.json model.safetensors     the model, as transformers saves it
@@ -6,7 +6,7 @@ checkpoint-250/
   optimizer.safetensors                                    moments and counts, by the parameters' names
   random.safetensors                                       the generators' states, a row for each process
   trainer_state.json                                       the step, and the curves so far
-  run.json                                                 the settings, and which data they were used on
+  run.json                                                 the settings, and a fingerprint of the data
 """
 
 import json
@@ -33,7 +33,7 @@ def checkpoints(directory: Path) -> list[Path]:
     """Return the checkpoints of a run, the oldest first.
 
     Args:
-        directory: The run's.
+        directory: Directory of the run.
 
     Raises:
         RunError: If the directory cannot be read.
@@ -57,22 +57,22 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint, then remove the oldest of those that are too many.
+    """Write a checkpoint, then remove the oldest ones beyond `keep`.
 
     Args:
-        directory: The run's.
+        directory: Directory of the run.
         model: The model, whose configuration is saved.
         tokenizer: Its tokenizer.
-        tensors: By file: `WEIGHTS`, `OPTIMIZER` and `RANDOM`.
-        state: The Trainer's.
-        run: What `run.json` holds.
-        keep: How many checkpoints stay, this one among them.
+        tensors: The tensors of each file: `WEIGHTS`, `OPTIMIZER` and `RANDOM`.
+        state: State of the Trainer.
+        run: Content of `run.json`.
+        keep: Number of checkpoints to keep, this one included.
 
     Returns:
         The checkpoint.
 
     Raises:
-        OSError: If it cannot be written; then nothing of it is there, and no other was removed.
+        OSError: If it cannot be written. Then no part of it is left, and no other checkpoint is removed.
     """
     path = directory / f"checkpoint-{state.global_step}"
     with whole_directory(path) as new:
@@ -89,10 +89,10 @@ def save(
 def save_model(
     directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor]
 ) -> None:
-    """Write a trained model into the directory of its run, from where `from_pretrained` loads it.
+    """Write a trained model into the directory of its run, for `from_pretrained`.
 
     Args:
-        directory: The run's, which exists.
+        directory: Directory of the run, which exists.
         model: The model, whose configuration is saved.
         tokenizer: Its tokenizer.
         weights: Its weights, whole.
@@ -109,8 +109,8 @@ def _save_model(
 ) -> None:
     config = model.config
     training = config.use_cache, config.solver
-    # The Trainer turns the cache off, and a run may have chosen a kernel that pays in training; whoever loads wants
-    # to generate, at once and anywhere.
+    # The Trainer turns the cache off, and a run may have chosen a kernel for training. A saved model should generate on
+    # any machine.
     config.use_cache, config.solver = True, "auto"
     try:
         model.save_pretrained(path, state_dict=dict(weights), max_shard_size=_ONE_FILE)
@@ -149,13 +149,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_run(checkpoint: Path) -> dict[str, Any]:
-    """Read how the run of a checkpoint was started.
+    """Read the settings and the progress of a checkpoint's run.
 
     Args:
-        checkpoint: Its directory.
+        checkpoint: Directory of the checkpoint.
 
     Returns:
-        What `save` was given as `run`, which has `settings` and `fingerprint`; and `done`, the steps taken.
+        The `run` argument of `save`, which has `settings` and `fingerprint`; and `done`, the steps taken.
 
     Raises:
         RunError: If it cannot be read, or is damaged.
@@ -192,13 +192,13 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, error: Exception) -> RunError:
-    """Return the fault of a file of a checkpoint that is not what it should be.
+    """Return the error for a damaged file of a checkpoint.
 
     Args:
         path: The file.
-        error: What was noticed.
+        error: What is wrong with it.
     """
     return RunError(
-        f"{path} is damaged ({reason(error)}): remove {path.parent} to go on from the checkpoint before it, "
+        f"{path} is damaged ({reason(error)}): remove {path.parent} to continue from the checkpoint before it, "
         "if there is one"
     )

@@ -1,4 +1,4 @@
-"""Text to learn from and text held out: any files, as bytes, with nothing decoded and nothing downloaded."""
+"""Training text and held-out text: any files, read as bytes. Nothing is decoded or downloaded."""
 
 import hashlib
 import mmap
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from implicit_attention.tasks.text import HELD_OUT, held_out_files, name_hash, standard_library_files
 from implicit_attention.training.faults import RunError, unreadable
 
-_SAMPLES, _SAMPLE = 64, 1 << 16  # parts of a large file that its fingerprint looks at
+_SAMPLES, _SAMPLE = 64, 1 << 16  # a large file's fingerprint covers this many parts of this many bytes
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Corpus:
     """A text in two parts.
 
     Attributes:
-        name: Where it comes from, for people.
+        name: Where it comes from, to print.
         training: `[n]`, uint8.
         held_out: `[m]`, uint8.
         fingerprint: Differs when the text does.
@@ -37,17 +37,17 @@ class Corpus:
 def read(data: str) -> Corpus:
     """Read the text that `--data` names.
 
-    Of several files, a tenth by a hash of their names is held out, whole files, so that the split does not change
-    when others come or go. Of a single file, which is mapped into memory and not read at once, its last tenth is.
+    Of several files, a tenth is held out as whole files. A hash of each file's name decides, so the split does not
+    change when files are added. Of a single file, the last tenth is held out; the file is mapped into memory.
 
     Args:
-        data: A file; a directory, of which every file is read but hidden ones; or "default".
+        data: A file; a directory, whose hidden files are left out; or "default".
 
     Returns:
         The text.
 
     Raises:
-        RunError: If there is none, or it cannot be read.
+        RunError: If there is no text, or it cannot be read.
     """
     if data == "default":
         try:
@@ -80,7 +80,7 @@ def _files_in(directory: Path) -> list[Path]:
         paths = (Path(folder, name) for name in names if not name.startswith("."))
         found += (path for path in paths if path.is_file() or path.is_symlink())
     if not found:
-        raise RunError(f"--data {directory} holds no file to learn from (hidden files are left out)")
+        raise RunError(f"--data {directory} has no file to learn from (hidden files are left out)")
     return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
 
 
@@ -122,7 +122,7 @@ def _from_file(name: str, path: Path) -> Corpus:
 
 
 class RandomWindows(Dataset[dict[str, Tensor]]):
-    """Windows at random places: the i-th is decided by the seed and i alone, whoever asks for it, and when."""
+    """Windows at random places. The i-th depends only on the seed and on i."""
 
     def __init__(self, text: Tensor, length: int, *, count: int, seed: int) -> None:
         """Make the data set.
@@ -131,7 +131,7 @@ class RandomWindows(Dataset[dict[str, Tensor]]):
             text: `[n]`, uint8, at least `length` bytes.
             length: Bytes in a window, N.
             count: Number of windows.
-            seed: Decides the places.
+            seed: Seed of the places.
 
         Raises:
             RunError: If the text is shorter than a window.
@@ -150,7 +150,7 @@ class RandomWindows(Dataset[dict[str, Tensor]]):
 
 
 class HeldOutWindows(Dataset[dict[str, Tensor]]):
-    """Windows in a row, each beginning with the last byte of the one before it: every byte is predicted once."""
+    """Consecutive windows that overlap by one byte, so that every byte but the first is predicted once."""
 
     def __init__(self, text: Tensor, length: int, *, limit: int) -> None:
         """Make the data set.
@@ -158,7 +158,7 @@ class HeldOutWindows(Dataset[dict[str, Tensor]]):
         Args:
             text: `[n]`, uint8, at least `length` bytes.
             length: Bytes in a window, N.
-            limit: Windows at most; of more, some are taken at even distances.
+            limit: Most windows to use. If there are more, windows at even distances are used.
 
         Raises:
             RunError: If the text is shorter than a window.

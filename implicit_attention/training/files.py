@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, also when the power fails or the disk is full."""
+"""Directories that appear whole or not at all, even if the power fails or the disk is full."""
 
 import os
 import shutil
@@ -12,13 +12,13 @@ _UNFINISHED = ".unfinished-"
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Fill a directory under a temporary name beside it; give it its own once every byte of it is on the disk.
+    """Fill a directory under a temporary name beside it, and rename it when every byte is on the disk.
 
     Args:
         path: The directory, which must not exist yet.
 
     Yields:
-        The directory to write into. If the block raises, it is removed, and nothing is left of it.
+        The directory to write into. If the block raises, the directory is removed.
 
     Raises:
         OSError: If it cannot be written.
@@ -32,13 +32,13 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(directory: Path) -> Iterator[Path]:
-    """Write files that each replace their namesake in a directory in one step, once all are on the disk.
+    """Write files that replace files of the same names in a directory, one by one, when all are on the disk.
 
     Args:
-        directory: Where they go.
+        directory: The directory.
 
     Yields:
-        The directory to write them into. If the block raises, it is removed, and no file was replaced.
+        A temporary directory to write the files into. If the block raises, it is removed and no file is replaced.
 
     Raises:
         OSError: If they cannot be written.
@@ -64,7 +64,7 @@ def _unfinished(path: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory so that no one ever sees a part of it.
+    """Remove a directory so that nobody sees a part of it: it is renamed first.
 
     Args:
         path: The directory.
@@ -79,10 +79,10 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what runs that were killed have left half-written in a directory.
+    """Remove what killed runs have left half-written in a directory.
 
     Args:
-        directory: Where the functions of this file were at work.
+        directory: A directory that the functions of this file wrote to.
     """
     for path in directory.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)

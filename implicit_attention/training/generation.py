@@ -1,4 +1,4 @@
-"""Text from a trained model: loaded from a directory, and nothing but data in it; streamed byte by byte."""
+"""Text from a trained model, byte by byte. Only data is read from its directory; nothing in it is executed."""
 
 import codecs
 import unicodedata
@@ -27,10 +27,10 @@ class Choice:
 
     Attributes:
         temperature: Divides the logits; 1 if None.
-        top_k: Likeliest bytes to choose among; all if None.
-        top_p: Probability that the bytes to choose among have together; 1 if None.
-        seed: Of the choice.
-        greedy: Always the likeliest.
+        top_k: Choose among this many most likely bytes; all if None.
+        top_p: Choose among the fewest bytes whose probabilities sum to this; 1 if None.
+        seed: Seed of the random choices.
+        greedy: Always take the most likely byte.
     """
 
     temperature: float | None = None
@@ -40,31 +40,29 @@ class Choice:
     greedy: bool = False
 
     def __post_init__(self) -> None:
-        """Raise a `RunError` where the settings contradict each other."""
+        """Raise a `RunError` if the settings contradict each other."""
         useless = [name for name in ("temperature", "top_k", "top_p") if getattr(self, name) is not None]
         if self.greedy and useless:
-            raise RunError(
-                f"--greedy leaves nothing to choose: leave out --{useless[0].replace('_', '-')}, or --greedy"
-            )
+            raise RunError(f"--greedy makes --{useless[0].replace('_', '-')} useless: leave out one of them")
 
 
 def load(directory: Path, *, device: str = "auto") -> ImplicitAttentionForCausalLM:
     """Load a model that `train` has made. Nothing is downloaded, unpickled or executed.
 
     Args:
-        directory: Of a run, whose newest checkpoint is taken until it is finished, or of a checkpoint.
+        directory: Directory of a run or of a checkpoint. Of an unfinished run, the newest checkpoint is loaded.
         device: "auto", "cpu" or "cuda".
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        RunError: If there is none, or it is damaged, or of another kind.
+        RunError: If there is no model, it is damaged, or it is of another kind.
     """
     path = _find(directory)
     kind = storage.load_json(path / "config.json").get("model_type")
     if kind != ImplicitAttentionConfig.model_type:
-        raise RunError(f"--model {path} is no model of this program: its config.json says model_type {kind!r}")
+        raise RunError(f"--model {path} is not a model of this program: its config.json has model_type {kind!r}")
     disable_progress_bar()
     try:
         model: ImplicitAttentionForCausalLM = ImplicitAttentionForCausalLM.from_pretrained(
@@ -74,42 +72,44 @@ def load(directory: Path, *, device: str = "auto") -> ImplicitAttentionForCausal
         raise storage.damaged(path / storage.WEIGHTS, error) from None
     if model.config.vocab_size != VOCABULARY:
         raise RunError(
-            f"--model {path} does not work on bytes: it has {model.config.vocab_size} tokens, not {VOCABULARY}"
+            f"--model {path} is not a byte-level model: it has {model.config.vocab_size} tokens, not {VOCABULARY}"
         )
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise RunError(f"--device {device} is not here: use auto or cpu")
+        raise RunError(f"--device {device} was not found: use auto or cpu")
     model.eval()
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    return nn.Module.to(model, place)  # of transformers' own `to`, the types are lost
+    return nn.Module.to(model, place)  # transformers' own `to` has no types
 
 
 def _find(directory: Path) -> Path:
     if not directory.is_dir():
-        raise RunError(f"--model {directory} is not a directory: name one that `implicit-attention train` has written")
+        raise RunError(
+            f"--model {directory} is not a directory: name a directory that `implicit-attention train` has written"
+        )
     candidates = [directory, *reversed(storage.checkpoints(directory))]
     for path in candidates:
         if (path / "config.json").is_file() and (path / storage.WEIGHTS).is_file():
             return path
-    raise RunError(f"--model {directory} holds no model: config.json and {storage.WEIGHTS} are missing")
+    raise RunError(f"--model {directory} has no model: config.json or {storage.WEIGHTS} is missing")
 
 
 def write_on(
     model: ImplicitAttentionForCausalLM, prompt: bytes, count: int | None, choice: Choice, write: Writer
 ) -> bytes:
-    """Go on from a prompt.
+    """Continue a prompt.
 
     Args:
         model: The model.
-        prompt: What to go on from, at least one byte.
-        count: Bytes to make; as many as fit into the model's sequences if None.
-        choice: How they are chosen.
-        write: Is given the prompt, then each byte as soon as it is there.
+        prompt: The text to continue, at least one byte.
+        count: Bytes to make; as many as fit the model's length if None.
+        choice: How bytes are chosen.
+        write: Is called with the prompt, then with each new byte.
 
     Returns:
         The new bytes.
 
     Raises:
-        RunError: If there is no prompt, or it all is longer than the model's sequences.
+        RunError: If the prompt is empty, or prompt and new bytes are longer than the model's sequences.
     """
     longest = model.config.max_position_embeddings
     if not prompt:
@@ -118,7 +118,7 @@ def write_on(
     if room < (count or 1):
         raise RunError(
             f"--prompt has {len(prompt)} bytes and {count or 1} more do not fit: the model's sequences have {longest}; "
-            + (f"ask for --max-new-tokens {room} at most" if room > 0 else "shorten the prompt")
+            + (f"use --max-new-tokens {room} at most" if room > 0 else "shorten the prompt")
         )
     tokens = torch.tensor([list(prompt)], device=model.device)
     options = {"do_sample": False} if choice.greedy else {
@@ -141,7 +141,7 @@ def write_on(
 
 
 class _Bytes(BaseStreamer):
-    """Hands tokens on as the bytes they are."""
+    """Passes tokens on as bytes."""
 
     def __init__(self, write: Writer) -> None:
         self.write = write
@@ -151,12 +151,12 @@ class _Bytes(BaseStreamer):
         self.write(bytes(value.flatten().tolist()))
 
     def end(self) -> None:
-        """Tell that nothing follows."""
+        """Write the empty bytes that mark the end."""
         self.write(b"")
 
 
 def byte_writer(file: TextIO) -> Writer:
-    """Return a writer that puts bytes into a file as they are.
+    """Return a writer that writes bytes to a file unchanged.
 
     Args:
         file: The file, opened for text.
@@ -171,10 +171,10 @@ def byte_writer(file: TextIO) -> Writer:
 
 
 def terminal_writer(file: TextIO) -> Writer:
-    """Return a writer for people: text as soon as a character is whole, and nothing that controls the terminal.
+    """Return a writer for a terminal: whole characters only, and symbols in place of control characters.
 
     Args:
-        file: The terminal. An empty write ends the text with a line's end.
+        file: The terminal. Empty bytes end the text with a newline.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 

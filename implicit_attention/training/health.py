@@ -1,4 +1,4 @@
-"""How well the equilibria of a run are solved, and what to do where they are not."""
+"""Statistics of a run's solves, and warnings that say what to do."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEAR_ONE = 0.95  # gain from which 1 / (1 - gain) amplifies gradients twentyfold
+NEAR_ONE = 0.95  # at this gain, 1 / (1 - gain) amplifies gradients twentyfold
 
 
 @dataclass
 class Health:
-    """The statistics of the forward passes since they were last asked for.
+    """The statistics of the forward passes since `figures` was last called.
 
     Attributes:
-        warned: What was reported already; each is reported once.
+        warned: What was reported already. Each kind is reported once.
     """
 
     warned: set[str] = field(default_factory=set)
     _worst: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, outputs: Any) -> None:
-        """Take the statistics of one forward pass, without waiting for the device.
+        """Add the statistics of one forward pass, without waiting for the device.
 
         Args:
-            outputs: What the model returned: its `solver_stats`, if any, has `[L]` figures for L implicit layers.
+            outputs: The model's output. Its `solver_stats`, if any, has `[L]` figures for L implicit layers.
         """
         stats = getattr(outputs, "solver_stats", None)
         for name in ("steps", "residual", "unconverged", "gain"):
@@ -35,11 +35,11 @@ class Health:
                 self._worst[name] = new if old is None else torch.maximum(old, new)
 
     def figures(self) -> dict[str, float]:
-        """Return the worst of what was taken since the last call, and begin anew.
+        """Return the worst statistics since the last call, and start again.
 
         Returns:
-            Of `solver_steps`, `residual`, `unconverged` (the share of a layer's rows that missed the tolerance)
-            and `gain` those that the model reports.
+            Those that the model reports of `solver_steps`, `residual`, `unconverged` (the share of a layer's rows above
+            tolerance) and `gain`.
         """
         names = {"steps": "solver_steps"}
         figures = {names.get(name, name): float(value) for name, value in self._worst.items()}
@@ -47,28 +47,29 @@ class Health:
         return figures
 
     def warnings(self, figures: dict[str, float], step: int) -> list[str]:
-        """Return a sentence about each thing that is wrong for the first time.
+        """Return a warning for each kind of problem that appears for the first time.
 
         Args:
-            figures: What `figures` returned.
+            figures: The result of `figures`.
             step: The training step.
 
         Returns:
-            Each with what to do.
+            Sentences that say what happened and what to do.
         """
         found = {}
         if figures.get("unconverged", 0) > 0:
             found["unconverged"] = (
                 f"step {step}: up to {figures['unconverged']:.2%} of a layer's rows missed the solver's tolerance "
-                f"(largest residual {figures['residual']:.1e}), so their gradients are not exact. If it goes on, lower "
-                "--learning-rate, raise --weight-decay, or train with --self-query input, which always has a solution."
+                f"(largest residual {figures['residual']:.1e}), so their gradients are not exact. If this continues, "
+                "lower --learning-rate, raise --weight-decay, or train with --self-query input, which always has a "
+                "solution."
             )
         gain = figures.get("gain", 0)
         if not gain < NEAR_ONE:
             found["gain"] = (
-                f"step {step}: the largest gain of a row's equation is {gain:.3f}; at 1 its equilibrium has no "
-                "gradient, and near it gradients are large and noisy. If the loss becomes unsteady, lower "
-                "--learning-rate or --clip, or train with --self-query input, where every gain is 0."
+                f"step {step}: the largest gain of a row's equation is {gain:.3f}. At 1 the equilibrium has no "
+                "gradient; near 1 gradients are large and noisy. If the loss becomes unstable, lower --learning-rate "
+                "or --clip, or train with --self-query input, where every gain is 0."
             )
         new = [sentence for kind, sentence in found.items() if kind not in self.warned]
         self.warned.update(found)

@@ -1,4 +1,4 @@
-"""The model that a run trains: the settings as a configuration."""
+"""The model that a run trains."""
 
 from transformers import set_seed
 
@@ -8,10 +8,10 @@ from implicit_attention.training.tokenizer import END, PAD, VOCABULARY
 
 
 def build(settings: Settings) -> ImplicitAttentionForCausalLM:
-    """Return a new model, its weights drawn from the seed.
+    """Return a new model, with weights drawn from the seed.
 
     Args:
-        settings: The settings of a run. Its two kinds of attention give models of as many weights.
+        settings: The settings of a run. Implicit and ordinary attention give models with as many weights.
 
     Returns:
         The model, on the CPU.

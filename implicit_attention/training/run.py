@@ -23,7 +23,7 @@ from implicit_attention.training.tensorboard import TensorBoard
 from implicit_attention.training.tokenizer import byte_tokenizer
 from implicit_attention.training.trainer import ByteTrainer, Checkpoints
 
-SAMPLE, FINAL = 512, 4096  # held-out windows at most: in an evaluation on the way, and at the end
+SAMPLE, FINAL = 512, 4096  # most held-out windows: in an evaluation during training, and in the last one
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Plan:
 
     Attributes:
         settings: Its settings. Its directory must exist.
-        resumed: The checkpoint it goes on from, None if it begins.
+        resumed: The checkpoint it continues from; None for a new run.
         done: Steps taken already.
-        fingerprint: Of the data that the run was begun with, None if it begins.
+        fingerprint: Fingerprint of the data that the run started with; None for a new run.
     """
 
     settings: Settings
@@ -45,15 +45,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
         bits_per_byte: On held-out text.
         held_out_bytes: How many bytes that was measured on.
         parameters: Weights of the model.
-        history: What was logged, as transformers keeps it: a dictionary for each time.
+        history: The log entries, as transformers keeps them.
         data: Where the text came from.
-        training_bytes: How much of it there was to learn from.
+        training_bytes: Bytes of training text.
     """
 
     bits_per_byte: float
@@ -65,14 +65,14 @@ class Result:
 
 
 def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> Plan:
-    """Decide what to do, and make sure of the directory.
+    """Make the plan of a run, and check its directory.
 
-    Under an `accelerate launch` that is to use FSDP, `fsdp` is on.
+    Under an `accelerate launch` that asks for FSDP, `fsdp` is on.
 
     Args:
-        flags: Settings from the command line.
-        file: Settings from a file.
-        resume: Whether to go on with the run in the directory.
+        flags: Settings of the command line.
+        file: Settings of a file.
+        resume: Whether to continue the run in the directory.
 
     Returns:
         The plan.
@@ -81,18 +81,20 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
         RunError: If the settings do not fit, or the directory does not.
     """
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        flags = {"fsdp": True, **flags}  # and `training.sharding` does it, on every device, instead of accelerate
+        flags = {"fsdp": True, **flags}  # `training.sharding` does it instead of accelerate, on every device
     settings = resolve(flags, file)
     found = storage.checkpoints(settings.directory)
     if not resume:
         if found:
             raise RunError(
-                f"--out {settings.directory} holds a run already ({found[-1].name}): go on with it by --resume, or "
+                f"--out {settings.directory} has a run already ({found[-1].name}): continue it with --resume, or "
                 "choose another --out"
             )
         return Plan(settings)
     if not found:
-        raise RunError(f"--out {settings.directory} holds no checkpoint to resume from: leave out --resume to begin")
+        raise RunError(
+            f"--out {settings.directory} has no checkpoint to resume from: leave out --resume to start a run"
+        )
     content = storage.load_run(found[-1])
     settings = resolve({**flags, "out": str(settings.directory)}, file, content["settings"])
     if settings.steps < content["done"]:
@@ -105,18 +107,18 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
 def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[TrainerCallback] = ()) -> Result | None:
     """Train, evaluate, and leave the model in the directory of the run.
 
-    Under `torchrun` or `accelerate launch` every process calls this, and works on its part of each batch.
+    Under `torchrun` or `accelerate launch` every process calls this and works on its part of each batch.
 
     Args:
-        plan: What to do.
-        say: Tells the user a sentence.
-        callbacks: See every event of the first process.
+        plan: The plan.
+        say: Prints a sentence for the user.
+        callbacks: Callbacks of the Trainer on the first process.
 
     Returns:
-        What came of it; None on all processes but the first.
+        The result; None on all processes but the first.
 
     Raises:
-        RunError: If it cannot be done; the last checkpoint is as it was.
+        RunError: If the run fails. The last checkpoint stays.
     """
     settings = plan.settings
     disable_progress_bar()  # of transformers' own
@@ -124,10 +126,11 @@ def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[T
     text = corpus.read(settings.data)
     if plan.fingerprint not in (None, text.fingerprint):
         raise RunError(
-            f"--data {settings.data} has changed since the run in {settings.directory} began: it cannot go on"
+            f"--data {settings.data} has changed since the run in {settings.directory} started, so it cannot continue: "
+            "restore the data, or start a new run with another --out"
         )
     with _explained(settings), warnings.catch_warnings(), ExitStack() as stack:
-        # `health` tells of it, with the step and with what to do.
+        # `health` reports missed tolerances, with the step and a remedy.
         warnings.simplefilter("ignore", ConvergenceWarning)
         trainer = _trainer(settings, text, say)
         trainer.add_callback(Checkpoints(trainer, fresh=plan.resumed is None))
@@ -166,16 +169,16 @@ def _trainer(settings: Settings, text: corpus.Corpus, say: Callable[[str], None]
 
 
 def arguments(settings: Settings) -> TrainingArguments:
-    """Return transformers' settings of a run.
+    """Return the arguments of transformers' Trainer for a run.
 
     Args:
-        settings: Ours.
+        settings: The settings of the run.
 
     Returns:
         The arguments of a `Trainer`.
 
     Raises:
-        RunError: If they do not fit this machine, or the number of processes.
+        RunError: If the settings do not fit this machine or the number of processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     part, rest = divmod(settings.batch_size, world * settings.accumulate)
@@ -186,8 +189,8 @@ def arguments(settings: Settings) -> TrainingArguments:
         )
     if settings.fsdp and world == 1:
         raise RunError(
-            "fsdp: needs several processes: torchrun --nproc-per-node 2 -m implicit_attention.cli train ..., or "
-            "--no-fsdp to go on in one"
+            "fsdp: needs several processes: use torchrun --nproc-per-node 2 -m implicit_attention.cli train ..., or "
+            "--no-fsdp for one process"
         )
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
@@ -228,7 +231,7 @@ def arguments(settings: Settings) -> TrainingArguments:
 
 @contextmanager
 def _explained(settings: Settings) -> Iterator[None]:
-    """Put what can go wrong inside a step in one line, with what to do."""
+    """Turn errors of a step into one line that says what to do."""
     try:
         yield
     except RunError as fault:
@@ -250,7 +253,5 @@ def _explained(settings: Settings) -> Iterator[None]:
 
 def _last_good(settings: Settings) -> str:
     found = storage.checkpoints(settings.directory)
-    kept = (
-        f"{found[-1]} is the last good checkpoint: go on from it with --resume and a" if found else "Begin again with a"
-    )
+    kept = f"{found[-1]} is the last good checkpoint: continue with --resume and a" if found else "Start again with a"
     return f"{kept} --learning-rate below {settings.learning_rate:g}"

@@ -1,4 +1,4 @@
-"""The settings of a run: one list of names for the flags, the YAML file and what a checkpoint remembers.
+"""The settings of a run: one list of names for flags, the YAML file and checkpoints.
 
 A setting comes from the first of these that has it: the flag, the YAML file, the run that is resumed, the preset, the
 default.
@@ -28,7 +28,7 @@ def _setting(
     fixed: bool = False,
     metavar: str | None = None,
 ) -> Any:
-    """A setting: default, help, the part of the help page it stands in, its range, and whether resuming keeps it."""
+    """A setting: its default, help text, panel of the help page, range, and whether a resumed run must keep it."""
     metadata = {"help": text, "panel": panel, "low": low, "high": high, "fixed": fixed, "metavar": metavar}
     return field(default=default, metadata=metadata)
 
@@ -46,64 +46,62 @@ class Settings:
     )
     attention: Literal["implicit", "ordinary"] = _setting(
         "implicit",
-        "Implicit-query attention, or ordinary attention in the same model with as many weights, to compare with.",
+        "Implicit-query attention; or ordinary attention in a model with as many weights, to compare with.",
         "Model",
         fixed=True,
     )
     self_query: Literal["input", "output"] = _setting(
         "input",
-        "Implicit only: what token i's own query is made from in row i. [bold]input[/bold]: always one equilibrium, "
-        "the cheapest; [bold]output[/bold]: the original equation.",
+        "Implicit only: what token i's own query is made from in row i. [bold]input[/bold]: exactly one solution, and "
+        "the cheapest. [bold]output[/bold]: the original equation.",
         "Model",
         fixed=True,
     )
     length: int = _setting(128, "Longest sequence in bytes, N.", "Model", low=2, fixed=True)
-    embed_dim: int = _setting(128, "Size of a token's vector, D.", "Model", low=1, fixed=True)
+    embed_dim: int = _setting(128, "Width of a token, D.", "Model", low=1, fixed=True)
     layers: int = _setting(1, "Number of blocks.", "Model", low=1, fixed=True)
-    heads: int = _setting(4, "Attention heads, a divisor of the embedding's size.", "Model", low=1, fixed=True)
+    heads: int = _setting(4, "Attention heads, a divisor of embed-dim.", "Model", low=1, fixed=True)
     data: str = _setting(
         "default",
-        "What to learn: a file, a directory of files, or [bold]default[/bold], the source of Python's standard "
-        "library. Bytes are read as they are, whatever their encoding.",
+        "Text to learn: a file, a directory of files, or [bold]default[/bold], the source of Python's standard "
+        "library. It is read as bytes, in any encoding.",
         "Training",
         fixed=True,
         metavar="FILE|DIR|default",
     )
     steps: int = _setting(1500, "Optimizer steps of the whole run.", "Training", low=1)
     seed: int = _setting(0, "Seed of weights, data order and dropout.", "Training", low=0, high=2**32 - 1, fixed=True)
-    batch_size: int = _setting(
-        12, "Sequences in an optimizer step, all processes together.", "Training", low=1, fixed=True
-    )
+    batch_size: int = _setting(12, "Sequences in an optimizer step, over all processes.", "Training", low=1, fixed=True)
     accumulate: int = _setting(
-        1, "Parts that a batch is computed in, one after another, to save memory.", "Training", low=1
+        1, "Compute a batch in this many parts, one after another, to save memory.", "Training", low=1
     )
     learning_rate: float = _setting(3e-3, "Largest learning rate of AdamW.", "Training", low=0)
     warmup: int = _setting(
-        100, "Steps in which the learning rate rises from 0; then it falls as a cosine.", "Training", low=0
+        100, "Steps in which the learning rate rises from 0. After them it falls along a cosine.", "Training", low=0
     )
-    weight_decay: float = _setting(0.1, "Decay of matrices.", "Training", low=0)
-    clip: float = _setting(1.0, "Largest norm of the gradient; 0: no limit.", "Training", low=0)
-    out: str | None = _setting(None, "Directory of the run: checkpoints, logs, the model.", "Run", metavar="DIR")
-    log_every: int = _setting(10, "Steps between figures in the logs.", "Run", low=1)
+    weight_decay: float = _setting(0.1, "Weight decay of matrices.", "Training", low=0)
+    clip: float = _setting(1.0, "Largest norm of the gradient. 0 means no limit.", "Training", low=0)
+    out: str | None = _setting(None, "Directory of the run, for checkpoints, logs and the model.", "Run", metavar="DIR")
+    log_every: int = _setting(10, "Steps between log entries.", "Run", low=1)
     eval_every: int = _setting(250, "Steps between evaluations on a sample of the held-out text.", "Run", low=1)
     save_every: int = _setting(250, "Steps between checkpoints.", "Run", low=1)
-    keep: int = _setting(2, "Checkpoints kept, the newest.", "Run", low=1)
-    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Where to compute.", "Run")
-    kernel: Literal["auto", "torch", "numba"] = _setting(
+    keep: int = _setting(2, "Number of newest checkpoints to keep.", "Run", low=1)
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Device to compute on.", "Run")
+    kernel: Literal["auto", "torch", "cpp", "numba"] = _setting(
         "auto",
-        "Implicit only, on a CPU: [bold]numba[/bold] computes several times faster than [bold]torch[/bold], and is "
-        "compiled for a minute when it is first used on a machine; [bold]auto[/bold] takes it where it is installed.",
+        "Kernels of the implicit layers. [bold]auto[/bold] takes the fastest. [bold]numba[/bold] is the old name of "
+        "[bold]cpp[/bold].",
         "Run",
     )
-    bf16: bool = _setting(False, "Compute in bfloat16, weights in float32.", "Run")
+    bf16: bool = _setting(False, "Compute in bfloat16, with weights in float32.", "Run")
     compile: bool = _setting(False, "Compile the model with torch.compile.", "Run")
     checkpointing: bool = _setting(False, "Recompute each block in the backward pass, to save memory.", "Run")
     fsdp: bool = _setting(
-        False, "Under torchrun or accelerate launch: shard weights and optimizer over the processes (FSDP2).", "Run"
+        False, "Shard weights and optimizer over the processes of torchrun or accelerate launch (FSDP2).", "Run"
     )
 
     def __post_init__(self) -> None:
-        """Raise a `RunError` about the first setting that cannot be."""
+        """Raise a `RunError` about the first setting that is invalid."""
         for name in FIELDS:
             _check(name, getattr(self, name))
         if self.embed_dim % (2 * self.heads):
@@ -119,7 +117,7 @@ class Settings:
 
     @property
     def directory(self) -> Path:
-        """Where the run's files go."""
+        """The directory of the run's files."""
         return Path(self.out or f"runs/{self.preset}-{self.attention}-seed{self.seed}")
 
 
@@ -143,25 +141,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 def resolve(
     flags: Mapping[str, Any], file: Mapping[str, Any] | None = None, run: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Put the settings of a run together.
+    """Return the settings of a run.
 
     Args:
-        flags: What the command line says.
-        file: What the YAML file says.
-        run: What the run that is resumed was started with, if one is.
+        flags: Settings of the command line.
+        file: Settings of the YAML file.
+        run: Settings of the run that is resumed, if there is one.
 
     Returns:
         The settings.
 
     Raises:
-        RunError: If a setting is unknown or cannot be, or contradicts the run that is resumed.
+        RunError: If a setting is unknown or invalid, or contradicts the run that is resumed.
     """
     said = {**(file or {}), **flags}
     for name, value in said.items():
         _known(name)
         said[name] = _check(name, value)
     if said.get("data", "default") != "default":
-        said["data"] = os.path.abspath(said["data"])  # a run may be resumed from elsewhere
+        said["data"] = os.path.abspath(said["data"])  # a run may be resumed from another directory
     if run is not None:
         _check_agreement(said, run)
     known = {name: value for name, value in (run or {}).items() if name in FIELDS}
@@ -180,16 +178,16 @@ def _check_agreement(said: Mapping[str, Any], run: Mapping[str, Any]) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read settings from a YAML file: data only, no tags that build objects.
+    """Read settings from a YAML file. Tags that build objects are refused.
 
     Args:
-        path: A file with a mapping of settings, such as `learning_rate: 0.001`; `-` and `_` mean the same in a name.
+        path: A file with a mapping of settings, such as `learning_rate: 0.001`. `-` and `_` mean the same in a name.
 
     Returns:
-        The settings it names.
+        The settings in the file.
 
     Raises:
-        RunError: If it cannot be read, is not such a file, or names something that is no setting.
+        RunError: If the file cannot be read, has another content, or names an unknown setting.
     """
     import yaml
 
@@ -197,7 +195,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise unreadable("--config", path, error) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, dates that are none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: invalid UTF-8, invalid dates
         raise RunError(f"--config {path} is not a YAML file of settings: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
@@ -220,7 +218,7 @@ def _known(name: str) -> str:
 
 
 def plain_type(name: str) -> tuple[Any, tuple[str, ...]]:
-    """Return the type of a setting, without None, and the words it is limited to, if it is.
+    """Return the type of a setting, without None, and the words it is limited to, if any.
 
     Args:
         name: The setting.
@@ -242,7 +240,7 @@ def _check(name: str, value: Any) -> Any:
         return None
     kind, words = plain_type(name)
     if kind is float and not isinstance(value, bool):
-        # YAML 1.1, which PyYAML reads, takes 3e-3 for a word.
+        # PyYAML reads YAML 1.1, in which 3e-3 is a string.
         with contextlib.suppress(TypeError, ValueError):
             value = float(value)
     if type(value) is not kind:

@@ -8,10 +8,9 @@ from transformers import PreTrainedModel
 
 
 def shard(model: PreTrainedModel, *, bf16: bool) -> None:
-    """Spread weights, gradients and the optimizer's state over all processes (FSDP2, ZeRO-3), block by block.
+    """Shard weights, gradients and the optimizer's state over all processes (FSDP2, ZeRO-3), block by block.
 
-    Accelerate does this too, but on GPUs alone; so that a machine without one can test what a cluster runs, the
-    same few calls serve both.
+    Accelerate does this on GPUs only. These calls also run on CPUs, so tests cover what a cluster runs.
 
     Args:
         model: The model, on this process's device; changed in place.

@@ -1,4 +1,4 @@
-"""What a run logs, as curves in TensorBoard."""
+"""Log entries as curves in TensorBoard."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -10,14 +10,14 @@ _PARTS = {"eval_": "held out (sample)", "final_": "held out"}
 
 
 class TensorBoard(TrainerCallback):
-    """Writes every figure that is logged, until it is left: transformers' own ends before the last evaluation."""
+    """Writes every figure that is logged. transformers' own callback stops before the last evaluation."""
 
     def __init__(self, directory: Path, *, done: int) -> None:
         """Begin to write.
 
         Args:
             directory: Where the logs go.
-            done: Steps that the run goes on from; what a killed run logged beyond them is not shown.
+            done: Step that the run continues from. What a killed run logged after it is dropped.
 
         Raises:
             OSError: If they cannot be written.

@@ -1,4 +1,4 @@
-"""Weights and optimizer states as whole tensors by name, however they are spread over processes."""
+"""Weights and optimizer states as whole tensors by name, also when processes hold shards of them."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 
 from implicit_attention.training.faults import RunError
 
-_SEPARATOR = ":"  # stands in no name of a parameter
+_SEPARATOR = ":"  # no parameter has it in its name
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and saved buffers, tied ones once. With sharded weights every process must take part.
+    """Return parameters and saved buffers, tied ones once. With sharded weights, every process must call this.
 
     Args:
         model: The model, not wrapped for data parallelism.
@@ -34,7 +34,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
         source: Where they come from, for messages.
 
     Raises:
-        RunError: If a name is missing, is one too many, or belongs to a tensor of another shape.
+        RunError: If a name is missing or unknown, or a tensor has another shape.
     """
     stored = dict(_stored(model))
     if odd := sorted(stored.keys() ^ tensors.keys()):
@@ -52,14 +52,14 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return what an optimizer knows about each parameter. With sharded weights every process must take part.
+    """Return an optimizer's state of each parameter. With sharded weights, every process must call this.
 
     Args:
         model: The model.
         optimizer: Its optimizer.
 
     Returns:
-        Whole tensors on the CPU, by the parameter's name and the optimizer's name for them.
+        Whole tensors on the CPU, by the parameter's name and the optimizer's name of the tensor.
     """
     return {
         f"{name}{_SEPARATOR}{key}": _whole(value)
@@ -69,7 +69,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Give an optimizer back what `optimizer_tensors` returned.
+    """Load the tensors of `optimizer_tensors` into an optimizer.
 
     Args:
         model: The model, sharded or not.
@@ -88,9 +88,9 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
         if parameter is None or (tensor.dim() and tensor.shape != parameter.shape):
             raise RunError(f"{source} is of another model: it has {full_name} of shape {tuple(tensor.shape)}")
         known[name].add(key)
-        # A count of steps stays where it is; torch moves it only for optimizers that want it elsewhere.
+        # A count of steps stays on the CPU, as torch keeps it by default.
         optimizer.state[parameter][key] = _spread(tensor, parameter).clone() if tensor.dim() else tensor.clone()
-    # Before the first step an optimizer knows nothing; then as much of one parameter as of any other.
+    # Before the first step there is no state. After it, every parameter has the same entries.
     most = max(known.values(), key=len, default=set())
     if poor := [name for name in known if known[name] != most]:
         raise RunError(f"{source} is of another model: it lacks {poor[0]}{_SEPARATOR}{min(most - known[poor[0]])}")
@@ -104,7 +104,7 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters by name; of sharded ones the shards, also where the last forward pass has put them together."""
+    """The parameters by name. Sharded ones are resharded first: a forward pass may have left them whole."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -117,9 +117,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, placed as another one is: on its device, and in shards where it is in shards."""
+    """A whole tensor, placed as another one is: on the same device, and sharded the same way."""
     tensor = tensor.to(like.device)
     if isinstance(like, DTensor):
-        # Every process has the whole tensor and cuts out its own part; nothing is sent.
+        # Every process has the whole tensor and takes its own part, so nothing is sent.
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor

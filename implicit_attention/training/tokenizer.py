@@ -8,10 +8,10 @@ VOCABULARY = 258
 
 
 def byte_tokenizer(length: int) -> PreTrainedTokenizerFast:
-    """Return the tokenizer: byte b is token b, then come the end of a text and padding, which training never uses.
+    """Return the tokenizer: byte b is token b. Two more tokens, end of text and padding, are never used in training.
 
-    Text that spells a special token, such as "<|end|>", is read as the bytes it is made of. Tokens of bytes that are no
-    UTF-8 decode to the replacement character; `bytes(tokens)` gives them back exactly.
+    Text that spells a special token, such as "<|end|>", is read as its bytes. Bytes that are not valid UTF-8 decode to
+    the replacement character; `bytes(tokens)` returns them exactly.
 
     Args:
         length: Longest sequence of the model, in bytes.
@@ -20,7 +20,7 @@ def byte_tokenizer(length: int) -> PreTrainedTokenizerFast:
         The tokenizer, which pads on the left, as generation needs it.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # Each byte has a letter: its own code point where that is printable; the others have the letters above 255 in turn.
+    # Each byte has a letter: its own code point if that is printable, else the next letter above 255.
     own = {ord(letter): letter for letter in letters if ord(letter) < 256}
     others = iter(letters[len(own) :])
     vocabulary = {own.get(byte) or next(others): byte for byte in range(256)}

@@ -1,4 +1,4 @@
-"""The Trainer: transformers' own, with checkpoints that survive anything and figures in bits per byte."""
+"""transformers' Trainer, with atomic checkpoints and figures in bits per byte."""
 
 import math
 import time
@@ -41,12 +41,12 @@ LOG_2 = math.log(2)
 class ByteTrainer(Trainer):
     """Trains a model on bytes.
 
-    Next to transformers' own, it logs bits per byte, tokens per second and how well the equilibria are solved;
-    stops before a step whose gradient is not finite; and keeps its checkpoints in the form of `training.checkpoint`,
-    which one process, several, and sharded weights (`fsdp`) all write and read.
+    It also logs bits per byte, tokens per second and solver statistics. It stops before a step whose gradient is not
+    finite. Its checkpoints are those of `training.checkpoint`, which one process, several processes and sharded weights
+    (`fsdp`) all write and read.
     """
 
-    # What Trainer leaves open is decided here.
+    # Trainer types these as optional or as unions.
     model: PreTrainedModel
     optimizer: Optimizer
     lr_scheduler: LambdaLR
@@ -70,8 +70,8 @@ class ByteTrainer(Trainer):
             args: transformers' settings of the run.
             fsdp: Shard the model over the processes.
             keep: Checkpoints kept.
-            run: Remembered in each checkpoint.
-            say: Tells the user a sentence.
+            run: Stored in each checkpoint.
+            say: Prints a sentence for the user.
             **others: `train_dataset`, `eval_dataset`, `processing_class` and `callbacks`, as for `Trainer`.
         """
         super().__init__(model, args, **others)
@@ -80,7 +80,7 @@ class ByteTrainer(Trainer):
         self._tokens, self._since = 0, 0.0
         if fsdp:
             shard(self.model, bf16=args.bf16)
-            # As for a model that transformers itself has sharded: not to be wrapped or sharded again.
+            # Tells Trainer that the model is sharded, so that it does not wrap or shard it again.
             self.is_distributed_loading_by_transformers = True
 
     # Figures
@@ -92,7 +92,7 @@ class ByteTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss, and take notice of how the equilibria were found."""
+        """Return the loss, and collect solver statistics."""
         if not self._tokens:
             self._since = time.perf_counter()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -101,7 +101,7 @@ class ByteTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log figures; those of training steps with bits per byte, speed and solver statistics."""
+        """Log figures. Training steps also log bits per byte, speed and solver statistics."""
         if "loss" in logs:
             seconds = time.perf_counter() - self._since
             logs |= {"bits_per_byte": logs["loss"] / LOG_2, "tokens_per_second": self._tokens / seconds}
@@ -121,7 +121,7 @@ class ByteTrainer(Trainer):
         return dict(zip(figures, largest.tolist(), strict=True))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the gradient's norm, the same on every process; stop here if it is no number."""
+        """Return the gradient's norm, the same on every process. Raise if it is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not math.isfinite(norm):
@@ -131,7 +131,7 @@ class ByteTrainer(Trainer):
         return norm
 
     def _defer_fsdp_gradient_reduction(self) -> Any:
-        """Do not wait with it until a batch's last part: gradients that wait are whole, not in shards."""
+        """Reduce after every part of a batch: gradients that wait for the last part are not sharded."""
         return nullcontext()
 
     # Evaluation
@@ -141,7 +141,8 @@ class ByteTrainer(Trainer):
     ) -> dict[str, float]:
         """Return the loss and the bits per byte on `HeldOutWindows`, each byte counted once.
 
-        The same for any number of processes: transformers' own loop weighs an incomplete last batch like a full one.
+        The result is the same for any number of processes. transformers' own loop weights an incomplete last batch like
+        a full one.
         """
         windows = self.eval_dataset if eval_dataset is None else eval_dataset
         assert isinstance(windows, HeldOutWindows)
@@ -159,7 +160,7 @@ class ByteTrainer(Trainer):
     def _sum_losses(self, windows: HeldOutWindows) -> tuple[float, int]:
         """The sum of the losses of all bytes that are predicted, in nats, and their number."""
         size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
-        # Sharded weights are gathered by all processes together: each takes as many batches, the last perhaps empty.
+        # All processes gather sharded weights together, so each must run as many batches; the last may be a dummy.
         batches = range(0, len(windows), size)
         mine = [batches[i] if i < len(batches) else None for i in range(rank, -(-len(batches) // world) * world, world)]
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -177,7 +178,7 @@ class ByteTrainer(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint. Every process takes part in gathering it, the first writes."""
+        """Write a checkpoint. All processes gather it, the first one writes it."""
         del model, trial
         tensors = {
             storage.WEIGHTS: model_tensors(self.model),
@@ -189,7 +190,7 @@ class ByteTrainer(Trainer):
         ))  # fmt: skip
 
     def save_result(self) -> None:
-        """Write the model into the directory of the run. Every process takes part in gathering it.
+        """Write the model into the directory of the run. All processes gather it, the first one writes it.
 
         Raises:
             RunError: If it cannot be written.
@@ -200,10 +201,10 @@ class ByteTrainer(Trainer):
         ))  # fmt: skip
 
     def on_first_process(self, write: Callable[[Path], object]) -> None:
-        """Write something on the first process; raise on all of them if that fails.
+        """Write something on the first process, and raise on all processes if that fails.
 
         Args:
-            write: Is given the directory of the run.
+            write: Called with the directory of the run.
 
         Raises:
             RunError: If it cannot be written.
@@ -217,7 +218,7 @@ class ByteTrainer(Trainer):
                 fault = unwritable("--out", directory, error)
         failed = torch.tensor(float(fault is not None), device=self.args.device)
         if float(self.accelerator.reduce(failed, "sum")):
-            raise fault or RunError(f"cannot write to --out {directory}: the first process says why")
+            raise fault or RunError(f"cannot write to --out {directory}: see the error of the first process")
 
     def _random_states(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
@@ -232,7 +233,7 @@ class ByteTrainer(Trainer):
         load_model_tensors(self.model if model is None else model, storage.load_tensors(path), str(path))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the optimizer's moments, and put the learning rate where its schedule, perhaps a new one, has it."""
+        """Load the optimizer's moments, and set the learning rate to that of the schedule, which may have changed."""
         if checkpoint is None:
             return
         path = Path(checkpoint, storage.OPTIMIZER)
@@ -246,7 +247,7 @@ class ByteTrainer(Trainer):
         )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load this process's generators, if as many processes wrote the checkpoint; else keep what the seed gave."""
+        """Load this process's random states if as many processes wrote the checkpoint; else keep those of the seed."""
         if checkpoint is None:
             return
         states = storage.load_tensors(Path(checkpoint, storage.RANDOM))
@@ -258,14 +259,14 @@ class ByteTrainer(Trainer):
 
 
 class Checkpoints(TrainerCallback):
-    """When a run's checkpoints are written, beyond the usual times."""
+    """Writes a checkpoint before the first step, and logs at every checkpoint."""
 
     def __init__(self, trainer: ByteTrainer, *, fresh: bool) -> None:
         """Make it.
 
         Args:
-            trainer: Writes them.
-            fresh: Whether the run begins: then it gets a checkpoint before its first step, and can be resumed always.
+            trainer: The Trainer, which writes them.
+            fresh: Whether the run is new. Then it gets a checkpoint before its first step, so it can always be resumed.
         """
         self.trainer, self.fresh = trainer, fresh
 
@@ -277,6 +278,6 @@ class Checkpoints(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Log where there is a checkpoint, so that later figures are the same whether or not the run was cut there."""
+        """Log at every checkpoint, so that a resumed run logs the same figures as an uninterrupted one."""
         control.should_log |= control.should_save
         return control

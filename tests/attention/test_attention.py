@@ -80,7 +80,7 @@ def run(implementation, spec, qkv, own, tensors):
         return chunked.forward(spec, None, (*qkv, own, *tensors))
     if not flash_cpu.serves(qkv[0], qkv[2], spec, own):
         pytest.skip("the stock kernel does not serve this call")
-    return flash_cpu.forward(spec, *qkv, own, tensors)
+    return flash_cpu.forward(spec, (*qkv, own, *tensors))
 
 
 def refer(spec, qkv, own, tensors):
@@ -136,8 +136,8 @@ def test_gradients(size, kind, small_chunks):
 def test_flash_and_chunked_backward_agree(kind, small_chunks):
     spec, qkv, own, tensors = make((2, 2, 65, 65, 4), kind)
     grad = torch.randn_like(qkv[0])
-    out, lse = flash_cpu.forward(spec, *qkv, own, tensors)
-    fast = flash_cpu.backward(spec, grad, *qkv, own, out, lse, tensors)
+    out, lse = flash_cpu.forward(spec, (*qkv, own, *tensors))
+    fast = flash_cpu.backward(spec, grad, (*qkv, own, *tensors), out, lse)
     slow = chunked.backward(spec, None, grad, (*qkv, own))
     for a, b in zip(fast, slow, strict=True):
         assert (a is None) == (b is None)
@@ -285,3 +285,12 @@ def test_chunk_sizes_and_masks_do_not_matter(N, M, rows, hide, causal, seed):
         expected, _ = plain(spec, qkv, None, masks)
         for implementation in ("flash_cpu", "chunked"):
             close(run(implementation, spec, qkv, None, masks)[0], expected, TOL)
+
+
+def test_a_third_derivative_is_refused():
+    q, k, v = (torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    found = attention(q, k, v, AttentionSpec(0.5))[0].square().sum()
+    for _ in range(2):
+        found = torch.autograd.grad(found, q, create_graph=True)[0].square().sum()
+    with pytest.raises(NotImplementedError, match=r"differentiable twice.*reference\.attend"):
+        torch.autograd.grad(found, q)

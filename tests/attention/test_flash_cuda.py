@@ -32,12 +32,12 @@ def test_calls_fit_the_operators(n, m, causal, dim):
     spec = AttentionSpec(0.3, is_causal=causal)
     query = torch.empty(2, 3, n, dim, dtype=torch.bfloat16, device="meta")
     key, value = (torch.empty(2, 3, m, dim, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    out, lse = flash_cuda.forward(spec, query, key, value, None, ())
+    out, lse = flash_cuda.forward(spec, (query, key, value, None))
     assert out.shape == query.shape
     assert out.dtype == torch.bfloat16
     assert lse.shape == (2, 3, n)
     assert lse.dtype == torch.float32
-    *grads, own = flash_cuda.backward(spec, out, query, key, value, None, out, lse, ())
+    *grads, own = flash_cuda.backward(spec, out, (query, key, value, None), out, lse)
     assert [g.shape for g in grads] == [query.shape, key.shape, value.shape]
     assert own is None
 
@@ -86,8 +86,8 @@ def test_a_part_of_a_softmax_on_a_device(dim):
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(2, 3, 48, dim, dtype=torch.bfloat16, device="cuda") for _ in range(4))
     spec, half = AttentionSpec(0.2), slice(0, 24)
-    out, lse = flash_cuda.forward(spec, q, k, v, None, ())
-    found = flash_cuda.backward(spec, grad, q, k[:, :, half], v[:, :, half], None, out, lse, ())
+    out, lse = flash_cuda.forward(spec, (q, k, v, None))
+    found = flash_cuda.backward(spec, grad, (q, k[:, :, half], v[:, :, half], None), out, lse)
     wide = [t.double() for t in (q, k, v, grad)]
     p = (0.2 * wide[0] @ wide[1].mT).softmax(-1)
     whole = p @ wide[2]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import bidirectional, causal, decode, hard, measure, page, peers, plotting, reference
+from benchmarks import bidirectional, causal, decode, hard, measure, packing, page, peers, plotting, reference
 from benchmarks.gate import Gate
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
 
@@ -220,6 +220,26 @@ def test_the_ordinary_step_is_causal_attention():
     heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
     whole = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
     torch.testing.assert_close(found, whole.transpose(1, 2).flatten(2)[:, 4:])
+
+
+def test_packing_writes_its_figures():
+    result = packing.run(documents=2, length=5, repeats=2, embed_dim=8, num_heads=2, threads=1)
+    assert result["correct"]
+    assert result["lengths"]["equal"] == [5, 5]
+    assert len(result["lengths"]["mixed"]) == 4
+    assert set(result["rows"]["equal"]) == {packing.SAMPLES, packing.PACKED, packing.ONE_BY_ONE}
+    assert set(result["rows"]["mixed"]) == {packing.PADDED, packing.PACKED, packing.ONE_BY_ONE}
+    assert "targets" in result["verdict"]
+
+
+def test_packing_measures_nothing_if_documents_see_each_other(monkeypatch):
+    real = packing.ImplicitQueryAttention.forward
+    blind = lambda layer, x, *, segments=None: real(layer, x)  # noqa: E731
+    monkeypatch.setattr(packing.ImplicitQueryAttention, "forward", blind)
+    result = packing.run(documents=2, length=5, repeats=2, embed_dim=8, num_heads=2, threads=1)
+    assert not result["correct"]
+    assert result["verdict"].startswith("WRONG")
+    assert "rows" not in result
 
 
 @pytest.fixture(scope="module")

@@ -202,7 +202,9 @@ def test_refused_where_it_cannot_work():
 
 def test_a_gradient_at_a_fold_is_reported():
     """Where two roots meet the gain is 1 and the derivative does not exist; the gradient there comes with a warning."""
-    layer = make_layer(1, is_causal=True, scale=1.0, on_failure="warn", solver=ForwardSubstitution(atol=1e-14))
+    layer = make_layer(
+        1, is_causal=True, scale=1.0, on_failure="warn", solver=ForwardSubstitution(atol=1e-14, kernel="torch")
+    )
     with torch.no_grad():
         for parameter, value in ((layer.Omega_Q.weight, 8.0), (layer.W_K.weight, 1.0), (layer.Omega_V.weight, 1.0)):
             parameter.fill_(value)  # p = sigmoid(16 p + bias), of which two roots meet near bias = -12.5

@@ -84,7 +84,8 @@ def test_inductor_takes_it():
 
 def test_failures_are_reported_from_compiled_code(monkeypatch):
     monkeypatch.setattr(diagonal, "MOST_SWEEPS", 1)
-    options = {"num_heads": 2, "on_failure": "warn", "solver": ForwardSubstitution(rtol=1e-15, atol=1e-15)}
+    solver = ForwardSubstitution(rtol=1e-15, atol=1e-15, kernel="torch")
+    options = {"num_heads": 2, "on_failure": "warn", "solver": solver}
     layer, x = make(options, gain=20.0)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with pytest.warns(ConvergenceWarning, match="equilibrium was not solved"):
@@ -120,9 +121,6 @@ def test_operator_keeps_its_promises(options):
     """Schema, shapes of the fake, autograd registration, and tracing, by torch's own checks."""
     layer, x = make(options)
     function, args, _ = layer.equation(x)
-    names = ",".join(function.names)
-    kinds = ",".join(operator._KINDS[type(term)] for term in function.spec.terms)
-    plain = (function.spec.scale, function.spec.window or 0, 0.0, function.query_map.num_heads, layer.qk_norm)
+    described = operator._Description.of_map(ForwardSubstitution(block=4), function, 1e-10, 1e-10, layer._report.handle)
     leaves = [a.detach().requires_grad_() for a in args]
-    call = (leaves, torch.float64, names, kinds, *plain, 4, "torch", 1e-10, 1e-10, layer._report.handle)
-    torch.library.opcheck(operator._forward, call)
+    torch.library.opcheck(operator._forward, (leaves, torch.float64, *described.arguments()))

@@ -24,7 +24,7 @@ from tests.training.small_run import curve, kept_history
 HERE = Path(__file__).parent / "v0.1.0"
 NAMES = json.loads((HERE / "names.json").read_text())
 ROOT = Path(__file__).parents[2]
-# The harness of the studies left the package; numba's engine has files of its own alone.
+# The harness of the studies left the package; C++ took the place of numba's engine.
 LEFT = ("implicit_attention.experiments", "implicit_attention.native", "implicit_attention.cli.evaluation")
 LAYERS = sorted(path.stem.partition("-")[2] for path in HERE.glob("layer-*.safetensors"))
 

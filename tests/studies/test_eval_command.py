@@ -41,7 +41,7 @@ def test_runs_a_table_and_goes_on_where_it_stopped(tmp_path):
     kept = json.loads((tmp_path / "recall-64" / "implicit" / "seed-0.json").read_text())
     assert kept["environment"]["versions"]["torch"]
     again = invoke("eval", *SMALL, "--seeds", "0-1", "--out", tmp_path)
-    assert "2 of 4 runs are there already" in again.output
+    assert "2 of 4 runs are finished already" in again.output
     assert json.loads((tmp_path / "recall-64" / "implicit" / "seed-0.json").read_text()) == kept
     assert "0 of 2" in again.output
     assert "## Recall: 4 pairs in 64 tokens" in (tmp_path / "results.md").read_text()
@@ -57,8 +57,8 @@ def test_runs_a_table_and_goes_on_where_it_stopped(tmp_path):
         (["recall-64", "--seeds", "a"], "--seeds must look like 0-4"),
         (["recall-64", "--seeds", "3-1"], "--seeds must name at least one seed"),
         (["recall-64", "--seeds", "1000", "--budget", "smoke"], "chooses the learning rate"),
-        ([], "name a task, or say --all"),
-        (["recall", "--all"], "name a task, or say --all"),
+        ([], "name a task, or use --all"),
+        (["recall", "--all"], "name a task, or use --all"),
     ],
 )
 def test_faults_are_one_sentence(tmp_path, arguments, sentence):
@@ -70,7 +70,7 @@ def test_faults_are_one_sentence(tmp_path, arguments, sentence):
 
 def test_all_needs_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "run it from its root" in invoke("eval", "--all").output
+    assert "run it from the root of the checkout" in invoke("eval", "--all").output
 
 
 def test_out_that_is_a_file_is_refused(tmp_path):
@@ -86,7 +86,7 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr("studies.campaign.perform", stop)
     result = invoke("eval", *SMALL, "--out", tmp_path)
     assert result.exit_code == 130
-    assert "the same command goes on from there" in result.output
+    assert "the same command continues from there" in result.output
 
 
 def test_places():

@@ -12,7 +12,6 @@ TEXT = b"".join(b"line %d of %d\n" % (i, 7 * i) for i in range(400))
 SETTINGS = {
     "length": 16, "embed_dim": 16, "heads": 2, "batch_size": 4, "steps": 6, "warmup": 50, "learning_rate": 0.1,
     "log_every": 1, "eval_every": 3, "save_every": 2, "device": "cpu",
-    "kernel": "torch",  # numba would be compiled first
 }  # fmt: skip
 TIMES = {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 

@@ -58,7 +58,7 @@ def test_text_fills_the_sequence_and_never_exceeds_it(directory):
         (
             b"a" * 10,
             7,
-            "--prompt has 10 bytes and 7 more do not fit: the model's sequences have 16; ask for --max-new-tokens 6",
+            "--prompt has 10 bytes and 7 more do not fit: the model's sequences have 16; use --max-new-tokens 6",
         ),
         (
             b"a" * 16,
@@ -73,7 +73,7 @@ def test_text_fills_the_sequence_and_never_exceeds_it(directory):
 
 
 def test_contradicting_choices_are_named():
-    with pytest.raises(RunError, match="--greedy leaves nothing to choose: leave out --top-k, or --greedy"):
+    with pytest.raises(RunError, match="--greedy makes --top-k useless: leave out one of them"):
         Choice(greedy=True, top_k=3)
 
 
@@ -96,15 +96,15 @@ def copy(directory, target):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda d: (d / "model.safetensors").unlink(), "holds no model: config.json and model.safetensors are missing"),
+        (lambda d: (d / "model.safetensors").unlink(), "has no model: config.json or model.safetensors is missing"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 50), "model.safetensors is damaged"),
         (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "is damaged"),
         (lambda d: (d / "config.json").write_text("{"), "config.json is damaged"),
         (
             lambda d: change(d, model_type="llama"),
-            "is no model of this program: its config.json says model_type 'llama'",
+            "is not a model of this program: its config.json has model_type 'llama'",
         ),
-        (lambda d: change(d, model_type=None), "its config.json says model_type None"),
+        (lambda d: change(d, model_type=None), "its config.json has model_type None"),
         (lambda d: change(d, hidden_size=32), "is damaged"),
         (lambda d: change(d, vocab_size=300), "is damaged"),
         (lambda d: change(d, no_such_option=1), "is damaged"),
@@ -142,14 +142,14 @@ def test_no_pickle_is_opened_and_no_code_is_run(tmp_path, directory):
     change(model, auto_map={"AutoModelForCausalLM": "modeling.Model"})
     load(model)
     (model / "model.safetensors").unlink()
-    with pytest.raises(RunError, match="holds no model"):
+    with pytest.raises(RunError, match="has no model"):
         load(model)
 
 
 def test_devices_that_are_not_here_are_named(directory, monkeypatch):
     monkeypatch.setattr(generation.torch.cuda, "is_available", lambda: False)
     for device in ("cuda", "tpu"):
-        with pytest.raises(RunError, match=f"--device {device} is not here: use auto or cpu"):
+        with pytest.raises(RunError, match=f"--device {device} was not found: use auto or cpu"):
             load(directory, device=device)
 
 

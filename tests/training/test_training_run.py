@@ -160,9 +160,9 @@ def test_a_finished_run_can_be_lengthened_with_another_learning_rate(tmp_path, f
 
 def test_an_earlier_run_is_never_overwritten(tmp_path, finished):
     chosen, _ = finished
-    with pytest.raises(RunError, match=r"holds a run already \(checkpoint-6\): go on with it by --resume, or"):
+    with pytest.raises(RunError, match=r"has a run already \(checkpoint-6\): continue it with --resume, or"):
         run.plan({"out": chosen.out}, {}, resume=False)
-    with pytest.raises(RunError, match="holds no checkpoint to resume from: leave out --resume to begin"):
+    with pytest.raises(RunError, match="has no checkpoint to resume from: leave out --resume to start a run"):
         run.plan({"out": str(tmp_path)}, {}, resume=True)
 
 
@@ -172,7 +172,7 @@ def test_resuming_refuses_other_data_and_other_sizes(tmp_path):
     with pytest.raises(RunError, match="embed_dim: 32 contradicts the run that is resumed, which has 16"):
         run.plan({"out": chosen.out, "embed_dim": 32}, {}, resume=True)
     (tmp_path / "text").write_bytes(b"x" * 3000)
-    with pytest.raises(RunError, match=r"--data .* has changed since the run in .* began: it cannot go on"):
+    with pytest.raises(RunError, match=r"--data .* has changed since the run in .* started, so it cannot continue"):
         run.run(run.plan({"out": chosen.out, "steps": 3}, {}, resume=True))
 
 
@@ -266,7 +266,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_the_last_good_checkpoint(tmp_
         train(chosen, callbacks=[Poison()])
     sentence = str(caught.value)
     assert "\n" not in sentence
-    assert f"{chosen.directory}/checkpoint-2 is the last good checkpoint: go on from it with --resume and a" in sentence
+    assert f"{chosen.directory}/checkpoint-2 is the last good checkpoint: continue with --resume and a" in sentence
     assert "--learning-rate below 0.1" in sentence
     assert {path.name for path in chosen.directory.glob("checkpoint*")} == {"checkpoint-0", "checkpoint-2"}
     assert all(t.isfinite().all() for t in load_file(chosen.directory / "checkpoint-2" / checkpoint.WEIGHTS).values())
@@ -327,7 +327,7 @@ def test_the_user_is_told_of_missed_tolerances_by_the_watch_and_not_by_warnings(
     ("changes", "world", "sentence"),
     [
         ({"batch_size": 5}, "2", "batch_size: must be a multiple of accumulate x processes = 1 x 2, but is 5."),
-        ({"fsdp": True}, "1", "fsdp: needs several processes: torchrun --nproc-per-node 2"),
+        ({"fsdp": True}, "1", "fsdp: needs several processes: use torchrun --nproc-per-node 2"),
         ({"device": "cuda"}, "1", "device: no CUDA device was found: use --device cpu."),
     ],
 )

@@ -1,6 +1,6 @@
-"""Diagonal blocks for CUDA devices: what calls the Triton kernels of `kernels/triton` for a causal map.
+"""Diagonal blocks of a causal map on CUDA devices: the Triton kernels (`kernels/`), and the modules that call them.
 
-Importing this room does not import triton; `engine`, which does, is imported where it is used.
+Importing this package does not import triton. `engine` does, and is imported where it is used.
 """
 
 import torch

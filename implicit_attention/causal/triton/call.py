@@ -1,4 +1,4 @@
-"""What every Triton kernel of a causal map is told: tensors, strides, sizes, and the types of products."""
+"""Arguments that all Triton kernels of a causal map share: tensors, strides, sizes, and the types of products."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from implicit_attention.causal.system import CausalSystem
 from implicit_attention.triton_available import interpreted
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
-_LEAST = 16  # what a product of matrices takes
-AT_ONCE = 2**25  # numbers that are made together, at most, where rows are taken some at a time
-_FARTHEST = 2**20  # from row to row: the kernels count within a block in 32 bits
+_LEAST = 16  # smallest tile dimension of `tl.dot`
+AT_ONCE = 2**25  # numbers made together where rows are taken in parts: 128 MiB in float32; fewer take more launches
+_FARTHEST = 2**20  # largest stride of rows: the kernels compute offsets within a block in 32 bits
 
 
 def padded(size: int) -> int:
-    """Return the power of two that a size is padded to in a tile."""
+    """Return the power of two to which a tile pads a size."""
     return max(_LEAST, int(triton.next_power_of_2(size)))
 
 
 class Call:
-    """What the kernels of a block are told of a map: its tensors, their strides, and the types of products."""
+    """The arguments that a map gives the kernels of a block: tensors, strides, and the types of products."""
 
     def __init__(self, system: CausalSystem) -> None:
         self.system, like = system, system.key
@@ -32,12 +32,12 @@ class Call:
         self.turn = None if system.rotation is None else system.rotation.to(system.wide).contiguous()
         self.dp, self.hp = padded(system.dim), padded(system.heads)
         narrow = like.dtype in (torch.float16, torch.bfloat16)
-        # Half types multiply on the tensor cores; the interpreter multiplies bit patterns if it gets them.
+        # Half types multiply on the tensor cores. The interpreter would multiply their bit patterns: it gets float32.
         self.operand = TYPES[system.wide if interpreted() else like.dtype]
         self.precision = "tf32x3" if narrow else "ieee"
 
     def strides(self) -> dict[str, int]:
-        """Strides by argument."""
+        """Strides by the name of the argument."""
         found = {"weight_o": 0 if self.weight is None else self.weight.stride(0)}
         for name, t, dims in (("key", self.key, "bhn"), ("value", self.value, "bgn")):
             found |= {f"{name}_{dim}": stride for dim, stride in zip(dims, t.stride(), strict=False)}
@@ -47,7 +47,7 @@ class Call:
         return found
 
     def sizes(self) -> dict[str, Any]:
-        """What a kernel is compiled for."""
+        """Constants that a kernel is compiled for."""
         system = self.system
         return {
             "scale": system.spec.scale, "heads": system.heads, "groups": system.groups, "dim": system.dim,
@@ -56,11 +56,11 @@ class Call:
 
 
 def rows_contiguous(t: Tensor) -> Tensor:
-    """Return a tensor without a graph, its rows contiguous, and none far from the next."""
+    """Return a detached tensor with contiguous rows and a row stride of at most `_FARTHEST`."""
     t = t.detach()
     return t if t.stride(-1) == 1 and t.stride(-2) <= _FARTHEST else t.contiguous()
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:
-    """Return a tensor without a graph, contiguous; None if there is none."""
+    """Return a detached, contiguous tensor, or None."""
     return None if t is None else t.detach().contiguous()

@@ -1,4 +1,4 @@
-"""What calls the Triton kernels for a causal map: sizes, strides, scratch, and what they leave."""
+"""The engine of the Triton kernels with one program per sample: it allocates, launches, and reads the results."""
 
 import math
 
@@ -20,19 +20,26 @@ from implicit_attention.causal.triton.call import Call, contiguous, rows_contigu
 from implicit_attention.causal.triton.kernels import adjoint, forward, merge
 from implicit_attention.causal.triton.kernels.tiles import LAUNCH
 
+KEEPS_SLOPES = False  # no cotangents of scores for the gradients of biases
+
+
+def widest(system: CausalSystem, block: int) -> int:
+    """Return how many rows one call should take; wider blocks are swept over (`sweeps`)."""
+    return block
+
 
 class ForwardKernel:
     """Settles diagonal blocks in place."""
 
     def __init__(self, system: CausalSystem, into: dict[str, Tensor], block: int, rtol: float, atol: float) -> None:
-        """Prepare what is the same for all blocks.
+        """Prepare what all blocks share.
 
         Args:
             system: The map.
-            into: The tensors of the recursion by name: y `[B, N, H, d]` and lse `[B, H, N]`, which hold attention
-                over the columns before the block; query `[B, N, G, d]`, inverse `[B, N, G, 1]` (empty without a norm),
-                residual, size, sweeps `[B, N]`.
-            block: The most rows of a block.
+            into: The tensors of the recursion by name. y `[B, N, H, d]` and lse `[B, H, N]` hold attention over the
+                columns before the block; query `[B, N, G, d]`, inverse `[B, N, G, 1]` (empty without a norm),
+                residual, size and sweeps `[B, N]` are filled.
+            block: Largest number of rows of a block.
             rtol: Relative tolerance.
             atol: Absolute tolerance.
         """
@@ -51,7 +58,7 @@ class ForwardKernel:
         }  # fmt: skip
 
     def settle(self, rows: slice) -> int:
-        """Settle a block's rows up to the first few that want the row solver; the rest is left as it was.
+        """Settle rows of a block up to the first that the kernel gives up on; later rows are unchanged.
 
         Args:
             rows: The block.
@@ -93,9 +100,10 @@ class AdjointKernel:
     """Solves the adjoint of diagonal blocks."""
 
     def __init__(
-        self, system: CausalSystem, at: dict[str, Tensor], grad: Tensor, later: Tensor, allowed: Tensor, block: int
-    ) -> None:
-        """Prepare what is the same for all blocks.
+        self, system: CausalSystem, at: dict[str, Tensor], grad: Tensor, later: Tensor, allowed: Tensor, block: int,
+        *, slopes: bool = False,
+    ) -> None:  # fmt: skip
+        """Prepare what all blocks share.
 
         Args:
             system: The map, as for `ForwardKernel`.
@@ -104,7 +112,8 @@ class AdjointKernel:
             grad: Cotangent, `[B, N, H, d]`.
             later: Cotangent of the queries from rows after the block, `[B, N, G, d]`; the caller keeps it.
             allowed: Tolerance per sample, `[B]`.
-            block: The most rows of a block.
+            block: Largest number of rows of a block.
+            slopes: Not kept: False.
         """
         self.system, self.call, self.later, self.block = system, Call(system), later, block
         self.at = {name: t.detach().contiguous() for name, t in at.items() if t.numel()}
@@ -125,13 +134,13 @@ class AdjointKernel:
         }  # fmt: skip
 
     def solve(self, rows: slice) -> BlockAdjoint | None:
-        """Solve a block; None if it has rows that want another solver.
+        """Solve a block; return None if the kernel gives up on one of its rows.
 
         Args:
             rows: The block.
 
         Returns:
-            The solution, in buffers that the next call overwrites; `slope` is its diagonal alone, `[B, H, n, 1]`.
+            The solution, in buffers that the next call overwrites; `slope` holds the diagonal only, `[B, H, n, 1]`.
         """
         system, call, at, found, n = self.system, self.call, self.at, self.found, rows.stop - rows.start
         batch, heads, groups, d = system.batch, system.heads, system.groups, system.dim

@@ -1,4 +1,4 @@
-"""What calls the Triton kernels for the own equations of rows of a block that sweeps have settled."""
+"""Row equations of marked rows in a block that sweeps have settled, by Triton kernels."""
 
 from typing import Any, NamedTuple
 
@@ -14,17 +14,17 @@ from implicit_attention.causal.triton.token import solve_rows
 
 
 class Settled(NamedTuple):
-    """A block as sweeps leave it.
+    """A block after its sweeps.
 
     Attributes:
         rows: The block.
         where: Its first row, on the device.
-        biased: Its biases, as they are told to kernels.
+        biased: Its biases, as keyword arguments of kernels.
         query: Queries of the whole sequence, `[B, N, G, d]`.
         state: Iterates, `[2, B, n, H, d]`.
         lse: Log-sum-exp, `[B, H, n]`.
         far: Marked rows by sweep, `[sweeps, B, n]`.
-        judged: What `judge_rows` found: `[2, B]`, states and how many rows are marked.
+        judged: Results of `judge_rows`, `[2, B]`: states, and numbers of marked rows.
     """
 
     rows: slice
@@ -38,15 +38,15 @@ class Settled(NamedTuple):
 
 
 class Roots(NamedTuple):
-    """The roots that are wanted of R rows.
+    """The roots of R rows that iteration from y = v reaches.
 
     Attributes:
         samples: `[R]`, int32.
         positions: Rows of the block, `[R]`, int32.
         a: Attention to all other columns, `[R, H, d]`.
-        way: From there to the value, `[R, H, d]`.
+        way: Value minus a, `[R, H, d]`.
         root: Weights on the own column, `[R, H]`.
-        outcome: Whether the sweeps have ended there, SAME, ELSEWHERE or LOST (no root was found), `[R]`, int32.
+        outcome: `[R]`, int32: SAME if the sweeps ended at this root, ELSEWHERE if not, LOST if no root was found.
     """
 
     samples: Tensor
@@ -58,13 +58,13 @@ class Roots(NamedTuple):
 
 
 class OwnRows:
-    """Solves the own equations of marked rows."""
+    """Solves the row equations of marked rows."""
 
     def __init__(self, call: Call, weight: Tensor) -> None:
-        """Remember the map.
+        """Keep the map.
 
         Args:
-            call: What kernels are told of it.
+            call: The map's arguments for kernels.
             weight: Omega_Q, `[G d, H d]`.
         """
         self.call, self.weight, system = call, weight, call.system
@@ -75,11 +75,11 @@ class OwnRows:
         self.least = torch.finfo(system.wide).eps
 
     def solve(self, block: Settled, count: int) -> Roots:
-        """Solve for the marked rows of samples that have settled.
+        """Solve the row equations of the marked rows in settled samples.
 
         Args:
             block: The block.
-            count: How many they are.
+            count: Number of these rows.
 
         Returns:
             Their roots.
@@ -108,7 +108,7 @@ class OwnRows:
         return Roots(samples, positions, a, way, root, outcome)
 
     def _roots(self, keys: Tensor, ends: Tensor, sums: Tensor, fixed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Roots, and how far one more step would move them, `[R, H]` each, not too many rows at once."""
+        """Roots and their residuals, `[R, H]` each, some rows at a time to bound the memory."""
         system, count = self.call.system, len(keys)
         by_head = by_read_head(self.weight, system.heads)
         few, found = max(1, AT_ONCE // (2 * system.heads * system.groups * system.dim)), []
@@ -120,7 +120,7 @@ class OwnRows:
         return root, moved
 
     def _fixed(self, samples: Tensor, places: Tensor) -> Tensor | None:
-        """What does not depend on the outputs in what Omega_Q makes, `[1 or R, G d]`."""
+        """The part of the queries that does not depend on the outputs, `[1 or R, G d]`, or None."""
         system = self.call.system
         fixed = None if system.bias is None else system.bias.to(system.wide)[None]
         if system.added is None:

@@ -1,8 +1,9 @@
-"""What calls the Triton kernels that sweep over blocks of many rows, and when a block is left to others.
+"""Sweeps over blocks of many rows by Triton kernels.
 
-A block is swept while its sweeps contract; one that does not settle is left as it was. The host is not waited for while
-blocks are calm: their launches are one CUDA graph, and a look at the device says of the block before whether it has
-settled. If it has not, all is done again with a look at each block (`Unsettled`).
+A block that does not settle in `MOST_SWEEPS` is left unchanged, and the caller halves it. While blocks settle quickly,
+the host does not wait for the device: the sweeps of a block are one CUDA graph, and the host starts the next block
+before it reads whether the last one settled. If that one did not settle, the whole solve is repeated, with a read after
+each block (`Unsettled`).
 """
 
 from collections.abc import Callable
@@ -22,31 +23,38 @@ from implicit_attention.causal.triton.kernels.own_rows import ELSEWHERE, LOST
 from implicit_attention.causal.triton.own_rows import OwnRows, Settled
 from implicit_attention.triton_available import interpreted
 
-MOST_SWEEPS = 32
-WIDEST = ((8192, 512), (0, 256))  # rows of the widest blocks, by the least length that has them
-_LEAST_DIM, _MOST_DIM = 16, 256
-_NARROW_DIM = 64
+MOST_SWEEPS = (
+    32  # larger: a hard block loses more work before it is halved; smaller: blocks that would settle are halved
+)
+# Rows of the widest blocks, by the smallest length that has them. Wider blocks fill the device better and take fewer
+# flash calls, but each sweep reads more columns.
+WIDEST = ((8192, 512), (0, 256))
+_LEAST_DIM, _MOST_DIM = 16, 256  # smallest tile of `tl.dot`; largest head whose tiles fit the shared memory
+_NARROW_DIM = 64  # largest head with room for three stages and four programs on a multiprocessor
 _SPARE = 10 * 1024  # bytes of shared memory that a program takes beside its tiles, at most
-_GRID = 65536  # programs in the third dimension of a launch
-_REPEATED = 4  # whole blocks from which on a graph pays
-# Sweeps that are launched together: where blocks settle in half as many, elsewhere, and in the first rows of all.
+_GRID = 65536  # CUDA's limit of programs in the third dimension of a launch
+_REPEATED = 4  # whole blocks from which on capturing a graph costs less than the launches that it saves
+# Sweeps that are launched together: after blocks that settled in half of `_FEW`; usually; in the first rows of a
+# sequence. Larger: more idle launches after a block has settled. Smaller: the host waits for the device more often.
 _FEW, _MORE, _MANY = 4, 8, 16
-_SURE = 5  # sweeps of a block whose successor is trusted to settle in `_MORE`: to be wrong costs as much as a solve
+# Sweeps of a block after which the next block is trusted to settle within `_MORE`. Larger: fewer waits, but each wrong
+# trust repeats a whole solve.
+_SURE = 5
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Sizes of the tiles of the kernels.
+    """Sizes of the kernels' tiles.
 
     Attributes:
         rows: Rows of a program that multiplies by Omega_Q.
-        width: Outputs of such a program, at least a head's.
-        depth: What such a program multiplies together.
+        width: Outputs of such a program, at least one head.
+        depth: Inputs that one product of such a program takes.
         queries: Launch options of such a program.
-        attended: Rows of a program of attention; columns, where it is one of columns.
-        against: Columns, or rows, that it takes together; divides the former.
+        attended: Rows of an attention program; its columns if a program computes columns.
+        against: Columns (or rows) of one tile of such a program; divides `attended`.
         attends: Launch options of such a program.
-        pulls: Launch options of a program of the adjoint's attention.
+        pulls: Launch options of an attention program of the adjoint.
     """
 
     rows: int
@@ -60,7 +68,7 @@ class _Tiles:
 
 
 def _tiles(system: CausalSystem) -> _Tiles | None:
-    """The tiles for a map, None if a multiprocessor's shared memory does not hold them."""
+    """The tiles for a map, None if the shared memory of a multiprocessor does not hold them."""
     if interpreted():
         one = {"num_warps": 1, "num_stages": 1}
         return _Tiles(rows=16, width=32, depth=16, queries=one, attended=32, against=16, attends=one, pulls=one)
@@ -70,7 +78,8 @@ def _tiles(system: CausalSystem) -> _Tiles | None:
     device: Any = torch.cuda.get_device_properties(system.key.device)
     room = device.shared_memory_per_block_optin - _SPARE
     by_map = min(3 if half else 2, room // ((rows + width) * depth * size))
-    # Two tiles of the program's own, as many of each stage, and biases; two programs are worth a stage.
+    # A program holds two tiles, and two more per stage with their biases. Heads above `_NARROW_DIM` get one stage less,
+    # so that two programs share a multiprocessor: that is worth more than a stage.
     tiles, biases = 2 * tile * dim * size, 0 if system.spec.plain else tile * tile * system.wide.itemsize
     by_tile = min((3 if dim <= _NARROW_DIM else 2) if half else 1, (room - tiles) // (tiles + biases))
     if min(by_map, by_tile) < 1:
@@ -78,11 +87,12 @@ def _tiles(system: CausalSystem) -> _Tiles | None:
     queries = {"num_warps": 8 if half else 4, "num_stages": by_map}
     attends = {"num_warps": 4 if dim <= 128 else 8, "num_stages": by_tile}
     pulls = dict(attends)
-    if half and width <= rows:  # registers of a thread: two programs to a multiprocessor
+    # Registers of a thread limit the programs on a multiprocessor, which has 65536; README.md has the table.
+    if half and width <= rows:  # two programs
         queries["maxnreg"] = 128
-    if half and dim <= _NARROW_DIM:  # four
+    if half and dim <= _NARROW_DIM:  # four programs
         attends["maxnreg"] = 128
-    if half and dim <= _NARROW_DIM and system.groups == system.heads:  # three
+    if half and dim <= _NARROW_DIM and system.groups == system.heads:  # three programs
         pulls["maxnreg"] = 168
     return _Tiles(
         rows=rows, width=width, depth=depth, queries=queries, attended=tile, against=tile, attends=attends, pulls=pulls
@@ -90,7 +100,7 @@ def _tiles(system: CausalSystem) -> _Tiles | None:
 
 
 def serves(system: CausalSystem) -> bool:
-    """Return whether the kernels can sweep over blocks of a map that Triton's other kernels serve."""
+    """Return whether the kernels sweep over blocks of a map that the one-program kernels serve."""
     dim = system.dim
     whole = _LEAST_DIM <= dim <= _MOST_DIM and dim & (dim - 1) == 0
     known = whole and system.batch < _GRID and (interpreted() or system.wide == torch.float32)
@@ -98,16 +108,16 @@ def serves(system: CausalSystem) -> bool:
 
 
 def widest(length: int) -> int:
-    """Return the rows of the blocks that are swept first, of a sequence of so many: a longer one has more to hide in.
+    """Return the rows of the blocks that are swept first.
 
     Args:
-        length: N.
+        length: N. Longer sequences hide the sweeps of wider blocks behind more attention.
     """
     return next(rows for least, rows in WIDEST if length >= least)
 
 
 def _captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Launches as a graph; nothing is launched, and nothing waited for."""
+    """Capture launches as a CUDA graph, without launching them and without waiting for the device."""
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):
         graph.capture_begin(capture_error_mode="thread_local")
@@ -119,21 +129,21 @@ def _captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 class _Wary:
-    """Solves that still look at each block before the next, since one has been done twice; of no matter for results."""
+    """Number of solves that still read each block before the next, after a repeated solve. Results are the same."""
 
-    AFTER = 64
+    AFTER = 64  # solves: a repeated solve costs one, so at most one in 65 is lost where blocks are unsure
     solves = 0
 
 
 class _Sweeps:
-    """What both directions need to know of a map."""
+    """State and launches that both directions share."""
 
     def __init__(self, system: CausalSystem, rows: int, cautious: bool) -> None:
         tiles = _tiles(system)
         assert tiles is not None, "asked for where `serves` is not true"
         self.system, self.call, self.tiles, self.rows = system, Call(system), tiles, rows
         size, device = system.batch * rows * system.heads * system.dim, system.key.device
-        weight = self.call.weight  # None: the key has absorbed it
+        weight = self.call.weight  # None if the key has absorbed it; then the kernels multiply by the identity
         self.weight = torch.eye(system.dim, dtype=system.narrow, device=device) if weight is None else weight
         self.span = max(1, self.tiles.width // system.dim)
         self.state = system.key.new_empty(2 * size, dtype=system.wide)
@@ -150,7 +160,7 @@ class _Sweeps:
         self.types = {
             "wide": TYPES[system.wide], "operand": self.call.operand, "precision": self.call.precision,
         }  # fmt: skip
-        # A graph holds the addresses of a block's biases, which change from block to block.
+        # A graph holds addresses, and those of biases change from block to block: graphs without biases only.
         self.graphed = device.type == "cuda" and system.spec.plain and not torch.cuda.is_current_stream_capturing()
         self.repeats = self.graphed and system.length >= _REPEATED * rows
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the number of sweeps
@@ -161,30 +171,30 @@ class _Sweeps:
         self.looked: torch.cuda.Event | None = None
 
     def launch(self, n: int, done: int, most: int, sweep: Callable[[int, int], None]) -> None:
-        """Sweep a block: whole ones from their start by a CUDA graph, once its kernels have been compiled.
+        """Launch the sweeps `done` to `most` of a block; those of a whole block from its start by a CUDA graph.
 
         Args:
             n: Rows of the block.
-            done: Sweeps before.
-            most: Sweeps after.
-            sweep: What launches those from the one to the other.
+            done: First sweep.
+            most: End of the sweeps.
+            sweep: Launches the sweeps of a range.
         """
         if (n, done) == (self.rows, 0) and most in self.graphs:
             self.graphs[most].replay()
             return
         sweep(done, most)
-        if self.repeats and n == self.rows and not self.graphs:  # while the device is at work on the first block
+        if self.repeats and n == self.rows and not self.graphs:  # captured while the device works on the first block
             self.graphs = {count: _captured(partial(sweep, 0, count)) for count in (_FEW, _MORE)}
 
     def begin(self, rows: slice) -> dict[str, Any]:
-        """Look at the block before, go to the next, and return its biases as they are told to kernels."""
+        """Check the last block, go to the next, and return its biases as keyword arguments of kernels."""
         self.check()
         self.where.fill_(rows.start)
         strict, strict_b, strict_h = self.system.compiled_bias(rows) or (None, 0, 0)
         return {"strict": strict, "strict_b": strict_b, "strict_h": strict_h}
 
     def goes_on(self, n: int) -> bool:
-        """Whether to go on to the next block before it is known that this one has settled; if so, prepare the look."""
+        """Whether to start the next block before reading if this one settled; if so, start copying its status."""
         if not (self.hopeful and self.calm and self.guess <= _SURE and n == self.rows):
             return False
         self.host.copy_(self.status, non_blocking=True)
@@ -193,10 +203,10 @@ class _Sweeps:
         return True
 
     def check(self) -> None:
-        """Look at the block before.
+        """Read whether the last block settled, if that has not been read yet.
 
         Raises:
-            Unsettled: If it had not settled when its successor was begun.
+            Unsettled: If it did not settle although the next block was started.
         """
         if self.looked is None:
             return
@@ -209,19 +219,19 @@ class _Sweeps:
         self.took(max(states) + 1, calm=True)
 
     def took(self, sweeps: int, *, calm: bool) -> None:
-        """Remember how a block settled."""
+        """Record the sweeps of a settled block."""
         self.guess, self.sweeps, self.calm = sweeps, max(self.sweeps, sweeps), calm
 
     def at_once(self) -> int:
-        """Sweeps to launch before a look."""
+        """The number of sweeps to launch before the host reads."""
         return _FEW if 0 < self.guess <= _FEW // 2 else _MORE
 
     def by_map(self, n: int, out: int) -> tuple[int, int, int]:
-        """Programs that multiply by Omega_Q, for so many heads' worth of outputs."""
+        """The grid of a product with Omega_Q that has `out` heads as its output."""
         return triton.cdiv(n, self.tiles.rows), triton.cdiv(out, self.span), self.system.batch
 
     def by_tile(self, n: int, heads: int) -> tuple[int, int, int]:
-        """Programs that attend."""
+        """The grid of an attention kernel."""
         return triton.cdiv(n, self.tiles.attended), heads, self.system.batch
 
 
@@ -231,15 +241,15 @@ class ForwardSweeps(_Sweeps):
     def __init__(
         self, system: CausalSystem, into: dict[str, Tensor], rows: int, rtol: float, atol: float, *, cautious: bool
     ) -> None:
-        """Prepare what is the same for all blocks.
+        """Prepare what all blocks share.
 
         Args:
             system: The map.
             into: As for `engine.ForwardKernel`.
-            rows: The most rows of a block.
+            rows: Largest number of rows of a block.
             rtol: Relative tolerance.
             atol: Absolute tolerance.
-            cautious: Whether to look at each block before the next.
+            cautious: Whether to read each block's outcome before the next block.
         """
         super().__init__(system, rows, cautious)
         self.into, self.rtol, self.atol = into, rtol, atol
@@ -259,13 +269,13 @@ class ForwardSweeps(_Sweeps):
             self._make_queries(self.call.value, self.call.value.stride()[:3], self.start, self.where, system.length, 0)
 
     def settle(self, rows: slice) -> bool:
-        """Settle a block, or leave it as it was.
+        """Settle a block, or leave it unchanged.
 
         Args:
             rows: The block.
 
         Returns:
-            Whether it has been settled, as far as is known.
+            Whether it settled, or is trusted to have settled until `check`.
         """
         biased, system, n = self.begin(rows), self.system, rows.stop - rows.start
         done, most = 0, min(_MANY if system.past + rows.start == 0 else self.at_once(), MOST_SWEEPS)
@@ -291,7 +301,7 @@ class ForwardSweeps(_Sweeps):
         return False
 
     def _sweep(self, n: int, biased: dict[str, Any], done: int, most: int) -> None:
-        """Sweep a block on, see which samples have settled, and hand them over if all have."""
+        """Launch sweeps, find which samples settled, and store the results if all did."""
         system, into, tile = self.system, self.into, self.tiles.attended
         found = self.found[: MOST_SWEEPS * 2 * system.batch * n]
         far = self.far[: MOST_SWEEPS * system.batch * n]
@@ -319,7 +329,7 @@ class ForwardSweeps(_Sweeps):
         self._hand_over(n, False)
 
     def _settled(self, rows: slice, biased: dict[str, Any]) -> Settled:
-        """The block as it is now."""
+        """The block in its present state."""
         system, n = self.system, rows.stop - rows.start
         batch, heads, dim = system.batch, system.heads, system.dim
         return Settled(
@@ -331,7 +341,7 @@ class ForwardSweeps(_Sweeps):
         )  # fmt: skip
 
     def _hand_over(self, n: int, checked: bool) -> None:
-        """Hand over what has settled, and where rows may be at other roots what has been `checked`, if all has."""
+        """Store the results if all samples settled; `checked` says that rows at possibly other roots were checked."""
         system, into = self.system, self.into
         sweep.hand_over_rows[self.by_tile(n, system.heads)](
             self.status, self.state, self.lse, self.found, into["y"], into["lse"], into["residual"], into["size"],
@@ -341,16 +351,16 @@ class ForwardSweeps(_Sweeps):
         )  # fmt: skip
 
     def _check_roots(self, block: Settled, counts: list[int], most: int) -> bool | None:
-        """Solve the own equations of rows that are far from where they started, in samples that have settled.
+        """Solve the row equations of marked rows in settled samples, and move rows that are at another root.
 
         Args:
             block: The block.
-            counts: How many such rows each sample has.
+            counts: Number of marked rows of each sample.
             most: Sweeps that were launched.
 
         Returns:
-            True if these samples are at the roots that are wanted; False if some rows were not, which have been taken
-            there, so that their samples have to be swept on; None if an equation was not solved.
+            True if all rows are at their roots; False if some rows were moved to them, so that the sweeps have to go
+            on; None if a row equation was not solved.
         """
         found = self.own_rows.solve(block, sum(counts))
         outcomes: list[int] = found.outcome.tolist()
@@ -358,11 +368,11 @@ class ForwardSweeps(_Sweeps):
             return None
         if ELSEWHERE not in outcomes:
             return True
-        # Samples with such rows have settled at no sweep so far; the others stay where they are.
+        # Samples with such rows go on from F of their iterates, with these rows moved; the others stay unchanged.
         elsewhere = found.outcome == ELSEWHERE
         samples, positions = found.samples[elsewhere].long(), found.positions[elsewhere].long()
         again = torch.unique(samples)
-        new = 1 - (-2 - block.judged[0, again]).long() % 2  # where F of the iterates is
+        new = 1 - (-2 - block.judged[0, again]).long() % 2  # the half of `state` that holds F of the iterates
         f = block.state[new, again]
         y = torch.addcmul(found.a, found.root[..., None], found.way)[elsewhere]
         f[torch.searchsorted(again, samples), positions] = y
@@ -370,6 +380,7 @@ class ForwardSweeps(_Sweeps):
         shape = block.state.shape[1:]
         self.narrow[: shape.numel()].view(shape)[again] = f.to(self.system.narrow)
         residuals = self.found[: MOST_SWEEPS * 2 * shape[0] * shape[1]].view(MOST_SWEEPS, 2, *shape[:2])
+        # An infinite residual in all sweeps so far: the sample counts as not settled in any of them.
         residuals[:most, 0, samples, positions] = f.new_full((), torch.inf).view(self.bits)
         return False
 
@@ -393,19 +404,19 @@ class AdjointSweeps(_Sweeps):
         self, system: CausalSystem, at: dict[str, Tensor], grad: Tensor, into: dict[str, Tensor | None],
         allowed: Tensor, rtol: float, rows: int, *, cautious: bool,
     ) -> None:  # fmt: skip
-        """Prepare what is the same for all blocks.
+        """Prepare what all blocks share.
 
         Args:
             system: The map.
             at: The equilibrium, as for `engine.AdjointKernel`.
             grad: Cotangent, `[B, N, H, d]`.
             into: The tensors of the recursion by name: later `[B, N, G, d]`, the cotangents of the queries from rows
-                after the block; lam `[B, N, H, d]`, whose storage may be that of `later`; d_key and d_value, which are
-                added to; made `[B, N, G d]`; and own `[B, H, N]` where own scores are given, else None.
+                after the block; lam `[B, N, H, d]`, which may share the memory of `later`; d_key and d_value, which are
+                added to; made `[B, N, G d]`; and own `[B, H, N]` if own scores are given, else None.
             allowed: Tolerance per sample, `[B]`.
             rtol: Relative tolerance of rows whose solution is larger than the cotangent.
-            rows: The most rows of a block.
-            cautious: Whether to look at each block before the next.
+            rows: Largest number of rows of a block.
+            cautious: Whether to read each block's outcome before the next block.
         """
         super().__init__(system, rows, cautious)
         self.at = {name: t.detach().contiguous() for name, t in at.items() if t.numel()}
@@ -418,14 +429,14 @@ class AdjointSweeps(_Sweeps):
         self.near_singular = 0
 
     def solve(self, rows: slice, *, exactly: bool) -> bool:
-        """Solve a block, or leave it as it was.
+        """Solve a block, or leave it unchanged.
 
         Args:
             rows: The block.
-            exactly: Whether the rows' own columns are solved for, of which early rows have heavy ones.
+            exactly: Whether to solve the own columns exactly. The first rows of a sequence need it most.
 
         Returns:
-            Whether it has been solved, as far as is known.
+            Whether it was solved, or is trusted to have been solved until `check`.
         """
         biased, n = self.begin(rows), rows.stop - rows.start
         own = _OwnColumns(self, rows) if exactly and self.call.given is None else None
@@ -447,7 +458,7 @@ class AdjointSweeps(_Sweeps):
         return False
 
     def _sweep(self, n: int, biased: dict[str, Any], own: "_OwnColumns | None", done: int, most: int) -> None:
-        """Sweep a block on, see which samples are solved, and hand them over if all are."""
+        """Launch sweeps, find which samples are solved, and store the results if all are."""
         system, call, at, into, tiles = self.system, self.call, self.at, self.into, self.tiles
         by_group, by_head = self.by_tile(n, system.groups), self.by_tile(n, system.heads)
         told = {"length": system.length, "where": self.where, "n": n, "batch": system.batch}
@@ -495,14 +506,14 @@ class AdjointSweeps(_Sweeps):
         """Launch the kernel of that name.
 
         Args:
-            made: As there, as are those that follow.
+            made: As in the kernel, like the next four.
             grad: `[B, N, H, d]`.
             y: `[B, N, H, d]`.
             state: `[2, B, n, H, d]`.
             narrow: `[2, B, n, H, d]` or None.
             at: The sweep.
-            raises: Whether residuals are found.
-            told: Batch, length, first row and rows.
+            raises: Whether the kernel records residuals.
+            told: Batch, length, first row and number of rows.
         """
         system, tiles = self.system, self.tiles
         sweep_adjoint.through_map[self.by_map(told["n"], system.heads)](
@@ -513,7 +524,7 @@ class AdjointSweeps(_Sweeps):
 
 
 class _OwnColumns:
-    """The rows' own columns, of rank one per head, solved for exactly in every sweep; see `diagonal._OwnColumns`."""
+    """Solves the own columns, of rank one per head, exactly in every sweep; see `diagonal._OwnColumns`."""
 
     def __init__(self, sweeps: AdjointSweeps, rows: slice) -> None:
         self.sweeps, self.rows, self.n = sweeps, rows, rows.stop - rows.start
@@ -532,7 +543,7 @@ class _OwnColumns:
         matrix = self._jacobians(queries, p)
         eye = torch.eye(heads, dtype=system.wide, device=matrix.device)
         self.inverses = torch.linalg.inv_ex(eye - matrix.mT)[0].contiguous()
-        # An eigenvalue at a distance e from 1 makes the norm of the inverse 1 / e or more.
+        # An eigenvalue at distance e from 1 makes the norm of the inverse at least 1 / e.
         self.matrix, self.suspect = matrix, ~(self.inverses.flatten(2).norm(dim=-1) * NEAR_SINGULAR < 1.0)
         self.f = self.u.new_full((2, batch, n, heads, dim), torch.inf)
         self.made = system.key.new_empty(2, batch, n, system.groups * dim)
@@ -540,7 +551,7 @@ class _OwnColumns:
         self.told = {"length": system.length, "where": sweeps.where, "n": n, "batch": batch}
 
     def _jacobians(self, queries: Queries, p: Tensor) -> Tensor:
-        """The rows' own Jacobians, `[B, n, H, H]`, a few rows at a time: each takes `G H d` numbers several times."""
+        """The own Jacobians, `[B, n, H, H]`, some rows at a time: each row takes a few times `G H d` numbers."""
         system = self.sweeps.system
         few = max(1, AT_ONCE // (system.batch * system.groups * system.heads * system.dim))
         found = []
@@ -554,7 +565,7 @@ class _OwnColumns:
         return torch.cat(found, 1)
 
     def solve(self, at: int) -> None:
-        """From what lacks the own columns' part to the next cotangents of the outputs."""
+        """The next cotangents of the outputs: add the part of the own columns, solved exactly."""
         sweeps, system, call = self.sweeps, self.sweeps.system, self.sweeps.call
         sweeps.through_map(sweeps.into["made"], sweeps.grad, self.y, self.f, None, at, True, self.told)
         sweep_adjoint.own_columns[(self.n, system.batch)](
@@ -566,7 +577,7 @@ class _OwnColumns:
         sweeps.through_map(self.made[new], self.f[new], self.y, sweeps.state, sweeps.narrow, at, False, self.inside)
 
     def finish(self) -> int:
-        """Add the own columns' part to what was made; return how many rows cannot be differentiated."""
+        """Add the part of the own columns to `made`; return the number of rows with a gain close to 1."""
         sample = torch.arange(self.sweeps.system.batch, device=self.made.device)
         made = self.sweeps.into["made"]
         assert made is not None

@@ -1,4 +1,4 @@
-"""What calls the Triton kernels for one decoded token per sample, and for the equations of single rows."""
+"""One decoded token per sample, and row equations of single rows, by Triton kernels."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ class Keys(NamedTuple):
     """Keys of the tokens.
 
     Attributes:
-        key: As they enter scores, `[B, H, 1, d]`.
-        scaled: Before their rotation, times the scale, `[B, H, d]`, float32 or wider.
+        key: Keys of the scores, rotated, `[B, H, 1, d]`.
+        scaled: Keys before their rotation, times the scale, `[B, H, d]`, float32 or wider.
     """
 
     key: Tensor
@@ -26,8 +26,8 @@ class Token(NamedTuple):
 
     Attributes:
         y: Outputs, `[B, 1, H d]`.
-        column: Their queries, rotated, `[B, G, 1, d]`.
-        judged: `[3, B]`: residuals, these over the outputs' sizes, and 1 where a token is within tolerance, else 0.
+        column: Queries of the outputs, rotated, `[B, G, 1, d]`.
+        judged: `[3, B]`: residuals, relative residuals, and 1 for a token within tolerance, else 0.
     """
 
     y: Tensor
@@ -36,11 +36,11 @@ class Token(NamedTuple):
 
 
 def keys(made: Tensor, temperature: Tensor | None, rotation: Tensor | None, scale: float, eps: float) -> Keys:
-    """Norm, temper and rotate keys in one launch.
+    """Apply norm, temperature and rotation to keys, in one launch.
 
     Args:
         made: `[B, 1, H, d]`.
-        temperature: `[H]` in their type, or None: no norm either.
+        temperature: `[H]` in the dtype of `made`; None for neither norm nor temperature.
         rotation: `[2, 1, d / 2]` or `[2, B, 1, 1, d / 2]`, or None.
         scale: Factor on the scores.
         eps: Of the norm.
@@ -64,21 +64,21 @@ def solve_token(
     rotation: Tensor | None, eps: float | None, tolerance: tuple[float, float], dtype: torch.dtype,
     slot: tuple[Tensor, Tensor] | None,
 ) -> Token:  # fmt: skip
-    """Solve the equation of one token per sample without a look at any number.
+    """Solve the row equation of one token per sample. The host reads no number.
 
     Args:
         key: Scaled, before its rotation, `[B, H, d]`, float32 or wider.
-        a: Attention over the columns before, `[B, H, d]`, in the type of the inputs.
-        lse: Its log-sum-exp, `[B, H]`, in the type of `key`.
-        value: The token's, `[B, G, d]`.
-        by_head: Omega_Q by the head it reads, `[H, d, G d]`.
-        fixed: What is added to what it makes, `[1 or B, G d]`, or None.
+        a: Attention over the columns before, `[B, H, d]`, in the dtype of the inputs.
+        lse: Its log-sum-exp, `[B, H]`, in the dtype of `key`.
+        value: Value of the token, `[B, G, d]`.
+        by_head: Omega_Q, split by the head that it reads, `[H, d, G d]`.
+        fixed: Part of the query that does not depend on y, `[1 or B, G d]`, or None.
         rotation: As in `keys`.
-        eps: Of the norm; None without one.
-        tolerance: Relative and absolute.
-        dtype: Of the outputs.
-        slot: Where the tokens' queries and values belong, `[B, G, 1, d]`, of equal strides, filled; None: the queries
-            get a tensor of their own.
+        eps: Epsilon of the norm; None without a norm.
+        tolerance: Relative and absolute tolerance.
+        dtype: Dtype of the outputs.
+        slot: The cache's places for the tokens' queries and values, `[B, G, 1, d]` with equal strides, filled. None
+            allocates a tensor for the queries.
 
     Returns:
         The tokens.
@@ -109,19 +109,18 @@ def solve_token(
 def solve_rows(
     key: Tensor, ends: Tensor, lse: Tensor, by_head: Tensor, fixed: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Solve the own equations of R rows in one launch.
+    """Solve the row equations of R rows in one launch.
 
     Args:
         key: Scaled, before its rotation, `[R, H, d]`, float32 or wider.
-        ends: Attention over all other columns, and the value less that, one after the other, `[2 R, H, d]`.
-        lse: The log-sum-exp of these columns, `[R, H]`, in the type of `key`.
+        ends: Attention a over all other columns for all rows, then value - a, `[2 R, H, d]`.
+        lse: The log-sum-exp of the other columns, `[R, H]`, in the dtype of `key`.
         by_head: As in `solve_token`.
         fixed: `[R, G d]` or None.
         eps: As in `solve_token`.
 
     Returns:
-        The weights on the own column `[R, H]`, and how far one more step would move them, inf in rows that are not
-        solved.
+        The weights on the own column `[R, H]` and their residuals, inf in rows that are not solved.
     """
     rows, heads, dim = key.shape
     made = torch.bmm(ends.to(by_head.dtype).transpose(0, 1), by_head)
@@ -136,12 +135,12 @@ def solve_rows(
 
 
 def _step(fixed: Tensor | None) -> int:
-    """The stride from sample to sample, 0 where all share one."""
+    """The stride of samples, 0 if they share the tensor."""
     return 0 if fixed is None or len(fixed) == 1 else fixed.stride(0)
 
 
 def _turn(rotation: Tensor | None) -> tuple[Tensor | None, int]:
-    """Cosines and sines of each sample, `[1 or B, 2, d / 2]`, and the stride of samples, 0 where all share one."""
+    """Cosines and sines of each sample, `[1 or B, 2, d / 2]`, and the stride of samples, 0 if they share them."""
     if rotation is None:
         return None, 0
     turn = rotation.reshape(2, -1, rotation.shape[-1]).transpose(0, 1).contiguous()

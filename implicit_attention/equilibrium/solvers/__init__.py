@@ -1,4 +1,4 @@
-"""Solvers of `y = F(y)`: frozen records of settings, one file each; the loop is in `base`."""
+"""Solvers of `y = F(y)`: one frozen record of settings per file. The only loop is in `base`."""
 
 from implicit_attention.equilibrium.solvers.anderson import Anderson
 from implicit_attention.equilibrium.solvers.base import DirectSolver, Method, Solution, Solver, solve

@@ -1,4 +1,4 @@
-"""What every solver shares: the only loop, its stopping rule, its bookkeeping and its result."""
+"""What all solvers share: the only loop, its stopping rule, its bookkeeping and its result."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,25 +17,25 @@ _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, t
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solve returns, always the same.
+    """The result of a solve, the same for all solvers.
 
-    The residual is the largest componentwise difference `|F(value) - value|`: it is measured at the value
-    returned, and means the same whatever the sequence length. An independent system is a sample `[B]`, or a
-    token `[B, N]` where tokens decouple; causal maps report row by row, `[B, N]`.
+    The residual is the largest componentwise difference `|F(value) - value|`, measured at the returned value. It has
+    the same meaning for every sequence length. An independent system is a sample, `[B]`, or a token, `[B, N]`, if
+    tokens do not depend on each other. Causal maps report row by row, `[B, N]`.
 
     Attributes:
-        value: The equilibrium, of the shape and dtype of the start.
+        value: The equilibrium, with the shape and dtype of the start.
         residual: Absolute residual per system, at `value`.
-        steps: Steps taken per system (for rows of one system: until that row last was above tolerance).
+        steps: Steps per system; for rows of one system, until the row was within tolerance for good.
         converged: Whether the residual is within tolerance, per system.
         abs_trace: Absolute residual at each iterate, `[steps + 1, *systems]`.
-        rel_trace: The same, relative to the largest component of `F(y)`.
-        evaluations: How often the map or its Jacobian was applied, to the whole batch at once.
-        history: Every iterate, the start first, if it was asked for.
-        gain: Spectral radius of each row's own Jacobian, `[B, N]`, if it was asked for; its maximum is that of the
-            causal map.
-        memo: What a direct solver found on the way and its adjoint needs; for `ForwardSubstitution` the queries
-            at the equilibrium `[B, N, G, d]`, the log-sum-exp `[B, H, N]`, and the queries' inverse norms.
+        rel_trace: Residual at each iterate relative to the largest component of `F(y)`.
+        evaluations: Number of evaluations of the map or its Jacobian, each for the whole batch.
+        history: Every iterate, the start first; None unless asked for.
+        gain: Spectral radius of each row's own Jacobian, `[B, N]`; None unless asked for. The maximum is the spectral
+            radius of the causal map.
+        memo: Tensors that a direct solver keeps for its adjoint. For `ForwardSubstitution`: the queries at the
+            equilibrium `[B, N, G, d]`, the log-sum-exp `[B, H, N]`, and the inverse norms of the queries.
     """
 
     value: Tensor
@@ -51,7 +51,7 @@ class Solution:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """The solve's statistics as plain tensors, under the names torchdeq gives them."""
+        """The statistics of the solve as plain tensors, under torchdeq's names."""
         found = {
             "abs_trace": self.abs_trace,
             "rel_trace": self.rel_trace,
@@ -76,9 +76,9 @@ class Solution:
 
 
 class System:
-    """The equation `y = F(y)` as solvers see it: S independent systems of n unknowns, iterates `[S, n]`.
+    """The equation `y = F(y)` in the form of the solvers: S independent systems of n unknowns, iterates `[S, n]`.
 
-    Iterates are float32 or wider whatever the map computes in, so that solver algebra does not lose digits.
+    Iterates are float32 or wider, also if the map computes in a half type, so that solver algebra loses no digits.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class System:
         Args:
             function: Map from tensors like y0 to tensors like y0.
             y0: Start; its leading `system_ndim` dimensions count the systems.
-            system_ndim: Number of those dimensions.
-            linear: Whether the map is affine; then Jacobian products are differences of the map itself.
+            system_ndim: Number of these dimensions.
+            linear: Whether the map is affine. Then a Jacobian product is a difference of two evaluations.
         """
         self.evaluations = 0
         self._function = function
@@ -100,7 +100,7 @@ class System:
         self._origin: Tensor | None = None
 
     def flatten(self, y: Tensor) -> Tensor:
-        """Return `y` as `[S, n]` in the dtype that solvers work in."""
+        """Return `y` as `[S, n]` in the solvers' dtype."""
         return y.reshape(self._count, -1).to(torch.promote_types(y.dtype, torch.float32))
 
     def unflatten(self, y: Tensor) -> Tensor:
@@ -125,18 +125,18 @@ class System:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of everything that solves `y = F(y)`.
+    """Base of all methods for `y = F(y)`.
 
     Attributes:
         rtol: Relative tolerance; None for the default of the dtype (float64 1e-10, float32 1e-5, float16
             4e-3, bfloat16 3e-2).
-        atol: Absolute tolerance; None for the same default (0 when solving an adjoint, which has no scale).
+        atol: Absolute tolerance; None for the same default, or for 0 in an adjoint equation, which has no scale.
     """
 
     rtol: float | None = None
     atol: float | None = None
 
-    unrollable: ClassVar[bool] = True  # whether backpropagation through the steps themselves makes sense
+    unrollable: ClassVar[bool] = True  # whether autograd can differentiate the steps
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -148,8 +148,8 @@ class Method:
         """Return the relative and the absolute tolerance for a dtype.
 
         Args:
-            dtype: Of the unknown.
-            linear: Whether the equation is an adjoint, whose unknown has no scale of its own.
+            dtype: Dtype of the unknown.
+            linear: Whether the equation is an adjoint: its unknown has no scale of its own.
 
         Returns:
             `rtol` and `atol`.
@@ -161,10 +161,10 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class DirectSolver(Method, ABC):
-    """Base of the solvers that know the structure of a map and need not iterate on the whole of it.
+    """Base of the solvers that use the structure of a map instead of iterating on the whole map.
 
     Attributes:
-        fallback: The iterative solver for equations derived from the map whose structure is not known.
+        fallback: Iterative solver for derived equations without this structure.
     """
 
     unrollable: ClassVar[bool] = False
@@ -178,7 +178,7 @@ class DirectSolver(Method, ABC):
         Args:
             function: The map.
             args: Its tensors.
-            dtype: Of the equilibrium.
+            dtype: Dtype of the equilibrium.
         """
 
     @abstractmethod
@@ -191,28 +191,28 @@ class DirectSolver(Method, ABC):
         grad: Tensor,
         needs: tuple[bool, ...],
     ) -> "AdjointSolution":
-        """Solve `lam = grad + J^T lam` at the equilibrium `y` and return what it gives the map's tensors.
+        """Solve `lam = grad + J^T lam` at the equilibrium `y` and return the gradients of the map's tensors.
 
         Args:
             function: The map.
             args: Its tensors.
             y: The equilibrium.
-            memo: What `equilibrium` left; empty if another solver found it.
+            memo: The memo of `equilibrium`; empty if another solver found the equilibrium.
             grad: Cotangent of y, finite.
-            needs: For each of `args`, whether its gradient is wanted.
+            needs: For each of `args`, whether its gradient is needed.
         """
 
 
 @dataclass(frozen=True)
 class AdjointSolution:
-    """The outcome of an adjoint equation that was solved directly.
+    """The outcome of an adjoint equation that a direct solver solved.
 
     Attributes:
-        by_arg: The gradient of each tensor of the map, None where it was not wanted.
-        residual: Of the adjoint equation per sample, `[B]`.
-        converged: Whether that is within tolerance, `[B]`.
-        steps: Most sweeps that a block took.
-        near_singular: Rows with a gain so close to 1 that the gradient is not to be trusted.
+        by_arg: Gradient of each tensor of the map, None if it was not needed.
+        residual: Residual of the adjoint equation per sample, `[B]`.
+        converged: Whether the residual is within tolerance, `[B]`.
+        steps: Largest number of sweeps of a block.
+        near_singular: Number of rows with a gain so close to 1 that the gradient cannot be trusted.
     """
 
     by_arg: list[Tensor | None]
@@ -224,12 +224,12 @@ class AdjointSolution:
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(Method, ABC):
-    """Base of the iterative solvers: a record of settings with `init` and `step`; the loop is `solve`.
+    """Base of the iterative solvers: a record of settings with `init` and `step`. The loop is `solve`.
 
     Attributes:
-        max_steps: Steps after which a system that is not within `atol + rtol max|F(y)|` is reported.
-        kernel: What measures residuals: "torch"; "triton" (the extra `gpu`; CUDA devices; not run on a device yet), in
-            one pass over memory; or "auto", which is torch until that has been measured.
+        max_steps: Maximum number of steps. A system that is then not within `atol + rtol max|F(y)|` is reported.
+        kernel: What measures residuals: "torch"; "triton", one pass over memory (the extra `gpu`; CUDA devices; not run
+            on a device yet); or "auto", which is "torch" until Triton's kernel has been measured.
     """
 
     max_steps: int = 50
@@ -254,7 +254,7 @@ class Solver(Method, ABC):
             y: Iterate `[S, n]`.
             f: `F(y)`, `[S, n]`.
             state: What `init` or the previous step returned.
-            active: `[S]`, which systems still move; what is returned for the others is discarded.
+            active: `[S]`, which systems are not solved yet. The loop discards the result for the others.
         """
 
 
@@ -270,25 +270,25 @@ def solve(
 ) -> Solution:
     """Iterate `solver` until every system is within tolerance, has failed, or `max_steps` are taken.
 
-    A system that has converged is frozen, so on a device that would have to be waited for it does no harm to look only
-    now and then whether any is left (`looks_every`); steps taken beyond that are not reported. One that does not
-    converge returns the iterate with its smallest residual; but when autograd records the steps (unrolling), the last
-    iterate, which is what the graph leads to.
+    A converged system is frozen. So on a GPU the host reads only every few steps whether any system is left
+    (`looks_every`); the extra steps change nothing and are not reported. A system that does not converge returns the
+    iterate with its smallest residual. If autograd records the steps (unrolling), it returns the last iterate, since
+    the graph belongs to it.
 
     Args:
         solver: The method, with its tolerances.
         function: Map from tensors like y0 to tensors like y0.
         y0: Start.
         system_ndim: How many leading dimensions of y0 count independent systems.
-        row_ndim: How many count the rows that are judged one by one, at least `system_ndim` (the default).
+        row_ndim: How many count the rows that are judged one by one; at least `system_ndim`, the default.
         linear: Whether the map is affine, as an adjoint equation is.
         history: Whether to keep every iterate.
 
     Returns:
-        The solution; that it converged is for the caller to check.
+        The solution. The caller checks whether it converged.
 
     Raises:
-        NonFiniteError: If the map gives NaN or Inf at the start.
+        NonFiniteError: If the map returns NaN or Inf at the start.
     """
     system = System(function, y0, system_ndim, linear=linear)
     rule = _Bookkeeping(solver, y0, system_ndim, row_ndim or system_ndim, linear)
@@ -308,12 +308,12 @@ def solve(
 
 
 def looks_every(device: torch.device) -> int:
-    """Return how many steps are taken between two looks at whether all systems are done.
+    """Return after how many steps the host reads whether all systems are done.
 
-    Each look waits for everything that the device was given to do.
+    On a GPU each read waits for all launched work, and the steps that it can save cost launches.
 
     Args:
-        device: Where the systems are.
+        device: Device of the systems.
     """
     return 1 if device.type == "cpu" else 4
 
@@ -323,7 +323,7 @@ def nothing_to_solve(y0: Tensor, row_ndim: int) -> Solution:
 
     Args:
         y0: The start, without elements.
-        row_ndim: How many leading dimensions count the rows.
+        row_ndim: Number of leading dimensions that count the rows.
     """
     none = torch.zeros(y0.shape[:row_ndim], dtype=torch.promote_types(y0.dtype, torch.float32), device=y0.device)
     return Solution(y0, none, none.long(), none == 0, none[None], none[None])
@@ -339,7 +339,7 @@ def zero_of(args: tuple[Tensor, ...]) -> Tensor:
 
 
 class _Bookkeeping:
-    """Residuals, steps and best iterates; nothing here is differentiated."""
+    """Residuals, steps and best iterates. Nothing here is differentiated."""
 
     def __init__(self, solver: Solver, y0: Tensor, system_ndim: int, row_ndim: int, linear: bool) -> None:
         self.rtol, self.atol = solver.tolerances(y0.dtype, linear=linear)
@@ -352,11 +352,11 @@ class _Bookkeeping:
         self.traces: list[tuple[Tensor, Tensor]] = []
         self.best: tuple[Tensor, Tensor, Tensor] | None = None  # iterate [S, n], its residual and size [S, R]
         self.converged = torch.zeros(self.rows, dtype=torch.bool, device=y0.device)
-        self.needed = torch.ones((), dtype=torch.long, device=y0.device)  # iterates up to which a system still moved
+        self.needed = torch.ones((), dtype=torch.long, device=y0.device)  # iterates until the last system stopped
 
     @torch.no_grad()
     def observe(self, y: Tensor, f: Tensor) -> Tensor:
-        """Measure an iterate `[S, n]`; return which systems must go on, `[S]`."""
+        """Measure an iterate `[S, n]`; return which systems are not solved yet, `[S]`."""
         residual, size = self.measure(y, f, self.rows)
         if self.traces:
             before, before_size = self.traces[-1]
@@ -364,7 +364,7 @@ class _Bookkeeping:
             residual, size = torch.where(frozen, before, residual), torch.where(frozen, before_size, size)
         finite = torch.isfinite(residual).all(-1)
         if not self.traces and not bool(finite.all()):
-            raise NonFiniteError("the map gave NaN or Inf at the first iterate")
+            raise NonFiniteError("the map gave NaN or Inf at the start: check `y0`, `args` and the map's parameters")
         self.traces.append((residual, size))
         now = (y, residual, size)
         if self.best is None:
@@ -382,9 +382,9 @@ class _Bookkeeping:
         return torch.isfinite(residual) & (residual <= self.atol + self.rtol * size)
 
     def solution(self, system: System, y: Tensor, history: list[Tensor] | None) -> Solution:
-        """Return the result: the last iterate, or where a system failed its best one."""
+        """Return the result: the last iterate, or the best one of a system that failed."""
         assert self.best is not None
-        del self.traces[int(self.needed) :]
+        del self.traces[int(self.needed) :]  # iterates between the last change and the host's read
         history = None if history is None else history[: len(self.traces)]
         failed = ~self.converged.all(-1)
         residual, size = self.traces[-1]

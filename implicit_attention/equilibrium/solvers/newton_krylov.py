@@ -1,4 +1,4 @@
-"""Newton's method whose linear systems are solved by GMRES on Jacobian products."""
+"""Newton's method with GMRES on Jacobian products for its linear systems."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,19 +10,21 @@ from implicit_attention.equilibrium.linear import gmres
 from implicit_attention.equilibrium.solvers.base import Solver, System
 from implicit_attention.errors import bad_value, check_positive
 
-_HALVINGS = 8
+_HALVINGS = 8  # of a step at most: each costs an evaluation, and steps below 1/256 hardly move the iterate
+_DECREASE = 1e-4  # share of the predicted decrease that a step must reach (Armijo's rule, usual value)
+_GAMMA = 0.9  # forcing terms of Eisenstat and Walker, choice 2, with exponent 2
 
 
 @dataclass(frozen=True)
 class NewtonKrylov(Solver):
-    """Inexact Newton: `(I - J) d = F(y) - y` by GMRES, then the first `y + 2^-k d` that lowers the residual.
+    """Inexact Newton: solve `(I - J) d = F(y) - y` by GMRES, then take the first `y + 2^-k d` that lowers the residual.
 
-    Does not need the map to contract: it converges to equilibria that repel Picard's iteration.
+    The map need not contract: the method converges to equilibria that repel Picard's iteration.
 
     Attributes:
-        restart: Krylov directions kept, each of the size of an iterate.
-        cycles: Restarts of GMRES at most, per Newton step.
-        forcing: Relative accuracy of the linear solves, at least; they tighten as the residual falls.
+        restart: Number of Krylov directions in memory, each of the size of an iterate.
+        cycles: Maximum number of GMRES restarts per Newton step.
+        forcing: Largest relative residual of the linear solves. They tighten as the residual falls.
 
     Reference:
         Knoll and Keyes, J. Comput. Phys. 193 (2004); forcing terms: Eisenstat and Walker, SIAM J. Sci.
@@ -45,7 +47,7 @@ class NewtonKrylov(Solver):
             raise bad_value("forcing", "in (0, 1)", self.forcing)
 
     def init(self, y: Tensor) -> Tensor:
-        """Return the residual norms before any is known."""
+        """Return infinite residual norms: none is known before the first step."""
         return torch.full(y.shape[:1], torch.inf, dtype=y.dtype, device=y.device)
 
     def step(self, system: System, y: Tensor, f: Tensor, state: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +55,7 @@ class NewtonKrylov(Solver):
         residual = torch.where(active[:, None], f - y, 0.0)
         norm = torch.linalg.vector_norm(residual, dim=-1)
         ratio = torch.where(torch.isfinite(state), norm / state.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
-        accuracy = (0.9 * ratio**2).clamp(max=self.forcing, min=10 * torch.finfo(norm.dtype).eps)
+        accuracy = (_GAMMA * ratio**2).clamp(max=self.forcing, min=10 * torch.finfo(norm.dtype).eps)
         direction, _ = gmres(
             lambda t: t - system.jvp(y, t), residual, rtol=accuracy, restart=self.restart, cycles=self.cycles
         )
@@ -64,7 +66,7 @@ class NewtonKrylov(Solver):
         for _ in range(_HALVINGS):
             trial = y + length[:, None] * direction
             size = torch.linalg.vector_norm(system(trial) - trial, dim=-1)
-            short = ~(size <= (1.0 - 1e-4 * length) * norm) & active  # NaN is too long a step too
+            short = ~(size <= (1.0 - _DECREASE * length) * norm) & active  # NaN means that the step is too long
             if not bool(short.any()):
                 break
             length = torch.where(short, length / 2, length)

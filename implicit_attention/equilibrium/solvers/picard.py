@@ -1,4 +1,4 @@
-"""Picard's iteration: the seed's own, with optional damping."""
+"""Picard's iteration, as in the seed, with optional damping."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from implicit_attention.errors import bad_value, check_positive
 class Picard(Solver):
     """`y <- y + damping (F(y) - y)`.
 
-    Converges where the damped map contracts; damping below 1 tames maps whose Jacobian has large negative
-    eigenvalues (a damping below 2 / (1 + rho) for eigenvalues in [-rho, 0]).
+    It converges if the damped map contracts. Damping helps if the Jacobian has large negative eigenvalues: for
+    eigenvalues in [-rho, 0] a damping below 2 / (1 + rho) converges.
 
     Attributes:
-        damping: In (0, 1]; 1 is the plain iteration.
+        damping: Length of a step, in (0, 1]; 1 is the plain iteration.
     """
 
     damping: float = 1.0
@@ -32,5 +32,5 @@ class Picard(Solver):
         """Return None: the iteration has no memory."""
 
     def step(self, system: System, y: Tensor, f: Tensor, state: None, active: Tensor) -> tuple[Tensor, None]:
-        """Return the damped image of the iterate."""
+        """Return the next iterate."""
         return (f if self.damping == 1.0 else y + self.damping * (f - y)), None

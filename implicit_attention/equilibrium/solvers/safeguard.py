@@ -1,21 +1,27 @@
-"""The way back for solvers that extrapolate: return to the best iterate and take a shorter plain step."""
+"""What extrapolating solvers share: their memory, and the return to the best iterate if an extrapolation fails."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_GROWTH = 2.0  # a residual this many times the best one means that the extrapolation misled
+from implicit_attention.equilibrium.solvers.base import Solver
+from implicit_attention.errors import check_positive
+
+# A residual this many times the best one counts as failed. A smaller bound gives up steps that would recover, as
+# accelerated residuals are not monotone; a larger one wastes steps far from the equilibrium.
+_GROWTH = 2.0
 
 
 class Safeguard(NamedTuple):
-    """What is remembered between steps.
+    """The best iterate of each system.
 
     Attributes:
         y: Best iterate so far, `[S, n]`.
-        residual: `F(y) - y` there.
+        residual: `F(y) - y` at that iterate.
         norm: Its Euclidean norm, `[S]`.
-        damping: Length of the next plain step back from there, halved each time it is needed, `[S]`.
+        damping: Length of the next plain step from that iterate, `[S]`; each use halves it.
     """
 
     y: Tensor
@@ -32,14 +38,14 @@ class Safeguard(NamedTuple):
         return cls(y, torch.zeros_like(y), infinite, half)
 
     def check(self, y: Tensor, residual: Tensor) -> tuple["Safeguard", Tensor, Tensor]:
-        """Compare a new residual with the best.
+        """Compare a new residual with the best one.
 
         Args:
             y: Iterate `[S, n]`.
             residual: `F(y) - y`.
 
         Returns:
-            The state to keep; `[S]`, which systems must restart; and where these go on, `[S, n]`.
+            The new state; which systems must restart, `[S]`; and the iterates from which they restart, `[S, n]`.
         """
         norm = torch.linalg.vector_norm(residual.detach(), dim=-1)
         restart = ~(norm <= _GROWTH * self.norm)  # NaN restarts too
@@ -51,3 +57,42 @@ class Safeguard(NamedTuple):
             torch.where(restart, self.damping / 2, self.damping),
         )
         return best, restart, best.y + self.damping[:, None] * best.residual
+
+
+class Steps(NamedTuple):
+    """What an extrapolating solver keeps between steps.
+
+    Attributes:
+        y: Previous iterate, `[S, n]`; None before the first step.
+        residual: Its residual.
+        left: Stack of vectors, `[k, S, n]`; each solver says which.
+        right: Stack of vectors, `[k, S, n]`.
+        guard: The best iterate.
+    """
+
+    y: Tensor | None
+    residual: Tensor | None
+    left: Tensor
+    right: Tensor
+    guard: Safeguard
+
+
+@dataclass(frozen=True)
+class Extrapolating(Solver):
+    """Base of the solvers that extrapolate from recent steps.
+
+    Attributes:
+        memory: Number of vectors in each of the two stacks.
+    """
+
+    memory: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        super().__post_init__()
+        check_positive("memory", self.memory, integer=True)
+
+    def init(self, y: Tensor) -> Steps:
+        """Return the state before the first step."""
+        empty = y.new_zeros(0, *y.shape)
+        return Steps(None, None, empty, empty, Safeguard.init(y))

@@ -350,7 +350,7 @@ def test_maps_on_a_cuda_device(monkeypatch):
     assert engines.chosen("triton", system) == "triton"
     assert engines.chosen("auto", system) == "torch"
     with pytest.raises(ValueError, match=r"`kernel` must be .* where the tensors are on cuda"):
-        engines.chosen("numba", system)
+        engines.chosen("cpp", system)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # where Triton would launch
     with pytest.raises(ValueError, match="the tensors are on cuda:1 and the current device is 0"):
         engines.chosen("triton", system)

@@ -1,7 +1,7 @@
-"""The adjoint of one diagonal block in Triton; `README.md` beside this file derives it.
+"""The adjoint of one diagonal block in Triton, one program per sample. `causal/triton/README.md` derives it.
 
-One program solves one sample, 16 rows at a time, from the last to the first. Where sweeps contract too slowly, the
-rows' own columns, of rank one per head, are solved for exactly (Sherman, Morrison and Woodbury).
+A program solves 16 rows at a time, from the last to the first. If sweeps contract too slowly, it solves the own columns
+exactly. An own column has rank one per head (Sherman, Morrison and Woodbury).
 """
 
 import triton
@@ -19,12 +19,14 @@ from implicit_attention.causal.triton.kernels.tiles import (
     turned,
 )
 
-MOST_SWEEPS = tl.constexpr(48)
-STALLED = tl.constexpr(0.5)  # ratio of residuals at which only rounding is left
+MOST_SWEEPS = tl.constexpr(
+    48
+)  # then the block goes to torch: three times the 16 corrections that exact arithmetic needs
+STALLED = tl.constexpr(0.5)  # ratio of residuals, after 16 exact corrections, that shows that only rounding is left
 
 
 def scratch_size(heads: int, groups: int, dp: int, hp: int) -> int:
-    """Return the elements of a program's scratch, in the order in which `solve_block` lays it out."""
+    """Return the elements of a program's scratch, in the order of `solve_block`."""
     tiles = 2 * groups + 4 * heads + heads * heads + 1
     return tiles * ROWS * dp + heads * ROWS * ROWS + ROWS * hp * (2 * hp + 1)
 
@@ -33,7 +35,7 @@ def scratch_size(heads: int, groups: int, dp: int, hp: int) -> int:
 def _before_map(
     d_query, query, inverse, groups: tl.constexpr, turn, swap, turn_half, s, m, dim: tl.constexpr, dp: tl.constexpr
 ):
-    """From the cotangent of a group's queries `[R, dp]` to that of the linear map's output."""
+    """The cotangent of the linear map's output from that of a group's queries `[R, dp]`."""
     rows = tl.arange(0, R)
     if inverse is not None:
         q = load_rows(query, groups * dim, s, m, dim, dp).to(d_query.dtype)
@@ -50,7 +52,7 @@ def _through_map(
     made, weight, weight_o, narrow: tl.constexpr, g, h,
     dim: tl.constexpr, dp: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """The part of a group's cotangent `[R, dp]` that Omega_Q takes back to a head's outputs, `[R, dp]`."""
+    """The cotangent of a head's outputs from that of a group's linear output, `[R, dp]` both: times Omega_Q."""
     if weight is None:
         out = made
     else:
@@ -64,7 +66,7 @@ def _through_map(
 
 @triton.jit
 def _seen(lse, s, m):
-    """The rows' log-sum-exp `[R]`, 0 where they see nothing."""
+    """The rows' log-sum-exp `[R]`, 0 in rows that see no column."""
     rows = tl.arange(0, R)
     found = tl.load(lse + s + rows, mask=rows < m, other=0.0)
     return tl.where(found == -float("inf"), 0.0, found)
@@ -72,7 +74,7 @@ def _seen(lse, s, m):
 
 @triton.jit
 def _slopes(lam, y, v, weights, precision: tl.constexpr):
-    """The cotangent of scores `[R, R]` whose weights are given, for outputs `[R, dp]` and values `[R, dp]`."""
+    """The cotangent of scores `[R, R]`, from their weights, outputs `[R, dp]` and values `[R, dp]`."""
     along = tl.sum(lam * y, 1)
     return weights * (tl.dot(lam, tl.trans(v), input_precision=precision) - along[:, None])
 
@@ -84,7 +86,7 @@ def _prepare_own(
     heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr, hp: tl.constexpr,
     operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """The gradients `w` of the own scores by the rows' outputs, and `M_gh = w_gh . u_h`, `[R, H, H]`."""
+    """The gradients `w` of own scores by the rows' outputs, and the own Jacobians `M_gh = w_gh . u_h`, `[R, H, H]`."""
     wide: tl.constexpr = pairs.dtype.element_ty
     shared: tl.constexpr = heads // groups
     tile: tl.constexpr = R * dp
@@ -116,7 +118,7 @@ def _prepare_own(
 def _invert_own(
     matrices, inverses, suspect, gain, m, near_singular: tl.constexpr, heads: tl.constexpr, hp: tl.constexpr
 ):
-    """Invert `I - M^T` of each row in float64; hand M over where one of its eigenvalues may be close to 1."""
+    """Invert `I - M^T` of each row in float64; store M if one of its eigenvalues may be close to 1."""
     h = tl.arange(0, hp)
     real = (h < heads)[:, None] & (h < heads)[None, :]
     eye = tl.where(h[:, None] == h[None, :], 1.0, 0.0).to(tl.float64)
@@ -124,7 +126,7 @@ def _invert_own(
         matrix = tl.load(matrices + i * (hp * hp) + h[:, None] * hp + h[None, :], mask=real, other=0.0)
         found, place = eliminate(eye - tl.trans(matrix).to(tl.float64), eye, heads, hp)
         found = tl.where((place >= 0)[:, None], found, 0.0)
-        # An eigenvalue at a distance e from 1 makes the norm of the inverse 1 / e or more.
+        # An eigenvalue at distance e from 1 makes the norm of the inverse at least 1 / e.
         size = tl.sum(tl.sum(found * found, 1), 0) * (near_singular * near_singular)
         if (size < 1.0) == 0:
             tl.store(suspect + i, 1)
@@ -169,7 +171,7 @@ def solve_block(
     """Solve `lam = grad + J^T lam` on rows `first .. first + n` of each sample.
 
     Args:
-        key: As in `forward.settle_block`, as are those that are not named here.
+        key: As in `forward.settle_block`, like all arguments that are not listed.
         value: `[B, G, N, d]`.
         weight: `[G d, H d]` or None.
         turn: `[2, 1 or B, N, d / 2]` or None.
@@ -184,39 +186,16 @@ def solve_block(
         allowed: Tolerance, `[B]`.
         lam: `[B, n, H, d]`, filled with the solution.
         d_made: `[B, n, G d]`, filled with the cotangent of the linear map's output.
-        d_key: `[B, H, n, d]`, filled, as are those that follow.
+        d_key: `[B, H, n, d]`, filled, like all arguments from here on.
         d_value: `[B, G, n, d]`.
         own: Cotangent of the own scores, `[B, H, n]`.
-        residual: Of the adjoint equation, `[B]`.
-        sweeps: `[B]`.
+        residual: Residual of the adjoint equation, `[B]`.
+        sweeps: Number of sweeps, `[B]`.
         suspect: `[B, n]`, 1 in rows whose own Jacobian may have an eigenvalue close to 1.
         gain: `[B, n, H, H]`, their own Jacobians.
         status: `[B]`, 1 if the sample is solved.
         work: Scratch.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        value_b: Stride.
-        value_g: Stride.
-        value_n: Stride.
-        weight_o: Stride.
-        turn_b: Stride.
-        turn_half: Stride.
-        strict_b: Stride.
-        strict_h: Stride.
-        length: N.
-        first: The block's first row.
-        n: Its rows.
-        slot: Elements of a program's scratch.
         near_singular: As `diagonal.NEAR_SINGULAR`.
-        scale: Factor on the scores.
-        heads: H.
-        groups: G.
-        dim: d.
-        dp: d, padded.
-        hp: H, padded.
-        operand: Type of keys, queries and Omega_Q in products.
-        precision: Of products.
     """
     b = tl.program_id(0).to(tl.int64)
     wide: tl.constexpr = y.dtype.element_ty
@@ -230,9 +209,9 @@ def solve_block(
     from_later = work + b * slot  # [G, R, dp]: cotangents of the queries from later rows
     after = from_later + groups * tile  # [G, R, dp]: of the linear map's output
     now = after + groups * tile  # [H, R, dp]: lam
-    out = now + heads * tile  # [H, R, dp]: what the equation makes of it
+    out = now + heads * tile  # [H, R, dp]: grad + J^T lam
     through = out + heads * tile  # [H, R, dp]: gradients of the own scores by the linear map's output
-    us = through + heads * tile  # [H, R, dp]: how outputs move with the logarithms of their own weights
+    us = through + heads * tile  # [H, R, dp]: u = p (v - y), derivative of the output by its own score
     ascent = us + heads * tile  # [H, H, R, dp]: gradients of the own scores by outputs
     swap = ascent + heads * heads * tile  # [R, dp]
     pairs = swap + tile  # [H, R, R]: weights of the rows on each other
@@ -272,7 +251,7 @@ def solve_block(
         m = tl.minimum(R, n - s)
         real = rows < m
 
-        # From the rows of the block that are solved: to the queries and values of these, and to their own keys.
+        # Cotangents from solved rows of the block: of these 16 queries and values, and of the solved rows' keys.
         for g in range(groups):
             total = load_rows(later + g * dim, groups * dim, s, m, dim, dp)
             q = load_rows(query + g * dim, groups * dim, s, m, dim, dp)
@@ -360,10 +339,10 @@ def solve_block(
             elif error <= limit:
                 state = 1
             elif (corrections > R) & (error >= before * STALLED):
-                state = 1  # only rounding is left: the residual says how much
+                state = 1  # only rounding is left, and the returned residual says how much
             else:
                 if given is None:
-                    # Four more sweeps at this pace do not do; about so many does it take to solve for the own columns.
+                    # Four sweeps at this pace would not do, and own columns cost about four sweeps: solve for them.
                     pace = error / before
                     if (corrections == 0) & (sweep > 1) & (pace * pace * pace * pace * error > limit):
                         _prepare_own(

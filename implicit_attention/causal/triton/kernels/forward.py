@@ -1,8 +1,8 @@
-"""The forward pass of one diagonal block in Triton; `README.md` beside this file derives it.
+"""The forward pass of one diagonal block in Triton, one program per sample. `causal/triton/README.md` derives it.
 
-One program settles one sample: all heads of 16 rows together, since they mix through Omega_Q, and one group of 16 rows
-after the other. `work` is a program's scratch in global memory, which its caches hold; barriers stand between the
-stores and loads of different threads. An argument that is None is one that the map does not have.
+A program settles a block 16 rows at a time. It takes all heads of 16 rows together, since Omega_Q mixes the heads.
+`work` is the program's scratch in global memory, which stays in the cache. Barriers separate the stores of one thread
+from the loads of another.
 """
 
 import triton
@@ -20,12 +20,12 @@ from implicit_attention.causal.triton.kernels.tiles import (
     turned,
 )
 
-MOST_SWEEPS = tl.constexpr(32)
-PATIENCE = tl.constexpr(8)  # sweeps after which rows that still settle slowly have their own equations solved
+MOST_SWEEPS = tl.constexpr(32)  # then the 16 rows go to torch: twice the 16 sweeps that exact arithmetic needs
+PATIENCE = tl.constexpr(8)  # as `diagonal.PATIENCE`
 
 
 def scratch_size(heads: int, groups: int, dp: int, hp: int) -> int:
-    """Return the elements of a program's scratch, in the order in which `settle_block` lays it out."""
+    """Return the elements of a program's scratch, in the order of `settle_block`."""
     tiles = heads + 2 * groups * heads + 1
     return tiles * ROWS * dp + 2 * heads * ROWS * (ROWS + 1) + 6 * heads * ROWS + groups * (hp * hp + hp + 1)
 
@@ -36,7 +36,7 @@ def _attend_before(
     scale: tl.constexpr, query_n: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr,
     operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Merge attention to the block's rows before `s` into what rows `s .. s + R` saw before, `[R, dp]` and `[R]`."""
+    """Merge attention over the block's columns before `s` into `before` of rows `s .. s + R`: `[R, dp]` and `[R]`."""
     wide: tl.constexpr = before.dtype
     peak = old
     total = tl.where(old == -float("inf"), 0.0, 1.0).to(wide)
@@ -64,8 +64,8 @@ def _make(
     inputs, weight, weight_o, made, narrow: tl.constexpr, g, h,
     dim: tl.constexpr, dp: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """What Omega_Q makes of a head's rows `[R, dp]` in a group's queries, into a tile of scratch."""
-    if weight is None:  # one head, absorbed into the key
+    """Apply Omega_Q to a head's rows `[R, dp]`, for one group's queries; store the result in a tile of scratch."""
+    if weight is None:  # one head, whose key has absorbed Omega_Q
         store_scratch(made, inputs, dp)
     else:
         at = tl.arange(0, dp)
@@ -92,7 +92,7 @@ def _fixed(constant, added, first, m, g, wide: tl.constexpr, groups: tl.constexp
 def _normed_and_turned(
     q, turn, swap, turn_half, first, m, eps: tl.constexpr, normed: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr
 ):
-    """A group's queries `[R, dp]`, normed and rotated, and what the norm multiplied them with, `[R]`."""
+    """A group's queries `[R, dp]`, normed and rotated, and the factor of the norm, `[R]`."""
     inverse = tl.full([R], 1.0, q.dtype)
     if normed:
         inverse = 1.0 / tl.sqrt(tl.sum(q * q, 1) / dim + eps)
@@ -104,7 +104,7 @@ def _normed_and_turned(
 
 @triton.jit
 def _own_scores(scores, given, strict, s, n):
-    """Scores of the rows on themselves, `[R]`, from those on each other, their biases included."""
+    """Scores of the rows with their own columns, `[R]`, biases included; from `given`, or the diagonal of `scores`."""
     rows = tl.arange(0, R)
     own = tl.sum(tl.where(rows[:, None] == rows[None, :], scores, 0.0), 1)
     if given is not None:
@@ -120,9 +120,9 @@ def _row_problem(
     i, scale: tl.constexpr, eps: tl.constexpr, normed: tl.constexpr,
     heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr, hp: tl.constexpr,
 ):  # fmt: skip
-    """`y = a + p (v - a)` of row i, put through the query map and onto the row's key.
+    """The row equation of row i: scores of the query of `y = a + p (v - a)` with the row's key.
 
-    Args that belong to the row (`key`, `added`, `turn`) point to it; what the norm needs is left in `grams`.
+    `key`, `added` and `turn` point to the row. The quadratic forms of normed queries are stored in `grams`.
 
     Returns:
         alpha `[hp]` and beta `[hp, hp]`.
@@ -170,7 +170,7 @@ def _own_root(
     alpha, beta, rests, fractions, strict, strict_h, grams, i, at_row, n,
     normed: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, hp: tl.constexpr,
 ):  # fmt: skip
-    """The root of row i's own equation, `[hp]` in float64, and whether it was found."""
+    """The root of row i's row equation, `[hp]` in float64, and whether it was found."""
     h = tl.arange(0, hp)
     real = h < heads
     rest = tl.load(rests + h * R + i, mask=real, other=0.0).to(tl.float64)
@@ -189,7 +189,7 @@ def _own_root(
 
 @triton.jit
 def _move(weights, shares, fractions, p, i, heads: tl.constexpr, hp: tl.constexpr):
-    """Give row i of the next iterate the own weights `p` `[hp]`."""
+    """Set the own weights of row i in the next iterate to `p` `[hp]`, and scale its other weights to match."""
     h = tl.arange(0, hp)
     columns = tl.arange(0, R)
     real = h < heads
@@ -220,58 +220,31 @@ def settle_block(
     heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr, hp: tl.constexpr,
     operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Settle rows `first .. first + n` of each sample, up to the first few that want the row solver.
+    """Settle rows `first .. first + n` of each sample, up to the first 16 with a row that goes to torch.
 
     Args:
         key: `[B, H, N, d]`, rows contiguous.
         value: `[B, G, N, d]`, rows contiguous.
-        weight: Omega_Q `[G d, H d]`, rows contiguous, or None: one head, absorbed into the key.
+        weight: Omega_Q `[G d, H d]`, rows contiguous; None for one head whose key has absorbed it.
         constant: Bias of the query map `[G d]`, or None.
-        added: What is added to the query map's output, `[B, N, G d]`, or None.
+        added: Input of the query map, added to the linear map's output, `[B, N, G d]`, or None.
         turn: Cosines and sines `[2, 1 or B, N, d / 2]`, or None.
-        given: Scores of the own columns `[B, H, N]`, or None: they are made from the rows' own outputs.
+        given: Scores of the own columns `[B, H, N]`; None if they depend on the rows' own outputs.
         strict: Biases within the block `[1 or B, 1 or H, n, n]`, or None.
-        y: `[B, N, H, d]`; attention over the columns before the block, then the outputs.
-        lse: `[B, H, N]`; its log-sum-exp, then that of the whole row.
+        y: `[B, N, H, d]`; attention over the columns before the block, replaced by the outputs.
+        lse: `[B, H, N]`; its log-sum-exp, replaced by that of the whole row.
         query: `[B, N, G, d]`, filled with the queries of the outputs.
-        inverse: `[B, N, G]`, filled with what the norm multiplied them with; None without a norm.
+        inverse: `[B, N, G]`, filled with the factors of the norm; None without a norm.
         residual: `[B, N]`, filled with `max |F(y) - y|`.
         size: `[B, N]`, filled with `max |F(y)|`.
-        sweeps: `[B, N]`, filled with how many it took.
-        before_y: `[B, n, H, d]`, filled with what `y` was in rows that are settled.
-        before_lse: `[B, H, n]`, filled with what `lse` was there.
-        status: `[B]`, filled with the first row that is not settled, from 0; n if all are.
+        sweeps: `[B, N]`, filled with the number of sweeps.
+        before_y: `[B, n, H, d]`, filled with the old `y` of settled rows.
+        before_lse: `[B, H, n]`, filled with the old `lse` of settled rows.
+        status: `[B]`, filled with the first row that is not settled, counted in the block; n if all are settled.
         work: Scratch, `[B, slot]`.
-        key_b: Stride, as are those that follow.
-        key_h: Of heads.
-        key_n: Of rows.
-        value_b: Of samples.
-        value_g: Of groups.
-        value_n: Of rows.
-        weight_o: Of outputs.
-        turn_b: Of samples, or 0.
-        turn_half: Between cosines and sines.
-        strict_b: Of samples, or 0.
-        strict_h: Of heads, or 0.
-        length: N.
-        first: The block's first row.
-        n: Its rows.
-        slot: Elements of a program's scratch.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
         far: As `diagonal.FAR`.
         same_root: As `diagonal.SAME_ROOT`.
         slow_ratio: As `diagonal.SLOW`.
-        eps: Of the norm.
-        normed: Whether queries are normed.
-        scale: Factor on the scores.
-        heads: H.
-        groups: G.
-        dim: d.
-        dp: d, padded to a power of two from 16 on.
-        hp: H, padded likewise.
-        operand: Type in which keys, queries and Omega_Q enter products.
-        precision: Of the products of float32 tensors.
     """
     b = tl.program_id(0).to(tl.int64)
     wide: tl.constexpr = y.dtype.element_ty
@@ -283,8 +256,8 @@ def settle_block(
     square = rows[:, None] * R + rows[None, :]
 
     attended = work + b * slot  # [H, R, dp]: attention before the rows
-    made_before = attended + heads * tile  # [G, H, R, dp]: what Omega_Q makes of it, by head
-    made_value = made_before + groups * heads * tile  # [G, H, R, dp]: and of the rows' values
+    made_before = attended + heads * tile  # [G, H, R, dp]: Omega_Q applied to it, by head
+    made_value = made_before + groups * heads * tile  # [G, H, R, dp]: Omega_Q applied to the rows' values
     swap = made_value + groups * heads * tile  # [R, dp]
     weights = swap + tile  # [2, H, R, R]: of the rows on each other, at the iterate and at the next
     shares = weights + 2 * heads * R * R  # [2, H, R]: of attention before
@@ -318,7 +291,7 @@ def settle_block(
         m = tl.minimum(R, n - s)
         real = rows < m
 
-        # What the rows see before themselves, and what Omega_Q makes of it and of their values.
+        # Attention before the rows; Omega_Q applied to it and to the rows' values, once for all sweeps.
         for h in range(heads):
             g = h // shared
             k = load_rows(key + h * key_h, key_n, s, m, dim, dp).to(operand)
@@ -453,7 +426,7 @@ def settle_block(
             slow = tl.where(outside & (sweep >= PATIENCE) & (error > slow_ratio * error_before), 1, slow)
             error_before = error
 
-            # Rows that settle slowly, and those whose own weight is far from that at y = v: to their own roots.
+            # Solve row equations of slow rows, and of rows whose own weight is far from that at y = v.
             if given is None:
                 wanted = tl.where(outside, slow, 0)
                 if (verdict == 1) | (sweep == 0):
@@ -495,7 +468,7 @@ def settle_block(
             if verdict == 0:
                 parity = 1 - parity
 
-        # Hand over the iterate at which the map was evaluated.
+        # Store the iterate at which the map was evaluated: residual, queries and log-sum-exp belong to it.
         if verdict == 1:
             for h in range(heads):
                 last_share = tl.load(shares + (parity * heads + h) * R + rows)

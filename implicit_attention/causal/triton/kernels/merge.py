@@ -1,4 +1,4 @@
-"""The merge of two parts of a softmax by their log-sum-exps, in one pass over memory."""
+"""The merge of two parts of a softmax by log-sum-exp, in one pass over memory."""
 
 import triton
 import triton.language as tl
@@ -18,18 +18,8 @@ def merge_rows(
         lse: `[B, H, N]`, contiguous.
         out: `[B, H, count, d]`, rows contiguous.
         out_lse: `[B, H, count]`, rows contiguous.
-        out_b: Stride of samples, as are those that follow.
-        out_h: Of heads.
-        out_n: Of rows.
-        lse_b: Of the samples of `out_lse`.
-        lse_h: Of its heads.
-        length: N.
         first: The first row.
         count: Rows.
-        heads: H.
-        dim: d.
-        dp: d, padded to a power of two.
-        rows_: Rows of a program.
     """
     system = tl.program_id(0).to(tl.int64)
     b = system // heads
@@ -47,7 +37,7 @@ def merge_rows(
     seen = total != 0.0  # NaN too
     total = tl.where(seen, total, 1.0)
     share = tl.exp(new - peak) / total
-    tl.debug_barrier()  # each warp has loaded what the first one stores: its rows of y are other rows
+    tl.debug_barrier()  # all warps load `lse` before one of them stores it
     tl.store(place, tl.where(seen, peak + tl.log(total), -float("inf")), mask=real)
     target = y + ((b * length + first + i)[:, None] * heads + h) * dim + at[None, :]
     before = tl.load(target, mask=inside, other=0.0)

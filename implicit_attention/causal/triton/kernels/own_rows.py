@@ -1,7 +1,7 @@
-"""The own equations of single rows of a block that has settled: which rows, what they are made of, where they end.
+"""Row equations of single rows in a settled block: list the rows, gather their equations, compare their roots.
 
-`attend_rows` marks rows whose own weight is far from that at y = v. They are listed, what their equations are made of
-is gathered, and `token.settle_token` finds the roots that are wanted.
+`attend_rows` marks rows whose own weight is far from that at y = v. `list_rows` lists them, `own_equations` gathers
+their equations, `token.settle_token` finds the roots, and `compare_roots` compares them with the settled state.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from implicit_attention.causal.triton.kernels.sweep import SPAN, rotated
 
-SAME, ELSEWHERE, LOST = 0, 1, 2  # how a row's root compares with where the sweeps ended
+SAME, ELSEWHERE, LOST = 0, 1, 2  # the sweeps ended at the row's root; at another one; or no root was found
 _ELSEWHERE, _LOST = tl.constexpr(ELSEWHERE), tl.constexpr(LOST)
 
 
@@ -22,10 +22,7 @@ def list_rows(far, status, counts, listed, batch, n, count, samples_: tl.constex
         status: As `sweep.judge_rows` leaves it.
         counts: Likewise.
         listed: `[2, count]`, filled with samples and with rows of the block.
-        batch: B.
-        n: Rows of the block.
         count: The sum of `counts`.
-        samples_: B, padded to a power of two.
     """
     b = tl.program_id(0).to(tl.int64)
     state = tl.load(status + b)
@@ -51,12 +48,12 @@ def own_equations(
     scale: tl.constexpr, least: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     wide: tl.constexpr,
 ):  # fmt: skip
-    """Gather what one head adds to the equation of a listed row.
+    """Gather one head's part of the row equation of a listed row.
 
     Args:
         listed: As `list_rows` leaves it.
         status: As there.
-        key: As in `sweep.attend_rows`, as are all that are not named here.
+        key: As in `sweep.attend_rows`, like all arguments that are not listed.
         value: `[B, G, N, d]`.
         query: `[B, N, G, d]`.
         strict: `[1 or B, 1 or H, n, n]` or None.
@@ -64,30 +61,11 @@ def own_equations(
         state: `[2, B, n, H, d]`.
         lse: `[B, H, n]`.
         keys: `[count, H, d]`, filled with the row's keys before their rotation, times the scale.
-        ends: `[2, count, H, d]`, filled with attention to all other columns, and the way from there to the value.
-        sums: `[count, H]`, filled with the log-sum-exp of these columns, less the bias of the own one.
+        ends: `[2, count, H, d]`, filled with attention a to all other columns, and with value - a.
+        sums: `[count, H]`, filled with the log-sum-exp of the other columns minus the bias of the own column.
         weights: `[count, H]`, filled with the weights on the own column.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        value_b: Stride.
-        value_g: Stride.
-        value_n: Stride.
-        strict_b: Stride.
-        strict_h: Stride.
-        turn_b: Stride.
-        turn_half: Stride.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device.
-        n: Its rows.
-        count: Rows that are listed.
-        scale: Factor on the scores.
-        least: What all other columns weigh, at least: one rounding.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
-        wide: Type of what is accumulated.
+        count: Number of listed rows.
+        least: Lower bound of the weight of all other columns, one rounding: a divides by that weight.
     """
     r = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
@@ -107,7 +85,7 @@ def own_equations(
     others = tl.maximum(1.0 - p, least)
     v = tl.load(value + b * value_b + g * value_g + place * value_n + at).to(wide)
     settled_at = -2 - tl.load(status + b)
-    new = (1 - settled_at % 2) * batch.to(tl.int64) + b  # where F of the iterate is
+    new = (1 - settled_at % 2) * batch.to(tl.int64) + b  # the half of `state` that holds F of the iterate
     y = tl.load(state + ((new * n + i) * heads + h) * dim + at)
     a = (y - p * v) / others
     if turn is not None:
@@ -124,16 +102,14 @@ def own_equations(
 
 @triton.jit
 def compare_roots(weights, roots, moved, outcome, same: tl.constexpr, heads: tl.constexpr, hp: tl.constexpr):
-    """Compare the weights on a row's own column with those that are wanted.
+    """Compare the own weights of the sweeps with the roots of the row equations.
 
     Args:
-        weights: Where the sweeps ended, `[count, H]`.
-        roots: The wanted, `[count, H]`.
-        moved: How far one more step would move them, `[count, H]`, not finite where they were not found.
+        weights: Own weights of the sweeps, `[count, H]`.
+        roots: Roots, `[count, H]`.
+        moved: Residuals of the roots, `[count, H]`, not finite if no root was found.
         outcome: `[count]`, filled with SAME, ELSEWHERE or LOST.
-        same: How far apart two equal ones are, at most.
-        heads: H.
-        hp: H, padded to a power of two.
+        same: Largest difference of equal weights.
     """
     r = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, hp)

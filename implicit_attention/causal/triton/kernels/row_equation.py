@@ -1,22 +1,21 @@
-"""The own equation of one row, in float64: what `rows.solve_rows` does up to the curve, for one program of a kernel.
+"""The row equation of one row in float64, inside a program: the methods of `rows.solve_rows` before the curve.
 
-Vectors over heads have `hp` entries, a power of two; those of heads that do not exist have a slope of zero and an
-offset of minus infinity, hence p = 0.
+Vectors over heads have `hp` entries, a power of two. The padding heads have slope 0 and offset -inf, hence p = 0.
 """
 
 import triton
 import triton.language as tl
 
-NEWTON_STEPS = tl.constexpr(8)
+NEWTON_STEPS = tl.constexpr(8)  # these four as in `rows`, so that both find the same roots
 DAMPED_STEPS = tl.constexpr(20)
 BRACKET_STEPS = tl.constexpr(100)
 FINE = tl.constexpr(1e-12)
-STEEPEST = tl.constexpr(700.0)  # exp of more overflows
+STEEPEST = tl.constexpr(700.0)  # exp overflows float64 beyond 709
 
 
 @triton.jit
 def sigmoid(x, offset):
-    """The sigmoid of `x + offset`, exactly 0 or 1 where the offset is infinite."""
+    """The sigmoid of `x + offset`, exactly 0 or 1 for an infinite offset."""
     inner = tl.minimum(tl.maximum(x + tl.where(tl.abs(offset) == float("inf"), 0.0, offset), -STEEPEST), STEEPEST)
     inside = 1.0 / (1.0 + tl.exp(-inner))
     return tl.where(offset == float("inf"), 1.0, tl.where(offset == -float("inf"), 0.0, inside))
@@ -26,8 +25,8 @@ def sigmoid(x, offset):
 def evaluate(alpha, beta, offset, gram, p, heads: tl.constexpr, groups: tl.constexpr, hp: tl.constexpr):
     """Return `sigmoid(score(p) + offset)` `[hp]` and the scores' Jacobian `[hp, hp]`.
 
-    `gram` points to each group's `[hp, hp]`, `[hp]` and `[1]`: the quadratic, the linear and the constant part of the
-    mean square of its query; None for linear scores.
+    `gram` points to `[hp, hp]`, `[hp]` and `[1]` of each group: the quadratic, linear and constant part of the mean
+    square of the group's query. It is None for linear scores.
     """
     h = tl.arange(0, hp)
     score = alpha + tl.sum(beta * p[None, :], 1)
@@ -52,10 +51,10 @@ def evaluate(alpha, beta, offset, gram, p, heads: tl.constexpr, groups: tl.const
 
 @triton.jit
 def eliminate(matrix, right, size: tl.constexpr, padded: tl.constexpr):
-    """Solve `matrix x = right` `[padded, c]` by Gauss and Jordan with pivots, for the first `size` unknowns.
+    """Solve `matrix x = right` `[padded, c]` for the first `size` unknowns, by Gauss-Jordan elimination with pivots.
 
     Returns:
-        The solution with its rows in the order of the pivots, and the unknown of each row, -1 for none.
+        The solution with rows in the order of the pivots, and the unknown of each row, -1 for padding.
     """
     i = tl.arange(0, padded)
     place = tl.full([padded], -1, tl.int32)
@@ -64,7 +63,7 @@ def eliminate(matrix, right, size: tl.constexpr, padded: tl.constexpr):
         best = tl.argmax(tl.where((place < 0) & (i < size), tl.abs(column), -1.0), 0)
         chosen = i == best
         pivot = tl.sum(tl.where(chosen, column, 0.0), 0)
-        pivot = tl.where(pivot == 0.0, 1e-30, pivot)  # singular: the solution is absurd, and no test accepts it
+        pivot = tl.where(pivot == 0.0, 1e-30, pivot)  # singular: the huge solution fails every later test
         row = tl.sum(tl.where(chosen[:, None], matrix, 0.0), 0) / pivot
         entry = tl.sum(tl.where(chosen[:, None], right, 0.0), 0) / pivot
         matrix = tl.where(chosen[:, None], row[None, :], matrix - column[:, None] * row[None, :])
@@ -75,7 +74,7 @@ def eliminate(matrix, right, size: tl.constexpr, padded: tl.constexpr):
 
 @triton.jit
 def _newton(target, slope, p, heads: tl.constexpr, hp: tl.constexpr):
-    """Newton's step, `(I - Jacobian) step = target - p`."""
+    """The Newton step: `(I - Jacobian) step = target - p`."""
     h = tl.arange(0, hp)
     eye = tl.where(h[:, None] == h[None, :], 1.0, 0.0).to(tl.float64)
     matrix = eye - (target * (1.0 - target))[:, None] * slope
@@ -95,7 +94,7 @@ def _largest(step):
 
 @triton.jit
 def _settle(alpha, beta, offset, gram, p, heads: tl.constexpr, groups: tl.constexpr, hp: tl.constexpr):
-    """Three of Picard's steps from p = 1, and Newton's where they contract."""
+    """Three Picard steps from p = 1, then Newton if they contract."""
     target, slope = evaluate(alpha, beta, offset, gram, p, heads, groups, hp)
     before = _largest(target - p)
     inside = before < float("inf")
@@ -122,7 +121,7 @@ def _settle(alpha, beta, offset, gram, p, heads: tl.constexpr, groups: tl.conste
 
 @triton.jit
 def _damped(alpha, beta, offset, gram, p, heads: tl.constexpr, groups: tl.constexpr, hp: tl.constexpr):
-    """Newton from p = 1, each step at the first of the lengths 1, 1/2, 1/4 at which the residual falls enough."""
+    """Newton from p = 1; each step takes the first of the lengths 1, 1/2, 1/4 at which the residual falls enough."""
     target, slope = evaluate(alpha, beta, offset, gram, p, heads, groups, hp)
     residual = _largest(target - p)
     falls = residual < float("inf")
@@ -148,7 +147,7 @@ def _damped(alpha, beta, offset, gram, p, heads: tl.constexpr, groups: tl.conste
 
 @triton.jit
 def _largest_root(beta, c, infinite):
-    """One head, linear score: Newton in a bracket that holds the largest root and no other; all are float64 scalars."""
+    """One head, linear score: Newton in a bracket that holds only the largest root; all are float64 scalars."""
     steep = tl.maximum(beta, 4.0)
     # Where beta > 4, sigmoid(c + beta p) - p falls, rises and falls: it turns where the sigmoid's slope is 1 / beta.
     root = 1.0 + tl.sqrt(1.0 - 4.0 / steep)
@@ -184,7 +183,7 @@ def _largest_root(beta, c, infinite):
 def solve_row(alpha, beta, offset, gram, heads: tl.constexpr, groups: tl.constexpr, hp: tl.constexpr):
     """Return the root that `rows.solve_rows` describes, `[hp]`, and whether it was found without the curve.
 
-    Args are float64: alpha and offset `[hp]`, beta `[hp, hp]`; `gram` as in `evaluate`.
+    alpha and offset `[hp]` and beta `[hp, hp]` are float64; `gram` is as in `evaluate`.
     """
     h = tl.arange(0, hp)
     ones = tl.where(h < heads, 1.0, 0.0).to(tl.float64)
@@ -206,21 +205,16 @@ def add_group(
     alpha, beta, base, ways, own_key, grams, g, scale: tl.constexpr, eps: tl.constexpr, normed: tl.constexpr,
     dim: tl.constexpr, hp: tl.constexpr,
 ):  # fmt: skip
-    """Add what a group's query `base + sum_h p_h ways_h` gives a row's equation: scores, and its own mean square.
+    """Add the part of one group's query `base + sum_h p_h ways_h` to a row equation: scores and mean square.
 
     Args:
-        alpha: `[hp]` of the groups before.
-        beta: `[hp, hp]` of the groups before.
-        base: `[dp]`.
-        ways: `[hp, dp]`.
+        alpha: Sum over earlier groups, `[hp]`.
+        beta: Sum over earlier groups, `[hp, hp]`.
+        base: Query at p = 0, `[dp]`.
+        ways: Derivative of the query by each head's p, `[hp, dp]`.
         own_key: The row's keys before their rotation, `[hp, dp]`, zero in the heads of other groups.
-        grams: Where `evaluate` finds the quadratic forms of all groups, filled for this one.
+        grams: The quadratic forms for `evaluate`; this group's is filled.
         g: The group.
-        scale: Factor on the scores.
-        eps: Of the norm.
-        normed: Whether queries are normed.
-        dim: d.
-        hp: H, padded.
 
     Returns:
         alpha and beta.

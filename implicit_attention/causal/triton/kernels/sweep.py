@@ -1,8 +1,7 @@
-"""Sweeps over a block of many rows in Triton, all of the device at work on each; `README.md` beside this file says why.
+"""Sweeps over a block of many rows in Triton, each on the whole device. `causal/triton/README.md` says why.
 
-A sweep is two launches: queries from outputs, then attention within the block, merged with what the rows saw before
-it. Whether a sample goes on is decided on the device: programs of a sample that has settled return at once. An argument
-that is None is one that the map does not have.
+A sweep is two launches: queries from outputs, then attention within the block, merged with attention before the block.
+The device decides whether a sample goes on: programs of a settled sample return at once.
 """
 
 import triton
@@ -10,28 +9,24 @@ import triton.language as tl
 
 from implicit_attention.equilibrium.residual_kernel import bits
 
-SPAN = tl.constexpr(512)  # rows whose residuals are looked at together
-LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are powers of two: one instruction each
+SPAN = tl.constexpr(512)  # residuals that are read together
+LOG2_E = tl.constexpr(1.4426950408889634)  # scores times this are exponents of 2: exp2 is one instruction, exp is not
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def settled(found, sweep, b, batch, n, rtol, atol, wide: tl.constexpr, larger: tl.constexpr = False):
-    """Whether all of a sample's rows were within tolerance at a sweep; never before the first.
+    """Whether all rows of a sample were within tolerance at a sweep; false before the first sweep.
 
     Args:
-        found: Bits of residuals and of sizes, `[sweeps, 2, B, n]`, zeros where nothing was swept.
-        sweep: Which.
+        found: Bits of residuals and of sizes, `[sweeps, 2, B, n]`; zeros in sweeps that were not done.
+        sweep: The sweep.
         b: The sample.
-        batch: B.
-        n: Rows of the block.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
         wide: Type of what the bits are of.
-        larger: Whether the larger of both tolerances is allowed, instead of their sum.
+        larger: Whether the tolerance is the larger of `atol` and `rtol size` instead of their sum.
 
     Returns:
-        Whether. A sample that is left alone leaves zeros, so one that has settled stays settled.
+        True or false. A settled sample is not swept again and leaves zeros, so it stays settled.
     """
     outside = 1
     if sweep >= 0:
@@ -67,7 +62,7 @@ def begin_rows(
     y, lse, value, state, narrow, value_b, value_g, value_n, length, where, n,
     heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr,
 ):  # fmt: skip
-    """Start from what the rows saw before the block, or from their own values where they saw nothing.
+    """Start from attention before the block, or from the values in rows without a column before the block.
 
     Args:
         y: Attention to the columns before the block, `[B, N, H, d]`.
@@ -75,16 +70,6 @@ def begin_rows(
         value: `[B, G, N, d]`, rows contiguous.
         state: `[2, B, n, H, d]`; the first is filled.
         narrow: `[B, n, H, d]`, filled with the same in the type of the inputs.
-        value_b: Stride of samples.
-        value_g: Of groups.
-        value_n: Of rows.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
-        rows_: Rows of a program.
     """
     first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
@@ -111,7 +96,7 @@ def make_queries(
     span: tl.constexpr, rows_: tl.constexpr, depth: tl.constexpr,
     wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """The queries of the block's rows, or, with `start`, the scores of their own columns at y = v.
+    """The queries of the block's rows; or, if `start` is given, the scores of their own columns at y = v.
 
     Args:
         source: The outputs, `[B, n, H, d]`, or with `start` the values `[B, G, N, d]`, in the type of the inputs.
@@ -121,37 +106,11 @@ def make_queries(
         turn: Cosines and sines, `[2, 1 or B, N, d / 2]`, or None.
         key: `[B, H, N, d]`, rows contiguous; read with `start` alone.
         query: `[B, N, G, d]`, filled unless `start`.
-        inverse: One over the root mean square before the norm, `[B, N, G]`, filled unless `start`; or None.
+        inverse: Inverse root mean square before the norm, `[B, N, G]`, filled unless `start`; or None.
         start: `[B, H, N]`, filled; or None.
         found: As in `settled`; read unless `start`.
-        source_b: Stride of samples.
-        source_g: Of groups.
-        source_n: Of rows.
-        weight_o: Of outputs.
-        turn_b: Of samples, or 0.
-        turn_half: Between cosines and sines.
-        key_b: Of samples.
-        key_h: Of heads.
-        key_n: Of rows.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        sweep: Which sweep, from 0.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-        eps: Of the norm.
-        scale: Factor on the scores.
-        normed: Whether queries are normed.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
         span: Groups of a program.
-        rows_: Rows of a program.
-        depth: How many of a row's numbers are multiplied together, a power of two.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
+        depth: Numbers of a row that one product takes, a power of two.
     """
     first = tl.load(where)
     b = tl.program_id(2).to(tl.int64)
@@ -212,7 +171,7 @@ def _attend_tile(
     groups: tl.constexpr, dim: tl.constexpr, scale: tl.constexpr, to: tl.constexpr, operand: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Attend to some columns more; with `edge` not every row sees all of them, and none its own. `peak` is binary."""
+    """Attend to one more tile of columns, on the diagonal if `edge` (a row sees earlier columns); `peak` is base 2."""
     wide: tl.constexpr = out.dtype
     real = (columns < n)[:, None]
     at = tl.arange(0, dim)
@@ -243,7 +202,7 @@ def attend_rows(
     scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """The map at the block's iterate: attention within the block, merged with what the rows saw before it.
+    """The map at the block's iterate: attention within the block, merged with attention before the block.
 
     Args:
         key: `[B, H, N, d]`, rows contiguous.
@@ -257,39 +216,17 @@ def attend_rows(
         state: The iterate and the next, which is filled, `[2, B, n, H, d]`.
         narrow: The next in the type of the inputs, `[B, n, H, d]`, filled.
         lse: Log-sum-exp of all columns, `[B, H, n]`, filled.
-        found: As in `settled`; this sweep's are raised.
-        far: `[sweeps, B, n]`, zeros; 1 where an own weight is further than `too_far` from that at y = v.
-        key_b: Stride of samples.
-        key_h: Of heads.
-        key_n: Of rows.
-        value_b: Of samples.
-        value_g: Of groups.
-        value_n: Of rows.
-        strict_b: Of samples, or 0.
-        strict_h: Of heads, or 0.
-        batch: As in `make_queries`, as are those that follow.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        sweep: Which sweep.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
+        found: As in `settled`; this sweep's entries are raised.
+        far: `[sweeps, B, n]`, zeros; set to 1 if an own weight is further than `too_far` from that at y = v.
         too_far: As `diagonal.FAR`.
-        scale: Factor on the scores.
-        heads: H.
-        groups: G.
-        dim: d.
         rows_: Rows of a program, a multiple of `columns_`.
-        columns_: Columns that are attended to together.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
+        columns_: Columns of a tile.
     """
     first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     if settled(found, sweep - 1, b, batch, n, rtol, atol, wide):
         return
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most columns first
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest programs first, so that short ones fill the end
     h = tl.program_id(1).to(tl.int64)
     g = h // (heads // groups)
     to: tl.constexpr = narrow.dtype.element_ty
@@ -302,7 +239,7 @@ def attend_rows(
     by_head = (b * heads + h) * length + first
     k = key + b * key_b + h * key_h + first * key_n
     k = tl.load(k + (rows * key_n)[:, None] + at, mask=inside, other=0.0).to(operand)
-    # The own column apart, in full precision: of it depends at which root a row is.
+    # The own column separately, in full precision: it decides the root of the row.
     if given is None:
         own = tl.load(queries + (rows * (groups * dim))[:, None] + at, mask=inside, other=0.0)
         own = tl.sum(own.to(wide) * k.to(wide), 1) * (scale * LOG2_E)
@@ -364,18 +301,14 @@ def attend_rows(
 
 @triton.jit(do_not_specialize=["n", "batch", "sweeps"])
 def judge_rows(found, far, status, counts, batch, n, sweeps, rtol, atol, wide: tl.constexpr):
-    """The sweep t at which a sample had settled, -1 if it has not, -2 - t if rows may be at roots that are not wanted.
+    """The sweep t at which a sample settled; -2 - t if some of its rows may be at another root; -1 if not settled.
 
     Args:
         found: As in `settled`.
         far: As in `attend_rows`.
         status: `[B]`, filled.
-        counts: How many rows these are, `[B]`, filled.
-        batch: B.
-        n: Rows of the block.
-        sweeps: How many there were.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
+        counts: Number of rows that may be at another root, `[B]`, filled.
+        sweeps: Number of sweeps so far.
         wide: Type of what the bits in `found` are of.
     """
     b = tl.program_id(0).to(tl.int64)
@@ -401,28 +334,20 @@ def hand_over_rows(
     heads: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr, samples_: tl.constexpr, wide: tl.constexpr,
     checked: tl.constexpr,
 ):  # fmt: skip
-    """Hand the iterates over at which the samples settled; nothing if one of them has not.
+    """Store the iterates at which the samples settled; do nothing if a sample has not settled.
 
     Args:
         status: As `judge_rows` leaves it.
         state: As in `attend_rows`.
         new_lse: As `lse` there.
         found: As in `settled`.
-        y: `[B, N, H, d]`, filled in the block's rows, as are those that follow.
+        y: `[B, N, H, d]`, filled in the block's rows, like the next four.
         lse: `[B, H, N]`.
         residual: `[B, N]`.
         size: `[B, N]`.
         sweeps: `[B, N]`.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        heads: H.
-        dim: d.
-        rows_: Rows of a program.
-        samples_: B, padded to a power of two.
         wide: Type of what the bits in `found` are of.
-        checked: Whether rows that might have been at other roots have been found not to be.
+        checked: Whether rows that might have been at another root have been checked, and were not.
     """
     first = tl.load(where)
     every = tl.arange(0, samples_)

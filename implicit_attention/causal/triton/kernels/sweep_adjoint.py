@@ -1,8 +1,7 @@
-"""The adjoint of a block of many rows by sweeps in Triton; the counterpart of `sweep`.
+"""The adjoint of a block of many rows by sweeps in Triton, the counterpart of `sweep`.
 
-A sweep is two launches: cotangents of the queries from those of the outputs, then these back through Omega_Q. Where
-rows' own columns make sweeps slow, these columns are solved for exactly, in two launches more (`own_columns`). An
-argument that is None is one that the map does not have.
+A sweep is two launches: cotangents of the queries from those of the outputs, then back through Omega_Q. If own columns
+make sweeps slow, they are solved exactly in two more launches (`own_columns`).
 """
 
 import triton
@@ -11,27 +10,27 @@ import triton.language as tl
 from implicit_attention.causal.triton.kernels.sweep import LOG2_E, SPAN, rotated, settled
 from implicit_attention.equilibrium.residual_kernel import bits
 
-PATIENCE = tl.constexpr(16)  # sweeps after which rows are judged by their own solution, where that is larger
+# Sweeps after which the tolerance of a row is relative to its own solution if that is larger than the cotangent. With
+# fewer, rows that still improve would stop; without the rule, rows with a gain near 1 would never stop.
+PATIENCE = tl.constexpr(16)
 
 
 @triton.jit
 def solved(found, allowed, sweep, b, batch, n, rtol, wide: tl.constexpr):
-    """Say if a sample's rows were all within tolerance at a sweep, of the cotangent; late, of a larger solution.
+    """Return whether all rows of a sample were within tolerance at a sweep.
 
-    A row whose gain is close to 1 has a large solution, and what is left at last is its rounding.
+    The tolerance is relative to the cotangent; after `PATIENCE` sweeps, to the row's solution if that is larger. A row
+    with a gain close to 1 has a large solution, and its residual ends at the rounding of that solution.
 
     Args:
         found: As in `sweep.settled`.
-        allowed: Tolerance of the whole, `[B]`.
-        sweep: Which.
+        allowed: Absolute tolerance, `[B]`.
+        sweep: The sweep.
         b: The sample.
-        batch: B.
-        n: Rows of the block.
-        rtol: Relative tolerance.
         wide: Type of what the bits are of.
 
     Returns:
-        Whether.
+        True or false.
     """
     late = tl.where(sweep >= PATIENCE, rtol, 0.0)
     return settled(found, sweep, b, batch, n, late, tl.load(allowed + b), wide, True)
@@ -45,7 +44,7 @@ def _all_solved(status, batch, samples_: tl.constexpr):
 
 @triton.jit
 def _tile(tensor, places, stride, real, dim: tl.constexpr):
-    """Rows of a matrix with contiguous columns, `[places, dim]`, zero where they are not real."""
+    """Rows of a matrix with contiguous columns, `[places, dim]`, zero in rows beyond the block."""
     at = tl.arange(0, dim)
     return tl.load(tensor + (places * stride)[:, None] + at[None, :], mask=real[:, None], other=0.0)
 
@@ -55,13 +54,13 @@ def _slopes(
     k, q, v, lam, lse, delta, strict, given, rows, columns, n, turned: tl.constexpr, edge: tl.constexpr,
     strictly: tl.constexpr, scale: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Find the weights of a tile and the cotangents of its scores, 0 in rows that are not real.
+    """Compute the weights of a tile and the cotangents of its scores, 0 in rows beyond the block.
 
-    Args that say what is seen: with `edge` not every row sees every column, with `strictly` none its own; `given`
-    points to the head's scores of own columns, where they do not depend on the outputs. `lse` is binary.
+    With `edge` the tile is on the diagonal: a row sees no later columns. With `strictly` it does not see its own column
+    either. `given` points to the head's scores of own columns if they do not depend on the outputs. `lse` is base 2.
 
     Returns:
-        Both, `[rows, columns]`, or `[columns, rows]` if `turned`, as the product that follows takes its left factor.
+        Both, `[rows, columns]`; or `[columns, rows]` if `turned`, the layout that the next product needs on its left.
     """
     wide: tl.constexpr = lse.dtype
     if turned:
@@ -88,7 +87,7 @@ def _slopes(
 
 @triton.jit
 def _row_tile(key, narrow, lse, delta, rows, n, key_n, lam_n, dim: tl.constexpr, operand: tl.constexpr):
-    """Keys, cotangents, binary log-sum-exps and `lam . y` of some rows of the block, which the pointers begin with."""
+    """Keys, cotangents, base-2 log-sum-exps and `lam . y` of some rows; the pointers start at the block."""
     real = rows < n
     k = _tile(key, rows, key_n, real, dim).to(operand)
     lam = _tile(narrow, rows, lam_n, real, dim).to(operand)
@@ -100,7 +99,7 @@ def _row_tile(key, narrow, lse, delta, rows, n, key_n, lam_n, dim: tl.constexpr,
 def _before_map(
     total, q, inverse, turn, turn_half, place, real, groups: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr
 ):  # fmt: skip
-    """From the cotangents of a group's queries `[rows, dim]` to those of the linear map's output."""
+    """The cotangents of the linear map's output from those of a group's queries, `[rows, dim]`."""
     if inverse is not None:
         norm = tl.load(inverse + place * groups, mask=real, other=0.0)
         along = tl.sum(total * q, 1) / dim
@@ -115,20 +114,14 @@ def _before_map(
 def begin_adjoint(
     grad, y, state, narrow, delta, length, where, n, heads: tl.constexpr, dim: tl.constexpr, rows_: tl.constexpr
 ):  # fmt: skip
-    """Start from the cotangent of the outputs.
+    """Start the sweeps with lam = grad.
 
     Args:
         grad: `[B, N, H, d]`.
         y: The equilibrium, `[B, N, H, d]`.
-        state: `[2, B, n, H, d]`; the first is filled, as in those that follow.
-        narrow: The same in the type of the inputs.
-        delta: `lam . y` of that, `[2, B, H, n]`.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        heads: H.
-        dim: d, a power of two.
-        rows_: Rows of a program.
+        state: lam, `[2, B, n, H, d]`; the first half is filled, as in the next two.
+        narrow: lam in the dtype of the inputs.
+        delta: `lam . y` with the narrow lam, `[2, B, H, n]`.
     """
     first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -154,48 +147,24 @@ def pull_queries(
     scale: tl.constexpr, strictly: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """From the cotangents of the block's outputs to those of what Omega_Q made.
+    """The cotangents of the linear map's output from those of the block's outputs.
 
     Args:
         key: As in `sweep.attend_rows`, as are `value`, `strict` and all strides.
         value: `[B, G, N, d]`.
-        query: The equilibrium's, `[B, N, G, d]`.
+        query: Queries at the equilibrium, `[B, N, G, d]`.
         inverse: `[B, N, G]`, or None without a norm.
         turn: As in `sweep.make_queries`.
         strict: `[1 or B, 1 or H, n, n]` or None.
         lse: `[B, H, N]`.
-        narrow: Cotangents of the outputs, this sweep's and the next's, `[2, B, n, H, d]`.
-        delta: `lam . y` of these, `[2, B, H, n]`.
+        narrow: Cotangents of the outputs for this sweep and the next, `[2, B, n, H, d]`.
+        delta: `lam . y` of both, `[2, B, H, n]`.
         later: Cotangents of the queries from rows after the block, `[B, N, G, d]`.
-        made: `[B, N, G d]`, the block's rows filled.
+        made: Cotangents of the linear map's output, `[B, N, G d]`, filled in the block's rows.
         found: As in `solved`.
-        allowed: As there.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        value_b: Stride.
-        value_g: Stride.
-        value_n: Stride.
-        turn_b: Stride.
-        turn_half: Stride.
-        strict_b: Stride.
-        strict_h: Stride.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        sweep: Which sweep, from 0.
-        rtol: As in `solved`.
-        scale: Factor on the scores.
         strictly: Whether the rows' own columns are left out.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
         rows_: Rows that are taken together; divides `columns_`.
         columns_: Columns of a program.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
     """
     first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -252,35 +221,20 @@ def through_map(
     raises: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, span: tl.constexpr,
     rows_: tl.constexpr, depth: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """From the cotangents of what Omega_Q made to the next ones of the outputs, `grad + made Omega_Q`.
+    """The next cotangents of the outputs, `grad + made Omega_Q`.
 
     Args:
         made: As in `pull_queries`.
         weight: Omega_Q, `[G d, H d]`, rows contiguous.
         grad: `[B, N, H, d]`.
-        y: `[B, N, H, d]`; read if `narrow` is there.
-        state: This sweep's cotangents and the next, which are filled, `[2, B, n, H, d]`.
-        narrow: The same in the type of the inputs, or None.
-        delta: As in `pull_queries`; the next's are filled, if `narrow` is there.
+        y: `[B, N, H, d]`; read only if `narrow` is not None.
+        state: Cotangents of this sweep and of the next, which are filled, `[2, B, n, H, d]`.
+        narrow: The same in the dtype of the inputs, or None.
+        delta: As in `pull_queries`; the next sweep's are filled if `narrow` is not None.
         found: As in `solved`; this sweep's is raised if `raises`.
-        allowed: As there.
-        weight_o: Stride of the outputs of Omega_Q.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        sweep: Which sweep, from 0.
-        rtol: As in `solved`.
         raises: Whether the difference between the two in `state` is the residual.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
         span: Heads of a program.
-        rows_: Rows of a program.
         depth: How many of a row's numbers are multiplied together.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
     """
     first = tl.load(where).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -310,7 +264,7 @@ def through_map(
     tl.store(new + at, lam, mask=real & known)
     tl.debug_barrier()
 
-    # The rest, some columns at a time: beside a product it would want more registers than there are.
+    # Reload the sum a few columns at a time: together with the product this would exceed the registers.
     some: tl.constexpr = 64 if dim > 64 else dim
     y += (b * length + first) * stride
     off = found + (2 * sweep * batch + b) * n + rows
@@ -346,38 +300,20 @@ def own_columns(
     scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, hp: tl.constexpr,
     wide: tl.constexpr,
 ):  # fmt: skip
-    """What the own columns give the cotangents of the linear map's output, for `f`, which lacks their part.
+    """The part of the own columns in the cotangents of the linear map's output; `f` lacks it.
 
-    `z = (I - M^T)^-1 (u . f)` per row, and `sum_h z_h k_h` for the queries (Sherman, Morrison and Woodbury).
+    `z = (I - M^T)^-1 (u . f)` per row; the queries get `sum_h z_h k_h` (Sherman, Morrison and Woodbury).
 
     Args:
-        f: This sweep's before and the new, `[2, B, n, H, d]`.
+        f: The f of the last sweep and of this one, `[2, B, n, H, d]`.
         us: `p (v - y)`, `[B, n, H, d]`.
         inverses: `(I - M^T)^-1`, `[B, n, H, H]`.
         key: As in `pull_queries`, as are `query`, `inverse` and `turn` and all strides.
         query: `[B, N, G, d]`.
         inverse: `[B, N, G]` or None.
         turn: `[2, 1 or B, N, d / 2]` or None.
-        made: This sweep's and the next's, which are filled, `[2, B, n, G d]`.
+        made: The parts for this sweep and for the next, which are filled, `[2, B, n, G d]`.
         found: As in `solved`.
-        allowed: As there.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        turn_b: Stride.
-        turn_half: Stride.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        sweep: Which sweep, from 0.
-        rtol: As in `solved`.
-        scale: Factor on the scores.
-        heads: H.
-        groups: G.
-        dim: d, a power of two.
-        hp: H, padded to a power of two.
-        wide: Type of what is accumulated.
     """
     first = tl.load(where).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
@@ -416,17 +352,13 @@ def own_columns(
 
 @triton.jit(do_not_specialize=["n", "batch", "sweeps"])
 def judge_adjoint(found, allowed, status, latest, batch, n, sweeps, rtol, wide: tl.constexpr):
-    """The sweep at which a sample was solved, -1 if it is not.
+    """The sweep at which a sample was solved, -1 if it was not.
 
     Args:
         found: As in `solved`.
-        allowed: As there.
         status: `[B]`, filled.
-        latest: Its residual, `[B]`, filled where it is solved.
-        batch: B.
-        n: Rows of the block.
-        sweeps: How many there were.
-        rtol: As in `solved`.
+        latest: Residual of the sample, `[B]`, filled if it was solved.
+        sweeps: Number of sweeps so far.
         wide: Type of what the bits in `found` are of.
     """
     b = tl.program_id(0).to(tl.int64)
@@ -452,42 +384,22 @@ def pull_values(
     scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr, samples_: tl.constexpr,
     rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Add to the values' gradients what the block gives them, and store its own scores'; nothing unless all is solved.
+    """Add the block's part to the gradients of the values, and store those of its own scores, once all is solved.
 
     Args:
-        key: As in `pull_queries`, as are all that are not named here.
+        key: As in `pull_queries`, like all arguments that are not listed.
         value: `[B, G, N, d]`.
         query: `[B, N, G, d]`.
-        given: Scores of the own columns where they do not depend on the outputs, `[B, H, N]`, or None.
+        given: Scores of the own columns if they do not depend on the outputs, `[B, H, N]`, else None.
         strict: `[1 or B, 1 or H, n, n]` or None.
         lse: `[B, H, N]`.
         narrow: `[2, B, n, H, d]`.
         delta: `[2, B, H, n]`.
         d_value: `[B, G, N, d]`, added to.
-        own: `[B, H, N]`, the block's filled, or None.
-        status: As `judge_adjoint` leaves it.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        value_b: Stride.
-        value_g: Stride.
-        value_n: Stride.
-        strict_b: Stride.
-        strict_h: Stride.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        scale: Factor on the scores.
-        heads: H.
-        groups: G.
-        dim: d.
-        samples_: B, padded to a power of two.
+        own: `[B, H, N]`, filled in the block's rows, or None.
+        status: As filled by `judge_adjoint`.
         rows_: Rows that are taken together.
         columns_: Columns of a program.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
     """
     first = tl.load(where).to(tl.int64)
     if not _all_solved(status, batch, samples_):
@@ -547,10 +459,10 @@ def pull_keys(
     samples_: tl.constexpr, rows_: tl.constexpr, columns_: tl.constexpr, wide: tl.constexpr, operand: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Add to the keys' gradients what the block gives them, and hand the solution over; nothing unless all is solved.
+    """Add the block's part to the gradients of the keys, and store the solution, once all samples are solved.
 
     Args:
-        key: As in `pull_values`, as are all that are not named here.
+        key: As in `pull_values`, like all arguments that are not listed.
         value: `[B, G, N, d]`.
         query: `[B, N, G, d]`.
         strict: `[1 or B, 1 or H, n, n]` or None.
@@ -559,33 +471,13 @@ def pull_keys(
         narrow: `[2, B, n, H, d]`.
         delta: `[2, B, H, n]`.
         d_key: `[B, H, N, d]`, added to.
-        lam: `[B, N, H, d]`, the block's rows filled.
-        status: As `judge_adjoint` leaves it.
-        latest: Likewise.
-        largest: The largest residual of all blocks, `[B]`, raised.
-        key_b: Stride.
-        key_h: Stride.
-        key_n: Stride.
-        value_b: Stride.
-        value_g: Stride.
-        value_n: Stride.
-        strict_b: Stride.
-        strict_h: Stride.
-        batch: B.
-        length: N.
-        where: The block's first row, on the device, so that a graph of launches serves all blocks.
-        n: Its rows.
-        scale: Factor on the scores.
+        lam: `[B, N, H, d]`, filled in the block's rows.
+        status: As filled by `judge_adjoint`.
+        latest: As filled by `judge_adjoint`.
+        largest: Largest residual of all blocks, `[B]`, raised.
         strictly: Whether scores of own columns do not depend on the keys.
-        heads: H.
-        groups: G.
-        dim: d.
-        samples_: B, padded to a power of two.
         rows_: Rows of a program, a multiple of `columns_`.
         columns_: Columns that are taken together.
-        wide: Type of what is accumulated.
-        operand: Type in which tensors enter products.
-        precision: Of the products of float32 tensors.
     """
     first = tl.load(where).to(tl.int64)
     if not _all_solved(status, batch, samples_):

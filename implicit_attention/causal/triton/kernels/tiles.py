@@ -1,11 +1,11 @@
-"""What the kernels of a diagonal block share: tiles of 16 rows, the query map's norm and rotation."""
+"""What the one-program kernels share: tiles of 16 rows, and the rotation of the query map."""
 
 import triton
 import triton.language as tl
 
-ROWS = 16  # rows that are settled together: the least that a product of matrices takes
+ROWS = 16  # rows that are settled together: the smallest tile of `tl.dot`, since sweeps grow with the rows
 R = tl.constexpr(ROWS)
-# Loads must not be moved ahead of the barriers that guard the scratch: no software pipeline.
+# One stage, so no software pipeline: it would move loads ahead of the barriers that guard the scratch.
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 
@@ -20,7 +20,7 @@ def load_rows(tensor, stride, first, valid, dim: tl.constexpr, dp: tl.constexpr)
 
 @triton.jit
 def store_rows(tensor, stride, first, valid, tile, dim: tl.constexpr, dp: tl.constexpr):
-    """Store what `load_rows` loads."""
+    """Store rows `first .. first + R`, the counterpart of `load_rows`."""
     rows = tl.arange(0, R)
     at = tl.arange(0, dp)
     inside = (rows < valid)[:, None] & (at < dim)[None, :]
@@ -30,7 +30,7 @@ def store_rows(tensor, stride, first, valid, tile, dim: tl.constexpr, dp: tl.con
 
 @triton.jit
 def load_scratch(scratch, dp: tl.constexpr):
-    """A tile `[R, dp]` of scratch."""
+    """Load a tile `[R, dp]` of scratch."""
     return tl.load(scratch + tl.arange(0, R)[:, None] * dp + tl.arange(0, dp)[None, :])
 
 
@@ -42,7 +42,7 @@ def store_scratch(scratch, tile, dp: tl.constexpr):
 
 @triton.jit
 def load_bias(strict, first, column, stride, n, wide: tl.constexpr):
-    """The biases `[R, R]` of the rows from `first` on the columns from `column`, within a block of n rows."""
+    """The biases `[R, R]` of rows from `first` on and columns from `column` on, in a block of n rows."""
     rows = first + tl.arange(0, R)
     columns = column + tl.arange(0, R)
     inside = (rows < n)[:, None] & (columns < n)[None, :]
@@ -51,9 +51,9 @@ def load_bias(strict, first, column, stride, n, wide: tl.constexpr):
 
 @triton.jit
 def turned(tile, turn, swap, turn_half, first, valid, back: tl.constexpr, dim: tl.constexpr, dp: tl.constexpr):
-    """Rotate rows `[R, dp]` by their positions' angles, or `back`; `swap` is a tile of scratch.
+    """Rotate rows `[R, dp]` by the angles of their positions, or `back`; `swap` is a tile of scratch.
 
-    Args that say where: `turn` points to a sample's cosines `[N, d / 2]`, and `turn_half` further on are the sines.
+    `turn` points to the sample's cosines `[N, d / 2]`; the sines are `turn_half` numbers after them.
 
     Returns:
         The rotated rows.
@@ -61,7 +61,7 @@ def turned(tile, turn, swap, turn_half, first, valid, back: tl.constexpr, dim: t
     rows = tl.arange(0, R)
     at = tl.arange(0, dp)
     half: tl.constexpr = dim // 2
-    tl.debug_barrier()
+    tl.debug_barrier()  # all threads have read the last contents of `swap`
     store_scratch(swap, tile, dp)
     tl.debug_barrier()
     partner = tl.where(at < half, at + half, tl.where(at < dim, at - half, at))

@@ -1,8 +1,8 @@
-"""A decoded token per sample: what is left of a step beside products of matrices and one attention.
+"""One decoded token per sample: the part of a decode step beside matrix products and one attention call.
 
-All other columns are known, so attention over them is, and the token's output is `a + p (v - a)` per head. What Omega_Q
-makes of both ends is a product of matrices. One program per sample finds the row's equation, its root, the output and
-the query. Nothing is read by the host on the way.
+All other columns are known, so attention a over them is known, and the token's output is `a + p (v - a)` per head.
+Omega_Q is applied to a and to v - a by matrix products. One program per sample makes the row equation and computes its
+root, the output and the query. The host reads nothing in between.
 """
 
 import triton
@@ -13,7 +13,7 @@ from implicit_attention.causal.triton.kernels.row_equation import add_group, eva
 
 @triton.jit
 def _turned(q, other, turn, at, dim: tl.constexpr):
-    """Rotate `[h, d]` by cosines and sines `turn` `[2, d / 2]`, given what stands in the other half of each row."""
+    """Rotate `[h, d]` by cosines and sines `turn` `[2, d / 2]`; `other` holds each number's partner in the pair."""
     half: tl.constexpr = dim // 2
     low = at < half
     place = tl.where(low, at, at - half)
@@ -27,20 +27,14 @@ def prepare_keys(
     made, temperature, turn, key, scaled, turn_b, scale: tl.constexpr, eps: tl.constexpr, dim: tl.constexpr,
     dp: tl.constexpr, heads: tl.constexpr,
 ):  # fmt: skip
-    """Norm, temper and rotate one head's key of a sample.
+    """Apply norm, temperature and rotation to one head's key of a sample.
 
     Args:
         made: `[B, H, d]`, contiguous.
-        temperature: `[H]` in the type of `made`, or None: no norm either.
+        temperature: `[H]` in the dtype of `made`; None for neither norm nor temperature.
         turn: Cosines and sines of each sample, `[1 or B, 2, d / 2]`, or None.
         key: As `made`, filled with the key as it enters scores.
         scaled: `[B, H, d]`, filled with the key before its rotation times `scale`.
-        turn_b: Stride of samples, or 0.
-        scale: Factor on the scores.
-        eps: Of the norm.
-        dim: d.
-        dp: d, padded to a power of two.
-        heads: H.
     """
     b = tl.program_id(1).to(tl.int64)
     h = tl.program_id(0)
@@ -69,21 +63,12 @@ def prepare_ends(
     a, value, ends, value_b, value_g, a_b, a_h, batch, heads: tl.constexpr, groups: tl.constexpr, dim: tl.constexpr,
     dp: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """Put attention over the columns before, and the way from there to the value, where Omega_Q is applied by head.
+    """Lay out attention a over the columns before, and value - a, for the product with Omega_Q by head.
 
     Args:
         a: `[B, H, d]`.
         value: `[B, G, d]`.
         ends: `[H, 2 B, d]`, filled.
-        value_b: Stride of samples.
-        value_g: Of groups.
-        a_b: Of samples.
-        a_h: Of heads.
-        batch: B.
-        heads: H.
-        groups: G.
-        dim: d.
-        dp: d, padded to a power of two.
         wide: Type in which the way is taken.
     """
     b = tl.program_id(1).to(tl.int64)
@@ -97,7 +82,7 @@ def prepare_ends(
     tl.store(into + batch * dim, (v - start).to(ends.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["batch"])  # of 1 it would make a constant, which is no tensor
+@triton.jit(do_not_specialize=["batch"])  # Triton makes a constant of 1, which has no `.to`
 def settle_token(
     key, made, fixed, lse, a, value, turn, p, moved, query, held, y, judged, grams,
     fixed_b, value_b, value_g, a_b, a_h, turn_b, query_b, query_g, batch, rtol, atol,
@@ -107,38 +92,20 @@ def settle_token(
     """Solve the equation of one token per sample.
 
     Args:
-        key: Scaled, before its rotation, `[B, H, d]`, in the type of the state.
-        made: What Omega_Q makes of each head's `a`, and of `v - a`, `[H, 2 B, G d]`.
-        fixed: What is added to that, `[1 or B, G d]`, or None.
-        lse: The log-sum-exp of all other columns, `[B, H]`, in the type of the state.
-        a: Attention over them, `[B, H, d]`; read with `y`, as are those that follow.
+        key: Scaled, before its rotation, `[B, H, d]`, float32 or wider.
+        made: Omega_Q applied to each head's a and to v - a, `[H, 2 B, G d]`.
+        fixed: Part of the query that does not depend on y, `[1 or B, G d]`, or None.
+        lse: The log-sum-exp of all other columns, `[B, H]`, in the dtype of `key`.
+        a: Attention over them, `[B, H, d]`; this and the next two are read only with `y`.
         value: `[B, G, d]`.
         turn: Cosines and sines of each sample, `[1 or B, 2, d / 2]`, or None.
         p: `[B, H]`, filled with the weights on the own column, or None.
-        moved: `[B, H]`, filled with how far one more step would move them, inf where they are not solved for; or None.
+        moved: `[B, H]`, filled with their residuals, inf if no root was found; or None.
         query: `[B, G, d]`, filled with the query of the output, rotated; used with `y`.
         held: As `query`, filled with the values; or None.
         y: The output, `[B, H, d]`, filled, or None.
-        judged: `[3, B]`, filled with its residual, that over its size, and 1 where it is within tolerance, else 0.
+        judged: `[3, B]`, filled with the residual, the relative residual, and 1 if it is within tolerance, else 0.
         grams: Scratch, `[B, G, hp hp + hp + 1]`.
-        fixed_b: Stride of samples, or 0.
-        value_b: Of samples.
-        value_g: Of groups.
-        a_b: Of samples.
-        a_h: Of heads.
-        turn_b: Of samples, or 0.
-        query_b: Of samples, of `query` and `held`.
-        query_g: Of groups.
-        batch: B.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-        eps: Of the norm.
-        normed: Whether queries are normed.
-        heads: H.
-        groups: G.
-        dim: d.
-        dp: d, padded to a power of two from 16 on.
-        hp: H, padded likewise.
     """
     b = tl.program_id(0).to(tl.int64)
     wide: tl.constexpr = lse.dtype.element_ty
@@ -191,7 +158,7 @@ def settle_token(
         tl.store(judged + b, residual)
         tl.store(judged + batch + b, residual / tl.maximum(size, 1e-30))
         tl.store(judged + 2 * batch + b, tl.where(fine, 1.0, 0.0).to(wide))
-        into = b * query_b  # of 64 bits: a cache may be large
+        into = b * query_b  # 64 bits: a cache may hold more than 2^31 numbers
         for g in range(groups):
             q = tl.sum(tl.load(ends + g * dim + at[None, :], mask=every, other=0.0).to(wide), 0)
             q += tl.sum(root[:, None] * tl.load(ways + g * dim + at[None, :], mask=every, other=0.0).to(wide), 0)

@@ -1,0 +1,45 @@
+"""The diagonal blocks of causal maps on the CPU, in C++: the same equations as `diagonal`, many times faster.
+
+Importing this room loads nothing; `engine`, which does, is imported where it is used.
+"""
+
+import platform
+import sys
+from functools import cache
+
+import torch
+
+from implicit_attention.causal.cpu import library
+from implicit_attention.causal.cpu.library import VARIABLE, capability
+from implicit_attention.causal.system import CausalSystem
+
+
+def hindrance(system: CausalSystem) -> str | None:
+    """Return why the kernels cannot compute a map, in words; None if they can."""
+    if system.key.device.type != "cpu":
+        return f"the tensors are on {system.key.device}"
+    kinds = {t.dtype for t in (system.key, system.value)}
+    if not kinds <= {torch.float16, torch.bfloat16, torch.float32, torch.float64} or len(kinds) > 1:
+        return f"the tensors are {' and '.join(sorted(map(str, kinds)))}"
+    return None
+
+
+@cache
+def problem() -> str | None:
+    """Return why the kernels cannot be used on this machine, with what to do about it; None if they can."""
+    if not library.PATH.exists():
+        compiler = {"linux": "g++", "darwin": "the Xcode command line tools"}.get(sys.platform)
+        if compiler is None:
+            return f"there are no C++ kernels for {platform.system()} yet; use kernel='torch'."
+        return (
+            f"the C++ kernels were not built when the package was installed. Install {compiler}, then "
+            "`pip install --force-reinstall --no-deps` the package from its source."
+        )
+    try:
+        library.load()
+    except OSError as error:
+        return f"the C++ kernels cannot be loaded ({error}). Reinstall the package from its source."
+    return None
+
+
+__all__ = ["VARIABLE", "capability", "hindrance", "problem"]

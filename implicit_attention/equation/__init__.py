@@ -1,0 +1,170 @@
+"""From a layer and the inputs of a call to the equation that is solved: everything that does not depend on y."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from implicit_attention.attention import AttentionSpec
+from implicit_attention.attention.linear_map import LinearMap, linear_map
+from implicit_attention.attention.map import AttentionMap, QueryMap, merge_heads, rms_norm, split_heads
+from implicit_attention.attention.masks import mask_terms
+from implicit_attention.attention.positions import Positions, rotate
+from implicit_attention.attention.spec import BiasTerm
+from implicit_attention.equation.packing import PackedMap, Packing
+from implicit_attention.equilibrium.solvers import DirectSolver, Method
+from implicit_attention.inputs import Inputs
+from implicit_attention.settings import Settings
+
+
+class Layer(Protocol):
+    """What the equation is made from: settings and modules of `ImplicitQueryAttention`, under its names."""
+
+    settings: Settings
+    training: bool
+    Omega_Q: nn.Linear  # this and the others: or what a user put in its place
+    W_K: nn.Linear
+    Omega_V: nn.Linear | None
+    W_Q: nn.Linear | None
+    temperature: nn.Parameter | None
+    positions: Positions | None
+    solver: Method
+
+
+class Equation(NamedTuple):
+    """The fixed-point equation that a layer solves for given inputs: `y = function(y, *args)`.
+
+    Attributes:
+        function: The map; that of packed documents is a `PackedMap`.
+        args: Its tensors, differentiable in the layer's parameters and inputs.
+        start: Where solvers start, the values `[B, N, D]`.
+    """
+
+    function: AttentionMap | PackedMap
+    args: tuple[Tensor, ...]
+    start: Tensor
+
+
+class Projected(NamedTuple):
+    """What a layer's linear maps make of a call: each is called once, whoever solves it, as its hooks expect.
+
+    Attributes:
+        key: `W_K` of the tokens that keys are made from, `[B, M, H d]`; its dtype is that of the solve.
+        value: Their values, `[B, M, G d]`.
+        added: `W_Q x`, `[B, N, G d]`; None without it.
+        query_map: What `Omega_Q` amounts to; its bias is part of `added` where there is one.
+    """
+
+    key: Tensor
+    value: Tensor
+    added: Tensor | None
+    query_map: LinearMap
+
+
+def project(layer: Layer, inputs: Inputs) -> Projected:
+    """Call the linear maps of a layer.
+
+    Args:
+        layer: The layer.
+        inputs: Of the call, checked.
+
+    Returns:
+        What they make of the tokens.
+    """
+    key = layer.W_K(inputs.source)
+    value = values(layer, inputs.source, key.dtype)
+    weight, bias = linear_map(layer.Omega_Q, "Omega_Q", inputs.x, layer.settings.embed_dim)
+    bias = None if bias is None else bias.to(key.dtype)
+    added = None if layer.W_Q is None else layer.W_Q(inputs.x).to(key.dtype)
+    if added is not None and bias is not None:
+        added, bias = added + bias, None
+    return Projected(key, value, added, LinearMap(weight.to(key.dtype), bias))
+
+
+def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) -> Equation:
+    """Compute everything that does not depend on y.
+
+    Args:
+        layer: The layer.
+        inputs: Of the call, checked.
+        projected: What `project` makes of them, where it is known.
+
+    Returns:
+        The equation.
+    """
+    projected = project(layer, inputs) if projected is None else projected
+    if inputs.packed:
+        return _prepare_packed(layer, inputs, projected)
+    settings = layer.settings
+    heads, groups, by_keys = settings.num_heads, settings.num_kv_heads, settings.rows_are_keys
+    x, source, past = inputs.x, inputs.source, inputs.past
+    key = split_heads(projected.key, heads if by_keys else groups)
+    dtype = key.dtype
+    value = split_heads(projected.value, groups)
+    if layer.temperature is not None:
+        key = rms_norm(key) * layer.temperature[:, None, None].to(dtype)
+    tensors = _query_tensors(layer, inputs, projected)
+    rotation = _rotation(layer, inputs, source, dtype)
+    if rotation is not None:
+        key = rotate(key, rotation)
+    if set(tensors) == {"weight"} and heads == 1 and not settings.qk_norm:
+        key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
+    tensors |= {"key": key, "value": value}
+    if past is not None:
+        tensors |= {"past_column": past.column.to(dtype), "past_value": past.value.to(dtype)}
+    # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
+    own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
+    start = merge_heads(own.repeat_interleave(heads // groups, 1)).clone()
+    query_map = QueryMap(groups if by_keys else heads, settings.qk_norm)
+    if settings.self_query == "input":
+        queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
+        queries = queries.repeat_interleave(heads // groups, 1)
+        tensors["self_score"] = (key * queries).sum(-1) * settings.scale
+    terms = _terms(layer, inputs, dtype)
+    tensors |= {f"term{i}": tensor for i, (_, tensor) in enumerate(terms)}
+    dropout = settings.dropout if layer.training else 0.0
+    if dropout:
+        tensors["seeds"] = torch.randint(2**62, x.shape[:1], device=x.device)
+    spec = AttentionSpec(settings.scale, settings.is_causal, tuple(term for term, _ in terms), dropout, settings.window)
+    return Equation(AttentionMap(spec, query_map, by_keys, tuple(tensors)), tuple(tensors.values()), start)
+
+
+def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equation:
+    """The equations of packed documents, batch by batch, as one."""
+    packing = Packing.of(inputs, padded=isinstance(layer.solver, DirectSolver))  # others would iterate on padding too
+    by_token = {"key": projected.key, "value": projected.value, "added": projected.added}
+    unpacked = {name: packing.unpack(t) for name, t in by_token.items() if t is not None}
+    equations = []
+    for i, part in enumerate(packing.unpack_inputs(inputs)):
+        added = unpacked["added"][i] if "added" in unpacked else None
+        own = projected._replace(key=unpacked["key"][i], value=unpacked["value"][i], added=added)
+        equations.append(prepare(layer, part, own))
+    function = PackedMap(packing, tuple(e.function for e in equations if isinstance(e.function, AttentionMap)))
+    return Equation(function, tuple(t for e in equations for t in e.args), packing.pack(e.start for e in equations))
+
+
+def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of some tokens, `[B, M, G d]`, in a dtype."""
+    return source.to(dtype) if layer.Omega_V is None else layer.Omega_V(source).to(dtype)
+
+
+def _query_tensors(layer: Layer, inputs: Inputs, projected: Projected) -> dict[str, Tensor]:
+    """The tensors of phi, by name."""
+    weight, bias = projected.query_map
+    given = {"weight": weight, "bias": bias, "added": projected.added}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    rotation = _rotation(layer, inputs, inputs.x, weight.dtype)
+    return tensors if rotation is None else tensors | {"rotation": rotation}
+
+
+def _rotation(layer: Layer, inputs: Inputs, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if layer.positions is None:
+        return None
+    first = 0 if inputs.past is None else inputs.past.position
+    return layer.positions.rotation(tokens.shape[-2], tokens.to(dtype), first)
+
+
+def _terms(layer: Layer, inputs: Inputs, dtype: torch.dtype) -> list[tuple[BiasTerm, Tensor]]:
+    terms = mask_terms(inputs.attn_mask, inputs.padding, dtype, inputs.past_length)
+    bias = None if layer.positions is None else layer.positions(inputs.x)
+    return terms if bias is None else [*terms, bias]

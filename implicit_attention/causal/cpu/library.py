@@ -10,7 +10,7 @@ import torch
 
 from implicit_attention.causal.cpu.build import NAME
 
-PATH = Path(__file__).parent / NAME
+PATH = Path(os.environ.get("IMPLICIT_ATTENTION_CPU_LIBRARY", Path(__file__).parent / NAME))  # one with sanitizers, say
 VARIABLE = "IMPLICIT_ATTENTION_CPU_CAPABILITY"
 _DONE, _WRONG_STRUCT = 0, 1
 
@@ -42,11 +42,12 @@ class AdjointArguments(ctypes.Structure):
     """`AdjointArguments`, of either type."""
 
     _fields_ = _fields(
-        "key value weight cosine sine own_score bias keep y lse query inverse grad later allowed lam made d_key d_value "
-        "own_slope slope residual gain suspect sweeps solved",
+        "key value weight cosine sine own_score bias keep y lse query inverse grad later allowed lam made d_key "
+        "d_value own_slope slope residual gain suspect sweeps solved",
         "scale norm near_singular",
         f"{_SIZES} {_KEYS_AND_VALUES} weight cosine sine turn_b {_MASKS} y lse query inverse grad grad_b grad_n grad_h "
-        "later allowed lam made d_key d_value own_slope slope residual gain suspect sweeps solved scale norm near_singular",
+        "later allowed lam made d_key d_value own_slope slope residual gain suspect sweeps solved scale norm "
+        "near_singular",
     )
 
 

@@ -1,4 +1,4 @@
-"""Compiles the library of kernels, `python build.py [FOLDER]`: needs a C++17 compiler and nothing else, not torch."""
+"""Compiles the library of kernels: `python build.py [FOLDER] [--sanitize]`. It needs a C++17 compiler, not torch."""
 
 import os
 import platform
@@ -8,7 +8,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 SOURCES = Path(__file__).parent / "csrc"
 NAME = "libimplicit_attention_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
@@ -55,17 +54,18 @@ def compile_library(out_dir: Path, compiler: str | None = None, *, sanitize: boo
         )
         return None
     extra = SANITIZERS if sanitize else ()
-    units: dict[str, tuple[Any, ...]]
-    units = {f"kernels_{name}": ("kernels.cpp", flags, f"-DCAPABILITY={name}") for name, flags in CAPABILITIES.items()}
+    units = {  # source and flags, by name of the object
+        f"kernels_{name}": ("kernels.cpp", (*flags, f"-DCAPABILITY={name}")) for name, flags in CAPABILITIES.items()
+    }
     units |= {name: (f"{name}.cpp", CAPABILITIES["baseline"]) for name in ("library", "row_solver", "row_curve")}
     out = out_dir / NAME
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
 
         def compile_unit(name: str) -> str:
-            source, flags, *defines = units[name]
+            source, flags = units[name]
             made = str(Path(folder) / f"{name}.o")
-            _run(found, *FLAGS, *extra, *flags, *defines, "-c", str(SOURCES / source), "-o", made)
+            _run(found, *FLAGS, *extra, *flags, "-c", str(SOURCES / source), "-o", made)
             return made
 
         objects = list(pool.map(compile_unit, units))
@@ -83,4 +83,5 @@ def _run(*command: str) -> None:
 
 
 if __name__ == "__main__":
-    print(compile_library(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent))
+    folders = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
+    print(compile_library(folders[0] if folders else Path(__file__).parent, sanitize="--sanitize" in sys.argv))

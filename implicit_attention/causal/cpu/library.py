@@ -10,7 +10,7 @@ import torch
 
 from implicit_attention.causal.cpu.build import NAME
 
-PATH = Path(__file__).parent / NAME
+PATH = Path(os.environ.get("IMPLICIT_ATTENTION_CPU_LIBRARY", Path(__file__).parent / NAME))  # one with sanitizers, say
 VARIABLE = "IMPLICIT_ATTENTION_CPU_CAPABILITY"
 _DONE, _WRONG_STRUCT = 0, 1
 

@@ -24,7 +24,7 @@ if {threads}:
 for batch in (1, 3):
     for n in (7, 70):
         assert_same(inputs(batch, n, 32), 1e-14, 1e-12, embed=32, heads=4, qk_norm=True)
-        assert_same(inputs(batch, n, 256), 1e-14, 1e-11, embed=256, heads=4, num_kv_heads=2, qk_norm=True)
+        assert_same(inputs(batch, n, 256), 1e-14, 1e-11, embed=256, heads=4, qk_norm=True)  # large enough to share
 print(library.capability())
 """
 

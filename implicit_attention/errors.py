@@ -13,6 +13,10 @@ class ConvergenceWarning(UserWarning):
     """An equilibrium or its adjoint was not solved to the requested tolerance."""
 
 
+class CollapseWarning(UserWarning):
+    """All outputs of a sample are the same vector: the layer is at an equilibrium that hardly trains."""
+
+
 class ConvergenceError(RuntimeError):
     """As `ConvergenceWarning`, raised where the caller asked for `on_failure="raise"`."""
 

@@ -12,12 +12,12 @@ from implicit_attention.decoding import decode
 from implicit_attention.equation import Equation, prepare
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint
-from implicit_attention.equilibrium.fixed_point import FailureReport
+from implicit_attention.equilibrium.reports import FailureReport, SolveRecord
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.errors import Came, NonFiniteError, bad_type, bad_value
 from implicit_attention.inputs import Inputs, checked, non_finite
 from implicit_attention.settings import Configured, Settings
-from implicit_attention.solving import columns, make_adjoint, make_solver, row_gains, solve
+from implicit_attention.solving import columns, make_adjoint, make_solver, row_gains, solve, watch_for_collapse
 
 
 class ImplicitQueryAttention(Configured):
@@ -80,7 +80,8 @@ class ImplicitQueryAttention(Configured):
             solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers (unless they are
                 unrolled) and `Anderson()` for all others.
             adjoint: "implicit", "unrolled", "phantom", or `Implicit(...)`, `Unrolled(...)`, `Phantom(...)`.
-            on_failure: "warn" (once), "raise" or "ignore" when a solve misses its tolerance.
+            on_failure: When a solve misses its tolerance: "warn", at the 1st, 10th, 100th ... failure, with the layer's
+                name and their number; "raise"; or "ignore". `last_solve` has the figures in any case.
             device: Device of the parameters.
             dtype: Their dtype.
 
@@ -104,7 +105,8 @@ class ImplicitQueryAttention(Configured):
             raise bad_type("dtype", "a floating-point dtype", dtype)
         self.adjoint = make_adjoint(adjoint)
         self.solver = make_solver(solver, settings, self.adjoint)
-        self._report = FailureReport(on_failure)
+        self._report = FailureReport(on_failure, f"{type(self).__name__}({embed_dim}, num_heads={num_heads})")
+        self._report.belong_to(self)
         self._make_modules(positions, {"device": device, "dtype": dtype})
 
     def _make_modules(self, positions: str | Positions | None, where: dict[str, Any]) -> None:
@@ -126,6 +128,19 @@ class ImplicitQueryAttention(Configured):
     def on_failure(self) -> str:
         """What happens when a solve misses its tolerance: "warn", "raise" or "ignore"."""
         return self._report.on_failure
+
+    @property
+    def last_solve(self) -> SolveRecord | None:
+        """The figures of the last solve, detached, with those of its adjoint after a backward pass; None before any.
+
+        They are no part of the state dict. A copy of the layer begins with None.
+        """
+        return self._report.last
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose reports speak of itself."""
+        super().__setstate__(state)
+        self._report.belong_to(self)
 
     @property
     def triangular(self) -> bool:
@@ -168,7 +183,7 @@ class ImplicitQueryAttention(Configured):
         """
         inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache)
         if not need_weights:
-            solution = decode(self, inputs) or self._settle(inputs)[1]
+            solution = self._decoded(inputs) or self._settle(inputs)[1]
             return self._project(solution.value if inputs.batched else solution.value[0])
         equation, solution = self._settle(inputs)
         out = self._project(solution.value)
@@ -195,7 +210,8 @@ class ImplicitQueryAttention(Configured):
             attn_mask: As in `forward`.
             key_padding_mask: As in `forward`.
             cache: As in `forward`.
-            history: Keep every iterate.
+            history: Keep every iterate. Iterative solvers have them, Picard() and Anderson() among them; the causal
+                default, `ForwardSubstitution`, has none.
             gains: Also return `Solution.gain`, how much each row feeds itself, at the cost of no attention pass. Only
                 causal layers whose rows belong to keys have it.
 
@@ -205,14 +221,14 @@ class ImplicitQueryAttention(Configured):
 
         Raises:
             TypeError: As `forward`.
-            ValueError: As `forward`.
+            ValueError: As `forward`; or if the solver has no history or the layer no gains.
             ConvergenceError: As `forward`.
         """
         if gains and not self.triangular:
             raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
                             "Use diagnostics.spectral_radius.")  # fmt: skip
         inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache)
-        decoded = None if history or gains else decode(self, inputs)
+        decoded = None if history or gains else self._decoded(inputs)
         if decoded is not None:
             return decoded
         equation, solution = self._settle(inputs, history=history)
@@ -271,6 +287,13 @@ class ImplicitQueryAttention(Configured):
     def _inputs(self, x: Tensor, *others: Any) -> Inputs:
         return checked(self.settings, self.W_K.weight, x, *others)
 
+    def _decoded(self, inputs: Inputs) -> Solution | None:
+        """Take the short way of one new token, where there is one."""
+        solution = decode(self, inputs)
+        if solution is not None:
+            self._report.keep(solution)
+        return solution
+
     def _settle(self, inputs: Inputs, *, history: bool = False) -> tuple[Equation, Solution]:
         """Solve, and give the cache its new tokens."""
         equation = prepare(self, inputs)
@@ -278,6 +301,7 @@ class ImplicitQueryAttention(Configured):
             solution = solve(equation, self.solver, self.adjoint, self._report, history=history)
         except NonFiniteError as error:
             raise non_finite({**inputs.named(), **dict(self.named_parameters())}) from error
+        watch_for_collapse(self.settings, self.positions, inputs, equation, solution, self._report)
         if inputs.cache is not None:
             with torch.no_grad():
                 inputs.cache.append(*columns(equation, solution), inputs.key_padding_mask)

@@ -19,6 +19,7 @@ FAR = 0.25  # change of the own weight between y = v and now beyond which a row'
 MOST_SWEEPS = 24  # then the block is halved
 PATIENCE = 8  # sweeps after which a row that still settles slowly is solved exactly
 SLOW = 0.7  # ratio of residuals from sweep to sweep that is slow
+DEEP = 3  # sweeps that look for roots of all rows, however long it takes; later ones of rows after final rows alone
 SAME_ROOT = 1e-2  # change of the own weight that cannot be another root
 NEAR_SINGULAR = 1e-3  # distance of a gain from 1 at which the adjoint is reported
 
@@ -98,12 +99,18 @@ class BlockSolver(DiagonalBlock):
         """
         super().__init__(system, rows)
         self.before, self.before_lse = before.contiguous(), before_lse.contiguous()
+        self.deep = DEEP
+        self.given_up = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
         self.slow = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
         self.solved = torch.zeros_like(self.slow)  # rows whose own equation was solved in some sweep
         self.roots = torch.full((system.batch, self.n, system.heads), torch.nan, dtype=system.wide).to(self.key.device)
 
     def settle(self, rtol: float, atol: float) -> Block:
-        """Sweep until every row's residual is within `atol + rtol max|F(y)|`, or `MOST_SWEEPS` are done.
+        """Sweep until every row's residual is within `atol + rtol max|F(y)|`, or too few rows become final.
+
+        A row is left as it is too where its residual no longer falls and is as small as rounding of its scores lets
+        it be, which is above tolerance for scores of hundreds; and where all rows before it are final and its own
+        equation cannot be solved. Its residual says so.
 
         Samples stop for themselves: what one returns does not depend on the others.
 
@@ -123,7 +130,8 @@ class BlockSolver(DiagonalBlock):
         y = torch.where(torch.isneginf(self.before_lse)[..., None], self.own_value, self.before)
         before = y.new_full((system.batch, self.n), torch.inf)
         done = torch.zeros(system.batch, dtype=torch.bool, device=y.device)
-        for sweep in range(1, limit + 1):
+        asked = max(1, MOST_SWEEPS // 6)  # rows that must be final by then
+        for sweep in range(1, limit + 3 * PATIENCE * self.n):
             queries = system.phi(y.transpose(1, 2), self.rows)
             a, lse, own = self.attend(queries.query)
             p = self.own_weight(own, lse)
@@ -134,21 +142,40 @@ class BlockSolver(DiagonalBlock):
             if sweep == 1 and not bool(torch.isfinite(residual).all()):
                 raise NonFiniteError("the map gave NaN or Inf")
             within = residual <= allowed
-            ready = within.all(1) & ~done
+            held = self.given_up
+            final = within | held
+            if sweep > 2 * PATIENCE and not bool(within.all()):
+                noise = self._noise(queries.query, size)
+                final |= (residual <= noise) & (residual > SLOW * before)
+            ready = final.all(1) & ~done
             if start is not None:
                 far = ((self.own_weight(start, lse) - p).abs_() > FAR).any(1)
                 if sweep > PATIENCE:
                     self.slow |= ~within & (residual > SLOW * before) if sweep <= self.n else ~within
                 marked = self.slow & ~done[:, None] | far & ~self.solved | (far | self.solved) & ready[:, None]
+                marked &= ~held
                 if bool(marked.any()):
-                    thorough = sweep > PATIENCE or bool(ready.any())  # before, rows may still become easier
-                    f, same = self._solve_own(marked, a, lse, p, f, 0.1 * float(allowed.min()), thorough)
+                    # Of p, whose error the distance from a to v multiplies.
+                    reach = (self.own_value - a).abs_().amax((1, 3)).clamp_min_(1.0)
+                    tolerance = 0.1 * float((allowed / reach).min())
+                    front = final[:, :-1].long().cumprod(1).bool()
+                    next_ones = torch.cat([torch.ones_like(final[:, :1]), front], 1)
+                    deep = torch.zeros_like(marked)
+                    if sweep > PATIENCE or bool(ready.any()):  # before, rows may still become easier
+                        deep = marked & next_ones if self.deep == 0 else marked
+                        self.deep = max(0, self.deep - 1)
+                    f, same = self._solve_own(marked, deep, next_ones, (a, lse, p, f), tolerance)
                     ready &= same  # at the root that is wanted
             before = residual
             done |= ready
-            if bool(done.all()) or sweep == limit:
+            if bool(done.all()):
                 break
-            y = torch.where(done[:, None, None, None], y, f)
+            if sweep == limit:
+                reached = int((final | done[:, None]).long().cumprod(1).sum(1).min())
+                if reached < asked:
+                    break
+                limit, asked = limit + PATIENCE, reached + PATIENCE // 4
+            y = torch.where((done[:, None] | held)[:, None, :, None], y, f)
         total = torch.logaddexp(lse, own)
         return Block(y.transpose(1, 2), queries, total, residual, size, sweep, bool(done.all()))
 
@@ -188,22 +215,48 @@ class BlockSolver(DiagonalBlock):
         return self.own_score(self.system.phi(self.own_value.transpose(1, 2), self.rows).query)
 
     def _solve_own(
-        self, marked: Tensor, a: Tensor, lse: Tensor, p: Tensor, f: Tensor, tolerance: float, thorough: bool
+        self, marked: Tensor, deep: Tensor, next_ones: Tensor, now: tuple[Tensor, ...], tolerance: float
     ) -> tuple[Tensor, Tensor]:
-        """Solve the marked rows' own equations; return the outputs with theirs, and which samples were at the root."""
-        samples, positions = marked.nonzero(as_tuple=True)
-        problem, value = self.row_problem(a, lse, samples, positions)
-        floor = 32 * torch.finfo(a.dtype).eps
-        found = solve_rows(problem, max(tolerance, floor), self.roots[samples, positions], thorough=thorough)
-        done = found.solved
-        samples, positions, root = samples[done], positions[done], found.p[done]
-        self.roots[samples, positions], self.solved[samples, positions] = root, True
-        out, rows_a = f.clone(), a.transpose(1, 2)[samples, positions]
-        out.transpose(1, 2)[samples, positions] = torch.lerp(rows_a, value[done], root[..., None])
-        moved = (root - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
-        jumped = torch.zeros_like(marked)
-        jumped[samples, positions] = moved > SAME_ROOT
+        """Solve the marked rows' own equations, the deep ones as far as that goes.
+
+        Args:
+            marked: `[B, n]`.
+            deep: `[B, n]`, some of the marked rows.
+            next_ones: `[B, n]`, rows before which all are final: what is not solved there never will be.
+            now: Attention over the other columns, its log-sum-exp, the own weight and F(y), of all rows.
+            tolerance: Of weights.
+
+        Returns:
+            F(y) with the rows' own solutions, and which samples were at the root already, `[B]`.
+        """
+        a, lse, p, f = now
+        out, jumped = f.clone(), torch.zeros_like(marked)
+        tolerance = max(tolerance, 32 * torch.finfo(a.dtype).eps)
+        for rows, thorough in ((marked & ~deep, False), (deep, True)):
+            samples, positions = rows.nonzero(as_tuple=True)
+            if not len(samples):
+                continue
+            problem, value = self.row_problem(a, lse, samples, positions)
+            found = solve_rows(problem, tolerance, self.roots[samples, positions], thorough=thorough)
+            solved = found.solved | found.exact
+            over = next_ones[samples, positions] & ~solved & found.p.isfinite().all(-1) & thorough
+            self.given_up = self.given_up.index_put((samples[over], positions[over]), over[over])
+            used = solved | over
+            noise = problem.rounding(found.p)[used]
+            self.roots[samples[solved], positions[solved]] = found.p[solved]
+            self.solved[samples[solved], positions[solved]] = True
+            samples, positions, root = samples[used], positions[used], found.p[used]
+            rows_a = a.transpose(1, 2)[samples, positions]
+            out.transpose(1, 2)[samples, positions] = torch.lerp(rows_a, value[used], root[..., None])
+            moved = (root - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
+            jumped[samples, positions] = moved > SAME_ROOT + 4.0 * noise
         return out, ~jumped.any(1)
+
+    def _noise(self, query: Tensor, size: Tensor) -> Tensor:
+        """What rounding of scores may do to the outputs of rows, `[B, n]`, for queries `[B, n, G, d]`."""
+        key, most = self.key.norm(dim=-1), self.system.per_head(query.norm(dim=-1).amax(1))
+        score = (key * most[..., None]).amax(1)  # no score of the block is larger
+        return 4.0 * torch.finfo(score.dtype).eps * score * size
 
     def row_problem(self, a: Tensor, lse: Tensor, samples: Tensor, positions: Tensor) -> tuple[RowProblem, Tensor]:
         """`y = a + p (value - a)`, put through the query map and onto the row's key; and the rows' values."""

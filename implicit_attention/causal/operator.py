@@ -4,6 +4,7 @@ The operator runs `ForwardSubstitution` as it is; what the compiler learns are i
 described to it by numbers and names, since an operator takes tensors and plain values alone.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from implicit_attention.attention.positions import DistanceSlope, OffsetTable
 from implicit_attention.attention.spec import BiasTerm
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit
-from implicit_attention.equilibrium.fixed_point import FailureReport
+from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Method, Solution
 
 _KINDS = {AdditiveMask: "mask", DistanceSlope: "slope", OffsetTable: "table"}
@@ -137,8 +138,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, kernel, rtol, atol, report)
     with torch.autocast(tensors[0].device.type, enabled=False):
-        found = d.solver().equilibrium(d.function(tensors), tuple(tensors), dtype)
-    FailureReport.of(report)(found, "equilibrium")
+        solver = d.solver()
+        found = solver.equilibrium(d.function(tensors), tuple(tensors), dtype)
+    # What the report keeps is its own: a compiled graph may write over what it no longer needs.
+    kept = {name: getattr(found, name).clone() for name in ("residual", "steps", "converged")}
+    FailureReport.of(report)(replace(found, **kept), "equilibrium", solver)
     query, lse, inverse = found.memo
     return found.value, found.residual, found.steps, found.converged, found.rel_trace[0].clone(), query, lse, inverse
 
@@ -187,8 +191,9 @@ def _adjoint(
 ) -> list[Tensor]:
     d = _Description(names, kinds, scale, window, dropout, query_heads, normalize, block, kernel, rtol, 0.0, report)
     with torch.autocast(y.device.type, enabled=False):
-        found = d.solver().adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
-    FailureReport.of(report).adjoint(found, grad)
+        solver = d.solver()
+        found = solver.adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
+    FailureReport.of(report).adjoint(found, grad, solver)
     pairs = zip(found.by_arg, tensors, strict=True)
     return [t.new_zeros(t.shape) if g is None else g.contiguous() for g, t in pairs]
 

@@ -16,7 +16,10 @@ _Found = tuple[Tensor, Tensor]  # p [R, H] and its residual [R], inf where a met
 _Method = Callable[[RowProblem, float], _Found]
 _HARDLY = 1e-2  # nats by which scores may have changed since, and distance the root may have moved, to keep a branch
 _NEWTON_STEPS, _DAMPED_STEPS, _BRACKET_STEPS = 8, 20, 100
+_PLAIN_STEPS = 32
 _LENGTHS = (1.0, 0.5, 0.25)
+_LOST = 16.0  # rounding of scores, in units of what residuals are wanted to be, beyond which no curve is followed
+_LEAST = 32.0  # units of rounding below which no residual is wanted
 _FINE = 1e-12  # residual up to which problems in lower precision are solved in float64
 
 
@@ -28,11 +31,13 @@ class RowSolution:
         p: `[R, H]`.
         residual: `max_h |sigmoid(score(p) + offset) - p|`, `[R]`.
         solved: Whether that is within tolerance, `[R]`.
+        exact: Whether that is as small as rounding lets it be, where it is not within tolerance, `[R]`.
     """
 
     p: Tensor
     residual: Tensor
     solved: Tensor
+    exact: Tensor
 
 
 def solve_rows(
@@ -49,6 +54,10 @@ def solve_rows(
        1, 1/2, 1/4 at which the residual falls by at least a quarter of the length; at most 20 steps.
     3. The first arrival at t = 1 of the curve `p = (1 - t) 1 + t target(p)` from t = 0, p = 1.
 
+    Rows whose scores are so large (thousands of nats in float32) that rounding alone moves the target far beyond the
+    tolerance are not worth 3, which takes the longest by far. In its place they get what plain iteration from p = 1
+    settles at within 32 steps, usually weights of exactly 0 and 1; other rows come back unsolved.
+
     So which root comes back depends on the row alone; rows that 1 leaves unsolved are solved in float64 whatever
     their dtype. On random rows the roots of 1 and 3 were the same wherever both exist; those of 2 may differ.
 
@@ -56,8 +65,8 @@ def solve_rows(
         problem: R problems, float32 or float64.
         tolerance: On the residual.
         near: Roots `[R, H]` of problems that have hardly changed since, NaN in rows that have none: such a row keeps
-            its branch if its scores changed by less than 0.01 and Newton's iteration arrives within 0.01. Not needed,
-            nor used, for one head with a linear score.
+            its branch if its scores changed by less than 0.01 and Newton's iteration arrives within 0.01, at a residual
+            within tolerance or rounding. Not needed, nor used, for one head with a linear score.
         thorough: Whether to go as far as 2 and 3, which take the longest; otherwise rows that need them are left
             unsolved.
 
@@ -69,15 +78,24 @@ def solve_rows(
         probability one", Math. Comp. 32 (1978).
     """
     with torch.no_grad():
-        if problem.alpha.shape[-1] == 1 and problem.gram is None:
-            found = _largest_root(problem, tolerance)
-        elif near is None:
-            found = _settle(problem, tolerance)
+        if near is None or (problem.alpha.shape[-1] == 1 and problem.gram is None):
+            p, residual = _anew(problem, tolerance, thorough)
         else:
-            found = _improve(_continue(problem, tolerance, near), problem, tolerance, [_settle])
-        p, residual = _finish(found, problem, tolerance) if thorough else found
+            p, residual = _continue(problem, tolerance, near)
+            left = (~((residual <= tolerance) | (residual <= problem.rounding(p)))).nonzero()[:, 0]
+            if len(left):
+                q, rest = _anew(problem.rows(left), tolerance, thorough)
+                better = ~(residual[left] <= rest)
+                p[left[better]], residual[left[better]] = q[better], rest[better]
         p = torch.where(problem.offset.isinf(), problem.offset.sigmoid(), p)  # 0 or 1, without rounding
-        return RowSolution(p, residual, residual <= tolerance)
+        return RowSolution(p, residual, residual <= tolerance, residual <= problem.rounding(p))
+
+
+def _anew(problem: RowProblem, tolerance: float, thorough: bool) -> _Found:
+    """Solve rows of which nothing is known."""
+    linear_alone = problem.alpha.shape[-1] == 1 and problem.gram is None
+    found = (_largest_root if linear_alone else _settle)(problem, tolerance)
+    return _finish(found, problem, tolerance) if thorough else found
 
 
 def _finish(found: _Found, problem: RowProblem, tolerance: float) -> _Found:
@@ -86,12 +104,17 @@ def _finish(found: _Found, problem: RowProblem, tolerance: float) -> _Found:
     left = (~(residual <= tolerance)).nonzero()[:, 0]
     if not len(left):
         return found
-    hard = problem.rows(left).double()
-    methods: list[_Method] = [_damped_newton, partial(_curve, pace=BRISK), partial(_curve, pace=CAREFUL)]
-    if p.dtype == torch.float64:
-        done, _ = _improve((p[left], residual[left]), hard, tolerance, methods)
-    else:
-        done, _ = _improve(_settle(hard, _FINE), hard, _FINE, methods)
+    part = problem.rows(left)
+    hard, aim = part.double(), tolerance if p.dtype == torch.float64 else _FINE
+    known = (p[left], residual[left]) if p.dtype == torch.float64 else _settle(hard, aim)
+    done, rest = _improve(known, hard, aim, [_damped_newton])
+    eps = torch.finfo(p.dtype).eps
+    worth = part.size() * (0.25 * eps) <= _LOST * max(tolerance, _LEAST * eps)
+    curves: list[_Method] = [partial(_curve, pace=BRISK), partial(_curve, pace=CAREFUL)]
+    for rows, methods in ((worth, curves), (~worth, [_iterate])):
+        some = rows.nonzero()[:, 0]
+        if len(some):
+            done[some] = _improve((done[some], rest[some]), hard.rows(some), aim, methods)[0]
     p[left] = done.to(p.dtype)
     residual[left] = _size(hard.target(p[left].double()) - p[left]).to(p.dtype)
     return p, residual
@@ -181,6 +204,14 @@ def _damped_newton(problem: RowProblem, tolerance: float) -> _Found:
         going = (residual[index] < size) & (residual[index] > tolerance)
         index, problem = index[going], problem.rows(going)
     return p, residual
+
+
+def _iterate(problem: RowProblem, tolerance: float) -> _Found:
+    """Plain iteration from p = 1."""
+    p = torch.ones_like(problem.alpha)
+    for _ in range(_PLAIN_STEPS):
+        p = problem.target(p)
+    return p, _size(problem.target(p) - p).nan_to_num(torch.inf)
 
 
 def _curve(problem: RowProblem, tolerance: float, pace: Pace) -> _Found:

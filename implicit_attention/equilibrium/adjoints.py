@@ -19,10 +19,10 @@ from implicit_attention.errors import Came, bad_type, bad_value, check_choice, c
 class Report(Protocol):
     """Is told how solves went."""
 
-    def __call__(self, solution: Solution, name: str) -> None:
-        """Take note of every solve and of what was solved."""
+    def __call__(self, solution: Solution, name: str, solver: Method) -> None:
+        """Take note of every solve, of what was solved, and by what."""
 
-    def adjoint(self, found: AdjointSolution, grad: Tensor) -> None:
+    def adjoint(self, found: AdjointSolution, grad: Tensor, solver: Method) -> None:
         """Take note of an adjoint equation that was solved directly, for the cotangent `grad`."""
 
 
@@ -60,7 +60,7 @@ class Problem:
             linear=self.linear,
             history=history,
         )
-        self.report(solution, self.name)
+        self.report(solution, self.name, self.solver)
         return solution
 
 
@@ -237,11 +237,15 @@ class _Run:
 
     def _solve_directly(self, solver: DirectSolver, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
         """Solve by the map's structure."""
+        if self.history:
+            raise bad_value(
+                "history", f"False with solver={type(solver).__name__}(...)", True,
+                "It solves block after block and has no iterates of the whole: make the layer with solver=Picard() or "
+                "Anderson(), which do.",
+            )  # fmt: skip
         with torch.autocast(y0.device.type, enabled=False):  # it chooses its precision itself
             solution = solver.equilibrium(self.problem.function, args, y0.dtype)
-        if self.history:
-            solution = replace(solution, history=[y0, solution.value])
-        self.problem.report(solution, self.problem.name)
+        self.problem.report(solution, self.problem.name, solver)
         return solution
 
     def _refuse_closures(self, linearization: maps.Linearization) -> None:
@@ -293,7 +297,7 @@ class _Run:
     ) -> list[Tensor | None]:
         with torch.autocast(y.device.type, enabled=False):
             found = solver.adjoint(self.problem.function, args, y, memo, grad, self.needs)
-        self.problem.report.adjoint(found, grad)
+        self.problem.report.adjoint(found, grad, solver)
         return found.by_arg
 
     def _composable_backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:

@@ -1,11 +1,12 @@
 """The layer: implicit-query attention solved to its equilibrium, with all its options."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from implicit_attention import recommended
 from implicit_attention.attention.positions import Positions, make_positions
 from implicit_attention.cache import Cache, DecodeCache
 from implicit_attention.decoding import decode
@@ -26,6 +27,9 @@ class ImplicitQueryAttention(Configured):
     `y = softmax(K (Omega_Q y)^T * scale) V` with `K = W_K x`, `V = Omega_V x`: row i belongs to key i, the
     softmax runs over the queries of all tokens j. The defaults are the seed's map; every option widens it.
     Gradients flow whenever autograd is on, in eval mode too.
+
+    For a model, start from the recommended settings (`implicit_attention.recommended`): `for_causal_lm`,
+    `for_encoder` or `for_cross_attention`. The seed's map itself has no mask and collapses to the mean of its values.
 
     The settings can be read as attributes (`layer.num_heads`). Those that shape no parameter can be changed:
     `is_causal`, `window`, `self_query`, `dropout`, `scale`.
@@ -108,6 +112,50 @@ class ImplicitQueryAttention(Configured):
         self._report = FailureReport(on_failure, f"{type(self).__name__}({embed_dim}, num_heads={num_heads})")
         self._report.belong_to(self)
         self._make_modules(positions, {"device": device, "dtype": dtype})
+
+    @classmethod
+    def for_causal_lm(cls, embed_dim: int, num_heads: int, **overrides: Any) -> Self:
+        """Make the layer that is recommended for language models: causal, with one equilibrium whatever the weights.
+
+        Args:
+            embed_dim: Size D of a token.
+            num_heads: H.
+            **overrides: Other arguments of the constructor, and those that are to differ from `recommended.CAUSAL_LM`.
+
+        Returns:
+            The layer.
+        """
+        return cls(embed_dim, num_heads, **{**recommended.CAUSAL_LM, **overrides})
+
+    @classmethod
+    def for_encoder(cls, embed_dim: int, num_heads: int, **overrides: Any) -> Self:
+        """Make the layer that is recommended where every token sees every other.
+
+        Args:
+            embed_dim: Size D of a token.
+            num_heads: H.
+            **overrides: Other arguments of the constructor, and those that are to differ from `recommended.ENCODER`;
+                `positions=None` where the input has positions of its own.
+
+        Returns:
+            The layer.
+        """
+        return cls(embed_dim, num_heads, **{**recommended.ENCODER, **overrides})
+
+    @classmethod
+    def for_cross_attention(cls, embed_dim: int, num_heads: int, **overrides: Any) -> Self:
+        """Make the layer that is recommended for attention to another sequence, `layer(x, context)`.
+
+        Args:
+            embed_dim: Size D of a token.
+            num_heads: H.
+            **overrides: Other arguments of the constructor, and those that are to differ from
+                `recommended.CROSS_ATTENTION`.
+
+        Returns:
+            The layer.
+        """
+        return cls(embed_dim, num_heads, **{**recommended.CROSS_ATTENTION, **overrides})
 
     def _make_modules(self, positions: str | Positions | None, where: dict[str, Any]) -> None:
         settings = self.settings

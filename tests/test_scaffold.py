@@ -20,6 +20,7 @@ ORDER = [
     "errors",
     "triton_available",
     "settings",
+    "recommended",
     "equilibrium",
     "attention",
     "cache",

@@ -174,6 +174,8 @@ class Runner:
 def runners(seed: int, task: Recall) -> dict[str, Runner]:
     """Make the two models: the same sizes, the same options, the same seed of their weights.
 
+    The recommended settings but for what the ordinary layer lacks too: the model has learned positions.
+
     The implicit layer reads its own token's query from the input (`self_query="input"`): its equilibrium is then
     unique whatever the weights become, and forward substitution reaches it exactly.
 
@@ -189,7 +191,7 @@ def runners(seed: int, task: Recall) -> dict[str, Runner]:
         torch.manual_seed(seed)
         layer: nn.Module = OrdinaryAttention(64, num_heads=4, is_causal=True, qk_norm=True)
         if name == IMPLICIT:
-            layer = ImplicitQueryAttention(64, num_heads=4, is_causal=True, qk_norm=True, self_query="input")
+            layer = ImplicitQueryAttention.for_causal_lm(64, 4, positions=None, out_proj=False)
         made[name] = Runner(TokenModel(task.vocabulary, task.length, layer))
     return made
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from implicit_attention import recommended
 from implicit_attention.training.faults import RunError, reason, unreadable
 
 
@@ -51,7 +52,7 @@ class Settings:
         fixed=True,
     )
     self_query: Literal["input", "output"] = _setting(
-        "input",
+        recommended.CAUSAL_LM["self_query"],
         "Implicit only: what token i's own query is made from in row i. [bold]input[/bold]: always one equilibrium, "
         "the cheapest; [bold]output[/bold]: the original equation.",
         "Model",

@@ -303,11 +303,11 @@ class _Run:
     def _composable_backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
         """The same, in operations that autograd and torch.func can see: the adjoint is a fixed point too."""
         function = self.problem.function
-        real = [i for i, a in enumerate(args) if a.is_floating_point()]
+        smooth = [i for i, a in enumerate(args) if a.is_floating_point() or a.is_complex()]
 
         def filled(values: tuple[Tensor, ...]) -> list[Tensor]:
             full = list(args)
-            for i, value in zip(real, values, strict=True):
+            for i, value in zip(smooth, values, strict=True):
                 full[i] = value
             return full
 
@@ -315,15 +315,15 @@ class _Run:
             pull = torch.func.vjp(lambda t: function(t, *filled(values)), at)[1]
             return g + pull(lam)[0]  # type: ignore[no-any-return]
 
-        inputs = (grad, y, *(args[i] for i in real))
+        inputs = (grad, y, *(args[i] for i in smooth))
         # The structure of F says nothing about this map of (lam, grad, y, ...): direct solvers step back.
         solver = self.adjoint_solver.fallback if isinstance(self.adjoint_solver, DirectSolver) else self.adjoint_solver
         problem = replace(self._adjoint_problem(adjoint_map), solver=solver)
         run = _Run(problem, solver, tuple(t.requires_grad for t in inputs))
         lam = _solve_opaquely(run, grad, inputs).value
         pull = torch.func.vjp(lambda *values: function(y, *filled(values)), *inputs[2:])[1]
-        by_real = dict(zip(real, pull(lam), strict=True))
-        return [by_real.get(i) for i in range(len(args))]
+        found = dict(zip(smooth, pull(lam), strict=True))
+        return [found.get(i) for i in range(len(args))]
 
     def _adjoint_problem(self, function: maps.MapFunction) -> Problem:
         return replace(

@@ -24,11 +24,16 @@ def fixed_point(
 ) -> Solution:
     """Solve `y = function(y, *args)` and let gradients flow to `args`.
 
+    A module is called as often as `Solution.evaluations` says. So `nn.BatchNorm*` in training mode updates its running
+    statistics at every evaluation, those far from the equilibrium too, makes systems depend on each other, and cannot be
+    differentiated by `NewtonKrylov`. Put it in eval mode, or use `nn.LayerNorm` or `nn.GroupNorm`. `nn.Dropout` in training mode draws anew at every
+    evaluation, and no equilibrium exists.
+
     Args:
         function: A pure function `(y, *args) -> tensor like y`, or an `nn.Module` with that signature, whose
             parameters then receive gradients too. It must treat each independent system on its own.
         y0: Start, `[*systems, ...]`, float.
-        args: Tensors that the map depends on.
+        args: Tensors that the map depends on, real or complex.
         solver: A solver; `Anderson()` if None.
         adjoint: `Implicit()` if None, `Unrolled()` or `Phantom()`.
         system_ndim: How many leading dimensions of y0 count independent systems, each of which stops for itself.

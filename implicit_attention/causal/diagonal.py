@@ -21,6 +21,7 @@ PATIENCE = 8  # sweeps after which a row that still settles slowly is solved exa
 SLOW = 0.7  # ratio of residuals from sweep to sweep that is slow
 DEEP = 3  # sweeps that look for roots of all rows, however long it takes; later ones of rows after final rows alone
 SAME_ROOT = 1e-2  # change of the own weight that cannot be another root
+MOST_JUMPS = 4  # times that a settled row may turn out to be at another root; beyond, rounding decides which it is
 NEAR_SINGULAR = 1e-3  # distance of a gain from 1 at which the adjoint is reported
 
 
@@ -101,6 +102,7 @@ class BlockSolver(DiagonalBlock):
         self.before, self.before_lse = before.contiguous(), before_lse.contiguous()
         self.deep = DEEP
         self.given_up = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
+        self.jumps = torch.zeros(system.batch, self.n, dtype=torch.long, device=self.key.device)
         self.slow = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
         self.solved = torch.zeros_like(self.slow)  # rows whose own equation was solved in some sweep
         self.roots = torch.full((system.batch, self.n, system.heads), torch.nan, dtype=system.wide).to(self.key.device)
@@ -164,8 +166,10 @@ class BlockSolver(DiagonalBlock):
                     if sweep > PATIENCE or bool(ready.any()):  # before, rows may still become easier
                         deep = marked & next_ones if self.deep == 0 else marked
                         self.deep = max(0, self.deep - 1)
-                    f, same = self._solve_own(marked, deep, next_ones, (a, lse, p, f), tolerance)
-                    ready &= same  # at the root that is wanted
+                    f, jumped = self._solve_own(marked, deep, next_ones, (a, lse, p, f), tolerance)
+                    jumped &= ready[:, None]
+                    self.jumps += jumped
+                    ready &= ~(jumped & (self.jumps <= MOST_JUMPS)).any(1)  # at the root that is wanted
             before = residual
             done |= ready
             if bool(done.all()):
@@ -227,7 +231,7 @@ class BlockSolver(DiagonalBlock):
             tolerance: Of weights.
 
         Returns:
-            F(y) with the rows' own solutions, and which samples were at the root already, `[B]`.
+            F(y) with the rows' own solutions, and which rows were not at the root already, `[B, n]`.
         """
         a, lse, p, f = now
         out, jumped = f.clone(), torch.zeros_like(marked)
@@ -250,7 +254,7 @@ class BlockSolver(DiagonalBlock):
             out.transpose(1, 2)[samples, positions] = torch.lerp(rows_a, value[used], root[..., None])
             moved = (root - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
             jumped[samples, positions] = moved > SAME_ROOT + 4.0 * noise
-        return out, ~jumped.any(1)
+        return out, jumped
 
     def _noise(self, query: Tensor, size: Tensor) -> Tensor:
         """What rounding of scores may do to the outputs of rows, `[B, n]`, for queries `[B, n, G, d]`."""

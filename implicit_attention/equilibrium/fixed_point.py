@@ -25,9 +25,9 @@ def fixed_point(
     """Solve `y = function(y, *args)` and let gradients flow to `args`.
 
     A module is called as often as `Solution.evaluations` says. So `nn.BatchNorm*` in training mode updates its running
-    statistics at every evaluation, those far from the equilibrium too, makes systems depend on each other, and cannot be
-    differentiated by `NewtonKrylov`. Put it in eval mode, or use `nn.LayerNorm` or `nn.GroupNorm`. `nn.Dropout` in training mode draws anew at every
-    evaluation, and no equilibrium exists.
+    statistics at every evaluation, those far from the equilibrium too, makes systems depend on each other, and cannot
+    be differentiated by `NewtonKrylov`. Put it in eval mode, or use `nn.LayerNorm` or `nn.GroupNorm`. `nn.Dropout` in
+    training mode draws anew at every evaluation, and no equilibrium exists.
 
     Args:
         function: A pure function `(y, *args) -> tensor like y`, or an `nn.Module` with that signature, whose

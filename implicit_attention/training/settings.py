@@ -80,7 +80,11 @@ class Settings:
     )
     learning_rate: float = _setting(3e-3, "Largest learning rate of AdamW.", "Training", low=0)
     warmup: int = _setting(
-        100, "Steps in which the learning rate rises from 0; then it falls as a cosine.", "Training", low=0
+        100,
+        "Steps in which the learning rate rises from 0; then it falls as a cosine. Unless it is named, a tenth of "
+        "--steps where they are no more than it.",
+        "Training",
+        low=0,
     )
     weight_decay: float = _setting(0.1, "Decay of matrices.", "Training", low=0)
     clip: float = _setting(1.0, "Largest norm of the gradient; 0: no limit.", "Training", low=0)
@@ -168,7 +172,10 @@ def resolve(
     known = {name: value for name, value in (run or {}).items() if name in FIELDS}
     layers = {**known, **said}
     preset = _check("preset", layers.get("preset", FIELDS["preset"].default))
-    return Settings(**{**PRESETS[preset], **layers})
+    settings = Settings(**{**PRESETS[preset], **layers})
+    if "warmup" not in layers and settings.steps <= settings.warmup:  # the learning rate would never be reached
+        return dataclasses.replace(settings, warmup=settings.steps // 10)
+    return settings
 
 
 def _check_agreement(said: Mapping[str, Any], run: Mapping[str, Any]) -> None:

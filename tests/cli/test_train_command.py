@@ -49,7 +49,8 @@ def test_train_prints_its_figure_and_leaves_model_summary_and_curve(done):
     line = f"held out: {summary['bits_per_byte']:.4f} bits per byte (implicit, tiny, 4 steps, seed 0, "
     assert result.stdout.startswith(line)
     assert result.stdout.count("\n") == 1
-    assert result.stderr.count("step ") == 2, "a line for each evaluation"
+    assert result.stderr.count(": held out ") == 2, "a line for each evaluation"
+    assert [f"step {i}/4: loss " in result.stderr for i in range(1, 5)] == [True] * 4, "and for each entry of the logs"
     assert "tokens/s" in result.stderr
     assert "residual" in result.stderr
     assert summary["settings"]["embed_dim"] == 16

@@ -236,6 +236,11 @@ def seven(c):
 """
 
 
+def complaints(caplog):
+    """What was logged, but for the line that a slow or busy machine gets while it compiles."""
+    return [line for line in caplog.messages if not line.startswith("Compiling a kernel")]
+
+
 def test_whoever_uses_a_kernel_has_loaded_it(small_kernel, tmp_path, caplog):
     """The process that compiles a kernel has other last digits than all that load it."""
     module = small_kernel("small_kernel", KERNEL)
@@ -245,14 +250,14 @@ def test_whoever_uses_a_kernel_has_loaded_it(small_kernel, tmp_path, caplog):
     told = np.zeros(1, dtype=np.int64)
     compiled.ctypes(told.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
     assert told[0] == 7
-    assert not caplog.records
+    assert not complaints(caplog)
 
 
 def test_a_path_that_only_this_process_understands_does_no_harm(small_kernel, monkeypatch, caplog):
     module = small_kernel("small_kernel", KERNEL)  # first: what it does to the path is undone last
     monkeypatch.setattr(sys, "path", [Path("/nowhere"), "", *sys.path])
     assert module.seven().cache_hits == 1
-    assert not caplog.records
+    assert not complaints(caplog)
 
 
 @pytest.mark.parametrize(

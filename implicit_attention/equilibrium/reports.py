@@ -230,7 +230,7 @@ class FailureReport:
 
     def _due(self, count: int) -> bool:
         """Whether a failure is to be told: every one that raises; of warnings the 1st, 10th, 100th ..."""
-        return self.on_failure == "raise" or (str(count)[0] == "1" and not str(count)[1:].strip("0"))
+        return self.on_failure == "raise" or power_of_ten(count)
 
     def _say(self, sentence: str, count: int) -> None:
         call = f" in call {self.calls}" if self._owner is not None else ""
@@ -241,6 +241,15 @@ class FailureReport:
             so_far = "" if count == 1 else f" {count} failures of this kind so far."
             message += f"{so_far} Said again at the {10 * count}th."
         warnings.warn(message, ConvergenceWarning, stacklevel=4)
+
+
+def power_of_ten(count: int) -> bool:
+    """Return whether something that has come up this often is told again: the 1st, 10th, 100th ... time.
+
+    Args:
+        count: How often, at least 1.
+    """
+    return not str(count)[1:].strip("0") and str(count)[0] == "1"
 
 
 def _outermost_module() -> nn.Module | None:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit_attention.equilibrium.reports import power_of_ten
+
 NEAR_ONE = 0.95  # gain from which 1 / (1 - gain) amplifies gradients twentyfold
 
 
@@ -14,10 +16,10 @@ class Health:
     """The statistics of the forward passes since they were last asked for.
 
     Attributes:
-        warned: What was reported already; each is reported once.
+        warned: How often each thing was wrong so far; it is reported the 1st, 10th, 100th ... time.
     """
 
-    warned: set[str] = field(default_factory=set)
+    warned: dict[str, int] = field(default_factory=dict)
     _worst: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, outputs: Any) -> None:
@@ -47,7 +49,7 @@ class Health:
         return figures
 
     def warnings(self, figures: dict[str, float], step: int) -> list[str]:
-        """Return a sentence about each thing that is wrong for the first time.
+        """Return a sentence about each thing that is wrong for the first, tenth, hundredth ... time.
 
         Args:
             figures: What `figures` returned.
@@ -70,6 +72,9 @@ class Health:
                 "gradient, and near it gradients are large and noisy. If the loss becomes unsteady, lower "
                 "--learning-rate or --clip, or train with --self-query input, where every gain is 0."
             )
-        new = [sentence for kind, sentence in found.items() if kind not in self.warned]
-        self.warned.update(found)
-        return new
+        said = []
+        for kind, sentence in found.items():
+            count = self.warned[kind] = self.warned.get(kind, 0) + 1
+            if power_of_ten(count):
+                said.append(sentence if count == 1 else f"{sentence} ({count} log entries so far.)")
+        return said

@@ -260,7 +260,8 @@ class BlockSolver(DiagonalBlock):
         """What rounding of scores may do to the outputs of rows, `[B, n]`, for queries `[B, n, G, d]`."""
         key, most = self.key.norm(dim=-1), self.system.per_head(query.norm(dim=-1).amax(1))
         score = (key * most[..., None]).amax(1)  # no score of the block is larger
-        return 4.0 * torch.finfo(score.dtype).eps * score * size
+        noise: Tensor = 4.0 * torch.finfo(score.dtype).eps * score * size
+        return noise
 
     def row_problem(self, a: Tensor, lse: Tensor, samples: Tensor, positions: Tensor) -> tuple[RowProblem, Tensor]:
         """`y = a + p (value - a)`, put through the query map and onto the row's key; and the rows' values."""

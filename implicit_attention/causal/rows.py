@@ -111,7 +111,8 @@ def _finish(found: _Found, problem: RowProblem, tolerance: float) -> _Found:
     eps = torch.finfo(p.dtype).eps
     worth = part.size() * (0.25 * eps) <= _LOST * max(tolerance, _LEAST * eps)
     curves: list[_Method] = [partial(_curve, pace=BRISK), partial(_curve, pace=CAREFUL)]
-    for rows, methods in ((worth, curves), (~worth, [_iterate])):
+    plain: list[_Method] = [_iterate]
+    for rows, methods in ((worth, curves), (~worth, plain)):
         some = rows.nonzero()[:, 0]
         if len(some):
             done[some] = _improve((done[some], rest[some]), hard.rows(some), aim, methods)[0]

@@ -44,8 +44,8 @@ class SolveRecord:
     @classmethod
     def of(cls, solution: Solution) -> "SolveRecord":
         """Return the record of a solution."""
-        figures = (solution.residual, solution.steps, solution.converged)
-        return cls(*(t.detach() if t.requires_grad else t for t in figures), solution.evaluations)
+        residual = solution.residual.detach() if solution.residual.requires_grad else solution.residual
+        return cls(residual, solution.steps, solution.converged, solution.evaluations)
 
     def __repr__(self) -> str:
         """Return one line."""

@@ -52,9 +52,7 @@ class Reader(nn.Module):
         self.positions = nn.Parameter(torch.randn(task.length, size))
         self.layer = nn.TransformerEncoderLayer(size, heads, 2 * size, dropout=0.0, batch_first=True, norm_first=True)
         if implicit:
-            attention = ImplicitQueryAttention(
-                size, heads, is_causal=True, qk_norm=True, out_proj=True, self_query="input"
-            )
+            attention = ImplicitQueryAttention.for_causal_lm(size, heads, positions=None)
             self.layer.self_attn = SelfAttention(attention)
         self.head = nn.Linear(size, task.vocabulary)
 

@@ -7,7 +7,7 @@ from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.equilibrium.adjoints import Implicit, Phantom, Unrolled
 from implicit_attention.equilibrium.fixed_point import fixed_point
 from implicit_attention.equilibrium.solvers import Anderson, Broyden, NewtonKrylov, Picard, Solution
-from implicit_attention.errors import ConvergenceError, ConvergenceWarning
+from implicit_attention.errors import CollapseWarning, ConvergenceError, ConvergenceWarning
 from implicit_attention.inspection import diagnostics, plots
 from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.seed import ImplicitQueryAttentionLinearV
@@ -20,6 +20,7 @@ __all__ = [
     "ALiBi",
     "Anderson",
     "Broyden",
+    "CollapseWarning",
     "ConvergenceError",
     "ConvergenceWarning",
     "DecodeCache",

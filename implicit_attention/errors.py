@@ -14,6 +14,10 @@ class ConvergenceWarning(UserWarning):
     """An equilibrium or its adjoint was not solved to tolerance."""
 
 
+class CollapseWarning(UserWarning):
+    """All outputs of a sample are the same vector: the layer is at an equilibrium that hardly trains."""
+
+
 class ConvergenceError(RuntimeError):
     """As `ConvergenceWarning`, raised with `on_failure="raise"`."""
 

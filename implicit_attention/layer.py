@@ -12,15 +12,16 @@ from implicit_attention.cache import Cache, DecodeCache
 from implicit_attention.equation import Equation, prepare
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint
-from implicit_attention.equilibrium.fixed_point import FailureReport
+from implicit_attention.equilibrium.reports import FailureReport, SolveRecord
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.errors import bad_type, bad_value, require
 from implicit_attention.inputs import Inputs, check_cacheable, checked, non_finite
+from implicit_attention.recommended import Recommended
 from implicit_attention.settings import Configured, Settings
 from implicit_attention.solving import make_adjoint, make_solver, row_gains, settle
 
 
-class ImplicitQueryAttention(Configured):
+class ImplicitQueryAttention(Recommended, Configured):
     r"""Attention whose queries are made from its own output, solved to its equilibrium.
 
     `y = softmax(K (Omega_Q y)^T * scale) V` with `K = W_K x`, `V = Omega_V x`: row i belongs to key i, the
@@ -29,6 +30,9 @@ class ImplicitQueryAttention(Configured):
 
     A solve applies `Omega_Q` in every iteration by its weight and bias. If you put an adapter, a hook, a norm or a
     module of your own in its place, the layer calls it once on the unit vectors to find them (`linear_map`).
+
+    For a model, start from the recommended settings (`implicit_attention.recommended`): `for_causal_lm`,
+    `for_encoder` or `for_cross_attention`. The seed's map itself has no mask and collapses to the mean of its values.
 
     The settings can be read as attributes (`layer.num_heads`). Those that shape no parameter can be changed:
     `is_causal`, `window`, `self_query`, `dropout`, `scale`.
@@ -83,7 +87,8 @@ class ImplicitQueryAttention(Configured):
             solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers (unless they are
                 unrolled) and `Anderson()` for all others.
             adjoint: "implicit", "unrolled", "phantom", or `Implicit(...)`, `Unrolled(...)`, `Phantom(...)`.
-            on_failure: "warn" (once), "raise" or "ignore" when a solve misses its tolerance.
+            on_failure: When a solve misses its tolerance: "warn", at the 1st, 10th, 100th ... failure, with the layer's
+                name and their number; "raise"; or "ignore". `last_solve` has the figures in any case.
             device: Device of the parameters.
             dtype: Their dtype.
 
@@ -107,7 +112,8 @@ class ImplicitQueryAttention(Configured):
             raise bad_type("dtype", "a floating-point dtype", dtype)
         self.adjoint = make_adjoint(adjoint)
         self.solver = make_solver(solver, settings, self.adjoint)
-        self._report = FailureReport(on_failure)
+        self._report = FailureReport(on_failure, f"{type(self).__name__}({embed_dim}, num_heads={num_heads})")
+        self._report.belong_to(self)
         self._make_modules(positions, {"device": device, "dtype": dtype})
 
     def _make_modules(self, positions: str | Positions | None, where: dict[str, Any]) -> None:
@@ -129,6 +135,19 @@ class ImplicitQueryAttention(Configured):
     def on_failure(self) -> str:
         """What happens when a solve misses its tolerance: "warn", "raise" or "ignore"."""
         return self._report.on_failure
+
+    @property
+    def last_solve(self) -> SolveRecord | None:
+        """The figures of the last solve, detached, with those of its adjoint after a backward pass; None before any.
+
+        They are no part of the state dict. A copy of the layer begins with None.
+        """
+        return self._report.last
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose reports speak of itself."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._report.belong_to(self)
 
     @property
     def triangular(self) -> bool:
@@ -210,7 +229,8 @@ class ImplicitQueryAttention(Configured):
             cache: As in `forward`.
             segments: As in `forward`.
             cu_seqlens: As in `forward`.
-            history: Keep every iterate.
+            history: Keep every iterate. Iterative solvers have them, Picard() and Anderson() among them; the causal
+                default, `ForwardSubstitution`, has none.
             gains: Also return `Solution.gain`, how much each row feeds itself, at the cost of no attention pass. Only
                 causal layers whose rows belong to keys have it.
 
@@ -220,7 +240,7 @@ class ImplicitQueryAttention(Configured):
 
         Raises:
             TypeError: As `forward`.
-            ValueError: As `forward`.
+            ValueError: As `forward`; or if the solver has no history or the layer no gains.
             ConvergenceError: As `forward`.
         """
         if gains and not self.triangular:

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "implicit_attention"
 # "__init__" is the public face, `from implicit_attention import ImplicitQueryAttention`.
 ORDER = [
     "errors",
-    "triton_available",
     "settings",
+    "recommended",
     "equilibrium",
     "attention",
     "cache",

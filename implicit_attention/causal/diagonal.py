@@ -25,8 +25,12 @@ MOST_SWEEPS = 24
 PATIENCE = 8
 # Ratio of residuals between two sweeps that counts as slow: at 0.7 a digit takes 6.5 sweeps.
 SLOW = 0.7
+# Sweeps that solve all hard row equations by the curve. Later ones do so only for rows whose earlier rows are final.
+DEEP = 3
 # Change of the own weight that still counts as the same root: above the error of sweeps, below the gap between roots.
 SAME_ROOT = 1e-2
+# Times that a settled row may move to another root. Beyond it, rounding decides between the roots.
+MOST_JUMPS = 4
 # Distance of a gain from 1 at which the adjoint is reported: errors of the gradient grow by 1 / distance.
 NEAR_SINGULAR = 1e-3
 
@@ -107,12 +111,18 @@ class BlockSolver(DiagonalBlock):
         """
         super().__init__(system, rows)
         self.before, self.before_lse = before.contiguous(), before_lse.contiguous()
+        self.deep = DEEP
+        self.given_up = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
+        self.jumps = torch.zeros(system.batch, self.n, dtype=torch.long, device=self.key.device)
         self.slow = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
         self.solved = torch.zeros_like(self.slow)  # rows whose row equation was solved in some sweep
         self.roots = torch.full((system.batch, self.n, system.heads), torch.nan, dtype=system.wide).to(self.key.device)
 
     def settle(self, rtol: float, atol: float) -> Block:
-        """Sweep until every row's residual is within `atol + rtol max|F(y)|`, at most `MOST_SWEEPS` times.
+        """Sweep until every row's residual is within `atol + rtol max|F(y)|`, or too few rows become final.
+
+        A row also counts as final in two cases, and its residual says so. Its residual no longer falls and is as small
+        as the rounding of its scores allows. Or all rows before it are final and its own equation cannot be solved.
 
         Each sample stops for itself: its result does not depend on other samples.
 
@@ -133,7 +143,8 @@ class BlockSolver(DiagonalBlock):
         y = torch.where(torch.isneginf(self.before_lse)[..., None], self.own_value, self.before)
         before = y.new_full((system.batch, self.n), torch.inf)
         done = torch.zeros(system.batch, dtype=torch.bool, device=y.device)
-        for sweep in range(1, limit + 1):
+        asked = max(1, MOST_SWEEPS // 6)  # rows that must be final by then
+        for sweep in range(1, limit + 3 * PATIENCE * self.n):
             queries = system.phi(y.transpose(1, 2), self.rows)
             a, lse, own = self.attend(queries.query)
             p = self.own_weight(own, lse)
@@ -144,7 +155,12 @@ class BlockSolver(DiagonalBlock):
             if sweep == 1 and not bool(torch.isfinite(residual).all()):
                 raise NonFiniteError("the map gave NaN or Inf")
             within = residual <= allowed
-            ready = within.all(1) & ~done
+            held = self.given_up
+            final = within | held
+            if sweep > 2 * PATIENCE and not bool(within.all()):
+                noise = self._noise(queries.query, size)
+                final |= (residual <= noise) & (residual > SLOW * before)
+            ready = final.all(1) & ~done
             if start is not None:  # otherwise own weights do not depend on outputs, and there is one root
                 far = ((self.own_weight(start, lse) - p).abs_() > FAR).any(1)
                 if sweep > PATIENCE:
@@ -153,15 +169,31 @@ class BlockSolver(DiagonalBlock):
                 # Slow rows; rows that just became far; and, before a sample is accepted, all rows that could be at
                 # another root.
                 marked = self.slow & ~done[:, None] | far & ~self.solved | (far | self.solved) & ready[:, None]
+                marked &= ~held
                 if bool(marked.any()):
-                    thorough = sweep > PATIENCE or bool(ready.any())  # before that, a row may still become easy
-                    f, same = self._solve_own(marked, a, lse, p, f, 0.1 * float(allowed.min()), thorough)
-                    ready &= same  # not ready while a row is at another root
+                    # Of p, whose error the distance from a to v multiplies.
+                    reach = (self.own_value - a).abs_().amax((1, 3)).clamp_min_(1.0)
+                    tolerance = 0.1 * float((allowed / reach).min())
+                    front = final[:, :-1].long().cumprod(1).bool()
+                    next_ones = torch.cat([torch.ones_like(final[:, :1]), front], 1)
+                    deep = torch.zeros_like(marked)
+                    if sweep > PATIENCE or bool(ready.any()):  # before, rows may still become easier
+                        deep = marked & next_ones if self.deep == 0 else marked
+                        self.deep = max(0, self.deep - 1)
+                    f, jumped = self._solve_own(marked, deep, next_ones, (a, lse, p, f), tolerance)
+                    jumped &= ready[:, None]
+                    self.jumps += jumped
+                    ready &= ~(jumped & (self.jumps <= MOST_JUMPS)).any(1)  # at the root that is wanted
             before = residual
             done |= ready
-            if bool(done.all()) or sweep == limit:
+            if bool(done.all()):
                 break
-            y = torch.where(done[:, None, None, None], y, f)
+            if sweep == limit:
+                reached = int((final | done[:, None]).long().cumprod(1).sum(1).min())
+                if reached < asked:
+                    break
+                limit, asked = limit + PATIENCE, reached + PATIENCE // 4
+            y = torch.where((done[:, None] | held)[:, None, :, None], y, f)
         total = torch.logaddexp(lse, own)
         return Block(y.transpose(1, 2), queries, total, residual, size, sweep, bool(done.all()))
 
@@ -202,26 +234,49 @@ class BlockSolver(DiagonalBlock):
         return self.own_score(self.system.phi(self.own_value.transpose(1, 2), self.rows).query)
 
     def _solve_own(
-        self, marked: Tensor, a: Tensor, lse: Tensor, p: Tensor, f: Tensor, tolerance: float, thorough: bool
+        self, marked: Tensor, deep: Tensor, next_ones: Tensor, now: tuple[Tensor, ...], tolerance: float
     ) -> tuple[Tensor, Tensor]:
-        """Solve the row equations of the marked rows.
+        """Solve the marked rows' own equations, the deep ones as far as that goes.
+
+        Args:
+            marked: `[B, n]`.
+            deep: `[B, n]`, some of the marked rows.
+            next_ones: `[B, n]`, rows before which all are final: what is not solved there never will be.
+            now: Attention over the other columns, its log-sum-exp, the own weight and F(y), of all rows.
+            tolerance: Of weights.
 
         Returns:
-            The outputs with those of the solved rows, and which samples have no row at another root, `[B]`.
+            F(y) with the rows' own solutions, and which rows were not at the root already, `[B, n]`.
         """
-        samples, positions = marked.nonzero(as_tuple=True)
-        problem, value = self.row_problem(a, lse, samples, positions)
-        floor = 32 * torch.finfo(a.dtype).eps  # the rounding of scores of about 100: no solver gets below
-        found = solve_rows(problem, max(tolerance, floor), self.roots[samples, positions], thorough=thorough)
-        done = found.solved
-        samples, positions, root = samples[done], positions[done], found.p[done]
-        self.roots[samples, positions], self.solved[samples, positions] = root, True
-        out, rows_a = f.clone(), a.transpose(1, 2)[samples, positions]
-        out.transpose(1, 2)[samples, positions] = torch.lerp(rows_a, value[done], root[..., None])
-        moved = (root - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
-        jumped = torch.zeros_like(marked)
-        jumped[samples, positions] = moved > SAME_ROOT
-        return out, ~jumped.any(1)
+        a, lse, p, f = now
+        out, jumped = f.clone(), torch.zeros_like(marked)
+        tolerance = max(tolerance, 32 * torch.finfo(a.dtype).eps)
+        for rows, thorough in ((marked & ~deep, False), (deep, True)):
+            samples, positions = rows.nonzero(as_tuple=True)
+            if not len(samples):
+                continue
+            problem, value = self.row_problem(a, lse, samples, positions)
+            found = solve_rows(problem, tolerance, self.roots[samples, positions], thorough=thorough)
+            solved = found.solved | found.exact
+            over = next_ones[samples, positions] & ~solved & found.p.isfinite().all(-1) & thorough
+            self.given_up = self.given_up.index_put((samples[over], positions[over]), over[over])
+            used = solved | over
+            noise = problem.rounding(found.p)[used]
+            self.roots[samples[solved], positions[solved]] = found.p[solved]
+            self.solved[samples[solved], positions[solved]] = True
+            samples, positions, root = samples[used], positions[used], found.p[used]
+            rows_a = a.transpose(1, 2)[samples, positions]
+            out.transpose(1, 2)[samples, positions] = torch.lerp(rows_a, value[used], root[..., None])
+            moved = (root - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
+            jumped[samples, positions] = moved > SAME_ROOT + 4.0 * noise
+        return out, jumped
+
+    def _noise(self, query: Tensor, size: Tensor) -> Tensor:
+        """What rounding of scores may do to the outputs of rows, `[B, n]`, for queries `[B, n, G, d]`."""
+        key, most = self.key.norm(dim=-1), self.system.per_head(query.norm(dim=-1).amax(1))
+        score = (key * most[..., None]).amax(1)  # no score of the block is larger
+        noise: Tensor = 4.0 * torch.finfo(score.dtype).eps * score * size
+        return noise
 
     def row_problem(self, a: Tensor, lse: Tensor, samples: Tensor, positions: Tensor) -> tuple[RowProblem, Tensor]:
         """The row equations of some rows: scores of the query of `y = a + p (value - a)` with the row's key.

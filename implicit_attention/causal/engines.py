@@ -17,8 +17,8 @@ from torch import Tensor
 from implicit_attention.causal import cpu, triton
 from implicit_attention.causal.diagonal import BlockAdjoint
 from implicit_attention.causal.system import CausalSystem
+from implicit_attention.equilibrium.triton_available import check_version, misplaced
 from implicit_attention.errors import Came, bad_value, missing_extra
-from implicit_attention.triton_available import check_version, misplaced
 
 _LOG = logging.getLogger("implicit_attention")
 

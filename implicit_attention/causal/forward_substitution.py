@@ -62,6 +62,14 @@ class ForwardSubstitution(DirectSolver):
         if not isinstance(self.fallback, Solver):
             raise bad_type("fallback", "an iterative solver such as NewtonKrylov()", self.fallback)
 
+    @property
+    def remedy(self) -> str:
+        """What to try where the tolerance is missed, as a sentence."""
+        return (
+            "Raise the tolerances (ForwardSubstitution(rtol=..., atol=...)), compute in a wider dtype, keep scores "
+            'small (qk_norm=True, smaller inputs), or use self_query="input".'
+        )
+
     def equilibrium(self, function: Callable[..., Tensor], args: tuple[Tensor, ...], dtype: torch.dtype) -> Solution:
         """Return the equilibrium, `[B, N, D]`, with one residual per row.
 

@@ -4,6 +4,7 @@ The operator runs `ForwardSubstitution` unchanged. The compiler sees its shapes 
 tensors and plain values alone, so `_Description` holds a map and its solver in words and numbers.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from implicit_attention.attention.positions import DistanceSlope, OffsetTable
 from implicit_attention.attention.spec import BiasTerm
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit
-from implicit_attention.equilibrium.fixed_point import FailureReport
+from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Method, Solution
 
 _KINDS = {AdditiveMask: "mask", DistanceSlope: "slope", OffsetTable: "table"}
@@ -133,8 +134,11 @@ def _forward(
     if not tensors[d.names.split(",").index("key")].numel():  # an empty batch: nothing to solve
         return _outputs(tensors, dtype, words, numbers, counts)  # type: ignore[no-any-return]
     with torch.autocast(tensors[0].device.type, enabled=False):  # the solver chooses its precision itself
-        found = d.solver().equilibrium(d.function(tensors), tuple(tensors), dtype)
-    FailureReport.of(d.report)(found, "equilibrium")
+        solver = d.solver()
+        found = solver.equilibrium(d.function(tensors), tuple(tensors), dtype)
+    # What the report keeps is its own: a compiled graph may write over what it no longer needs.
+    kept = {name: getattr(found, name).clone() for name in ("residual", "steps", "converged")}
+    FailureReport.of(d.report)(replace(found, **kept), "equilibrium", solver)
     query, lse, inverse = found.memo
     # The trace is cloned: an operator must not return views of its other results.
     return found.value, found.residual, found.steps, found.converged, found.rel_trace[0].clone(), query, lse, inverse
@@ -171,8 +175,9 @@ def _adjoint(
     if not y.numel():
         return [t.new_zeros(t.shape) for t in tensors]
     with torch.autocast(y.device.type, enabled=False):
-        found = d.solver().adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
-    FailureReport.of(d.report).adjoint(found, grad)
+        solver = d.solver()
+        found = solver.adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
+    FailureReport.of(d.report).adjoint(found, grad, solver)
     pairs = zip(found.by_arg, tensors, strict=True)
     return [t.new_zeros(t.shape) if g is None else g.contiguous() for g, t in pairs]
 

@@ -60,6 +60,14 @@ class RowProblem:
 
         return torch.sigmoid(score + self.offset), slope
 
+    def size(self) -> Tensor:
+        """Return how large a term of a score may be, `[R]`, in nats; with normed queries as at p = 1."""
+        size = self.alpha.abs() + self.beta.abs().sum(-1)
+        if self.gram is not None:
+            size = size * self._normed(torch.ones_like(self.alpha))[1]
+        size = size + self.offset.abs().masked_fill(self.offset.isinf(), 0.0)
+        return size.amax(-1)
+
     def rounding(self, p: Tensor) -> Tensor:
         """Return how far rounding may move the target at `p`, `[R]`. Smaller residuals carry no information."""
         size = self.alpha.abs() + (self.beta.abs() @ p[..., None])[..., 0]

@@ -20,7 +20,10 @@ _HARDLY = 1e-2
 # Newton doubles its digits: from 0.1, 5 steps reach float64. Rows that need more than 20 damped steps go to the curve.
 # The bracket halves at worst: 100 halvings exhaust float64.
 _NEWTON_STEPS, _DAMPED_STEPS, _BRACKET_STEPS = 8, 20, 100
+_PLAIN_STEPS = 32  # of plain iteration, for rows too large for a curve: weights of 0 and 1 settle in a few
 _LENGTHS = (1.0, 0.5, 0.25)  # of a damped step; rows that need shorter ones go to the curve
+_LOST = 16.0  # rounding of scores, in units of what residuals are wanted to be, beyond which no curve is followed
+_LEAST = 32.0  # units of rounding below which no residual is wanted
 _FINE = 1e-12  # tolerance of rows in lower precision that are solved in float64: far below their own rounding
 
 
@@ -32,11 +35,13 @@ class RowSolution:
         p: Weights, `[R, H]`.
         residual: `max_h |sigmoid(score(p) + offset) - p|`, `[R]`.
         solved: Whether the residual is within tolerance, `[R]`.
+        exact: Whether the residual is above tolerance, but as small as rounding allows, `[R]`.
     """
 
     p: Tensor
     residual: Tensor
     solved: Tensor
+    exact: Tensor
 
 
 def solve_rows(
@@ -53,6 +58,10 @@ def solve_rows(
        1, 1/2, 1/4 at which the residual falls by at least a quarter of the length; at most 20 steps.
     3. The first arrival at t = 1 of the curve `p = (1 - t) 1 + t target(p)` from t = 0, p = 1.
 
+    Rounding alone moves the target of a row with huge scores (thousands of nats in float32) far beyond the tolerance.
+    Method 3 takes the longest by far and is not worth it there. Such rows get what plain iteration from p = 1 settles
+    at within 32 steps, usually weights of exactly 0 and 1. The others come back unsolved.
+
     So the returned root depends on the row alone. Rows that method 1 does not solve are solved in float64, for any
     dtype. On random rows methods 1 and 3 returned the same root if both found one; method 2 may return another root.
 
@@ -60,8 +69,8 @@ def solve_rows(
         problem: R problems, float32 or float64.
         tolerance: Tolerance of the residual.
         near: Roots `[R, H]` of problems that have hardly changed since; NaN in rows without one. A row keeps its branch
-            if its scores changed by less than 0.01 and Newton's iteration arrives within 0.01. One head with a linear
-            score does not need it and ignores it.
+            if its scores changed by less than 0.01 and Newton's iteration arrives within 0.01, at a residual within
+            tolerance or rounding. One head with a linear score does not need it and ignores it.
         thorough: Whether to try methods 2 and 3, which take the longest. If false, rows that need them stay unsolved.
 
     Returns:
@@ -72,15 +81,24 @@ def solve_rows(
         probability one", Math. Comp. 32 (1978).
     """
     with torch.no_grad():
-        if problem.alpha.shape[-1] == 1 and problem.gram is None:
-            found = _largest_root(problem, tolerance)
-        elif near is None:
-            found = _settle(problem, tolerance)
+        if near is None or (problem.alpha.shape[-1] == 1 and problem.gram is None):
+            p, residual = _anew(problem, tolerance, thorough)
         else:
-            found = _improve(_continue(problem, tolerance, near), problem, tolerance, [_settle])
-        p, residual = _finish(found, problem, tolerance) if thorough else found
+            p, residual = _continue(problem, tolerance, near)
+            left = (~((residual <= tolerance) | (residual <= problem.rounding(p)))).nonzero()[:, 0]
+            if len(left):
+                q, rest = _anew(problem.rows(left), tolerance, thorough)
+                better = ~(residual[left] <= rest)
+                p[left[better]], residual[left[better]] = q[better], rest[better]
         p = torch.where(problem.offset.isinf(), problem.offset.sigmoid(), p)  # 0 or 1, without rounding
-        return RowSolution(p, residual, residual <= tolerance)
+        return RowSolution(p, residual, residual <= tolerance, residual <= problem.rounding(p))
+
+
+def _anew(problem: RowProblem, tolerance: float, thorough: bool) -> _Found:
+    """Solve rows of which nothing is known."""
+    linear_alone = problem.alpha.shape[-1] == 1 and problem.gram is None
+    found = (_largest_root if linear_alone else _settle)(problem, tolerance)
+    return _finish(found, problem, tolerance) if thorough else found
 
 
 def _finish(found: _Found, problem: RowProblem, tolerance: float) -> _Found:
@@ -89,12 +107,18 @@ def _finish(found: _Found, problem: RowProblem, tolerance: float) -> _Found:
     left = (~(residual <= tolerance)).nonzero()[:, 0]
     if not len(left):
         return found
-    hard = problem.rows(left).double()
-    methods: list[_Method] = [_damped_newton, partial(_curve, pace=BRISK), partial(_curve, pace=CAREFUL)]
-    if p.dtype == torch.float64:
-        done, _ = _improve((p[left], residual[left]), hard, tolerance, methods)
-    else:
-        done, _ = _improve(_settle(hard, _FINE), hard, _FINE, methods)
+    part = problem.rows(left)
+    hard, aim = part.double(), tolerance if p.dtype == torch.float64 else _FINE
+    known = (p[left], residual[left]) if p.dtype == torch.float64 else _settle(hard, aim)
+    done, rest = _improve(known, hard, aim, [_damped_newton])
+    eps = torch.finfo(p.dtype).eps
+    worth = part.size() * (0.25 * eps) <= _LOST * max(tolerance, _LEAST * eps)
+    curves: list[_Method] = [partial(_curve, pace=BRISK), partial(_curve, pace=CAREFUL)]
+    plain: list[_Method] = [_iterate]
+    for rows, methods in ((worth, curves), (~worth, plain)):
+        some = rows.nonzero()[:, 0]
+        if len(some):
+            done[some] = _improve((done[some], rest[some]), hard.rows(some), aim, methods)[0]
     p[left] = done.to(p.dtype)
     residual[left] = _size(hard.target(p[left].double()) - p[left]).to(p.dtype)
     return p, residual
@@ -184,6 +208,14 @@ def _damped_newton(problem: RowProblem, tolerance: float) -> _Found:
         going = (residual[index] < size) & (residual[index] > tolerance)
         index, problem = index[going], problem.rows(going)
     return p, residual
+
+
+def _iterate(problem: RowProblem, tolerance: float) -> _Found:
+    """Plain iteration from p = 1."""
+    p = torch.ones_like(problem.alpha)
+    for _ in range(_PLAIN_STEPS):
+        p = problem.target(p)
+    return p, _size(problem.target(p) - p).nan_to_num(torch.inf)
 
 
 def _curve(problem: RowProblem, tolerance: float, pace: Pace) -> _Found:

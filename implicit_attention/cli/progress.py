@@ -1,11 +1,36 @@
-"""The progress of a run: a bar with figures on a terminal, and a line for each evaluation."""
+"""The progress of a run: a bar with figures on a terminal, a line for each entry of the logs in a file."""
 
+import time
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class _Note(ProgressColumn):
+    """The figures, cut off where the terminal ends; step, total and time left stay whole."""
+
+    def get_table_column(self) -> Column:
+        """Return the column that alone may be narrowed."""
+        return Column(no_wrap=False)
+
+    def render(self, task: Task) -> Text:
+        """Return the figures."""
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 class Display:
@@ -23,7 +48,7 @@ class Display:
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
+            _Note(),
             console=console,
             disable=not console.is_terminal,
         )
@@ -38,15 +63,17 @@ class Display:
 
 
 class _Callback(TrainerCallback):
-    """Moves the bar and prints the results of evaluations."""
+    """Moves a bar, or without a terminal prints every entry of the logs. Prints the results of evaluations."""
 
     def __init__(self, display: Display) -> None:
         self.display = display
         self.bar: TaskID | None = None
         self.note = ""
+        self.begun, self.first = time.monotonic(), 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         progress = self.display.progress
+        self.begun, self.first = time.monotonic(), state.global_step
         self.bar = progress.add_task("", total=state.max_steps, completed=state.global_step, note="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -66,12 +93,21 @@ class _Callback(TrainerCallback):
             assert self.bar is not None
             self.note = note(logs)
             self.display.progress.update(self.bar, note=self.note)
+            if not self.display.console.is_terminal:
+                self._print(f"step {state.global_step}/{state.max_steps}: {self.note}, {self._left(state)} left")
         if "eval_bits_per_byte" in logs:
-            self.display.console.print(
-                f"step {state.global_step}: held out {logs['eval_bits_per_byte']:.4f} bits per byte; {self.note}",
-                highlight=False,
-                soft_wrap=True,
+            self._print(
+                f"step {state.global_step}: held out {logs['eval_bits_per_byte']:.4f} bits per byte; {self.note}"
             )
+
+    def _print(self, line: str) -> None:
+        self.display.console.print(escape(line), highlight=False, soft_wrap=True)
+
+    def _left(self, state: TrainerState) -> timedelta:
+        """How long the rest takes if it goes on like this."""
+        done = max(1, state.global_step - self.first)
+        left = (state.max_steps - state.global_step) * (time.monotonic() - self.begun) / done
+        return timedelta(seconds=round(left))
 
 
 def note(logs: dict[str, float]) -> str:

@@ -174,8 +174,8 @@ class Runner:
 def runners(seed: int, task: Recall) -> dict[str, Runner]:
     """Make the two models, with the same sizes, options and seed.
 
-    The implicit layer has `self_query="input"`: its equilibrium is unique for any weights, and forward substitution
-    solves it exactly.
+    The settings are the recommended ones, but with learned positions, which the ordinary layer has too. The implicit
+    layer has `self_query="input"`: its equilibrium is unique for any weights, and it is solved exactly.
 
     Args:
         seed: Seed of the weights.
@@ -189,7 +189,7 @@ def runners(seed: int, task: Recall) -> dict[str, Runner]:
         torch.manual_seed(seed)
         layer: nn.Module = OrdinaryAttention(64, num_heads=4, is_causal=True, qk_norm=True)
         if name == IMPLICIT:
-            layer = ImplicitQueryAttention(64, num_heads=4, is_causal=True, qk_norm=True, self_query="input")
+            layer = ImplicitQueryAttention.for_causal_lm(64, 4, positions=None, out_proj=False)
         made[name] = Runner(TokenModel(task.vocabulary, task.length, layer))
     return made
 

@@ -19,10 +19,10 @@ from implicit_attention.errors import Came, bad_type, bad_value, check_choice, c
 class Report(Protocol):
     """Receives the outcome of every solve."""
 
-    def __call__(self, solution: Solution, name: str) -> None:
-        """Receive the outcome of a solve, and the name of the equation."""
+    def __call__(self, solution: Solution, name: str, solver: Method) -> None:
+        """Receive the outcome of a solve, the name of the equation, and the solver."""
 
-    def adjoint(self, found: AdjointSolution, grad: Tensor) -> None:
+    def adjoint(self, found: AdjointSolution, grad: Tensor, solver: Method) -> None:
         """Receive the outcome of an adjoint equation that a direct solver solved for the cotangent `grad`."""
 
 
@@ -60,7 +60,7 @@ class Problem:
             linear=self.linear,
             history=history,
         )
-        self.report(solution, self.name)
+        self.report(solution, self.name, self.solver)
         return solution
 
 
@@ -238,11 +238,15 @@ class _Run:
 
     def _solve_directly(self, solver: DirectSolver, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
         """Solve with a direct solver."""
+        if self.history:
+            raise bad_value(
+                "history", f"False with solver={type(solver).__name__}(...)", True,
+                "It solves block after block and has no iterates of the whole: make the layer with solver=Picard() or "
+                "Anderson(), which do.",
+            )  # fmt: skip
         with torch.autocast(y0.device.type, enabled=False):  # the solver chooses its precision itself
             solution = solver.equilibrium(self.problem.function, args, y0.dtype)
-        if self.history:
-            solution = replace(solution, history=[y0, solution.value])
-        self.problem.report(solution, self.problem.name)
+        self.problem.report(solution, self.problem.name, solver)
         return solution
 
     def _refuse_closures(self, linearization: maps.Linearization) -> None:
@@ -295,17 +299,17 @@ class _Run:
     ) -> list[Tensor | None]:
         with torch.autocast(y.device.type, enabled=False):
             found = solver.adjoint(self.problem.function, args, y, memo, grad, self.needs)
-        self.problem.report.adjoint(found, grad)
+        self.problem.report.adjoint(found, grad, solver)
         return found.by_arg
 
     def _composable_backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
         """As `backward`, in differentiable operations: the adjoint is the fixed point of a linear map."""
         function = self.problem.function
-        real = [i for i, a in enumerate(args) if a.is_floating_point()]
+        smooth = [i for i, a in enumerate(args) if a.is_floating_point() or a.is_complex()]
 
         def filled(values: tuple[Tensor, ...]) -> list[Tensor]:
             full = list(args)
-            for i, value in zip(real, values, strict=True):
+            for i, value in zip(smooth, values, strict=True):
                 full[i] = value
             return full
 
@@ -313,15 +317,15 @@ class _Run:
             pull = torch.func.vjp(lambda t: function(t, *filled(values)), at)[1]
             return g + pull(lam)[0]  # type: ignore[no-any-return]
 
-        inputs = (grad, y, *(args[i] for i in real))
+        inputs = (grad, y, *(args[i] for i in smooth))
         # A direct solver knows the structure of F, not of this map of (lam, grad, y, ...): take its fallback.
         solver = self.adjoint_solver.fallback if isinstance(self.adjoint_solver, DirectSolver) else self.adjoint_solver
         problem = replace(self._adjoint_problem(adjoint_map), solver=solver)
         run = _Run(problem, solver, tuple(t.requires_grad for t in inputs))
         lam = _solve_opaquely(run, grad, inputs).value
         pull = torch.func.vjp(lambda *values: function(y, *filled(values)), *inputs[2:])[1]
-        by_real = dict(zip(real, pull(lam), strict=True))
-        return [by_real.get(i) for i in range(len(args))]
+        found = dict(zip(smooth, pull(lam), strict=True))
+        return [found.get(i) for i in range(len(args))]
 
     def _adjoint_problem(self, function: maps.MapFunction) -> Problem:
         return replace(

@@ -1,130 +1,14 @@
-"""`fixed_point`: solve any map and differentiate the result; and the report of failed solves."""
+"""`fixed_point`: solve any map and differentiate the result."""
 
-import itertools
-import warnings
-import weakref
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Problem
+from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, Solution, Solver
-from implicit_attention.equilibrium.solvers.base import AdjointSolution
-from implicit_attention.errors import (
-    ConvergenceError,
-    ConvergenceWarning,
-    bad_type,
-    bad_value,
-    check_choice,
-    check_positive,
-)
+from implicit_attention.errors import bad_type, bad_value, check_positive
 
-_ADVICE = {
-    "equilibrium": "Raise max_steps or the tolerances, damp (Picard(damping=0.5)), or use NewtonKrylov().",
-    "adjoint equation": "The gradient is not to be trusted: raise max_steps or the adjoint's tolerance, or use "
-    "Implicit(NewtonKrylov()).",
-}
-
-
-_HANDLES = itertools.count(1)
-_REPORTS: "weakref.WeakValueDictionary[int, FailureReport]" = weakref.WeakValueDictionary()
-
-
-@dataclass
-class FailureReport:
-    """Says once, in the way that was asked for, that a solve missed its tolerance.
-
-    Attributes:
-        on_failure: "warn" (once for each of equilibrium and adjoint), "raise" or "ignore".
-        handle: Its number.
-    """
-
-    on_failure: str = "warn"
-    _said: set[str] = field(default_factory=set, repr=False)
-    handle: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown mode."""
-        check_choice("on_failure", self.on_failure, ("warn", "raise", "ignore"))
-        self._register()
-
-    def _register(self) -> None:
-        self.handle = next(_HANDLES)
-        _REPORTS[self.handle] = self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # a copy speaks for another layer
-        self._register()
-
-    @staticmethod
-    def of(handle: int) -> "FailureReport":
-        """Return the report with a handle, which is how a compiled graph names it; one that warns if it is gone."""
-        return _REPORTS.get(handle) or FailureReport()
-
-    def __call__(self, solution: Solution, name: str) -> None:
-        """Report a solution if it failed.
-
-        Args:
-            solution: The outcome.
-            name: What was solved, "equilibrium" or "adjoint equation".
-
-        Raises:
-            ConvergenceError: If it failed and `on_failure` is "raise".
-        """
-        if self.on_failure == "ignore" or (self.on_failure == "warn" and name in self._said):
-            return
-        if bool(solution.converged.all()):
-            return
-        failed = int((~solution.converged).sum())
-        message = (
-            f"The {name} was not solved: {failed} of {solution.converged.numel()} systems are above tolerance "
-            f"after {int(solution.steps.max())} steps (largest residual {float(solution.residual.max()):.2e}). "
-            f"{_ADVICE[name]}"
-        )
-        self._say(message, name)
-
-    def adjoint(self, found: AdjointSolution, grad: Tensor) -> None:
-        """Report an adjoint equation that was solved directly, if it failed or its gradient is not to be trusted.
-
-        Args:
-            found: The outcome.
-            grad: Cotangent of the equilibrium, `[B, N, D]`.
-
-        Raises:
-            ConvergenceError: If `on_failure` is "raise".
-        """
-        steps, none = torch.full_like(found.residual, found.steps, dtype=torch.long), found.residual[None]
-        self(Solution(grad, found.residual, steps, found.converged, none, none), "adjoint equation")
-        if found.near_singular:
-            self.near_singular(found.near_singular, grad.shape[:-1].numel())
-
-    def near_singular(self, rows: int, of: int) -> None:
-        """Report rows where the derivative of the equilibrium does not exist to working precision.
-
-        Args:
-            rows: How many have a gain (an eigenvalue of their own Jacobian) within 1e-3 of 1.
-            of: Of how many.
-
-        Raises:
-            ConvergenceError: If `on_failure` is "raise".
-        """
-        self._say(
-            f"The gradient is not to be trusted: {rows} of {of} rows have a gain within 1e-3 of 1, where the "
-            "equilibrium has no derivative. Keep gains down (weight decay, qk_norm, diagnostics.gain_penalty), or use "
-            'self_query="input", whose gains are 0.',
-            "near-singular gradient",
-        )
-
-    def _say(self, message: str, name: str) -> None:
-        if self.on_failure == "ignore" or (self.on_failure == "warn" and name in self._said):
-            return
-        if self.on_failure == "raise":
-            raise ConvergenceError(message)
-        self._said.add(name)
-        warnings.warn(f"{message} Said once.", ConvergenceWarning, stacklevel=3)
+__all__ = ["FailureReport", "fixed_point"]
 
 
 def fixed_point(
@@ -140,11 +24,16 @@ def fixed_point(
 ) -> Solution:
     """Solve `y = function(y, *args)`; gradients flow to `args`.
 
+    A module is called as often as `Solution.evaluations` says. So `nn.BatchNorm*` in training mode updates its running
+    statistics at every evaluation, those far from the equilibrium too, makes systems depend on each other, and cannot
+    be differentiated by `NewtonKrylov`. Put it in eval mode, or use `nn.LayerNorm` or `nn.GroupNorm`. `nn.Dropout` in
+    training mode draws anew at every evaluation, and no equilibrium exists.
+
     Args:
         function: A pure function `(y, *args) -> tensor like y`, or an `nn.Module` with that signature. The module's
             parameters receive gradients too. No system's result may depend on another system.
         y0: Start, `[*systems, ...]`, float.
-        args: Tensors that the map depends on.
+        args: Tensors that the map depends on, real or complex.
         solver: A solver; `Anderson()` if None.
         adjoint: `Implicit()` if None, `Unrolled()` or `Phantom()`.
         system_ndim: Number of leading dimensions of y0 that count independent systems. Each system stops for itself.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from implicit_attention.equilibrium.triton_available import check_version, misplaced
 from implicit_attention.errors import Came, bad_value, missing_extra
-from implicit_attention.triton_available import check_version, misplaced
 
 KERNELS = ("auto", "torch", "triton")
 

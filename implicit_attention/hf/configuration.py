@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import remap_legacy_layer_types
 
+from implicit_attention import recommended
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 from implicit_attention.hf.settings import make_adjoint, make_solver
 
@@ -37,10 +38,11 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         max_position_embeddings: Longest sequence the model is meant for; nothing is allocated for it.
         is_causal: Token i sees tokens j <= i. `ImplicitAttentionForMaskedLM` needs False, generation True.
         window: Token i sees the last `window` tokens alone, itself included; all if None.
-        self_query: As in `ImplicitQueryAttention`.
+        self_query: As in `ImplicitQueryAttention`; if None, what is recommended (`implicit_attention.recommended`):
+            "input" with a causal mask.
         normalize_over: As in `ImplicitQueryAttention`.
-        query_input: As in `ImplicitQueryAttention`; if None, what is known to work: only without a causal mask.
-        qk_norm: As in `ImplicitQueryAttention`; if None, what is known to work: only with a causal mask.
+        query_input: As in `ImplicitQueryAttention`; if None, what is recommended: only without a causal mask.
+        qk_norm: As in `ImplicitQueryAttention`; if None, what is recommended: only with a causal mask.
         positions: None, "rope", "alibi", "relative", or such as `{"name": "rope", "base": 500000.0}`.
         values: As in `ImplicitQueryAttention`.
         out_proj: As in `ImplicitQueryAttention`.
@@ -81,7 +83,7 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     is_causal: bool = True
     window: int | None = None
-    self_query: str = "output"
+    self_query: str = None  # type: ignore[assignment]
     normalize_over: str = "queries"
     query_input: bool = None  # type: ignore[assignment]
     qk_norm: bool = None  # type: ignore[assignment]
@@ -127,8 +129,7 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         open_values = {
             "layer_types": ["implicit"] * self.num_hidden_layers,
             "intermediate_size": max(1, round(8 * self.hidden_size / 3 / 32)) * 32,
-            "qk_norm": self.is_causal,
-            "query_input": not self.is_causal,
+            **recommended.open_settings(is_causal=self.is_causal, normalize_over=self.normalize_over),
         }
         for name, value in open_values.items():
             if getattr(self, name) is None:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from implicit_attention.errors import bad_value, missing_extra
+from implicit_attention.errors import Came, bad_value, missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Trace = Sequence[float] | Tensor  # one figure per step
+Trace = Sequence[float] | Tensor  # one figure per step; or several, `[steps, ...]`, of which the largest is drawn
 
 # Okabe and Ito's colours, which suit all kinds of colour vision. Markers help in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -30,7 +30,8 @@ def convergence(
     """Draw residuals against steps on a logarithmic scale.
 
     Args:
-        traces: Curves by name; or panels by title, each with its curves by name. Zeros, which have no
+        traces: Curves by name; or panels by title, each with its curves by name. A curve has at least two figures, one
+            for each step, or is `Solution.abs_trace`, of which the largest system is drawn. Zeros, which have no
             logarithm, are left out.
         tolerance: The tolerance, drawn as a line.
         quantity: Label of the vertical axis.
@@ -40,7 +41,7 @@ def convergence(
 
     Raises:
         ImportError: If matplotlib is missing.
-        ValueError: If there is nothing to draw.
+        ValueError: If there is nothing to draw, as in the trace of a direct solver, which takes no steps.
     """
     panels = {title: curves for title, curves in traces.items() if isinstance(curves, Mapping)}
     loose = {name: trace for name, trace in traces.items() if not isinstance(trace, Mapping)}
@@ -51,7 +52,7 @@ def convergence(
     figure = _figure(4.5 * max(len(panels), 1.6), 4.2)
     for axes, (title, curves) in zip(_row(figure, len(panels)), panels.items(), strict=True):
         for (name, trace), colour, marker in zip(curves.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False):
-            _decay(axes, name, torch.as_tensor(trace).detach().double().cpu(), color=colour, marker=marker)
+            _decay(axes, name, _heights(name, trace), color=colour, marker=marker)
         if tolerance is not None:
             axes.axhline(tolerance, color="0.45", linewidth=1, linestyle="--")
             axes.annotate("tolerance", (1, tolerance), (-3, 3), ("axes fraction", "data"), "offset points",
@@ -63,12 +64,25 @@ def convergence(
     return figure
 
 
+def _heights(name: str, trace: Trace) -> Tensor:
+    """The figures of a curve, `[steps]`."""
+    heights = torch.as_tensor(trace).detach().double().cpu()
+    heights = heights.flatten(1).amax(1) if heights.dim() > 1 else heights
+    if heights.numel() < 2:
+        raise bad_value(
+            f"traces[{name!r}]", "a figure for each of several steps", Came(f"{heights.numel()}"),
+            "A direct solver such as ForwardSubstitution takes no steps that could be drawn: solve with "
+            "solver=Picard() or Anderson().",
+        )  # fmt: skip
+    return heights
+
+
 def _decay(axes: "Axes", name: str, heights: Tensor, *, color: str, marker: str) -> None:
     """Draw one curve, with a note where it ends because the rest is zero."""
     steps = torch.arange(len(heights))[heights > 0]
     every = max(1, len(steps) // 12)
     style: dict[str, Any] = {"color": color, "marker": marker, "markevery": every, "markersize": 5, "linewidth": 1.8}
-    axes.plot(steps.numpy(), heights[steps].numpy(), label=name, **style)
+    axes.plot(steps.numpy(), heights[steps].numpy(), label=name if len(steps) else f"{name}: always 0", **style)
     if 0 < len(steps) < len(heights):
         end = (int(steps[-1]), float(heights[steps[-1]]))
         axes.annotate("then 0", end, (7, 0), textcoords="offset points", va="center", color=color, fontsize=9)

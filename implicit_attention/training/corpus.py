@@ -1,9 +1,7 @@
 """Training text and held-out text: any files, read as bytes. Nothing is decoded or downloaded."""
 
 import hashlib
-import mmap
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +15,74 @@ from implicit_attention.training.faults import RunError, unreadable
 _SAMPLES, _SAMPLE = 64, 1 << 16  # a large file's fingerprint covers this many parts of this many bytes
 
 
+class FilePart:
+    """Some bytes of a file, read where they are looked at: a file that is cut short meanwhile is noticed.
+
+    (Reading what is mapped into memory would end the process.)
+    """
+
+    def __init__(self, path: Path, start: int, stop: int) -> None:
+        """Make it.
+
+        Args:
+            path: Of the file.
+            start: The first byte.
+            stop: The byte after the last.
+        """
+        self.path, self._start, self._stop = path, start, stop
+
+    def __len__(self) -> int:
+        """Return the number of bytes."""
+        return self._stop - self._start
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Return a part, uint8.
+
+        Raises:
+            RunError: If the file cannot be read, or has become shorter.
+        """
+        start, stop, _ = part.indices(len(self))
+        content = bytearray(self.read(start, stop))
+        return torch.frombuffer(content, dtype=torch.uint8) if content else _NOTHING
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return some of the bytes.
+
+        Args:
+            start: The first, counted from the first of the part.
+            stop: The one after the last.
+
+        Raises:
+            RunError: If the file cannot be read, or has become shorter.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self._start + start)
+                content = file.read(stop - start)
+        except OSError as error:
+            raise unreadable("--data", self.path, error) from None
+        if len(content) < stop - start:
+            raise RunError(
+                f"--data {self.path} has been cut short since the run began: it had at least {self._stop} bytes. "
+                "Restore it, and go on with --resume"
+            )
+        return content
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A text in two parts.
 
     Attributes:
         name: Where it comes from, to print.
-        training: `[n]`, uint8.
-        held_out: `[m]`, uint8.
+        training: `[n]`, uint8. A single file is read where it is used.
+        held_out: `[m]`, uint8, likewise.
         fingerprint: Differs when the text does.
     """
 
     name: str
-    training: Tensor
-    held_out: Tensor
+    training: "Tensor | FilePart"
+    held_out: "Tensor | FilePart"
     fingerprint: str
 
 
@@ -38,7 +90,7 @@ def read(data: str) -> Corpus:
     """Read the text that `--data` names.
 
     Of several files, a tenth is held out as whole files. A hash of each file's name decides, so the split does not
-    change when files are added. Of a single file, the last tenth is held out; the file is mapped into memory.
+    change when files are added. Of a single file, the last tenth is held out; the file is not read at once.
 
     Args:
         data: A file; a directory, whose hidden files are left out; or "default".
@@ -104,27 +156,24 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 def _from_file(name: str, path: Path) -> Corpus:
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        with path.open("rb"):
+            size = path.stat().st_size
     except OSError as error:
         raise unreadable("--data", path, error) from None
     if not size:
         raise RunError(f"--data {path} is empty: there is nothing to learn from")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch: the memory is read-only. It is, and nothing here writes.
-        text = torch.frombuffer(content, dtype=torch.uint8)
+    text = FilePart(path, 0, size)
     fingerprint = hashlib.sha256(str(size).encode())
     for start in range(0, size, max(_SAMPLE, size // _SAMPLES)):
-        fingerprint.update(content[start : start + _SAMPLE])
+        fingerprint.update(text.read(start, min(start + _SAMPLE, size)))
     border = size - max(1, size // HELD_OUT)
-    return Corpus(name, text[:border], text[border:], fingerprint.hexdigest())
+    return Corpus(name, FilePart(path, 0, border), FilePart(path, border, size), fingerprint.hexdigest())
 
 
 class RandomWindows(Dataset[dict[str, Tensor]]):
     """Windows at random places. The i-th depends only on the seed and on i."""
 
-    def __init__(self, text: Tensor, length: int, *, count: int, seed: int) -> None:
+    def __init__(self, text: Tensor | FilePart, length: int, *, count: int, seed: int) -> None:
         """Make the data set.
 
         Args:
@@ -152,7 +201,7 @@ class RandomWindows(Dataset[dict[str, Tensor]]):
 class HeldOutWindows(Dataset[dict[str, Tensor]]):
     """Consecutive windows that overlap by one byte, so that every byte but the first is predicted once."""
 
-    def __init__(self, text: Tensor, length: int, *, limit: int) -> None:
+    def __init__(self, text: Tensor | FilePart, length: int, *, limit: int) -> None:
         """Make the data set.
 
         Args:
@@ -178,12 +227,12 @@ class HeldOutWindows(Dataset[dict[str, Tensor]]):
         return _item(self.text, self.starts[index], self.length)
 
 
-def _item(text: Tensor, start: int, length: int) -> dict[str, Tensor]:
+def _item(text: Tensor | FilePart, start: int, length: int) -> dict[str, Tensor]:
     window = text[start : start + length].long()
     return {"input_ids": window, "labels": window}
 
 
-def _check_length(purpose: str, text: Tensor, length: int) -> None:
+def _check_length(purpose: str, text: Tensor | FilePart, length: int) -> None:
     if len(text) < length:
         raise RunError(
             f"--data has too little text: {len(text)} bytes to {purpose}, but a sequence has {length}: "

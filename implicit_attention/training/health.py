@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit_attention.equilibrium.reports import power_of_ten
+
 NEAR_ONE = 0.95  # at this gain, 1 / (1 - gain) amplifies gradients twentyfold
 
 
@@ -14,10 +16,10 @@ class Health:
     """The statistics of the forward passes since `figures` was last called.
 
     Attributes:
-        warned: What was reported already. Each kind is reported once.
+        warned: How often each thing was wrong so far. It is reported the 1st, 10th, 100th ... time.
     """
 
-    warned: set[str] = field(default_factory=set)
+    warned: dict[str, int] = field(default_factory=dict)
     _worst: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, outputs: Any) -> None:
@@ -47,7 +49,7 @@ class Health:
         return figures
 
     def warnings(self, figures: dict[str, float], step: int) -> list[str]:
-        """Return a warning for each kind of problem that appears for the first time.
+        """Return a warning for each kind of problem that appears for the first, tenth, hundredth ... time.
 
         Args:
             figures: The result of `figures`.
@@ -71,6 +73,9 @@ class Health:
                 "gradient; near 1 gradients are large and noisy. If the loss becomes unstable, lower --learning-rate "
                 "or --clip, or train with --self-query input, where every gain is 0."
             )
-        new = [sentence for kind, sentence in found.items() if kind not in self.warned]
-        self.warned.update(found)
-        return new
+        said = []
+        for kind, sentence in found.items():
+            count = self.warned[kind] = self.warned.get(kind, 0) + 1
+            if power_of_ten(count):
+                said.append(sentence if count == 1 else f"{sentence} ({count} log entries so far.)")
+        return said

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from implicit_attention import recommended
 from implicit_attention.training.faults import RunError, reason, unreadable
 
 
@@ -51,7 +52,7 @@ class Settings:
         fixed=True,
     )
     self_query: Literal["input", "output"] = _setting(
-        "input",
+        recommended.CAUSAL_LM["self_query"],
         "Implicit only: what token i's own query is made from in row i. [bold]input[/bold]: exactly one solution, and "
         "the cheapest. [bold]output[/bold]: the original equation.",
         "Model",
@@ -77,7 +78,11 @@ class Settings:
     )
     learning_rate: float = _setting(3e-3, "Largest learning rate of AdamW.", "Training", low=0)
     warmup: int = _setting(
-        100, "Steps in which the learning rate rises from 0. After them it falls along a cosine.", "Training", low=0
+        100,
+        "Steps in which the learning rate rises from 0. After them it falls along a cosine. If you do not name it and "
+        "--steps is no larger, it is a tenth of --steps.",
+        "Training",
+        low=0,
     )
     weight_decay: float = _setting(0.1, "Weight decay of matrices.", "Training", low=0)
     clip: float = _setting(1.0, "Largest norm of the gradient. 0 means no limit.", "Training", low=0)
@@ -165,7 +170,10 @@ def resolve(
     known = {name: value for name, value in (run or {}).items() if name in FIELDS}
     layers = {**known, **said}
     preset = _check("preset", layers.get("preset", FIELDS["preset"].default))
-    return Settings(**{**PRESETS[preset], **layers})
+    settings = Settings(**{**PRESETS[preset], **layers})
+    if "warmup" not in layers and settings.steps <= settings.warmup:  # the learning rate would never be reached
+        return dataclasses.replace(settings, warmup=settings.steps // 10)
+    return settings
 
 
 def _check_agreement(said: Mapping[str, Any], run: Mapping[str, Any]) -> None:

@@ -217,7 +217,7 @@ def test_failing_adjoint_is_reported(steps):
     a, solution = repelling(failing, "warn")
     with pytest.warns(ConvergenceWarning, match="The gradient is not to be trusted"):
         solution.value.sum().backward(retain_graph=True)
-    solution.value.sum().backward()  # said once: a second warning would be an error here
+    solution.value.sum().backward()  # the second of ten: a warning would be an error here
     a, solution = repelling(failing, "ignore")
     solution.value.sum().backward()
     a, solution = repelling(Implicit(), "raise")
@@ -231,11 +231,11 @@ def test_failing_adjoint_of_a_second_derivative_is_reported():
         torch.autograd.grad(solution.value.sum(), a, create_graph=True)
 
 
-def test_layer_warns_once_per_kind_and_layer():
+def test_each_layer_warns_for_itself_and_not_at_every_call():
     x = torch.randn(2, 4, 4, dtype=torch.float64)
     layers = [make_layer(4, solver=Picard(max_steps=1), on_failure="warn") for _ in range(2)]
     for layer in layers:
-        with pytest.warns(ConvergenceWarning, match="equilibrium was not solved.*Said once"):
+        with pytest.warns(ConvergenceWarning, match="equilibrium was not solved.*Said again at the 10th"):
             y = layer(x)
         with pytest.warns(ConvergenceWarning, match="adjoint equation was not solved"):
             y.sum().backward()

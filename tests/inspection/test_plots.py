@@ -5,6 +5,7 @@ import builtins
 import pytest
 import torch
 
+from implicit_attention import ImplicitQueryAttention, Picard
 from implicit_attention.inspection import plots
 
 
@@ -38,6 +39,24 @@ def test_convergence_takes_curves_without_panels(tmp_path):
     save(plots.convergence({"stays zero": [0.0, 0.0]}), tmp_path / "b.png")
     with pytest.raises(ValueError, match="`traces` must be at least one curve"):
         plots.convergence({})
+
+
+def test_convergence_takes_traces_as_solutions_have_them():
+    layer, x = ImplicitQueryAttention(8, 2, is_causal=True, solver=Picard(max_steps=100)), torch.randn(3, 9, 8)
+    trace = layer.solve(x).abs_trace
+    (axes,) = plots.convergence({"Picard": trace}).axes
+    worst = trace.flatten(1).amax(1)
+    assert lines(axes)["Picard"].get_ydata() == pytest.approx(worst[worst > 0].tolist())
+
+
+def test_convergence_of_a_direct_solver_is_refused_and_not_drawn_empty():
+    solution = ImplicitQueryAttention(8, 2, is_causal=True).solve(torch.randn(3, 9, 8))
+    with pytest.raises(ValueError, match=r"`traces\['causal'\]` must be a figure for each.*got 1.*Picard\(\)"):
+        plots.convergence({"causal": solution.abs_trace})
+    with pytest.raises(ValueError, match="got 0"):
+        plots.convergence({"panel": {"none": []}})
+    (axes,) = plots.convergence({"stays zero": [0.0, 0.0]}).axes
+    assert set(lines(axes)) == {"stays zero: always 0"}
 
 
 def test_recall_labels_each_curve_with_its_last_accuracy(tmp_path):

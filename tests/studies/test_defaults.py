@@ -1,14 +1,19 @@
-"""Models come with what the results recommend."""
+"""Models come with what the results recommend, or with a reason why not, which the results must bear out."""
 
 from pathlib import Path
 
 import torch
 
-from implicit_attention import ForwardSubstitution
+from implicit_attention import ForwardSubstitution, recommended
 from implicit_attention.hf import ImplicitAttentionConfig
 from studies import choices, records
 
 RECORDS = Path(__file__).parent.parent.parent / "docs" / "data" / "eval"
+
+
+def recommendations():
+    found = records.load(RECORDS)
+    return {choice.option: choices.recommended(choice, found) for choice in choices.CHOICES}
 
 
 def test_defaults_are_those_that_the_results_recommend():
@@ -17,12 +22,22 @@ def test_defaults_are_those_that_the_results_recommend():
     assert config.solver == "auto"
     tolerance, _ = ForwardSubstitution().tolerances(torch.float32)
     defaults = {
-        "self_query": f'"{config.self_query}"',
         "qk_norm": str(config.qk_norm),
         "positions": f'"{config.positions}"',
         "adjoint": f'"{config.adjoint}"',
         "tolerance": f"{tolerance:g}",
     }
-    found = records.load(RECORDS)
-    recommended = {choice.option: choices.recommended(choice, found) for choice in choices.CHOICES}
-    assert defaults == recommended
+    expected = recommendations()
+    assert set(expected) - set(defaults) == {"self_query"}
+    assert defaults == {option: expected[option] for option in defaults}
+
+
+def test_where_the_default_is_another_the_results_say_what_that_costs():
+    """`recommended` says why "input" is the default, and in how many comparisons the original equation is ahead."""
+    assert ImplicitAttentionConfig().self_query == recommended.CAUSAL_LM["self_query"] == "input"
+    assert recommendations()["self_query"] == '"output"'
+    choice = next(choice for choice in choices.CHOICES if choice.option == "self_query")
+    tally = choices.compared(choice, records.load(RECORDS))
+    (ahead, behind), tables = tally['"output"'], len(choice.tables)
+    assert behind == 0
+    assert f"ahead in {ahead} of {tables} comparisons" in " ".join(recommended.__doc__.split())

@@ -14,7 +14,7 @@ from implicit_attention.training.faults import RunError
 
 
 def content(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.tolist())
+    return bytes(tensor[:].tolist())
 
 
 def test_default_text_is_the_standard_library_split_by_file_names():
@@ -187,3 +187,22 @@ def test_held_out_windows_are_thinned_evenly():
 def test_a_text_shorter_than_a_sequence_is_refused(make, purpose):
     with pytest.raises(RunError, match=f"too little text: 5 bytes to {purpose}, but a sequence has 6: give it more"):
         make(torch.zeros(5, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("left", [0, 60, 4000])
+def test_a_file_that_is_cut_short_meanwhile_ends_in_a_sentence(tmp_path, left):
+    """What is mapped into memory would end the process with a bus error."""
+    path = tmp_path / "text"
+    path.write_bytes(bytes(i % 251 for i in range(20_000)))
+    text = corpus.read(str(path))
+    windows = RandomWindows(text.training, 50, count=100, seed=0)
+    before = windows[0]["input_ids"]
+    with path.open("r+b") as file:
+        file.truncate(left)
+    with pytest.raises(RunError, match=r"--data .*text has been cut short since the run began.*--resume"):
+        [windows[i] for i in range(100)]
+    path.write_bytes(bytes(i % 251 for i in range(20_000)))
+    assert torch.equal(windows[0]["input_ids"], before)
+    path.unlink()
+    with pytest.raises(RunError, match="cannot read --data"):
+        windows[0]

@@ -31,7 +31,7 @@ def launch(*arguments, launcher=("torch.distributed.run",), status=0):
                    "--dynamo_backend", "no", "--main_process_port", str(port)]  # fmt: skip
     command = [sys.executable, "-m", *launcher, *address, "-m", "implicit_attention.cli", "train", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600, env=environment)
     assert result.returncode == status, result.stderr
     return result
 

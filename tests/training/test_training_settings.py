@@ -17,6 +17,17 @@ def test_flags_win_over_the_file_the_run_the_preset_and_the_default():
     assert small.weight_decay == Settings().weight_decay
 
 
+def test_few_steps_shorten_the_warm_up_unless_it_is_named():
+    """With 50 steps and 100 to warm up in, the learning rate would end at half of what was asked for."""
+    assert resolve({"steps": 101}).warmup == 100
+    assert [resolve({"steps": steps}).warmup for steps in (100, 50, 9, 1)] == [10, 5, 0, 0]
+    assert resolve({"steps": 200, "preset": "small"}).warmup == 20
+    assert resolve({"steps": 50, "warmup": 100}).warmup == 100
+    assert resolve({"steps": 50}, {"warmup": 70}).warmup == 70
+    begun = dataclasses.asdict(resolve({"steps": 50}))
+    assert resolve({"steps": 500}, None, begun).warmup == 5, "a run that is resumed keeps its schedule"
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_can_be(preset):
     assert resolve({"preset": preset}).preset == preset

@@ -6,7 +6,7 @@ Importing this package does not import triton. `engine` does, and is imported wh
 import torch
 
 from implicit_attention.causal.system import CausalSystem
-from implicit_attention.triton_available import misplaced
+from implicit_attention.equilibrium.triton_available import misplaced
 
 
 def hindrance(system: CausalSystem) -> str | None:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from implicit_attention.causal.system import CausalSystem
-from implicit_attention.triton_available import interpreted
+from implicit_attention.equilibrium.triton_available import interpreted
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 _LEAST = 16  # smallest tile dimension of `tl.dot`

@@ -21,7 +21,7 @@ from implicit_attention.causal.triton.call import AT_ONCE, TYPES, Call, contiguo
 from implicit_attention.causal.triton.kernels import sweep, sweep_adjoint
 from implicit_attention.causal.triton.kernels.own_rows import ELSEWHERE, LOST
 from implicit_attention.causal.triton.own_rows import OwnRows, Settled
-from implicit_attention.triton_available import interpreted
+from implicit_attention.equilibrium.triton_available import interpreted
 
 MOST_SWEEPS = (
     32  # larger: a hard block loses more work before it is halved; smaller: blocks that would settle are halved

@@ -15,7 +15,7 @@ from implicit_attention.errors import NonFiniteError, check_choice, check_positi
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """The result of a solve, the same for all solvers.
 
@@ -28,10 +28,11 @@ class Solution:
         residual: Absolute residual per system, at `value`.
         steps: Steps per system; for rows of one system, until the row was within tolerance for good.
         converged: Whether the residual is within tolerance, per system.
-        abs_trace: Absolute residual at each iterate, `[steps + 1, *systems]`.
-        rel_trace: Residual at each iterate relative to the largest component of `F(y)`.
+        abs_trace: Absolute residual at each iterate, the start first, `[steps + 1, *systems]`. A direct solver such as
+            `ForwardSubstitution` has no iterates: `[1, *systems]`, the residual at `value`.
+        rel_trace: The same, relative to the largest component of `F(y)`.
         evaluations: Number of evaluations of the map or its Jacobian, each for the whole batch.
-        history: Every iterate, the start first; None unless asked for.
+        history: Every iterate, the start first; None unless asked for. Direct solvers have none, and refuse.
         gain: Spectral radius of each row's own Jacobian, `[B, N]`; None unless asked for. The maximum is the spectral
             radius of the causal map.
         memo: Tensors that a direct solver keeps for its adjoint. For `ForwardSubstitution`: the queries at the
@@ -48,6 +49,11 @@ class Solution:
     history: list[Tensor] | None = None
     gain: Tensor | None = None
     memo: tuple[Tensor, ...] = field(default=(), repr=False)
+
+    def __repr__(self) -> str:
+        """Return one line: shape, steps, residual, and how many systems converged."""
+        dtype = str(self.value.dtype).removeprefix("torch.")
+        return f"Solution({dtype}{list(self.value.shape)}, {in_one_line(self)})"
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -73,6 +79,22 @@ class Solution:
             history=None if self.history is None else [y[0] for y in self.history],
             gain=None if self.gain is None else self.gain[0],
         )
+
+
+def in_one_line(figures: Any) -> str:
+    """Return steps, residual and convergence of a solve in words.
+
+    Args:
+        figures: Has them as attributes, as `Solution` does.
+    """
+    residual, steps, converged = figures.residual, figures.steps, figures.converged
+    if not residual.numel():
+        return "nothing to solve"
+    try:
+        within, most, worst = int(converged.sum()), int(steps.max()), float(residual.detach().max())
+    except RuntimeError:  # inside a transform or a trace, tensors have no numbers
+        return f"{converged.numel()} systems"
+    return f"{within} of {converged.numel()} converged, at most {most} steps, largest residual {worst:.1e}"
 
 
 class System:
@@ -137,6 +159,11 @@ class Method:
     atol: float | None = None
 
     unrollable: ClassVar[bool] = True  # whether autograd can differentiate the steps
+
+    @property
+    def remedy(self) -> str:
+        """What to try where the tolerance is missed, as a sentence."""
+        return f"Raise the tolerances ({type(self).__name__}(rtol=..., atol=...))."
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -240,6 +267,11 @@ class Solver(Method, ABC):
         super().__post_init__()
         check_positive("max_steps", self.max_steps, integer=True)
         check_choice("kernel", self.kernel, residuals.KERNELS)
+
+    @property
+    def remedy(self) -> str:
+        """What to try where the tolerance is missed, as a sentence."""
+        return f"Raise max_steps (it is {self.max_steps}) or the tolerances, or use NewtonKrylov()."
 
     @abstractmethod
     def init(self, y: Tensor) -> Any:

@@ -46,6 +46,14 @@ class NewtonKrylov(Solver):
         if self.forcing >= 1:
             raise bad_value("forcing", "in (0, 1)", self.forcing)
 
+    @property
+    def remedy(self) -> str:
+        """What to try where the tolerance is missed, as a sentence."""
+        return (
+            f"Raise max_steps (it is {self.max_steps}), cycles (it is {self.cycles}) or the tolerances, or compute in "
+            "a wider dtype."
+        )
+
     def init(self, y: Tensor) -> Tensor:
         """Return infinite residual norms: none is known before the first step."""
         return torch.full(y.shape[:1], torch.inf, dtype=y.dtype, device=y.device)

@@ -28,6 +28,14 @@ class Picard(Solver):
         if self.damping > 1:
             raise bad_value("damping", "in (0, 1]", self.damping)
 
+    @property
+    def remedy(self) -> str:
+        """What to try where the tolerance is missed, as a sentence."""
+        return (
+            f"Raise max_steps (it is {self.max_steps}) or the tolerances, damp (Picard(damping={self.damping / 2:g})), "
+            "or use NewtonKrylov()."
+        )
+
     def init(self, y: Tensor) -> None:
         """Return None: the iteration has no memory."""
 

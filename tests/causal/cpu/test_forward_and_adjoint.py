@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from implicit_attention import ImplicitQueryAttention
 from implicit_attention.causal.cpu import engine
 from implicit_attention.causal.diagonal import BlockSolver
 from tests.causal.cpu.cases import OPTIONS, SIZES, assert_same, inputs, make, refuse_torch, run
@@ -153,9 +152,3 @@ def test_gradients_of_biases_do_not_go_to_torch(positions, monkeypatch):
         found.append(torch.autograd.grad(value.square().sum(), [mask, *layer.parameters()]))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
-
-
-def test_other_layers_are_an_error():
-    with pytest.raises(ValueError, match=r"`kernel` must be .*bfloat16"):
-        make("cpp", 1e-2, torch.bfloat16).solve(inputs(1, 20).bfloat16())
-    assert isinstance(make("cpp", 1e-2, torch.float32), ImplicitQueryAttention)

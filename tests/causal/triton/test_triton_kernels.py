@@ -17,12 +17,12 @@ import triton.language as tl
 from torch.func import jacfwd, jacrev, vmap
 
 from implicit_attention import Anderson, Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, Unrolled, fixed_point
-from implicit_attention import triton_available as kernels
 from implicit_attention.causal.rows import RowProblem, solve_rows
 from implicit_attention.causal.triton.call import padded
 from implicit_attention.causal.triton.kernels import merge
 from implicit_attention.causal.triton.kernels.row_equation import solve_row
 from implicit_attention.equilibrium import residual
+from implicit_attention.equilibrium import triton_available as kernels
 
 pytestmark = pytest.mark.usefixtures("brisk_interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

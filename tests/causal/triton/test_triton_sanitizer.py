@@ -30,7 +30,7 @@ from implicit_attention.causal.triton import sweeps
 from implicit_attention.causal.triton.engine import AdjointKernel
 from implicit_attention.causal.triton.kernels import merge
 from implicit_attention.equilibrium import residual_kernel as residual
-from implicit_attention.triton_available import interpreted
+from implicit_attention.equilibrium.triton_available import interpreted
 from tests.bridge import decoded
 from tests.causal.triton.sanitizer import sanitized
 from tests.causal.triton.test_triton_blocks import DEVICE, F64, OPTIONS, Block, inputs, make, run

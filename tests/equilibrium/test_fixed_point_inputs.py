@@ -1,0 +1,123 @@
+"""What `fixed_point` can be given beyond real tensors and pure functions: complex arguments, modules with state."""
+
+import pytest
+import torch
+from torch import nn
+
+from implicit_attention import Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, Unrolled, fixed_point
+
+F64 = torch.float64
+A = torch.tensor([0.3 + 0.2j], dtype=torch.complex128)
+
+
+def loss(a, adjoint=None):
+    """A real equilibrium that depends on a complex number: y = cos(Re(a y) + Im(a^2))."""
+    y0 = torch.zeros(1, 1, dtype=F64)
+    solver = Picard(max_steps=200) if isinstance(adjoint, Unrolled) else NewtonKrylov()
+    found = fixed_point(lambda y, a: torch.cos((a * y).real + (a * a).imag), y0, (a,), solver=solver, adjoint=adjoint)
+    return found.value.sin().sum()
+
+
+def leaf():
+    return A.clone().requires_grad_()
+
+
+GRADIENTS = {
+    "autograd": lambda: torch.autograd.grad(loss(a := leaf()), a)[0],
+    "create_graph": lambda: torch.autograd.grad(loss(a := leaf()), a, create_graph=True)[0].detach(),
+    "func": lambda: torch.func.grad(loss)(A),
+    "vmap": lambda: torch.func.vmap(torch.func.grad(loss))(torch.stack([A, A]))[1],
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_complex_arguments_get_their_gradient(name):
+    expected = torch.autograd.grad(loss(a := leaf(), Unrolled()), a)[0]
+    torch.testing.assert_close(GRADIENTS[name](), expected, rtol=1e-7, atol=1e-9)
+    step = 1e-6
+    for direction in (1.0, 1j):  # autograd's convention: the derivative along z is Re(conj(gradient) z)
+        slope = (loss(A + step * direction) - loss(A - step * direction)) / (2 * step)
+        assert float((expected.conj() * direction).real) == pytest.approx(float(slope), abs=1e-6)
+
+
+def test_complex_arguments_have_second_derivatives():
+    def gradient(a):
+        return torch.func.grad(loss)(a)
+
+    (first,) = torch.autograd.grad(loss(a := leaf()), a, create_graph=True)
+    (second,) = torch.autograd.grad(first.real.sum() + 2 * first.imag.sum(), a)
+    step = 1e-5
+    for direction in (1.0, 1j):
+        change = (gradient(A + step * direction) - gradient(A - step * direction)) / (2 * step)
+        slope = change.real.sum() + 2 * change.imag.sum()
+        assert float((second.conj() * direction).real) == pytest.approx(float(slope), abs=1e-5)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4, dtype=F64), nn.BatchNorm1d(4, dtype=F64)
+
+    def forward(self, y, x):
+        return torch.tanh(0.3 * self.norm(self.linear(y)) + x)
+
+
+def test_batch_norm_in_training_updates_its_statistics_at_every_evaluation():
+    module, x = Normed(), torch.randn(8, 4, dtype=F64)
+    # It ties the samples together: they are one system.
+    y0 = torch.zeros(1, 8, 4, dtype=F64)
+    call = _Whole(module)
+    solution = fixed_point(call, y0, (x[None],), solver=Picard(), adjoint=Implicit(), on_failure="ignore")
+    tracked = int(module.norm.num_batches_tracked)
+    assert 1 < tracked == solution.evaluations
+    solution.value.sum().backward()
+    assert int(module.norm.num_batches_tracked) == tracked, "the backward pass evaluates nothing anew"
+    assert float(module.linear.weight.grad.norm()) > 0
+    with pytest.raises(RuntimeError, match="in-place operation"):  # torch.func's own word, for the solver's derivatives
+        fixed_point(call, y0, (x[None],), solver=NewtonKrylov())
+
+
+class _Whole(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, y, x):
+        return self.module(y[0], x[0])[None]
+
+
+def test_batch_norm_in_eval_mode_is_an_ordinary_map():
+    module, x = Normed().eval(), torch.randn(8, 4, dtype=F64)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    solution = fixed_point(module, torch.zeros(8, 4, dtype=F64), (x,), on_failure="raise")
+    solution.value.sum().backward()
+    for name, buffer in module.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    torch.testing.assert_close(module(solution.value, x), solution.value, rtol=0, atol=1e-8)
+    assert module.norm.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"query_input": True}, {"is_causal": True}, {"query_input": True, "adjoint": Unrolled()},
+     {"is_causal": True, "self_query": "input"}, {"normalize_over": "keys", "query_input": True}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["autograd", "func"])
+def test_third_derivatives_of_a_layer_are_refused_by_name(options, way):
+    layer = ImplicitQueryAttention(4, 2, dtype=F64, **options)
+    x = torch.randn(1, 4, 4, dtype=F64)
+
+    def value(x):
+        return layer(x).sin().sum()
+
+    def derived(f):
+        if way == "func":
+            return lambda x: torch.func.grad(f)(x).sin().sum()
+        return lambda x: torch.autograd.grad(f(x), x, create_graph=True)[0].sin().sum()
+
+    second = derived(derived(value))
+    x = x if way == "func" else x.requires_grad_()
+    assert bool(torch.isfinite(second(x)))
+    with pytest.raises(NotImplementedError, match="differentiable twice; a third derivative was asked for"):
+        derived(second)(x)

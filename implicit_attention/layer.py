@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit_attention.attention.linear_map import checked_against
+from implicit_attention.attention.linear_map import checked_against, expected
 from implicit_attention.attention.positions import Positions, make_positions
 from implicit_attention.cache import Cache, DecodeCache
 from implicit_attention.equation import Equation, prepare
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint
-from implicit_attention.equilibrium.reports import FailureReport, SolveRecord
+from implicit_attention.equilibrium.reports import Reporting
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.errors import bad_type, bad_value, require
 from implicit_attention.inputs import Inputs, check_cacheable, checked, non_finite
@@ -21,7 +21,7 @@ from implicit_attention.settings import Configured, Settings
 from implicit_attention.solving import make_adjoint, make_solver, row_gains, settle
 
 
-class ImplicitQueryAttention(Recommended, Configured):
+class ImplicitQueryAttention(Recommended, Configured, Reporting):
     r"""Attention whose queries are made from its own output, solved to its equilibrium.
 
     `y = softmax(K (Omega_Q y)^T * scale) V` with `K = W_K x`, `V = Omega_V x`: row i belongs to key i, the
@@ -97,9 +97,8 @@ class ImplicitQueryAttention(Recommended, Configured):
             ValueError: If a value is unknown, out of range, or without effect next to the others.
 
         Reference:
-            Iterated retrieval with queries as state: Ramsauer et al., "Hopfield Networks is All You Need",
-            arXiv 2008.02217. Equilibria as layers: Bai, Kolter and Koltun, arXiv 1909.01377. Attention to a
-            layer's own outputs: the Recurrent Transformer, arXiv 2604.21215.
+            Iterated retrieval: Ramsauer et al., arXiv 2008.02217 (2020). Equilibria as layers: Bai, Kolter and Koltun,
+            arXiv 1909.01377 (2019). Attention to own outputs: the Recurrent Transformer, arXiv 2604.21215.
         """
         super().__init__()
         self.settings = settings = Settings(
@@ -112,8 +111,7 @@ class ImplicitQueryAttention(Recommended, Configured):
             raise bad_type("dtype", "a floating-point dtype", dtype)
         self.adjoint = make_adjoint(adjoint)
         self.solver = make_solver(solver, settings, self.adjoint)
-        self._report = FailureReport(on_failure, f"{type(self).__name__}({embed_dim}, num_heads={num_heads})")
-        self._report.belong_to(self)
+        self._begin_reports(on_failure, f"{type(self).__name__}({embed_dim}, num_heads={num_heads})")
         self._make_modules(positions, {"device": device, "dtype": dtype})
 
     def _make_modules(self, positions: str | Positions | None, where: dict[str, Any]) -> None:
@@ -130,24 +128,6 @@ class ImplicitQueryAttention(Recommended, Configured):
         if self.positions is not None:
             self.positions.to(**where)
         self.out_proj = nn.Linear(size, size, bias=bias, **where) if settings.out_proj else None
-
-    @property
-    def on_failure(self) -> str:
-        """What happens when a solve misses its tolerance: "warn", "raise" or "ignore"."""
-        return self._report.on_failure
-
-    @property
-    def last_solve(self) -> SolveRecord | None:
-        """The figures of the last solve, detached, with those of its adjoint after a backward pass; None before any.
-
-        They are no part of the state dict. A copy of the layer begins with None.
-        """
-        return self._report.last
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, whose reports speak of itself."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._report.belong_to(self)
 
     @property
     def triangular(self) -> bool:
@@ -296,17 +276,10 @@ class ImplicitQueryAttention(Recommended, Configured):
         """
         check_cacheable(self.settings)
         settings = self.settings
-        device, dtype = self._expects()
+        device, dtype = expected(self, self.W_K)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)  # what its values are computed in
         return DecodeCache(batch_size, settings.num_kv_heads, settings.head_dim, capacity, device=device, dtype=dtype)
-
-    def _expects(self) -> tuple[torch.device, torch.dtype]:
-        """Device and dtype of what is computed, as far as parameters tell."""
-        floating = (p for p in self.parameters() if p.is_floating_point())
-        like = checked_against(self.W_K)
-        like = next(floating, None) if like is None else like
-        return (torch.device("cpu"), torch.get_default_dtype()) if like is None else (like.device, like.dtype)
 
     def _inputs(self, x: Tensor, *others: Any) -> Inputs:
         return checked(self.settings, checked_against(self.W_K), x, *others)

@@ -79,6 +79,19 @@ def checked_against(module: nn.Module) -> Tensor | None:
     return stored if stored is not None and stored.is_floating_point() else None
 
 
+def expected(layer: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device and dtype in which a layer computes, as far as its parameters tell.
+
+    Args:
+        layer: The layer.
+        module: Its map that sees the input first.
+    """
+    like = checked_against(module)
+    if like is None:
+        like = next((p for p in layer.parameters() if p.is_floating_point()), None)
+    return (torch.device("cpu"), torch.get_default_dtype()) if like is None else (like.device, like.dtype)
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call of a module is `F.linear` with its weight and bias and nothing else."""
     kind = type(module)

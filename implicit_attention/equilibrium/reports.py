@@ -243,6 +243,34 @@ class FailureReport:
         warnings.warn(message, ConvergenceWarning, stacklevel=4)
 
 
+class Reporting(nn.Module):
+    """A module that solves equations: it reports failures by its name, and keeps the figures of the last solve."""
+
+    _report: FailureReport
+
+    def _begin_reports(self, on_failure: str, label: str) -> None:
+        self._report = FailureReport(on_failure, label)
+        self._report.belong_to(self)
+
+    @property
+    def on_failure(self) -> str:
+        """What happens when a solve misses its tolerance: "warn", "raise" or "ignore"."""
+        return self._report.on_failure
+
+    @property
+    def last_solve(self) -> SolveRecord | None:
+        """The figures of the last solve, detached, with those of its adjoint after a backward pass; None before any.
+
+        They are no part of the state dict. A copy of the layer begins with None.
+        """
+        return self._report.last
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose reports speak of itself."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._report.belong_to(self)
+
+
 def power_of_ten(count: int) -> bool:
     """Return whether something that has come up this often is told again: the 1st, 10th, 100th ... time.
 

@@ -213,7 +213,7 @@ def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
     if kernel is None:
         out, lse = chunked.forward(spec, None, (query, column, value, None, *terms))
     else:
-        out, lse = kernel.forward(spec, query, column, value, None, terms)
+        out, lse = kernel.forward(spec, (query, column, value, None, *terms))
     return out.reshape(key.shape), lse.reshape(key.shape[:-1])
 
 

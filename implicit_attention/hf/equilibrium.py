@@ -31,6 +31,8 @@ def solve(
     hidden: Tensor | None = None,
     cache: LayerCache | None = None,
     *,
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
     need_weights: bool = False,
     gains: bool = False,
 ) -> Solved:
@@ -41,6 +43,8 @@ def solve(
         x: New tokens, `[B, n, D]`.
         hidden: `[B, n]`, True where a new token is padding; None if none is.
         cache: Holds the P tokens before, and is given the new ones.
+        mask: The layer's `attn_mask`, `[B, H, n, P + n]`.
+        segments: Which document each token belongs to, `[B, n]`.
         need_weights: Also return the attention matrix.
         gains: Measure gains, where the layer has them.
 
@@ -48,7 +52,9 @@ def solve(
         The equilibrium, with what was asked for.
     """
     query_map: nn.Module = layer.Omega_Q
-    arguments = (x, hidden, cache, need_weights, gains and layer.triangular)
+    given = {"key_padding_mask": hidden, "cache": cache, "attn_mask": mask, "segments": segments}
+    given = {name: value for name, value in given.items() if value is not None}
+    arguments = (x, given, need_weights, gains and layer.triangular)
     if isinstance(query_map, nn.Linear):
         return _solve(layer, *arguments)
     out: Solved = functional_call(_Solve(layer), _effective_weight(query_map), arguments)
@@ -58,13 +64,12 @@ def solve(
 def _solve(
     layer: ImplicitQueryAttention,
     x: Tensor,
-    hidden: Tensor | None,
-    cache: LayerCache | None,
+    given: dict[str, Any],
     need_weights: bool,
     gains: bool,
 ) -> Solved:
-    equation = layer.equation(x, key_padding_mask=hidden, cache=cache) if need_weights else None
-    solution = layer.solve(x, key_padding_mask=hidden, cache=cache, gains=gains)
+    equation = layer.equation(x, **given) if need_weights else None
+    solution = layer.solve(x, **given, gains=gains)
     weights = None if equation is None else equation.function.weights(solution.value, *equation.args)
     return Solved(solution.value, weights, layer_stats(solution))
 

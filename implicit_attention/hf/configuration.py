@@ -22,7 +22,7 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     """What an implicit-attention model is made of; every value is plain JSON.
 
     Other names are understood too: `embed_dim` is `hidden_size`, `num_heads` is `num_attention_heads`, `num_kv_heads`
-    is `num_key_value_heads`, `layer_types` is `block_types`, `sliding_window` is `window`. A name that is not known is
+    is `num_key_value_heads`, `layer_types` is `block_types`. A name that is not known is
     an error, and so is a value that does not fit or would have no effect. In a saved configuration, an unknown name is
     kept with a warning: tools and later releases add fields of their own.
 
@@ -71,7 +71,6 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
         "layer_types": "block_types",  # what transformers' caches look for, and 0.1.0 saved
-        "sliding_window": "window",
     }
 
     # None where no None is allowed: `__post_init__` fills these in.

@@ -1,6 +1,7 @@
 """The model without a head: embedding, blocks and a last norm."""
 
 from os import PathLike
+from types import SimpleNamespace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -222,12 +223,15 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             nothing = torch.zeros((), dtype=x.dtype, device=x.device)
             return seen if name == "sdpa" else nothing.masked_fill(~seen, torch.finfo(x.dtype).min)
         make = create_causal_mask if self.config.window is None else create_sliding_window_causal_mask
+        config: Any = SimpleNamespace(
+            _attn_implementation=name, is_causal=self.config.is_causal, sliding_window=self.config.window
+        )
         if segments is None:
-            return make(self.config, x, attention_mask, cache)
+            return make(config, x, attention_mask, cache)
         if attention_mask is None and self.config.is_causal:
             leaping = torch.arange(x.shape[1], device=x.device) + 2 * segments  # between documents alone
-            return make(self.config, x, None, None, position_ids=leaping)
-        return make(self.config, x, attention_mask, None, and_mask_function=packed_sequence_mask_function(segments))
+            return make(config, x, None, None, position_ids=leaping)
+        return make(config, x, attention_mask, None, and_mask_function=packed_sequence_mask_function(segments))
 
 
 def _selected(states: list[Tensor], wanted: bool | int | list[int] | None) -> tuple[Tensor | None, ...] | None:

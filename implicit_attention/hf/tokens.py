@@ -245,9 +245,10 @@ def _positions(
     place = tokens.length + torch.arange(new, device=position_ids.device)
     if not is_tracing(position_ids) and bool((position_ids == place).all()):
         return None
-    if _name(config) == "rope" and config.window is None:
+    turns = _name(config) == "rope" and config.is_causal  # without a cache, differences alone matter
+    if turns and config.window is None:
         return position_ids
-    # Biases and windows count columns: positions may be moved as a whole, by the padding before them.
+    # Biases and windows count columns, and so do layers that see both sides: positions may be moved as a whole, by the padding before them.
     moved = place - position_ids
     counted = torch.ones_like(moved, dtype=torch.bool)
     padding = torch.zeros_like(moved)
@@ -257,10 +258,12 @@ def _positions(
         # Padding in between would shorten distances.
         padding = torch.where((~seen).cumprod(-1).sum(-1, keepdim=True) == padding, padding, padding - new - 1)
     fits = (moved == 0) | (moved == padding) | ~counted
-    message = ("`position_ids` must be each token's place among those that are no padding: distances are counted in "
-               f"columns with positions={_name(config)!r}, window={config.window}. Leave them out.")  # fmt: skip
+    message = (
+        "`position_ids` must be each token's place among those that are no padding: distances are counted in columns "
+        f"with positions={_name(config)!r}, window={config.window}, is_causal={config.is_causal}. Leave them out."
+    )
     if is_tracing(position_ids):
         torch_compilable_check(fits.all(), message)
     elif not bool(fits.all()):
         raise ValueError(message)
-    return position_ids if _name(config) == "rope" else None
+    return position_ids if turns else None

@@ -72,6 +72,20 @@ def test_positions_that_columns_cannot_count_are_refused(options):
         model(tokens, mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0))
 
 
+@torch.no_grad()
+def test_positions_without_a_causal_mask():
+    model = tiny.make(
+        ImplicitAttentionModel, is_causal=False, initializer_range=0.1, layer_types=["implicit", "attention"]
+    )
+    tokens, mask = tiny.tokens(), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    expected = model(tokens, mask).last_hidden_state
+    assert torch.equal(model(tokens, mask, position_ids=places).last_hidden_state, expected)
+    with pytest.raises(ValueError, match="`position_ids` must be each token's place"):
+        model(tokens, mask, position_ids=2 * places)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

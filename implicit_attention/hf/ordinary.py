@@ -135,7 +135,8 @@ def _eager(
     if position_bias is not None:
         scores = scores + position_bias
     if mask is None and module.is_causal and query.shape[2] > 1:
-        mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
+        # transformers leaves the mask out where rows begin at the first column: a static cache has more of them.
+        mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
     if mask is not None and mask.is_floating_point():
         scores = scores + mask
     elif mask is not None:

@@ -59,7 +59,7 @@ class Inputs:
         new = self.key_padding_mask
         if self.past is None or (self.past.hidden is None and new is None):
             return new
-        batch, length = len(self.x), self.past_length
+        batch, length = self.x.shape[0], self.past_length
         held = self.past.hidden
         held = self.x.new_zeros(batch, length, dtype=torch.bool) if held is None else held
         return torch.cat([held, held.new_zeros(batch, self.x.shape[1]) if new is None else new], 1)
@@ -245,12 +245,12 @@ def _like_values(settings: Settings, x: Tensor) -> Tensor:
     """A tensor without memory, of the shape, dtype and device that the values of x are going to have."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return x.new_empty((), dtype=dtype).expand(len(x), settings.num_kv_heads, x.shape[1], settings.head_dim)
+    return x.new_empty((), dtype=dtype).expand(x.shape[0], settings.num_kv_heads, x.shape[1], settings.head_dim)
 
 
 def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
     """The same, its attention mask with four dimensions, if the masks fit."""
-    batch, rows, heads = len(inputs.x), inputs.x.shape[1], settings.num_heads
+    batch, rows, heads = inputs.x.shape[0], inputs.x.shape[1], settings.num_heads
     new = inputs.source.shape[1]
     cols = inputs.past_length + new
     mask, padding = inputs.attn_mask, inputs.key_padding_mask

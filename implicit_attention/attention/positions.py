@@ -22,7 +22,8 @@ class Positions(nn.Module, ABC):
         Args:
             length: Number of tokens.
             like: Tensor whose dtype and device the result takes.
-            first: Position of the first token, a number or `[B]`.
+            first: Position of the first token, a number, a tensor without dimensions or `[B]`; or the positions of all
+                tokens, `[B, length]`.
 
         Returns:
             Cosines and sines, `[2, length, d / 2]` or `[2, B, 1, length, d / 2]`, or None.
@@ -67,8 +68,12 @@ class Rotary(Positions):
         dtype = torch.promote_types(like.dtype, torch.float32)
         # Angles in float64: at position 10^5 float32 would be off by about 0.01.
         i = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=like.device)
-        turns = torch.arange(length, dtype=torch.float64, device=like.device)[:, None]
-        turns = turns + (first[:, None, None, None] if isinstance(first, Tensor) else first)
+        turns = torch.arange(length, dtype=torch.float64, device=like.device)
+        if isinstance(first, Tensor) and first.dim():
+            turns = first[:, None].double() if first.dim() == 2 else first[:, None, None] + turns
+        else:
+            turns = turns + first
+        turns = turns[..., None]
         angles = turns * self.base ** (-i / self.head_dim)
         return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 

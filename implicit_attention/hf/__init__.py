@@ -8,10 +8,11 @@ except ImportError as error:
     ) from error
 
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
-from implicit_attention.hf.heads import (
-    ImplicitAttentionForCausalLM,
-    ImplicitAttentionForMaskedLM,
+from implicit_attention.hf.heads import ImplicitAttentionForCausalLM, ImplicitAttentionForMaskedLM
+from implicit_attention.hf.labels import (
+    ImplicitAttentionForQuestionAnswering,
     ImplicitAttentionForSequenceClassification,
+    ImplicitAttentionForTokenClassification,
 )
 from implicit_attention.hf.modeling import ImplicitAttentionModel, ImplicitAttentionPreTrainedModel
 from implicit_attention.hf.outputs import SolverStats
@@ -22,6 +23,8 @@ for _auto, _model in (
     (transformers.AutoModelForCausalLM, ImplicitAttentionForCausalLM),
     (transformers.AutoModelForMaskedLM, ImplicitAttentionForMaskedLM),
     (transformers.AutoModelForSequenceClassification, ImplicitAttentionForSequenceClassification),
+    (transformers.AutoModelForTokenClassification, ImplicitAttentionForTokenClassification),
+    (transformers.AutoModelForQuestionAnswering, ImplicitAttentionForQuestionAnswering),
 ):
     _auto.register(ImplicitAttentionConfig, _model, exist_ok=True)
 
@@ -29,7 +32,9 @@ __all__ = [
     "ImplicitAttentionConfig",
     "ImplicitAttentionForCausalLM",
     "ImplicitAttentionForMaskedLM",
+    "ImplicitAttentionForQuestionAnswering",
     "ImplicitAttentionForSequenceClassification",
+    "ImplicitAttentionForTokenClassification",
     "ImplicitAttentionModel",
     "ImplicitAttentionPreTrainedModel",
     "SolverStats",

@@ -1,6 +1,6 @@
 """One block of the models: norm, attention, norm, gated MLP, with residual connections."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from implicit_attention import ImplicitQueryAttention
 from implicit_attention.hf.caching import LayerCache
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
-from implicit_attention.hf.equilibrium import solve
+from implicit_attention.hf.equilibrium import Solved, solve
+from implicit_attention.hf.offload import weights_on_device
 from implicit_attention.hf.ordinary import OrdinaryAttention
 from implicit_attention.hf.outputs import Stats
 from implicit_attention.hf.settings import make_adjoint, make_positions, make_solver
+from implicit_attention.hf.tokens import Tokens
 
 
 class BlockOutput(NamedTuple):
@@ -64,14 +66,14 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
 
         Args:
             config: The model's configuration.
-            layer_idx: Which entry of `config.layer_types`, and of a cache, belongs to it.
+            layer_idx: Which entry of `config.block_types`, and of a cache, belongs to it.
         """
         super().__init__()
         size, width = config.hidden_size, config.intermediate_size
         self.layer_idx = layer_idx
         self.attention_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.attention: ImplicitQueryAttention | OrdinaryAttention
-        if config.layer_types[layer_idx] == "implicit":
+        if config.block_types[layer_idx] == "implicit":
             self.attention = implicit_attention(config)
         else:
             self.attention = OrdinaryAttention(config, layer_idx)
@@ -83,7 +85,8 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
     def forward(
         self,
         x: Tensor,
-        hidden: Tensor | None = None,
+        tokens: Tokens,
+        mask: Any = None,
         cache: Cache | None = None,
         *,
         output_attentions: bool = False,
@@ -93,7 +96,8 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
 
         Args:
             x: `[B, n, D]`.
-            hidden: `[B, P + n]`, True where a token is padding.
+            tokens: What the call says of its tokens.
+            mask: What transformers makes of its masks, for an ordinary block.
             cache: The P tokens before.
             output_attentions: Also return the attention matrix.
             output_gains: Also measure gains.
@@ -104,14 +108,28 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
         layer, stats = self.attention, None
         normed = self.attention_norm(x)
         if isinstance(layer, OrdinaryAttention):
-            y, weights = layer(normed, hidden, cache, need_weights=output_attentions)
+            y, weights = layer(normed, tokens, mask, cache, need_weights=output_attentions)
         else:
-            held = None if cache is None else LayerCache(cache, self.layer_idx, hidden)
-            new = hidden if held is None else held.new_hidden
-            y, weights, stats = solve(layer, normed, new, held, need_weights=output_attentions, gains=output_gains)
+            y, weights, stats = self._solve(layer, normed, tokens, cache, output_attentions, output_gains)
             y = y if layer.out_proj is None else layer.out_proj(y)
         x = x + y
         return BlockOutput(x + self.mlp(self.mlp_norm(x)), weights, stats)
+
+    def _solve(
+        self, layer: ImplicitQueryAttention, x: Tensor, tokens: Tokens, cache: Cache | None, show: bool, gains: bool
+    ) -> Solved:
+        held, mask = None, tokens.mask
+        if cache is not None or tokens.positions is not None:
+            shape = (layer.settings.num_kv_heads, layer.settings.head_dim)
+            held = LayerCache(cache, self.layer_idx, tokens, x, shape)
+        extra = 0 if held is None else held.extra
+        if mask is not None and extra:
+            mask = F.pad(mask, (extra, 0))  # the column is hidden already
+        with weights_on_device(layer):
+            out = solve(layer, x, tokens.hidden, held, mask=mask, segments=tokens.segments, need_weights=show,
+                        gains=gains)  # fmt: skip
+        weights = None if out.weights is None else tokens.weights_by_slot(out.weights[..., extra:])
+        return out._replace(weights=weights)
 
 
 def implicit_attention(

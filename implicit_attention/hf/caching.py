@@ -6,6 +6,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 
 from implicit_attention.cache import Past
 from implicit_attention.errors import Came, bad_value
+from implicit_attention.hf.tokens import Tokens
 
 
 class ImplicitDynamicLayer(DynamicLayer):
@@ -27,24 +28,28 @@ class LayerCache:
     Padding is not kept in a transformers cache: it comes anew with each call, in the attention mask.
     """
 
-    def __init__(self, cache: Cache, layer_idx: int, hidden: Tensor | None = None) -> None:
+    def __init__(
+        self, cache: Cache | None, layer_idx: int, tokens: Tokens, like: Tensor, shape: tuple[int, int]
+    ) -> None:
         """Look at a cache.
 
         Args:
-            cache: The cache of all layers.
+            cache: The cache of all layers; None if there is none, and only positions are to be told.
             layer_idx: Which of its entries is the layer's.
-            hidden: `[B, P + n]`, True where a token, old or new, is padding; None if none is.
+            tokens: What the call says of its tokens.
+            like: New tokens `[B, n, D]`.
+            shape: Number of heads of columns and values, and size of a head.
         """
-        self.cache, self.layer_idx, self.hidden = cache, layer_idx, hidden
-        self.length = int(cache.get_seq_length(layer_idx))
+        self.cache, self.layer_idx, self.tokens, self.like, self.shape = cache, layer_idx, tokens, like, shape
 
     @property
-    def new_hidden(self) -> Tensor | None:
-        """Which of the new tokens are padding, `[B, n]`; None if none is, as when a batch is continued."""
-        if self.hidden is None:
-            return None
-        new = self.hidden[:, self.length :]
-        return new if torch.compiler.is_compiling() or bool(new.any()) else None
+    def extra(self) -> int:
+        """Columns before the new tokens that stand for no token: a hidden one, where there are only positions."""
+        return int(self._empty and self.tokens.positions is not None)
+
+    @property
+    def _empty(self) -> bool:
+        return isinstance(self.tokens.length, int) and self.tokens.length == 0
 
     def past(self) -> Past | None:
         """Return the columns so far, None if there are none.
@@ -52,16 +57,29 @@ class LayerCache:
         Raises:
             ValueError: If the cache does not keep all of them as they are.
         """
-        if self.length == 0:
-            return None
-        layer, hidden = self.cache.layers[self.layer_idx], self.hidden
+        length, held, positions = self.tokens.length, self.tokens.held, self.tokens.positions
+        if self._empty:
+            return None if positions is None else self._nothing(positions)
+        assert self.cache is not None
+        layer = self.cache.layers[self.layer_idx]
         keys, values = (layer.keys, layer.values) if isinstance(layer, CacheLayerMixin) else (None, None)
-        if keys is None or values is None or keys.shape[-2] < self.length:
+        if isinstance(length, int) and (keys is None or values is None or keys.shape[-2] < length):
             raise bad_value("cache", "a DynamicCache or a StaticCache of full length", Came(type(self.cache).__name__),
                             "The solver needs every column as it was, not a part or a quantised copy.")  # fmt: skip
-        held = slice(0, self.length)
-        keys, values = kept(layer, keys[:, :, held]), kept(layer, values[:, :, held])
-        return Past(keys, values, None if hidden is None else hidden[:, held], self.length)
+        if isinstance(length, int):
+            keys, values = keys[:, :, :length], values[:, :, :length]
+        elif self.tokens.order is not None:
+            keys, values = keys.index_select(2, self.tokens.order), values.index_select(2, self.tokens.order)
+        keys, values = kept(layer, keys), kept(layer, values)
+        return Past(keys, values, held, length if positions is None else positions)
+
+    def _nothing(self, positions: Tensor) -> Past:
+        """A hidden column: the layer takes positions of new tokens from what it knows of those before."""
+        kind, dtype = self.like.device.type, self.like.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        heads, size = self.shape
+        column = self.like.new_zeros(self.like.shape[0], heads, 1, size, dtype=dtype)
+        return Past(column, column, self.like.new_ones(self.like.shape[0], 1, dtype=torch.bool), positions)
 
     def append(self, column: Tensor, value: Tensor, hidden: Tensor | None) -> None:
         """Take the columns of new tokens.
@@ -71,7 +89,8 @@ class LayerCache:
             value: Their values, `[B, G, n, d]`.
             hidden: `[B, n]`, True = padding. Not kept: see above.
         """
-        self.cache.update(column.to(value.dtype), value, self.layer_idx)
+        if self.cache is not None:
+            self.cache.update(column.to(value.dtype), value, self.layer_idx)
 
 
 def kept(layer: object, columns: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """The configuration of the models: every option of the layer, as plain JSON values."""
 
+import warnings
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import remap_legacy_layer_types
 
 from implicit_attention import recommended
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 from implicit_attention.hf.settings import make_adjoint, make_solver
 
-LAYER_TYPES = ("implicit", "full_attention")
+BLOCK_TYPES = ("implicit", "full_attention")
 
 # What else may stand in a config.json: written by transformers itself, or by tools around it.
 _ALSO = {"auto_map", "experts_implementation", "model_type", "num_labels", "output_attentions", "per_layer_config",
@@ -21,9 +22,10 @@ _ALSO = {"auto_map", "experts_implementation", "model_type", "num_labels", "outp
 class ImplicitAttentionConfig(PreTrainedConfig):
     """What an implicit-attention model is made of; every value is plain JSON.
 
-    Names of `ImplicitQueryAttention` are understood too: `embed_dim` is `hidden_size`, `num_heads` is
-    `num_attention_heads`, `num_kv_heads` is `num_key_value_heads`. A name that is not known is an error, and so is
-    a value that does not fit or would have no effect.
+    Other names are understood too: `embed_dim` is `hidden_size`, `num_heads` is `num_attention_heads`, `num_kv_heads`
+    is `num_key_value_heads`, `layer_types` is `block_types`. A name that is not known is
+    an error, and so is a value that does not fit or would have no effect. In a saved configuration, an unknown name is
+    kept with a warning: tools and later releases add fields of their own.
 
     Attributes:
         vocab_size: Number of different tokens.
@@ -32,8 +34,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         num_hidden_layers: Number of blocks.
         num_attention_heads: Heads H of each attention layer.
         num_key_value_heads: Heads of queries-from-outputs and values (ordinary blocks: of keys and values), shared
-            by groups of the others; H if None.
-        layer_types: For each block "implicit", or "attention" for an ordinary one of the same size
+            by groups of the others; None is replaced by H.
+        block_types: For each block "implicit", or "attention" for an ordinary one of the same size
             (transformers' own name for it, "full_attention", is what is kept); all implicit if None.
         max_position_embeddings: Longest sequence the model is meant for; nothing is allocated for it.
         is_causal: Token i sees tokens j <= i. `ImplicitAttentionForMaskedLM` needs False, generation True.
@@ -65,11 +67,12 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     """
 
     model_type = "implicit_attention"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "solver_stats"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "solver_stats"]
     attribute_map: ClassVar[dict[str, str]] = {
         "embed_dim": "hidden_size",
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
+        "layer_types": "block_types",  # what transformers' caches look for, and 0.1.0 saved
     }
 
     # None where no None is allowed: `__post_init__` fills these in.
@@ -78,8 +81,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     intermediate_size: int = None  # type: ignore[assignment]
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    layer_types: list[str] = None  # type: ignore[assignment]
+    num_key_value_heads: int = None  # type: ignore[assignment]
+    block_types: list[str] = None  # type: ignore[assignment]
     max_position_embeddings: int = 2048
     is_causal: bool = True
     window: int | None = None
@@ -109,32 +112,82 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         """Fill in what was left open, and refuse what does not fit.
 
         Args:
-            **kwargs: What is no field: transformers' own settings; anything else is an error.
+            **kwargs: What is no field: transformers' own settings. Anything else is an error, unless it was saved.
 
         Raises:
             TypeError: If a value is of the wrong type.
             ValueError: If a name is unknown, or a value does not fit.
         """
-        for name in kwargs:
-            if name not in _ALSO and name not in self.attribute_map and not name.startswith("_"):
-                raise bad_value(
-                    "config", "made of names that ImplicitAttentionConfig knows", Came(f"`{name}`"),
-                    f"The options are {', '.join(field.name for field in fields(self))}.",
-                )  # fmt: skip
-        if self.layer_types is not None:
-            _check_names("layer_types", self.layer_types)
+        self._check_unknown(kwargs, saved="model_type" in kwargs or self.transformers_version is not None)
+        kinds = kwargs.pop("layer_types", None)
+        if kinds is not None and self.block_types is not None and kinds != self.block_types:
+            raise bad_value("layer_types", "None next to block_types", Came(repr(kinds)), "Both name the same setting.")
+        self.block_types = kinds if self.block_types is None else self.block_types
+        if self.block_types is not None:
+            _check_names("block_types", self.block_types)
         super().__post_init__(**kwargs)
         check_positive("num_hidden_layers", self.num_hidden_layers, integer=True)
         check_positive("hidden_size", self.hidden_size, integer=True)
         open_values = {
-            "layer_types": ["implicit"] * self.num_hidden_layers,
+            "block_types": ["implicit"] * self.num_hidden_layers,
             "intermediate_size": max(1, round(8 * self.hidden_size / 3 / 32)) * 32,
+            "num_key_value_heads": self.num_attention_heads,
             **recommended.open_settings(is_causal=self.is_causal, normalize_over=self.normalize_over),
         }
         for name, value in open_values.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if len(self.block_types) > self.num_hidden_layers:
+            raise _wrong_length(self.block_types, self.num_hidden_layers)
         self.validate()
+
+    def _check_unknown(self, given: dict[str, Any], saved: bool) -> None:
+        """Refuse unknown names that a user typed; warn of those that came from a file."""
+        unknown = [n for n in given if n not in _ALSO and n not in self.attribute_map and not n.startswith("_")]
+        if saved:
+            generation = GenerationConfig._get_default_generation_params()  # transformers drops these itself
+            unknown = [name for name in unknown if name not in generation]
+        if not unknown:
+            return
+        if not saved:
+            raise bad_value(
+                "config", "made of names that ImplicitAttentionConfig knows", Came(f"`{unknown[0]}`"),
+                f"The options are {', '.join(field.name for field in fields(self))}.",
+            )  # fmt: skip
+        warnings.warn(
+            f"The saved configuration has fields that this release of implicit-attention does not know: "
+            f"{', '.join(f'`{name}`' for name in unknown)}. They are kept and have no effect. If a newer release saved "
+            "the model, update implicit-attention.",
+            stacklevel=5,
+        )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make the configuration from what was saved; unknown names are kept with a warning.
+
+        Args:
+            config_dict: What `to_dict` gave.
+            **kwargs: As in `PreTrainedConfig.from_dict`.
+
+        Returns:
+            The configuration, with `return_unused_kwargs=True` also the other `kwargs`.
+        """
+        return super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved. A model that was cut short (`num_hidden_layers`) has as many `block_types`."""
+        saved: dict[str, Any] = super().to_dict()
+        saved["block_types"] = saved["block_types"][: self.num_hidden_layers]
+        return saved
+
+    @property
+    def output_attentions(self) -> bool | None:
+        """Whether calls return attention matrices unless they are told otherwise, with any `attn_implementation`."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool | None) -> None:
+        self._output_attentions = value
 
     def validate(self) -> None:
         """Refuse values that do not fit; called for a new config and before one is saved.
@@ -148,9 +201,9 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "max_position_embeddings"):  # fmt: skip
             check_positive(name, getattr(self, name), integer=True)
-        for name in ("num_key_value_heads", "window"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name), integer=True)
+        check_positive("num_key_value_heads", self.num_key_value_heads, integer=True)
+        if self.window is not None:
+            check_positive("window", self.window, integer=True)
         for name in ("rms_norm_eps", "initializer_range"):
             check_positive(name, getattr(self, name))
         for name in ("is_causal", "query_input", "qk_norm", "out_proj", "bias", "use_cache", "output_gains",
@@ -162,18 +215,20 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         self.validate_token_ids()
 
     def _validate_layers(self) -> None:
-        types = self.layer_types
-        _check_names("layer_types", types)
+        types = self.block_types
+        _check_names("block_types", types)
         for name in types:
-            check_choice("layer_types", name, (*LAYER_TYPES, "attention"))
-        if len(types) != self.num_hidden_layers:
-            raise bad_value(
-                "layer_types", f"of length num_hidden_layers={self.num_hidden_layers}", Came(f"{len(types)} entries")
-            )
-        self.layer_types = remap_legacy_layer_types(types) or types
+            check_choice("block_types", name, (*BLOCK_TYPES, "attention"))
+        if len(types) < self.num_hidden_layers:  # more of them: num_hidden_layers was lowered to leave early
+            raise _wrong_length(types, self.num_hidden_layers)
+        self.block_types = remap_legacy_layer_types(types) or types
         if self.window is not None and not self.is_causal:
             raise bad_value("window", "None unless is_causal=True", self.window,
                             "A window reaches back from a token; without a causal mask there is no back.")  # fmt: skip
+
+
+def _wrong_length(types: list[str], layers: int) -> ValueError:
+    return bad_value("block_types", f"of length num_hidden_layers={layers}", Came(f"{len(types)} entries"))
 
 
 def _check_names(argument: str, names: object) -> None:

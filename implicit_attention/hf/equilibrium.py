@@ -29,6 +29,8 @@ def solve(
     hidden: Tensor | None = None,
     cache: LayerCache | None = None,
     *,
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
     need_weights: bool = False,
     gains: bool = False,
 ) -> Solved:
@@ -39,13 +41,17 @@ def solve(
         x: New tokens, `[B, n, D]`.
         hidden: `[B, n]`, True where a new token is padding; None if none is.
         cache: Holds the P tokens before, and is given the new ones.
+        mask: The layer's `attn_mask`, `[B, H, n, P + n]`.
+        segments: Which document each token belongs to, `[B, n]`.
         need_weights: Also return the attention matrix.
         gains: Measure gains, where the layer has them.
 
     Returns:
         The equilibrium, with what was asked for.
     """
-    equation = layer.equation(x, key_padding_mask=hidden, cache=cache) if need_weights else None
-    solution = layer.solve(x, key_padding_mask=hidden, cache=cache, gains=gains and layer.triangular)
+    given = {"key_padding_mask": hidden, "cache": cache, "attn_mask": mask, "segments": segments}
+    given = {name: value for name, value in given.items() if value is not None}
+    equation = layer.equation(x, **given) if need_weights else None
+    solution = layer.solve(x, **given, gains=gains and layer.triangular)
     weights = None if equation is None else equation.function.weights(solution.value, *equation.args)
     return Solved(solution.value, weights, layer_stats(solution))

@@ -1,17 +1,20 @@
-"""The models with their heads: next token, masked token, one label for a sequence."""
+"""The language models: the next token from those before, masked tokens from those around them."""
 
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs
 
 from implicit_attention.errors import bad_value
+from implicit_attention.hf.calls import take_cache
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.modeling import ImplicitAttentionModel, ImplicitAttentionPreTrainedModel, Output, returned
-from implicit_attention.hf.outputs import ImplicitCausalLMOutput, ImplicitClassifierOutput, ImplicitMaskedLMOutput
+from implicit_attention.hf.outputs import ImplicitCausalLMOutput, ImplicitMaskedLMOutput
 
 
 class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationMixin):
@@ -35,14 +38,39 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
-        """Return the mask that `generate` hands to `forward` with a static cache: the one that came, `[B, P + n]`.
+    def create_masks_for_generate(
+        self, attention_mask: Tensor | None = None, cache: Cache | None = None, **others: Any
+    ) -> Tensor | None:
+        """Return the mask that `generate` hands to `forward` with a static cache, `[B, size of the cache]`.
+
+        Its shape is the same at every step, so that a compiled step is compiled once.
 
         Args:
-            attention_mask: 1 where a token is to be attended to.
+            attention_mask: 1 where a token is to be attended to, `[B, P + n]`.
+            cache: The cache.
             **others: What other models make larger masks from.
         """
-        return attention_mask
+        if attention_mask is None or cache is None or attention_mask.dim() != 2:
+            return attention_mask
+        return F.pad(attention_mask, (0, cache.get_max_length() - attention_mask.shape[1]), value=1)
+
+    def init_continuous_batching(self, *arguments: Any, **options: Any) -> Any:
+        """Refuse continuous batching: a paged cache holds parts of columns, and a row's equation needs all of them.
+
+        Args:
+            *arguments: As in transformers.
+            **options: As there.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "Models with implicit attention have no continuous batching: transformers' paged attention replaces the "
+            "attention function, and implicit blocks have a solver in its place. Use model.generate on a padded batch."
+        )
+
+    continuous_batching_context_manager = init_continuous_batching
+    generate_batch = init_continuous_batching
 
     def forward(
         self,
@@ -58,6 +86,9 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        position_ids: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImplicitCausalLMOutput | Output:
         """Return logits, and the loss if labels are given.
 
@@ -75,23 +106,31 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
             return_dict: As there.
             logits_to_keep: How many of the last tokens get logits, all if 0; or which.
             num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
+            position_ids: As there.
+            shift_labels: Labels that are shifted already, in the place of `labels`.
+            **kwargs: As there.
 
         Returns:
             Output with `loss`, `logits` `[B, n, vocab_size]` and `solver_stats`.
 
         Raises:
-            TypeError: If a tensor is of the wrong type.
+            TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
+        cache = take_cache(cache, kwargs)
         out = self.model(
             input_ids, attention_mask, cache, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, output_gains, True,
+            output_attentions, output_hidden_states, output_gains, True, position_ids, **kwargs,
         )  # fmt: skip
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None:
+        if labels is not None or shift_labels is not None:
             loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                logits,
+                labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
             )
         return returned(
             ImplicitCausalLMOutput(
@@ -140,6 +179,8 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
         output_gains: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImplicitMaskedLMOutput | Output:
         """Return logits, and the loss if labels are given.
 
@@ -153,17 +194,19 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
             output_gains: As there.
             return_dict: As there.
             num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
+            position_ids: As there.
+            **kwargs: As there.
 
         Returns:
             Output with `loss`, `logits` `[B, n, vocab_size]` and `solver_stats`.
 
         Raises:
-            TypeError: If a tensor is of the wrong type.
+            TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
         out = self.model(
             input_ids, attention_mask, None, inputs_embeds, False,
-            output_attentions, output_hidden_states, output_gains, True,
+            output_attentions, output_hidden_states, output_gains, True, position_ids, **kwargs,
         )  # fmt: skip
         logits = self.lm_head(out.last_hidden_state)
         loss = None
@@ -182,85 +225,3 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
             return_dict,
             self.config,
         )
-
-
-class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedModel):
-    """One label, or one vector of scores, for a sequence.
-
-    A causal model is read at its last token that is not padding, the only one that sees all others; a
-    bidirectional one by the mean over its tokens.
-    """
-
-    def __init__(self, config: ImplicitAttentionConfig) -> None:
-        """Make the model with new weights.
-
-        Args:
-            config: What it is made of, with `num_labels`.
-        """
-        super().__init__(config)
-        self.num_labels = int(config.num_labels or 2)
-        self.model = ImplicitAttentionModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_gains: bool | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> ImplicitClassifierOutput | Output:
-        """Return scores, and the loss if labels are given.
-
-        Args:
-            input_ids: As in `ImplicitAttentionModel.forward`, like all that is not named below.
-            attention_mask: As there.
-            inputs_embeds: As there.
-            labels: `[B]` int64, or as `config.problem_type` says.
-            output_attentions: As there.
-            output_hidden_states: As there.
-            output_gains: As there.
-            return_dict: As there.
-            num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
-
-        Returns:
-            Output with `loss`, `logits` `[B, num_labels]` and `solver_stats`.
-
-        Raises:
-            TypeError: If a tensor is of the wrong type.
-            ValueError: If inputs are missing, doubled, or do not fit.
-        """
-        out = self.model(
-            input_ids, attention_mask, None, inputs_embeds, False,
-            output_attentions, output_hidden_states, output_gains, True,
-        )  # fmt: skip
-        logits = self.score(self._pool(out.last_hidden_state, attention_mask))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return returned(
-            ImplicitClassifierOutput(
-                loss=loss,
-                logits=logits,
-                hidden_states=out.hidden_states,
-                attentions=out.attentions,
-                solver_stats=out.solver_stats,
-            ),
-            return_dict,
-            self.config,
-        )
-
-    def _pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """`[B, n, D] -> [B, D]`."""
-        if attention_mask is None:
-            return x[:, -1] if self.config.is_causal else x.mean(1)
-        seen = attention_mask.to(x.device) != 0
-        if not self.config.is_causal:
-            return (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp_min(1)
-        last = (torch.arange(x.shape[1], device=x.device) * seen).argmax(-1)
-        return x[torch.arange(len(x), device=x.device), last]

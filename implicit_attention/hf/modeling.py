@@ -1,24 +1,35 @@
 """The model without a head: embedding, blocks and a last norm."""
 
 from os import PathLike
+from types import SimpleNamespace
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import ModelOutput, TransformersKwargs
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import selected_hidden_states
 
 from implicit_attention import ImplicitQueryAttention, RelativeBias
-from implicit_attention.errors import Came, bad_type, bad_value
+from implicit_attention.errors import Came, bad_value
 from implicit_attention.hf.block import ImplicitAttentionBlock
+from implicit_attention.hf.calls import check_others, check_positions, take_cache
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.ordinary import OrdinaryAttention
 from implicit_attention.hf.outputs import (
     ImplicitModelOutput,
     stack_stats,
 )
+from implicit_attention.hf.tokens import cached_length, describe, documents
 from implicit_attention.hf.transactions import transactional
 
 M = TypeVar("M", bound=ModelOutput)
@@ -34,6 +45,11 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ImplicitAttentionBlock"]
     _supports_context_parallel = False
+    _supports_sdpa = True  # ordinary blocks; implicit ones have kernels of their own
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["cache"]
     accepts_loss_kwargs = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -62,6 +78,10 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
         """
         if not kwargs.setdefault("use_safetensors", True):
             raise bad_value("use_safetensors", "True", False, "Pickled weights can run code: save them anew.")
+        if kwargs.get("tp_plan") is not None or kwargs.get("tp_size") is not None:
+            raise bad_value("tp_plan", "None", kwargs.get("tp_plan"),
+                            "A row's equation couples all heads: use device_map, FSDP or data parallelism."
+                            )  # fmt: skip
         loaded: Self = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         return loaded
 
@@ -98,86 +118,137 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_gains: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImplicitModelOutput | Output:
         """Return the last hidden states.
 
         Args:
             input_ids: Tokens `[B, n]`, int64.
-            attention_mask: `[B, P + n]`, 1 where a token is to be attended to, 0 where it is padding.
-            cache: What is kept of the P tokens before.
+            attention_mask: `[B, P + n]`, 1 where a token is to be attended to, 0 where it is padding; or a mask of your
+                own, `[B, 1 or H, n, P + n]`, bool (True = attended to) or added to the scores.
+            cache: What is kept of the P tokens before; `past_key_values` is the same.
             inputs_embeds: `[B, n, D]`, in the place of `input_ids`.
             use_cache: Whether to return a cache; the configuration's `use_cache` if None.
             output_attentions: Whether to return the attention matrices at the equilibria.
-            output_hidden_states: Whether to return what every block is given.
+            output_hidden_states: Whether to return what every block is given; or which of them.
             output_gains: Whether to measure `solver_stats.gain`; the configuration's `output_gains` if None.
             return_dict: Whether to return an output with names, or a tuple of what is not None.
+            position_ids: Where each token stands, `[B, n]`, int64. Without a mask and a cache, positions that restart
+                are packed documents: each is an equilibrium of its own.
+            cache_position: Slots of the new tokens, P to P + n - 1. It is checked alone.
+            **kwargs: What transformers' models know: `cu_seq_lens_q`, `seq_idx` for packed documents; others must be
+                what they are without them.
 
         Returns:
             Output with `last_hidden_state` `[B, n, D]` and `solver_stats`.
 
         Raises:
-            TypeError: If a tensor is of the wrong type.
+            TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
+        cache = take_cache(cache, kwargs)
+        boundaries, numbers = check_others(kwargs, self.config.is_causal)
         if (input_ids is None) == (inputs_embeds is None):
             raise bad_value("input_ids", "given unless `inputs_embeds` is, and not both", input_ids)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(cache, use_cache)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if isinstance(cache, StaticCache) and past + x.shape[1] > cache.get_max_length():
-            raise bad_value("cache", f"of max_cache_len {past + x.shape[1]} or more",
-                            Came(f"one of {cache.get_max_length()}"))  # fmt: skip
-        hidden = _hidden(attention_mask, x.shape[0], past + x.shape[1])
+        position_ids = check_positions(position_ids, cache_position, cached_length(cache), x)
+        restarts = position_ids if attention_mask is None and cache is None else None
+        segments = documents(x.shape[:2], restarts, boundaries, numbers)
+        cache = self._cache(cache, use_cache, segments if not is_tracing(x) else None)
+        self._check_room(cache, x.shape[1])
+        tokens = describe(self.config, x, cache, attention_mask, position_ids, segments)
+        mask = self._ordinary_mask(x, cache, attention_mask, segments)
         show_weights = either(output_attentions, self.config.output_attentions)
         states, weights, stats = [x], [], []
         gains = either(output_gains, self.config.output_gains)
-        for block in self.layers:
+        for block in self.layers[: self.config.num_hidden_layers]:
             x, block_weights, block_stats = block(
-                x, hidden, cache=cache, output_attentions=show_weights, output_gains=gains
+                x, tokens, mask, cache=cache, output_attentions=show_weights, output_gains=gains
             )
             states.append(x)
             weights.append(block_weights)
             stats += [] if block_stats is None else [block_stats]
         states[-1] = x = self.norm(x)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         out = ImplicitModelOutput(
             last_hidden_state=x,
             cache=cache,
-            hidden_states=tuple(states) if either(output_hidden_states, self.config.output_hidden_states) else None,
+            hidden_states=_selected(states, wanted),
             attentions=tuple(weights) if show_weights else None,
             solver_stats=stack_stats(stats),
         )
         return returned(out, return_dict, self.config)
 
-    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _cache(self, cache: Cache | None, use_cache: bool | None, segments: Tensor | None) -> Cache | None:
         """The cache to be used, a new one if one is wanted and none is given."""
         if cache is not None and not self.config.is_causal:
             raise bad_value("cache", "None unless is_causal=True", Came(type(cache).__name__),
                             "Without a causal mask, old equilibria change with every new token.")  # fmt: skip
-        wanted = either(use_cache, self.config.use_cache and self.config.is_causal and not self.training)
+        if segments is not None and (cache is not None or use_cache):
+            raise bad_value("use_cache", "False with packed documents", True,
+                            "A cache holds one document per sample: give each a call, or a row, of its own."
+                            )  # fmt: skip
+        wanted = self.config.use_cache and self.config.is_causal and not self.training and segments is None
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if cache is not None and checkpointing:
+        if checkpointing and cache is not None:
             raise bad_value("cache", "None with gradient checkpointing in training", Came(type(cache).__name__),
                             "The backward pass calls every block again, which would add its tokens twice: "
                             "model.gradient_checkpointing_disable(), or call without a cache.")  # fmt: skip
-        if cache is None and wanted and not checkpointing:
-            return DynamicCache(config=self.config)
-        return cache
+        if checkpointing:
+            return None
+        return DynamicCache(config=self.config) if cache is None and either(use_cache, wanted) else cache
+
+    def _check_room(self, cache: Cache | None, new: int) -> None:
+        """Refuse a static cache that is too small; in a graph its own writing does."""
+        length = cached_length(cache)
+        if cache is None or not cache.is_compileable or isinstance(length, Tensor):
+            return
+        if length + new > cache.get_max_length():
+            raise bad_value("cache", f"of max_cache_len {length + new} or more",
+                            Came(f"one of {cache.get_max_length()}"))  # fmt: skip
+
+    def _ordinary_mask(
+        self, x: Tensor, cache: Cache | None, attention_mask: Tensor | None, segments: Tensor | None
+    ) -> Any:
+        """What transformers makes of the masks for ordinary blocks; None where there is none."""
+        name = self.config._attn_implementation
+        if all(kind == "implicit" for kind in self.config.block_types[: self.config.num_hidden_layers]):
+            if name not in (None, "eager", "sdpa"):
+                raise bad_value("attn_implementation", "left out for a model of implicit blocks", name,
+                                "They have kernels of their own: see `solver`. Ordinary blocks use it.")  # fmt: skip
+            return None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            if attention_mask.is_floating_point():
+                return attention_mask
+            seen = attention_mask != 0
+            nothing = torch.zeros((), dtype=x.dtype, device=x.device)
+            return seen if name == "sdpa" else nothing.masked_fill(~seen, torch.finfo(x.dtype).min)
+        make = create_causal_mask if self.config.window is None else create_sliding_window_causal_mask
+        config: Any = SimpleNamespace(
+            _attn_implementation=name, is_causal=self.config.is_causal, sliding_window=self.config.window
+        )
+        if segments is None:
+            return make(config, x, attention_mask, cache)
+        if attention_mask is None and self.config.is_causal:
+            leaping = torch.arange(x.shape[1], device=x.device) + 2 * segments  # between documents alone
+            return make(config, x, None, None, position_ids=leaping)
+        return make(config, x, attention_mask, None, and_mask_function=packed_sequence_mask_function(segments))
 
 
-def _hidden(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The padding that an attention mask names, `[B, P + n]`, True = hidden; None if there is none."""
-    if attention_mask is None:
+def _selected(states: list[Tensor], wanted: bool | int | list[int] | None) -> tuple[Tensor | None, ...] | None:
+    """The hidden states that are asked for, all or some; None in the place of others."""
+    if wanted is None or wanted is False:
         return None
-    if not isinstance(attention_mask, Tensor):
-        raise bad_type("attention_mask", f"a tensor [{batch}, {length}] of zeros and ones", attention_mask)
-    if tuple(attention_mask.shape) != (batch, length):
-        raise bad_value("attention_mask", f"of shape ({batch}, {length}): all tokens, those of the cache included",
-                        attention_mask, "1 says that a token is attended to, 0 that it is padding.")  # fmt: skip
-    hidden = attention_mask == 0
-    return hidden if torch.compiler.is_compiling() or bool(hidden.any()) else None
+    indices = selected_hidden_states(wanted)
+    if indices is None:
+        return tuple(states)
+    kept = {i % len(states) for i in indices if -len(states) <= i < len(states)}
+    return tuple(state if i in kept else None for i, state in enumerate(states))
 
 
 def either(value: bool | None, default: bool | None) -> bool:

@@ -8,7 +8,9 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 from transformers.utils.generic import ModelOutput
 
@@ -71,6 +73,28 @@ class ImplicitMaskedLMOutput(MaskedLMOutput):
 @dataclass
 class ImplicitClassifierOutput(SequenceClassifierOutputWithPast):
     """`SequenceClassifierOutputWithPast` with statistics.
+
+    Attributes:
+        solver_stats: One entry per implicit layer; None if there is none.
+    """
+
+    solver_stats: SolverStats | None = None
+
+
+@dataclass
+class ImplicitTokenClassifierOutput(TokenClassifierOutput):
+    """`TokenClassifierOutput` with statistics.
+
+    Attributes:
+        solver_stats: One entry per implicit layer; None if there is none.
+    """
+
+    solver_stats: SolverStats | None = None
+
+
+@dataclass
+class ImplicitSpanOutput(QuestionAnsweringModelOutput):
+    """`QuestionAnsweringModelOutput` with statistics.
 
     Attributes:
         solver_stats: One entry per implicit layer; None if there is none.

@@ -22,7 +22,7 @@ def build(settings: Settings) -> ImplicitAttentionForCausalLM:
         hidden_size=settings.embed_dim,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
-        layer_types=[kind] * settings.layers,
+        block_types=[kind] * settings.layers,
         max_position_embeddings=settings.length,
         self_query=settings.self_query,
         solver={"name": "forward_substitution", "kernel": settings.kernel},

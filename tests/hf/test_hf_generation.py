@@ -60,7 +60,9 @@ def test_chunks_equal_the_whole(options, kind, padding):
         expected = full.last_hidden_state[:, start:stop]
         torch.testing.assert_close(out.last_hidden_state[seen], expected[seen], rtol=0, atol=1e-8)
         for found, weights in zip(out.attentions, full.attentions, strict=True):
-            rows = found.transpose(1, 2)[seen]
+            assert found.shape[-1] == (16 if kind == "static" else stop)  # a static cache shows every slot
+            assert not found.transpose(1, 2)[seen][..., stop:].any()
+            rows = found[..., :stop].transpose(1, 2)[seen]
             torch.testing.assert_close(rows, weights.transpose(1, 2)[:, start:stop, :, :stop][seen], rtol=0, atol=1e-8)
         start = stop
         assert int(cache.get_seq_length()) == stop

@@ -217,7 +217,7 @@ def test_config_flags_are_the_calls_defaults():
         ({}, "`input_ids` must be given unless `inputs_embeds` is"),
         ({"input_ids": tiny.tokens(), "inputs_embeds": torch.zeros(2, 9, 32)}, "and not both"),
         ({"input_ids": tiny.tokens(), "attention_mask": torch.ones(2, 8)}, r"`attention_mask` must be of shape \(2, 9"),
-        ({"input_ids": tiny.tokens(), "attention_mask": torch.ones(2, 1, 9, 9)}, r"`attention_mask` must be of shape"),
+        ({"input_ids": tiny.tokens(), "attention_mask": torch.ones(2, 1, 9, 8)}, r"`attention_mask` must be of shape"),
         ({"input_ids": tiny.tokens(), "attention_mask": [1]}, "`attention_mask` must be a tensor"),
     ],
 )  # fmt: skip
@@ -227,8 +227,8 @@ def test_bad_inputs(arguments, message):
 
 
 def test_unknown_argument_is_an_error():
-    with pytest.raises(TypeError, match="position"):
-        tiny.make()(tiny.tokens(), position_ids=torch.arange(9)[None])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'positions'"):
+        tiny.make()(tiny.tokens(), positions=torch.arange(9)[None])
 
 
 def test_heads_refuse_the_wrong_mask():

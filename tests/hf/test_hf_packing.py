@@ -1,0 +1,84 @@
+"""Packed documents: each is what it is alone, in values, losses and gradients."""
+
+import pytest
+import torch
+from transformers import DataCollatorWithFlattening, DynamicCache
+
+from implicit_attention.hf import ImplicitAttentionModel
+from tests.hf import tiny
+
+TIGHT = {"solver": {"name": "forward_substitution", "rtol": 1e-13, "atol": 1e-13}}
+KINDS = {
+    "implicit": TIGHT,
+    "ordinary": {"layer_types": ["attention"] * 2},
+    "mixed": {"layer_types": ["attention", "implicit"], "num_kv_heads": 2, **TIGHT},
+    "window": {"layer_types": ["attention", "implicit"], "window": 2, **TIGHT},
+    "alibi": {"layer_types": ["attention", "implicit"], "positions": "alibi", **TIGHT},
+}
+EVERY_KIND = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+LENGTHS = (3, 5, 1, 4)
+
+
+def documents():
+    return [tiny.tokens(1, length, seed=length) for length in LENGTHS]
+
+
+def collated(**options):
+    return DataCollatorWithFlattening(**options)([{"input_ids": d[0].tolist()} for d in documents()])
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("flash", [False, True], ids=["position_ids", "cu_seq_lens"])
+def test_documents_of_the_collator_are_each_alone(options, flash):
+    model = tiny.make(**options)
+    batch = collated(return_flash_attn_kwargs=flash, return_seq_idx=flash)
+    out = model(**batch)
+    assert out.cache is None
+    found = out.logits[0].split(LENGTHS)
+    for logits, document in zip(found, documents(), strict=True):
+        torch.testing.assert_close(logits, model(document).logits[0], rtol=0, atol=1e-9)
+    out.loss.backward()
+    gradient = model.model.layers[1].attention.W_K.weight.grad.clone()
+    model.zero_grad()
+    losses = [
+        model(d, labels=d, num_items_in_batch=sum(LENGTHS) - len(LENGTHS)).loss for d in documents() if d.shape[1] > 1
+    ]
+    torch.testing.assert_close(sum(losses), out.loss, rtol=1e-5, atol=0)
+    sum(losses).backward()
+    torch.testing.assert_close(model.model.layers[1].attention.W_K.weight.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["implicit", "attention"])
+@torch.no_grad()
+def test_bidirectional_documents(kind):
+    model = tiny.make(
+        ImplicitAttentionModel, is_causal=False, initializer_range=0.1, layer_types=[kind] * 2,
+        solver={"name": "anderson", "rtol": 1e-11, "atol": 1e-11},
+    )  # fmt: skip
+    batch = collated()
+    found = model(batch["input_ids"], position_ids=batch["position_ids"]).last_hidden_state[0].split(LENGTHS)
+    for states, document in zip(found, documents(), strict=True):
+        torch.testing.assert_close(states, model(document).last_hidden_state[0], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [TIGHT, KINDS["mixed"]], ids=["implicit", "mixed"])
+@torch.no_grad()
+def test_documents_in_a_graph(options):
+    """There a mask keeps them apart: their lengths are not known."""
+    model, batch = tiny.make(use_cache=False, **options), collated()
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    torch._dynamo.reset()
+    found = torch.compile(model, fullgraph=True, backend="eager")(**given).logits
+    torch.testing.assert_close(found, model(**given).logits, rtol=0, atol=1e-9)
+
+
+def test_what_packed_documents_exclude():
+    model, batch = tiny.make(), collated()
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    with pytest.raises(ValueError, match="`use_cache` must be False with packed documents"):
+        model(**given, use_cache=True)
+    bounds = torch.tensor([0, 3, 13], dtype=torch.int32)
+    with pytest.raises(ValueError, match="`position_ids` must be consecutive within each document"):
+        model(**given, cu_seq_lens_q=bounds)
+    with pytest.raises(ValueError, match="`use_cache` must be False with packed documents"):
+        model(batch["input_ids"], cu_seq_lens_q=bounds, cache=DynamicCache(config=model.config))

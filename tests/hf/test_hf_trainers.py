@@ -1,0 +1,179 @@
+"""Trainers and adapters of other libraries: resuming, prefix tuning, supervised and preference training, offloading."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, TrainingArguments
+
+from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionForCausalLM
+from tests.hf import tiny
+
+# Of peft and trl, which lag behind transformers' names.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*:UserWarning")
+MIXED = {"layer_types": ["implicit", "attention"], "pad_token_id": 0, "dtype": torch.float32}
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        row = tiny.tokens(1, 12, seed=i)[0]
+        return {"input_ids": row, "labels": row}
+
+
+def test_trainer_resumes(tmp_path):
+    def trained(steps, resume, folder):
+        settings = TrainingArguments(
+            folder, max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+            disable_tqdm=True, seed=3, lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = Trainer(tiny.make(**MIXED).train(), settings, train_dataset=Rows())
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    whole = trained(4, None, tmp_path / "whole")
+    trained(2, None, tmp_path / "parts")
+    resumed = trained(4, True, tmp_path / "parts")
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(resumed.get_parameter(name), parameter, rtol=0, atol=1e-6, msg=name)
+
+
+def test_what_is_saved_is_a_configuration_of_transformers(tmp_path):
+    """Its trainer and its tokenizers read config.json with the base class, which knows no "implicit"."""
+    tiny.config(layer_types=["implicit", "attention"]).save_pretrained(tmp_path)
+    saved = PreTrainedConfig.from_json_file(tmp_path / "config.json")
+    assert saved.block_types == ["implicit", "full_attention"]
+    assert "layer_types" not in saved.to_dict()
+
+
+def test_old_name_of_block_types(tmp_path):
+    config = tiny.config(layer_types=["implicit", "attention"])
+    assert config.layer_types == config.block_types == ["implicit", "full_attention"]
+    saved = config.to_dict()
+    saved["layer_types"] = saved.pop("block_types")  # as 0.1.0 saved it
+    assert ImplicitAttentionConfig.from_dict(saved).block_types == ["implicit", "full_attention"]
+    with pytest.raises(ValueError, match="`layer_types` must be None next to block_types"):
+        tiny.config(layer_types=["implicit"] * 2, block_types=["attention"] * 2)
+
+
+def test_unknown_fields_of_a_saved_configuration(tmp_path):
+    model = tiny.make(**MIXED)
+    model.config.pretraining_tp = 1
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="does not know: `pretraining_tp`. They are kept and have no effect"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.pretraining_tp == 1
+    with pytest.warns(UserWarning, match="`pretraining_tp`"):
+        ImplicitAttentionConfig(**model.config.to_dict())
+    with pytest.raises(ValueError, match="`pretraining_tp`"):
+        ImplicitAttentionConfig(pretraining_tp=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoConfig.for_model("implicit_attention", hidden_size=64)
+
+
+def test_a_process_that_does_not_know_the_models_names_them(tmp_path):
+    tiny.make(**MIXED).save_pretrained(tmp_path)
+    code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(tmp_path)!r})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "`implicit_attention`" in out.stderr
+
+
+@pytest.mark.parametrize("options", [MIXED, MIXED | {"num_kv_heads": 2}], ids=["heads", "groups"])
+def test_prefix_tuning(options):
+    model = tiny.make(**options)
+    assert model.config.num_key_value_heads == options.get("num_kv_heads", 4)
+    tuned, tokens = (
+        get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+        tiny.tokens(),
+    )
+    tuned.eval()
+    assert (tuned(tokens).logits - model(tokens).logits).abs().max() > 1e-3
+    found, length = tuned.generate(input_ids=tokens, max_new_tokens=3, do_sample=False), tokens.shape[1]
+    for i in range(3):  # the prefix is seen at every step
+        logits = tuned(found[:, : length + i]).logits[:, -1]
+        assert torch.equal(logits.argmax(-1), found[:, length + i])
+
+
+def test_lora_with_a_compiled_static_cache():
+    """The adapter's map is part of the compiled step."""
+    config = LoraConfig(r=2, target_modules=["Omega_Q", "W_K"], init_lora_weights=False)
+    model = get_peft_model(tiny.make(**MIXED), config).eval()
+    tokens, settings = tiny.tokens(2, 5), {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(input_ids=tokens, use_cache=False, **settings)
+    assert torch.equal(model.generate(input_ids=tokens, cache_implementation="static", **settings), expected)
+
+
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_offloaded_blocks(tmp_path, place):
+    model, tokens = tiny.make(dtype=torch.float32, layer_types=["attention", "implicit"], num_kv_heads=2), tiny.tokens()
+    model.save_pretrained(tmp_path / "model")
+    where = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.layers.0": "cpu",
+             "model.layers.1": place}  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=where, offload_folder=tmp_path / "offload"
+    )
+    for _ in range(2):
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(loaded.generate(tokens, **settings), model.generate(tokens, **settings))
+
+
+def test_supervised_training_on_packed_rows(tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"input_ids": tiny.tokens(1, 3 + i % 5, seed=i)[0].tolist()} for i in range(16)])
+    settings = trl.SFTConfig(
+        str(tmp_path), max_steps=2, packing=True, padding_free=True, max_length=16, report_to="none", use_cpu=True,
+        disable_tqdm=True, per_device_train_batch_size=1, dataset_kwargs={"skip_prepare_dataset": False},
+        pad_token="<pad>", eos_token="<eos>", bf16=False,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(tiny.make(**MIXED).train(), settings, train_dataset=rows, processing_class=tokenizer())
+    assert "position_ids" in next(iter(trainer.get_train_dataloader()))
+    assert trainer.train().training_loss > 0
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {chr(97 + i): 3 + i for i in range(26)}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def test_preference_training(tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e"}] * 8)
+    common = {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "bf16": False}
+    trainer = trl.DPOTrainer(
+        tiny.make(**MIXED).train(), tiny.make(**MIXED), train_dataset=rows, processing_class=tokenizer(),
+        args=trl.DPOConfig(str(tmp_path / "dpo"), **common),
+    )  # fmt: skip
+    assert trainer.train().training_loss > 0
+
+
+def test_reward_training(tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from implicit_attention.hf import ImplicitAttentionForSequenceClassification
+
+    rows = datasets.Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e"}] * 8)
+    settings = trl.RewardConfig(
+        str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, bf16=False
+    )
+    model = tiny.make(ImplicitAttentionForSequenceClassification, num_labels=1, **MIXED).train()
+    trainer = trl.RewardTrainer(model, args=settings, train_dataset=rows, processing_class=tokenizer())
+    assert trainer.train().training_loss > 0
+
+
+def test_the_class_is_registered():
+    assert type(AutoModelForCausalLM.from_config(tiny.config())) is ImplicitAttentionForCausalLM

@@ -223,7 +223,7 @@ def test_ordinary_blocks_call_a_registered_function():
     assert calls == [0]
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_implementations_that_nothing_would_use_are_refused():
     with pytest.raises(ValueError, match="does not support Flash Attention 2"):
         tiny.make(attn_implementation="flash_attention_2", layer_types=["attention"] * 2)

@@ -248,7 +248,7 @@ def _positions(
     turns = _name(config) == "rope" and config.is_causal  # without a cache, differences alone matter
     if turns and config.window is None:
         return position_ids
-    # Biases and windows count columns, as do layers without a causal mask: positions may only be moved as a whole, by the
+    # Biases and windows count columns, as do layers without a causal mask: positions may move only as a whole, by the
     # padding before them.
     moved = place - position_ids
     counted = torch.ones_like(moved, dtype=torch.bool)

@@ -63,7 +63,7 @@ class LayerCache:
         assert self.cache is not None
         layer = self.cache.layers[self.layer_idx]
         keys, values = (layer.keys, layer.values) if isinstance(layer, CacheLayerMixin) else (None, None)
-        if isinstance(length, int) and (keys is None or values is None or keys.shape[-2] < length):
+        if keys is None or values is None or (isinstance(length, int) and keys.shape[-2] < length):
             raise bad_value("cache", "a DynamicCache or a StaticCache of full length", Came(type(self.cache).__name__),
                             "The solver needs every column as it was, not a part or a quantised copy.")  # fmt: skip
         if isinstance(length, int):

@@ -44,7 +44,8 @@ def take_cache(cache: Cache | None, kwargs: Any) -> Cache | None:
 
 def _begins_with(cache: Cache, other: Cache) -> bool:
     """Whether the first tokens of a cache are those of another."""
-    length, keys, first = cached_length(other), cache.layers[0].keys, other.layers[0].keys
+    length = cached_length(other)
+    keys, first = (getattr(c.layers[0], "keys", None) for c in (cache, other))
     if keys is None or first is None or keys.shape[-2] < length or isinstance(length, Tensor):
         return False
     return keys.shape[:2] == first.shape[:2] and torch.equal(keys[:, :, :length], first[:, :, :length].to(keys.dtype))

@@ -1,6 +1,6 @@
 """One solve of an implicit layer inside a model, with a transformers cache."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def solve(
     Returns:
         The equilibrium, with what was asked for.
     """
-    given = {"key_padding_mask": hidden, "cache": cache, "attn_mask": mask, "segments": segments}
+    given: dict[str, Any] = {"key_padding_mask": hidden, "cache": cache, "attn_mask": mask, "segments": segments}
     given = {name: value for name, value in given.items() if value is not None}
     equation = layer.equation(x, **given) if need_weights else None
     solution = layer.solve(x, **given, gains=gains and layer.triangular)

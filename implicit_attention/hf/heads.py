@@ -1,13 +1,12 @@
 """The language models: the next token from those before, masked tokens from those around them."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs
 
 from implicit_attention.errors import bad_value
@@ -72,7 +71,7 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
     continuous_batching_context_manager = init_continuous_batching
     generate_batch = init_continuous_batching
 
-    def forward(
+    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -168,7 +167,7 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

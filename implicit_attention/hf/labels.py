@@ -1,9 +1,10 @@
 """The models that label: a sequence, every token, or where an answer begins and ends."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs
 
 from implicit_attention.hf.calls import take_cache
@@ -32,7 +33,7 @@ class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedMode
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -122,7 +123,7 @@ class ImplicitAttentionForTokenClassification(ImplicitAttentionPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -192,7 +193,7 @@ class ImplicitAttentionForQuestionAnswering(ImplicitAttentionPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

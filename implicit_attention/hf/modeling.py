@@ -2,7 +2,7 @@
 
 from os import PathLike
 from types import SimpleNamespace
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
     packed_sequence_mask_function,
 )
-from transformers.processing_utils import Unpack
 from transformers.utils.generic import ModelOutput, TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import selected_hidden_states
@@ -110,7 +109,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -155,16 +154,17 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         boundaries, numbers = check_others(kwargs, self.config.is_causal)
         if (input_ids is None) == (inputs_embeds is None):
             raise bad_value("input_ids", "given unless `inputs_embeds` is, and not both", input_ids)
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         position_ids = check_positions(position_ids, cache_position, cached_length(cache), x)
         restarts = position_ids if attention_mask is None and cache is None else None
-        segments = documents(x.shape[:2], restarts, boundaries, numbers)
+        segments = documents((x.shape[0], x.shape[1]), restarts, boundaries, numbers)
         cache = self._cache(cache, use_cache, segments if not is_tracing(x) else None)
         self._check_room(cache, x.shape[1])
         tokens = describe(self.config, x, cache, attention_mask, position_ids, segments)
         mask = self._ordinary_mask(x, cache, attention_mask, segments)
         show_weights = either(output_attentions, self.config.output_attentions)
-        states, weights, stats = [x], [], []
+        states: list[Tensor] = [x]
+        weights, stats = [], []
         gains = either(output_gains, self.config.output_gains)
         for block in self.layers[: self.config.num_hidden_layers]:
             x, block_weights, block_stats = block(
@@ -178,7 +178,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         out = ImplicitModelOutput(
             last_hidden_state=x,
             cache=cache,
-            hidden_states=_selected(states, wanted),
+            hidden_states=_selected(states, wanted),  # type: ignore[arg-type] # None in the place of those not asked for
             attentions=tuple(weights) if show_weights else None,
             solver_stats=stack_stats(stats),
         )

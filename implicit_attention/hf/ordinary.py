@@ -76,12 +76,10 @@ class OrdinaryAttention(nn.Module):
         name = self.config._attn_implementation
         _check(name, bias is not None, need_weights)
         computed = _eager if need_weights else ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager)
-        y, weights = computed(
-            self, query, key, value, mask,
-            dropout=self.dropout if self.training else 0.0, scaling=self.scale,
-            **{} if bias is None else {"position_bias": bias.to(query.dtype)},
-            **{} if self.window is None else {"sliding_window": self.window},
-        )  # fmt: skip
+        others: dict[str, Any] = {} if bias is None else {"position_bias": bias.to(query.dtype)}
+        others |= {} if self.window is None else {"sliding_window": self.window}
+        dropout = self.dropout if self.training else 0.0
+        y, weights = computed(self, query, key, value, mask, dropout=dropout, scaling=self.scale, **others)
         if bias is not None and not len(x):  # a kernel gives it no gradient, where other processes have one
             y = y + zero_of((bias,))
         out = merge_heads(y.transpose(1, 2))
@@ -107,12 +105,14 @@ class OrdinaryAttention(nn.Module):
             return None
         term, tensor = made
         if isinstance(past, int):
-            return term.block(tensor, slice(past, past + new), slice(0, total))
+            block: Tensor = term.block(tensor, slice(past, past + new), slice(0, total))
+            return block
         # P is a tensor: the bias of every distance, of which each pair takes its own.
         most, device = total + new, tensor.device
         by_distance = term.block(tensor, slice(most, most + 1), slice(0, 2 * most + 1))[..., 0, :]
         distance = past + torch.arange(new, device=device)[:, None] - torch.arange(total, device=device)
-        return by_distance[..., most - distance]
+        found: Tensor = by_distance[..., most - distance]
+        return found
 
 
 def _check(name: str | None, has_bias: bool, need_weights: bool) -> None:

@@ -57,7 +57,8 @@ class Tokens(NamedTuple):
         old, own = weights.split([self.size, new], -1)
         if self.order is not None:
             old = torch.zeros_like(old).index_copy(-1, self.order, old)
-        return old.index_copy(-1, self.length + torch.arange(new, device=weights.device), own)
+        whole: Tensor = old.index_copy(-1, self.length + torch.arange(new, device=weights.device), own)
+        return whole
 
 
 def cached_length(cache: Cache | None) -> int | Tensor:

@@ -35,9 +35,8 @@ def page(results: dict[str, Result]) -> str:
         "blocks once. So its cost is counted in attention passes: times and memory are ratios to "
         "`torch.nn.functional.scaled_dot_product_attention(is_causal=True)` (SDPA) on the same shapes. All contestants "
         "run in turn in one process. All get the same keys and values; making queries from the output is part of the "
-        'work. The diagonal blocks use `kernel="auto"`: the compiled CPU engine of the extra `cpu`. This page measures '
-        "the solve. The README's table measures a whole layer, projections included, and its default kernel, which is "
-        "slower.",
+        "work. Everything has its defaults. This page measures the solve; the README's table measures a whole layer, "
+        "projections included.",
     ]
     for name, title in TITLES.items():
         parts += [f"## {title}", *section(name, results.get(name))]

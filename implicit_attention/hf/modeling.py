@@ -1,7 +1,6 @@
 """The model without a head: embedding, blocks and a last norm."""
 
 from os import PathLike
-from types import SimpleNamespace
 from typing import Any, Self, TypeVar, Unpack
 
 import torch
@@ -229,15 +228,22 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             nothing = torch.zeros((), dtype=x.dtype, device=x.device)
             return seen if name == "sdpa" else nothing.masked_fill(~seen, torch.finfo(x.dtype).min)
         make = create_causal_mask if self.config.window is None else create_sliding_window_causal_mask
-        config: Any = SimpleNamespace(
-            _attn_implementation=name, is_causal=self.config.is_causal, sliding_window=self.config.window
-        )
+        config: Any = _MaskSettings(name, self.config.is_causal, self.config.window)
         if segments is None:
             return make(config, x, attention_mask, cache)
         if attention_mask is None and self.config.is_causal:
             leaping = torch.arange(x.shape[1], device=x.device) + 2 * segments  # between documents alone
             return make(config, x, None, None, position_ids=leaping)
         return make(config, x, attention_mask, None, and_mask_function=packed_sequence_mask_function(segments))
+
+
+class _MaskSettings:
+    """What transformers' masks ask of a configuration, under the names they know. Dynamo traces no SimpleNamespace."""
+
+    def __init__(self, implementation: str | None, is_causal: bool, window: int | None) -> None:
+        self._attn_implementation = implementation
+        self.is_causal = is_causal
+        self.sliding_window = window
 
 
 def _selected(states: list[Tensor], wanted: bool | int | list[int] | None) -> tuple[Tensor | None, ...] | None:

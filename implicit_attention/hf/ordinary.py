@@ -80,7 +80,7 @@ class OrdinaryAttention(nn.Module):
         others |= {} if self.window is None else {"sliding_window": self.window}
         dropout = self.dropout if self.training else 0.0
         y, weights = computed(self, query, key, value, mask, dropout=dropout, scaling=self.scale, **others)
-        if bias is not None and not len(x):  # a kernel gives it no gradient, where other processes have one
+        if bias is not None and x.shape[0] == 0:  # a kernel gives it no gradient, where other processes have one
             y = y + zero_of((bias,))
         out = merge_heads(y.transpose(1, 2))
         return out if self.out_proj is None else self.out_proj(out), weights if need_weights else None

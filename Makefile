@@ -11,7 +11,7 @@ KERNELS := .venv/.kernels
 CPU := implicit_attention/causal/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint types bench gpu constraints clean
+.PHONY: help demo check test sanitize lint types bench gpu constraints clean
 
 help: ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -31,6 +31,13 @@ check: $(KERNELS) lint types ## lint, types, and a quick part of the tests (2 mi
 # One thread per worker: the workers fill the cores, and threads of torch's own would compete with them.
 test: $(KERNELS) lint types ## lint, types, every test, and coverage (10 to 15 minutes; ARGS='-k picard --no-cov': a part of them)
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov $(ARGS)
+
+# Torch itself leaks on purpose. One thread: the sanitizers' own work is enough for a core.
+sanitize: $(KERNELS) ## the C++ kernels under AddressSanitizer and UBSan (5 minutes)
+	$(BIN)/python $(CPU)/build.py build/sanitized --sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	  IMPLICIT_ATTENTION_CPU_LIBRARY=build/sanitized/libimplicit_attention_cpu.so \
+	  $(BIN)/python -m pytest -q --no-cov -p no:cacheprovider tests/causal/cpu/test_forward_and_adjoint.py $(ARGS)
 
 lint: $(INSTALLED) ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -55,7 +55,7 @@ def title(name: str) -> str:
 
 def learning_table(found: Records) -> str:
     """What one implicit layer learns, next to one ordinary layer and to the best arm that is not implicit."""
-    head = ["task", "one ordinary layer", "one implicit layer", "best other arm"]
+    head = ["task", "ordinary attention", "implicit", "best other arm"]
     shown, lines = tables("cpu"), []
     for name, words in TASKS.items():
         rows = found.get(name)

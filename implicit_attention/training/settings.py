@@ -94,8 +94,8 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Device to compute on.", "Run")
     kernel: Literal["auto", "torch", "cpp", "numba"] = _setting(
         "auto",
-        "Kernels of the implicit layers. [bold]auto[/bold] takes the fastest. [bold]numba[/bold] is the old name of "
-        "[bold]cpp[/bold].",
+        "Kernels of the implicit layers. [bold]auto[/bold]: cpp on a CPU, torch elsewhere. [bold]numba[/bold] is the "
+        "old name of cpp.",
         "Run",
     )
     bf16: bool = _setting(False, "Compute in bfloat16, with weights in float32.", "Run")

@@ -108,11 +108,12 @@ class Failures:
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
 
-    def __call__(self, solution: Solution, name: str) -> None:
+    def __call__(self, solution: Solution, name: str, solver: Method) -> None:
+        del solver
         self._count(name, int((~solution.converged).sum()))
 
-    def adjoint(self, found: AdjointSolution, grad: Tensor) -> None:
-        del grad
+    def adjoint(self, found: AdjointSolution, grad: Tensor, solver: Method) -> None:
+        del grad, solver
         self._count("adjoint equation", int((~found.converged).sum()))
         self._count(NEAR_SINGULAR, found.near_singular)
 

@@ -1,6 +1,6 @@
 """How a layer's equation is solved: by which solver, with which gradient, and what is known of the solution."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -248,15 +248,18 @@ def watch_for_collapse(
         report: Says it.
     """
     able = not (settings.is_causal or settings.query_input or positions is not None or inputs.attn_mask is not None)
-    if not able or start.shape[1] == 1 or report.said(CollapseWarning) or maps.transforms_active():
+    if not able or start.shape[1] == 1 or not start.numel() or maps.transforms_active():
         return
+    padding, sentence = inputs.key_padding_mask if inputs.context is None else None, _COLLAPSED[settings.rows_are_keys]
+    look: Callable[..., None] = _look
     if torch.compiler.is_compiling():  # these solves are no part of a compiled graph either
-        look = torch.compiler.disable(collapsed)  # type: ignore[no-untyped-call]
-        warn = torch.compiler.disable(report.once)  # type: ignore[no-untyped-call]
-    else:
-        look, warn = collapsed, report.once
-    if look(start, value, inputs.key_padding_mask if inputs.context is None else None):
-        warn(_COLLAPSED[settings.rows_are_keys], CollapseWarning)
+        look = torch.compiler.disable(_look)  # type: ignore[no-untyped-call]
+    look(start, value, padding, sentence, report)
+
+
+def _look(start: Tensor, value: Tensor, padding: Tensor | None, sentence: str, report: FailureReport) -> None:
+    if not report.said(CollapseWarning) and collapsed(start, value, padding):
+        report.once(sentence, CollapseWarning)
 
 
 _COLLAPSED = {

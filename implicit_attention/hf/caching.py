@@ -100,5 +100,7 @@ def kept(layer: object, columns: Tensor) -> Tensor:
         layer: The layer of the cache that holds them.
         columns: Some of its columns or values.
     """
-    changes = isinstance(layer, StaticLayer) or columns.is_inference()
-    return columns.clone() if changes and torch.is_grad_enabled() else columns
+    if not torch.is_grad_enabled():
+        return columns
+    foreign = not torch.compiler.is_compiling() and columns.is_inference()  # the compiler cannot ask
+    return columns.clone() if foreign or isinstance(layer, StaticLayer) else columns

@@ -75,7 +75,8 @@ class OrdinaryAttention(nn.Module):
         bias = self._bias(x, key.shape[2], tokens.length)
         name = self.config._attn_implementation
         _check(name, bias is not None, need_weights)
-        computed = _eager if need_weights else ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager)
+        empty = not torch.compiler.is_compiling() and not x.numel()  # transformers' own functions cannot take it
+        computed = _eager if need_weights or empty else ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager)
         others: dict[str, Any] = {} if bias is None else {"position_bias": bias.to(query.dtype)}
         others |= {} if self.window is None else {"sliding_window": self.window}
         dropout = self.dropout if self.training else 0.0

@@ -58,7 +58,7 @@ def test_the_table_has_the_figures_that_were_measured():
     result = {"correct": True, "processor": "P", "threads": 1, "versions": {"torch": "T"}, "dtype": "float32",
               "rtol": 1e-5, "shapes": [shape]}  # fmt: skip
     head, _, line, _, machine = readme.cost_table(result).splitlines()
-    assert [cell.strip() for cell in line.split("|")[3:-1]] == [f"{1.25 + i:.1f}" for i in range(len(layer.LAYERS))]
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == [f"{1.25 + i:.2f}" for i in range(len(layer.LAYERS))]
     assert all(name in head for name in layer.LAYERS)
     assert machine == "P, 1 thread, PyTorch T, float32, tolerance 1e-05."
 

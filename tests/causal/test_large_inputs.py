@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from implicit_attention import ConvergenceWarning, ImplicitQueryAttention
+from implicit_attention import ConvergenceWarning, ForwardSubstitution, ImplicitQueryAttention
 from implicit_attention.causal import curve, diagonal, rows
 from implicit_attention.causal.rows import solve_rows
 from tests.causal.row_batches import function, joined, linear, make, single
@@ -39,7 +39,8 @@ def work(monkeypatch):
 
 def layer_and_input(factor, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    layer = ImplicitQueryAttention(32, 4, is_causal=True, **options).to(dtype)
+    solver = ForwardSubstitution(kernel="torch")
+    layer = ImplicitQueryAttention(32, 4, is_causal=True, solver=solver, **options).to(dtype)
     return layer, factor * torch.randn(2, 33, 32, dtype=dtype)
 
 
@@ -47,7 +48,7 @@ def layer_and_input(factor, dtype=torch.float32, **options):
 @pytest.mark.parametrize("heads", [4, 1])
 def test_work_is_bounded_and_what_is_not_solved_is_said(work, factor, heads):
     torch.manual_seed(0)
-    layer = ImplicitQueryAttention(32, heads, is_causal=True)
+    layer = ImplicitQueryAttention(32, heads, is_causal=True, solver=ForwardSubstitution(kernel="torch"))
     x = (factor * torch.randn(2, 33, 32)).requires_grad_()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -119,5 +119,5 @@ def test_third_derivatives_of_a_layer_are_refused_by_name(options, way):
     second = derived(derived(value))
     x = x if way == "func" else x.requires_grad_()
     assert bool(torch.isfinite(second(x)))
-    with pytest.raises(NotImplementedError, match="differentiable twice; a third derivative was asked for"):
+    with pytest.raises(NotImplementedError, match="differentiable twice, and a third derivative was asked for"):
         derived(second)(x)

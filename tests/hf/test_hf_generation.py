@@ -178,12 +178,12 @@ def test_new_tokens_take_the_short_way(padded, monkeypatch):
     """With `self_query="input"` no token is hard."""
     taken = []
 
-    def recorded(layer, inputs):
-        out = decode(layer, inputs)
+    def recorded(layer, inputs, projected):
+        out = decode(layer, inputs, projected)
         taken.extend([out] if inputs.x.shape[1] == 1 else [])
         return out
 
-    monkeypatch.setattr("implicit_attention.layer.decode", recorded)
+    monkeypatch.setattr("implicit_attention.solving.decode", recorded)
     model, tokens = tiny.make(self_query="input"), tiny.tokens(2, 5)
     mask = torch.ones_like(tokens)
     if padded:
@@ -226,7 +226,8 @@ def test_a_conversation_goes_on_from_its_cache():
 def test_what_the_cache_holds():
     """Queries and values of the columns' heads: in size a cache of keys and values."""
     model = tiny.make(num_kv_heads=2)
-    cache = model(tiny.tokens(2, 5)).cache
+    with torch.no_grad():
+        cache = model(tiny.tokens(2, 5)).cache
     assert len(cache) == 2
     for layer in cache.layers:
         assert layer.keys.shape == layer.values.shape == (2, 2, 5, 8)

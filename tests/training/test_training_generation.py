@@ -107,7 +107,6 @@ def copy(directory, target):
         (lambda d: change(d, model_type=None), "its config.json has model_type None"),
         (lambda d: change(d, hidden_size=32), "is damaged"),
         (lambda d: change(d, vocab_size=300), "is damaged"),
-        (lambda d: change(d, no_such_option=1), "is damaged"),
     ],
 )
 def test_a_directory_without_a_sound_model_is_named_in_one_line(tmp_path, directory, damage, sentence):

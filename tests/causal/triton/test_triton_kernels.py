@@ -259,7 +259,7 @@ def compiled(arguments, cache):
     """What `compile_triton` says of a kernel, in a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "compile_triton.py"), *arguments]
+    command = [sys.executable, str(Path(__file__).parent / "compile_triton.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

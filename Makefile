@@ -29,7 +29,7 @@ check: $(KERNELS) lint types ## lint, types, and a quick part of the tests (2 mi
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(QUICK) $(ARGS)
 
 # One thread per worker: the workers fill the cores, and threads of torch's own would compete with them.
-test: $(KERNELS) lint types ## lint, types, every test, and coverage (10 to 15 minutes; ARGS='-k picard --no-cov': a part of them)
+test: $(KERNELS) lint types ## lint, types, every test, and coverage (15 to 20 minutes; ARGS='-k picard --no-cov': a part of them)
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov $(ARGS)
 
 # Torch itself leaks on purpose. One thread: the sanitizers' own work is enough for a core.

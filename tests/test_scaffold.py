@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import implicit_attention
+from implicit_attention.causal import cpu
+from implicit_attention.causal.cpu import build
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "implicit_attention"
@@ -169,3 +171,8 @@ def test_constraints_pin_every_dependency_exactly():
     names = {line.split(">=")[0] for line in wanted if not line.startswith("implicit-attention[")}
     assert names <= set(pins)
     assert not [pin for pin in pins.values() if "+" in pin], "local versions exist on one machine only"
+
+
+def test_the_kernels_are_built_where_a_compiler_is():
+    if build.find_compiler() is not None:
+        assert cpu.problem() is None

@@ -81,5 +81,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # pip has built the C++ kernels; they are built again when their sources change.
 $(KERNELS): $(INSTALLED) $(wildcard $(CPU)/csrc/*) $(CPU)/build.py
-	$(BIN)/python $(CPU)/build.py
+	@if [ ! -e $(KERNELS) ] || [ -n "$$(find $(CPU)/csrc $(CPU)/build.py -newer $(KERNELS))" ]; then \
+	  $(BIN)/python $(CPU)/build.py; fi
 	@touch $(KERNELS)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -70,11 +71,22 @@ class Inputs:
         return {name: getattr(self, name) for name in names}
 
 
+class InputOptions(TypedDict, total=False):
+    """What a call can be given beside `x` and `context`; `ImplicitQueryAttention.forward` explains each."""
+
+    attn_mask: Tensor | None
+    key_padding_mask: Tensor | None
+    cache: Cache | None
+    segments: Tensor | None
+    cu_seqlens: Tensor | None
+
+
 def checked(
     settings: Settings,
     weight: Tensor | None,
     x: Tensor,
     context: Tensor | None = None,
+    *,
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     cache: Cache | None = None,
@@ -86,13 +98,13 @@ def checked(
     Args:
         settings: Of the layer.
         weight: A parameter of the layer, for its dtype and device; None if only its modules know what they take.
-        x: As in `ImplicitQueryAttention.forward`, as are the others.
-        context: Where keys and values come from.
-        attn_mask: Of rows by columns.
-        key_padding_mask: Of columns.
-        cache: The tokens before x.
-        segments: Which document each token belongs to.
-        cu_seqlens: Boundaries of documents.
+        x: As in `ImplicitQueryAttention.forward`, as are all that follow.
+        context: Likewise.
+        attn_mask: Likewise.
+        key_padding_mask: Likewise.
+        cache: Likewise.
+        segments: Likewise.
+        cu_seqlens: Likewise.
 
     Raises:
         TypeError: If a tensor is of the wrong type.

@@ -1,7 +1,7 @@
 """The layer: implicit-query attention solved to its equilibrium, with all its options."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.reports import Reporting
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.errors import bad_type, bad_value, require
-from implicit_attention.inputs import Inputs, check_cacheable, checked, non_finite
+from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, checked, non_finite
 from implicit_attention.recommended import Recommended
 from implicit_attention.settings import Configured, Settings
 from implicit_attention.solving import make_adjoint, make_solver, row_gains, settle
@@ -175,7 +175,10 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             ValueError: If a shape, dtype or device does not fit, or an input or weight holds NaN or Inf.
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
-        inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens)
+        inputs = self._inputs(
+            x, context, attn_mask=attn_mask, key_padding_mask=key_padding_mask, cache=cache, segments=segments,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
         found = settle(self, self._report, inputs, short=not need_weights)
         out = self._project(found.solution.value)
         out = out if inputs.batched else out[0]
@@ -191,24 +194,15 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         x: Tensor,
         context: Tensor | None = None,
         *,
-        attn_mask: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        segments: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
         history: bool = False,
         gains: bool = False,
+        **inputs: Unpack[InputOptions],
     ) -> Solution:
         """Return the equilibrium before `out_proj`, with residual, steps and convergence.
 
         Args:
             x: As in `forward`.
             context: As in `forward`.
-            attn_mask: As in `forward`.
-            key_padding_mask: As in `forward`.
-            cache: As in `forward`.
-            segments: As in `forward`.
-            cu_seqlens: As in `forward`.
             history: Keep every iterate. Iterative solvers have them, Picard() and Anderson() among them; the causal
                 default, `ForwardSubstitution`, has none.
             gains: Also return `Solution.gain`, how much each row feeds itself, at the cost of no attention pass. Only
@@ -226,43 +220,29 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         if gains and not self.triangular:
             raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
                             "Use diagnostics.spectral_radius.")  # fmt: skip
-        inputs = self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens)
-        found = settle(self, self._report, inputs, history=history, short=not (history or gains))
+        given = self._inputs(x, context, **inputs)
+        found = settle(self, self._report, given, history=history, short=not (history or gains))
         solution = replace(found.solution, value=_own(found.solution.value))
         if gains:
             assert found.equation is not None
             solution = replace(solution, gain=row_gains(found.equation, found.solution))
-        solution = solution if inputs.batched else solution.unbatched()
-        found.give(inputs)
+        solution = solution if given.batched else solution.unbatched()
+        found.give(given)
         return solution
 
-    def equation(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        attn_mask: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        segments: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Equation:
+    def equation(self, x: Tensor, context: Tensor | None = None, **inputs: Unpack[InputOptions]) -> Equation:
         """Return the equation that `solve` solves, for `fixed_point`, diagnostics or solvers of your own.
 
         Args:
             x: As in `forward`; an unbatched input becomes a batch of one.
             context: As in `forward`.
-            attn_mask: As in `forward`.
-            key_padding_mask: As in `forward`.
-            cache: The tokens before x, which stay as they are.
-            segments: As in `forward`.
-            cu_seqlens: As in `forward`.
+            **inputs: As in `solve`; the cache stays as it is.
 
         Raises:
             TypeError: As `forward`.
             ValueError: As `forward`.
         """
-        return prepare(self, self._inputs(x, context, attn_mask, key_padding_mask, cache, segments, cu_seqlens))
+        return prepare(self, self._inputs(x, context, **inputs))
 
     def make_cache(self, batch_size: int, capacity: int) -> DecodeCache:
         """Return an empty cache for this layer.
@@ -281,8 +261,8 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             dtype = torch.get_autocast_dtype(device.type)  # what its values are computed in
         return DecodeCache(batch_size, settings.num_kv_heads, settings.head_dim, capacity, device=device, dtype=dtype)
 
-    def _inputs(self, x: Tensor, *others: Any) -> Inputs:
-        return checked(self.settings, checked_against(self.W_K), x, *others)
+    def _inputs(self, x: Tensor, context: Tensor | None, **options: Unpack[InputOptions]) -> Inputs:
+        return checked(self.settings, checked_against(self.W_K), x, context, **options)
 
     def _project(self, y: Tensor) -> Tensor:
         if self.out_proj is None:

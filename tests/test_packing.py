@@ -321,7 +321,7 @@ def test_padding_is_no_system_of_its_own():
         solution.value.sum().backward()
     assert bool(solution.converged.all())
     assert float(solution.gain.max()) > 1
-    inputs = layer._inputs(x, None, None, None, None, numbered(lengths))
+    inputs = layer._inputs(x, None, segments=numbered(lengths))
     equation = prepare(layer, inputs)
     key = equation.args[equation.function.maps[0].names.index("key")]
     assert bool((key[1, :, 2:] == 0).all())  # no weight depends on an output
@@ -381,7 +381,7 @@ def test_batches_of_known_documents():
 def test_unpacking_and_packing(rows):
     layer, segments = make({}), torch.tensor(rows)
     x = torch.randn(*segments.shape, 8, dtype=torch.float64)
-    packing = Packing.of(layer._inputs(x, None, None, None, None, segments), padded=True)
+    packing = Packing.of(layer._inputs(x, None, segments=segments), padded=True)
     parts = packing.unpack(x)
     assert torch.equal(packing.pack(parts), x)
     assert sum(int((part != 0).any(-1).sum()) for part in parts) == segments.numel()  # the rest is zero

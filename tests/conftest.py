@@ -38,6 +38,13 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning")
 
 
+def pytest_collection_modifyitems(items):
+    """Do not measure the coverage of Triton's interpreter, which takes three times as long to be watched."""
+    for item in items:
+        if "brisk_interpreter" in item.fixturenames:
+            item.add_marker("no_cover")
+
+
 @pytest.fixture(scope="session")
 def brisk_interpreter():
     """Let Triton's interpreter prepare the language once; it does so at every call of a function within a kernel."""

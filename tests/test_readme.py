@@ -1,9 +1,11 @@
 """The README and the pages are true: Python runs as it stands, commands, options, extras and links exist, and figures
 are those of the records."""
 
+import contextlib
+import io
 import itertools
-import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -92,12 +94,17 @@ def shell_commands(*program: str) -> list:
 
 
 @cache
-def help_text(*arguments: str) -> str:
-    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, *arguments, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def help_text(module: str, *arguments: str) -> str:
+    """What `python -m module ... --help` prints, in this process, which has imported most of it."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments, "--help"])
+        for name, value in {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}.items():
+            patch.setenv(name, value)
+        with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as left:
+            runpy.run_module(module, run_name="__main__")
+    assert not left.value.code, shown.getvalue()
+    return shown.getvalue()
 
 
 def options(words: list[str]) -> list[str]:
@@ -127,13 +134,13 @@ def test_make_target_exists(words):
 @pytest.mark.parametrize("words", shell_commands("implicit-attention") + shell_commands("-m", "implicit_attention.cli"))
 def test_command_line_exists(words):
     subcommand = [words[0]] if words and not words[0].startswith("-") else []
-    shown = help_text("-c", "from implicit_attention.cli import main; main()", *subcommand)
+    shown = help_text("implicit_attention.cli", *subcommand)
     assert [option for option in options(words) if option not in shown] == []
 
 
 @pytest.mark.parametrize("words", shell_commands("python", "-m", "benchmarks"))
 def test_benchmark_exists(words):
-    shown = help_text("-m", "benchmarks", *[word for word in words[:1] if not (word.startswith("-") or word.isupper())])
+    shown = help_text("benchmarks", *[word for word in words[:1] if not (word.startswith("-") or word.isupper())])
     assert [option for option in options(words) if option not in shown] == []
 
 

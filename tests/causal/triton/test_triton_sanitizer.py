@@ -187,6 +187,16 @@ SOLVES = {
 }  # fmt: skip
 
 
+# An interpreted solve takes seconds. The order of programs is changed where each kernel runs, and over several samples.
+EACH_KERNEL = ("own-columns-norm", "one-program-blocks", "one-program-hard-H1", "token", "iterations")
+TWICE = (
+    *EACH_KERNEL,
+    "sweeps-B3-N45",
+    "sweeps-groups-alibi",
+    "sweeps-views",
+    "one-program-alibi",
+    "token-groups-float32-B1",
+)
 MEANT = {"sweeps": "attend_rows", "own": "own_columns", "one": "solve_block", "token": "settle_token"}
 
 
@@ -199,10 +209,15 @@ def seen(name):
     return found, first
 
 
-@pytest.mark.parametrize("name", SOLVES)
+@pytest.mark.parametrize("name", [name for name in SOLVES if name not in TWICE])
+def test_solves_are_clean(name, poisoned):
+    assert all(bool(torch.isfinite(t).all()) for t in seen(name)[0])
+
+
+@pytest.mark.parametrize("name", TWICE)
 def test_solves_are_clean_and_know_no_order(name, request):
     wanted, first = seen(name)
-    order = list(ORDERS)[list(SOLVES).index(name) % len(ORDERS)]
+    order = list(ORDERS)[TWICE.index(name) % len(ORDERS)]
     request.getfixturevalue("poisoned")
     with sanitized(ORDERS[order], HARMLESS) as second:
         found = SOLVES[name]()
@@ -238,10 +253,7 @@ def launched_kernels():
 
 
 def test_every_kernel_is_seen_and_every_excuse_is_needed():
-    enough = [
-        seen(name)[1]
-        for name in ("own-columns-norm", "one-program-blocks", "one-program-hard-H1", "token", "iterations")
-    ]
+    enough = [seen(name)[1] for name in EACH_KERNEL]
     assert {name for one in enough for name in one.launches} == launched_kernels()
     assert set().union(*(one.excused for one in enough)) == HARMLESS
 

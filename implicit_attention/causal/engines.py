@@ -229,8 +229,7 @@ def feedback_engine(kernel: str, system: CausalSystem) -> Any:
         ImportError: As in `chosen`.
         ValueError: As in `chosen`.
     """
-    chosen(kernel, system)
-    return None
+    return import_module("implicit_attention.causal.cpu.feedback") if chosen(kernel, system) == "cpp" else None
 
 
 def states() -> dict[str, str]:

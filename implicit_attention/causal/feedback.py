@@ -86,12 +86,13 @@ class Engine(Protocol):
     Attributes:
         ForwardKernel: Makes a kernel from the system and what `Forward.state` holds.
         AdjointKernel: Makes a kernel from the system, what `Backward.state` holds, and whether slopes are wanted.
-        BLOCK: Rows of a block; None for the solver's.
     """
 
     ForwardKernel: Callable[[CausalSystem, State], ForwardKernel]
     AdjointKernel: Callable[[CausalSystem, State, bool], AdjointKernel]
-    BLOCK: int | None
+
+    def block(self, system: CausalSystem, least: int) -> int:
+        """Return how many rows a block has, at least `least`."""
 
 
 class TorchForward:
@@ -218,9 +219,7 @@ class Forward:
     """
 
     def __init__(self, system: CausalSystem, engine: Engine | None, block: int) -> None:
-        self.system, self.block = system, block
-        if engine is not None:
-            self.block = engine.BLOCK or block
+        self.system, self.block = system, block if engine is None else engine.block(system, block)
         new, shape = system.key.new_zeros, (system.batch, system.length)
         wide = system.wide
         normed = system.function.query_map.normalize
@@ -276,7 +275,7 @@ class Backward:
         self, system: CausalSystem, engine: Engine | None, block: int, solved: State, grad: Tensor, needs: dict[str, bool]
     ) -> None:
         self.system, self.needs = system, needs
-        self.block = block if engine is None else engine.BLOCK or block
+        self.block = block if engine is None else engine.block(system, block)
         self.bias_grad = any(need for name, need in needs.items() if name.startswith("term"))
         new, shape, wide = torch.zeros, (system.batch, system.length), system.wide
         columns = {name: (*shape, system.groups, system.dim) for name in ("d_query", "d_value")}

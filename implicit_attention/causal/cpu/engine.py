@@ -27,7 +27,7 @@ def widest(system: CausalSystem, block: int) -> int:
     return max(block, _WIDEST if system.spec.plain and not system.spec.dropout else _WIDEST_BIASED)
 
 
-class _Kernel:
+class Kernel:
     """One kernel and its arguments, the same for all blocks. Tensors whose addresses are among them live here."""
 
     def __init__(self, name: str, arguments: library.Arguments, system: CausalSystem, **numbers: float) -> None:
@@ -90,7 +90,7 @@ class ForwardKernel:
         """
         self.system, self.into = system, into
         numbers = {"rtol": rtol, "atol": atol, "far": FAR, "same_root": SAME_ROOT, "slow": SLOW}
-        self._call = call = _Kernel(
+        self._call = call = Kernel(
             "forward", library.ForwardArguments(), system, eps=system.function.query_map.eps, **numbers
         )
         assert all(t.is_contiguous() for t in into.values())
@@ -136,7 +136,7 @@ class AdjointKernel:
         """
         self.system, self._slopes = system, slopes
         norm = 1.0 if system.weight is None else float(system.weight.detach().norm(dim=0).max())
-        self._call = call = _Kernel(
+        self._call = call = Kernel(
             "adjoint", library.AdjointArguments(), system, norm=norm, near_singular=NEAR_SINGULAR
         )
         dtype = system.key.dtype

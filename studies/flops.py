@@ -59,7 +59,8 @@ def _mixer(mixer: Mixer, length: int, steps: Iterator[float]) -> float:
         block = min(length, layer.solver.block)
         within = _pairs(block, True) * length / block
     further = max(0.0, next(steps) - 1)
-    step = length * _linear(layer.Omega_Q) + _attend(within, layer.embed_dim)
+    asked = 0 if layer.Omega_Q is None else _linear(layer.Omega_Q)
+    step = length * asked + _attend(within, layer.embed_dim)
     return length * _linear(layer) + _attend(pairs, layer.embed_dim) + further * step
 
 

@@ -1,8 +1,8 @@
 """Causal maps whose values read outputs: row by row within a block, one attention pass between blocks.
 
-Row i sees the columns `(q_j, u_j)` of earlier rows, `q_j = phi(y_j)` and `u_j = v_j + Psi_V y_j`, and its own column with
-a score and a value that are known before. So each row follows from the rows before it: there is no equation to solve and
-nothing to iterate. A state that is handed from row to row makes a chain through all of them, which sweeps over a block
+Row i sees the columns `(q_j, u_j)` of earlier rows, `q_j = phi(y_j)` and `u_j = v_j + Psi_V y_j`, and its own column
+with a score and a value that are known before. So each row follows from the rows before it: there is no equation to
+solve and nothing to iterate. A state that is handed from row to row makes a chain through all of them, which sweeps over a block
 would follow by one row each. The adjoint goes from the last row to the first.
 """
 
@@ -238,6 +238,9 @@ class Forward:
         Args:
             dtype: Of the equilibrium.
 
+        Returns:
+            The solution. Its residuals are 0: there is no equation to miss.
+
         Raises:
             NonFiniteError: If an output is NaN or Inf.
         """
@@ -250,7 +253,7 @@ class Forward:
         size = state["y"].abs().amax((2, 3))
         if not bool(torch.isfinite(size).all()):
             raise NonFiniteError("the map gave NaN or Inf")
-        zero = torch.zeros_like(size)  # a row follows from the rows before it: there is no equation to miss
+        zero = torch.zeros_like(size)
         return Solution(
             value=state["y"].flatten(-2).to(dtype),
             residual=zero,
@@ -266,13 +269,19 @@ class Forward:
 class Backward:
     """The adjoint, from the last block to the first.
 
-    `state` holds the solution as in `Forward`, `grad` `[B, N, H, d]`, and what is found: `lam` `[B, N, H, d]`, `d_query`
-    and `d_value` `[B, N, G, d]` (of what later rows see), `d_made` `[B, N, G d]` (of the query map's linear part),
-    `d_key` `[B, H, N, d]`, `d_own_value` `[B, G, N, d]` and `own_slope` `[B, H, N]` (of own columns).
+    `state` holds the solution as in `Forward`, `grad` `[B, N, H, d]`, and what is found: `lam` `[B, N, H, d]`,
+    `d_query` and `d_value` `[B, N, G, d]` (of what later rows see), `d_made` `[B, N, G d]` (of the query map's linear
+    part), `d_key` `[B, H, N, d]`, `d_own_value` `[B, G, N, d]` and `own_slope` `[B, H, N]` (of own columns).
     """
 
     def __init__(
-        self, system: CausalSystem, engine: Engine | None, block: int, solved: State, grad: Tensor, needs: dict[str, bool]
+        self,
+        system: CausalSystem,
+        engine: Engine | None,
+        block: int,
+        solved: State,
+        grad: Tensor,
+        needs: dict[str, bool],
     ) -> None:
         self.system, self.needs = system, needs
         self.block = block if engine is None else engine.block(system, block)
@@ -289,7 +298,9 @@ class Backward:
         }  # fmt: skip
         self.d_terms: list[Tensor | None] = [None] * len(system.terms)
         self.kernel = (TorchAdjoint if engine is None else engine.AdjointKernel)(system, self.state, self.bias_grad)
-        self.d_past = [torch.zeros_like(t, dtype=wide) for t in (system.past_column, system.past_value) if t is not None]
+        self.d_past = [
+            torch.zeros_like(t, dtype=wide) for t in (system.past_column, system.past_value) if t is not None
+        ]
 
     def solution(self) -> AdjointSolution:
         """Solve; return the gradients by tensor of the map."""
@@ -366,7 +377,7 @@ def _blocks(length: int, block: int) -> list[slice]:
 
 
 def _seen(system: CausalSystem, state: State, rows: slice) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """The columns before a block that its rows see: queries and values `[B, G, c, d]`, and the first column's number."""
+    """The columns before a block that its rows see: queries, values `[B, G, c, d]`, and the first column's number."""
     first = 0 if system.spec.window is None else max(0, system.past + rows.start - system.spec.window + 1)
     if first < system.past:
         assert system.past_column is not None and system.past_value is not None

@@ -46,16 +46,19 @@ class Kernel:
             self.tell(turn_b=0 if len(cosine) == 1 else cosine.stride(0))
 
     def tell(self, **numbers: Any) -> None:
+        """Set arguments that are numbers."""
         for name, value in numbers.items():
             setattr(self.arguments, name, value)
 
     def pass_contiguous(self, **tensors: Tensor | None) -> None:
+        """Set arguments that are dense tensors; an absent or empty one stays null."""
         for name, t in tensors.items():
             if t is not None and t.numel():
                 self.kept[name] = t = t.contiguous()
                 setattr(self.arguments, name, t.data_ptr())
 
     def pass_strided(self, name: str, t: Tensor, dims: str) -> None:
+        """Set an argument that is a tensor with strides, those of `dims`."""
         self.kept[name] = t = t if t.stride(-1) == 1 else t.contiguous()
         setattr(self.arguments, name, t.data_ptr())
         for dim, stride in zip(dims, t.stride(), strict=False):

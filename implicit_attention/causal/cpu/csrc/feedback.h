@@ -44,7 +44,7 @@ void pack_inputs(const T* weight, int64_t outputs, int64_t inputs, T* packed) {
 template <class Task>
 void for_samples_together(int64_t batch, int64_t threads, Task task) {
   const int64_t each = (batch + std::max<int64_t>(threads, 1) - 1) / std::max<int64_t>(threads, 1);
-  const int64_t together = std::min(kTogether, each);
+  const int64_t together = std::max<int64_t>(std::min(kTogether, each), 1);
   auto some = [&](int64_t i) { task(i * together, std::min(together, batch - i * together)); };
   parallel_for((batch + together - 1) / together, some);
 }

@@ -20,7 +20,8 @@ class CausalMap:
     """`y_i = sum_{j <= i} softmax_j(scale k_i . q_j) v_j`, `q = phi(y)`; outputs `[B, N, D]`.
 
     Its tensors: `key`, `value` `[B, H, N, d]`; `weight` (Omega_Q) `[D, D]` unless the keys have absorbed it;
-    `self_score` `[B, H, N]` where a token's own score is given and not made from the unknown.
+    `self_score` `[B, H, N]` where a token's own score is given and not made from the unknown; `feedback` (Psi_V)
+    `[D, D]` where later rows see `v_j + Psi_V y_j / rms(y_j)`.
     """
 
     scale: float
@@ -33,11 +34,21 @@ class CausalMap:
         made = made.unflatten(-1, (heads, dim)).transpose(1, 2)
         return made * torch.rsqrt(made.square().mean(-1, keepdim=True) + NORM_EPS) if self.normalize else made
 
-    def attend(self, query: Tensor, tensors: Tensors, rows: slice) -> Tensor:
-        """Rows `rows` of the output, `[B, r, D]`, with dense scores."""
-        scores = self.scores(query, tensors, rows)
-        out: Tensor = torch.softmax(scores, -1) @ tensors["value"][:, :, : rows.stop]
+    def attend(self, query: Tensor, tensors: Tensors, rows: slice, y: Tensor | None = None) -> Tensor:
+        """Rows `rows` of the output, `[B, r, D]`, with dense scores; values read `y` where it is given."""
+        weights, value = torch.softmax(self.scores(query, tensors, rows), -1), tensors["value"]
+        seen = value if y is None else value + self.fed(y, tensors)
+        out: Tensor = weights @ seen[:, :, : rows.stop]
+        if y is not None:  # a row's own column does not read its output
+            own = weights.diagonal(rows.start, dim1=-2, dim2=-1)[..., None]
+            out = out + own * (value - seen)[:, :, rows]
         return out.transpose(1, 2).flatten(2)
+
+    def fed(self, y: Tensor, tensors: Tensors) -> Tensor:
+        """What values read from outputs, `[B, H, N, d]`."""
+        read = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + NORM_EPS)
+        made = F.linear(read, tensors["feedback"])
+        return made.unflatten(-1, (tensors["key"].shape[1], -1)).transpose(1, 2)
 
     def scores(self, query: Tensor, tensors: Tensors, rows: slice) -> Tensor:
         """Scores of some rows against all columns before their end, `[B, H, r, rows.stop]`; -inf: hidden."""
@@ -52,7 +63,8 @@ class CausalMap:
         """Apply the map once, `chunk` rows at a time."""
         query, length = self.queries(y, tensors), y.shape[1]
         pieces = [slice(low, min(low + chunk, length)) for low in range(0, length, chunk)]
-        return torch.cat([self.attend(query, tensors, rows) for rows in pieces], 1)
+        read = y if "feedback" in tensors else None
+        return torch.cat([self.attend(query, tensors, rows, read) for rows in pieces], 1)
 
     def score_std(self, y: Tensor, tensors: Tensors, rows: int = 64) -> float:
         """Standard deviation of the visible scores, in at most `rows` rows at equal distances, the last among them."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.attention import AttentionSpec, chunked
-from implicit_attention.attention.map import NORM_EPS, by_read_head, split_heads
+from implicit_attention.attention.map import NORM_EPS, ValueMap, by_read_head, split_heads
 from implicit_attention.attention.masks import AdditiveMask
 from implicit_attention.attention.operation import stock
 from implicit_attention.attention.positions import rotate
@@ -98,7 +98,12 @@ def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None
     kernels = engines.token_kernels(layer.solver.kernel, x) if settings.self_query == "output" else None
     if kernels is None:
         found = _in_torch(layer, projected, value, past, rotation)
-        return None if found is None else Decoded(_solution(found, made), found.column, value, filled=False)
+        if found is None:
+            return None
+        if projected.value_map is not None:
+            read = ValueMap(settings.num_kv_heads, settings.feedback_norm)
+            value = value + read(found.y.to(value.dtype), *projected.value_map)
+        return Decoded(_solution(found, made), found.column, value, filled=False)
     slot = cache.ahead(1) if isinstance(cache, DecodeCache) and cache.column.dtype == made.dtype else None
     found, within = _in_few(kernels, layer, projected, value, past, rotation, slot)
     solution = _solution(found, made)
@@ -128,7 +133,8 @@ def serves(layer: Layer, inputs: Inputs) -> bool:
         inputs: Of the call.
     """
     settings = layer.settings
-    absorbed = settings.num_heads == 1 and not settings.qk_norm  # the solver puts Omega_Q into the keys
+    # The solver puts Omega_Q into the keys.
+    absorbed = settings.num_heads == 1 and not (settings.qk_norm or settings.feeds_back)
     return (
         inputs.batched
         and inputs.past is not None
@@ -152,6 +158,7 @@ def _in_few(
     slot: tuple[Tensor, Tensor] | None,
 ) -> tuple[_Found, Tensor]:  # fmt: skip
     """In few launches, which fill the `slot` of a cache; also whether each sample is within tolerance, not zero."""
+    assert projected.query_map is not None
     made, (weight, bias) = projected.key, projected.query_map
     temperature = None if layer.temperature is None else layer.temperature.to(made.dtype)
     key, scaled = kernels.keys(
@@ -230,10 +237,12 @@ def _given(layer: Layer, projected: Projected, value: Tensor, token: _Token) -> 
 
 def _phi(layer: Layer, projected: Projected, y: Tensor) -> Tensor:
     """The queries made from outputs `[B, H, d]`, before their rotation, `[B, G, 1, d]`, in the dtype of `token`."""
-    weight, bias = projected.query_map
-    made = F.linear(y.flatten(1).to(weight.dtype), weight, bias)
-    if projected.added is not None:
-        made = made + projected.added[:, 0]
+    made = None if projected.added is None else projected.added[:, 0]
+    if projected.query_map is not None:
+        weight, bias = projected.query_map
+        read = F.linear(y.flatten(1).to(weight.dtype), weight, bias)
+        made = read if made is None else read + made
+    assert made is not None
     made = made.view(len(y), layer.settings.num_kv_heads, 1, layer.settings.head_dim)
     made = made.to(torch.promote_types(made.dtype, torch.float32))
     return _normed(made) if layer.settings.qk_norm else made
@@ -276,6 +285,7 @@ def _iterate(layer: Layer, projected: Projected, token: _Token, tolerance: tuple
 
 def _linear_query(layer: Layer, projected: Projected, token: _Token) -> Tensor:
     """The query before its norm as a linear map of `(1, p)`: `[B G, 1 + H, d]`."""
+    assert projected.query_map is not None
     batch, heads, dim = token.a.shape
     weight, bias = projected.query_map
     by_head = by_read_head(weight, heads)

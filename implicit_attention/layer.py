@@ -49,9 +49,11 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         self_query: str = "output",
         normalize_over: str = "queries",
         query_input: bool = False,
+        query_output: bool = True,
         qk_norm: bool = False,
         positions: str | Positions | None = None,
         values: str = "linear",
+        feedback_norm: bool = True,
         out_proj: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
@@ -76,10 +78,16 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             normalize_over: "queries" (the seed), or "keys": rows are queries against keys of the input, the
                 conventional orientation, where tokens decouple; cross-attention exists only there.
             query_input: Queries are `Omega_Q y + W_Q x`.
+            query_output: Without, queries are `W_Q x` (needs `query_input` and `values="feedback"`): only values then
+                read outputs.
             qk_norm: RMS norm of keys and queries over the head dimension, with one learned temperature per head of
                 the keys.
             positions: None, "rope", "alibi", "relative" or a `Positions` object.
-            values: "linear", `V = Omega_V x`, or "identity", `V = x`.
+            values: "linear", `V = Omega_V x`; "identity", `V = x`; or "feedback": rows after j see the value
+                `Omega_V x_j + Psi_V y_j`, row j its own `Omega_V x_j`. `Psi_V` is zero at the start. The layer then
+                keeps state. Needs `is_causal` and `self_query="input"`.
+            feedback_norm: `Psi_V` reads the output divided by its root mean square, which bounds all outputs. Without,
+                they can grow along the sequence.
             out_proj: A linear map after the equilibrium.
             bias: Biases on all linear maps (with `query_input`, queries get theirs from `W_Q`).
             dropout: Probability of dropping an attention weight in training; one mask for a whole solve.
@@ -104,7 +112,8 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         self.settings = settings = Settings(
             embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,  # type: ignore[arg-type]
             is_causal=is_causal, window=window, self_query=self_query, normalize_over=normalize_over,
-            query_input=query_input, qk_norm=qk_norm, values=values, out_proj=out_proj, bias=bias, dropout=dropout,
+            query_input=query_input, query_output=query_output, qk_norm=qk_norm, values=values,
+            feedback_norm=feedback_norm, out_proj=out_proj, bias=bias, dropout=dropout,
             scale=scale,  # type: ignore[arg-type]
         )  # fmt: skip
         if dtype is not None and not dtype.is_floating_point:
@@ -119,15 +128,19 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         size, bias, head_dim = settings.embed_dim, settings.bias, settings.head_dim
         columns = settings.num_kv_heads * head_dim
         queries, keys = (columns, size) if settings.rows_are_keys else (size, columns)
-        self.Omega_Q = nn.Linear(size, queries, bias=bias and not settings.query_input, **where)
+        reads = settings.query_output
+        self.Omega_Q = nn.Linear(size, queries, bias=bias and not settings.query_input, **where) if reads else None
         self.W_K = nn.Linear(size, keys, bias=bias, **where)
-        self.Omega_V = nn.Linear(size, columns, bias=bias, **where) if settings.values == "linear" else None
+        self.Omega_V = nn.Linear(size, columns, bias=bias, **where) if settings.values != "identity" else None
         self.W_Q = nn.Linear(size, queries, bias=bias, **where) if settings.query_input else None
         self.temperature = nn.Parameter(torch.ones(keys // head_dim, **where)) if settings.qk_norm else None
         self.positions = make_positions(positions, settings.num_heads, head_dim)
         if self.positions is not None:
             self.positions.to(**where)
         self.out_proj = nn.Linear(size, size, bias=bias, **where) if settings.out_proj else None
+        self.Psi_V = nn.Linear(size, columns, bias=bias, **where) if settings.feeds_back else None
+        for parameter in () if self.Psi_V is None else self.Psi_V.parameters():
+            nn.init.zeros_(parameter)
 
     @property
     def triangular(self) -> bool:

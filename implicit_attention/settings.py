@@ -21,8 +21,10 @@ class Settings:
         self_query: "output" or "input".
         normalize_over: "queries" or "keys".
         query_input: Whether queries are `Omega_Q y + W_Q x`.
+        query_output: Whether queries read outputs; without, they are `W_Q x`.
         qk_norm: Whether keys and queries are RMS-normed.
-        values: "linear" or "identity".
+        values: "linear", "identity" or "feedback".
+        feedback_norm: Whether outputs that values read are RMS-normed first.
         out_proj: Whether a linear map follows the equilibrium.
         bias: Whether linear maps have biases.
         dropout: Probability of dropping an attention weight in training.
@@ -37,8 +39,10 @@ class Settings:
     self_query: str = "output"
     normalize_over: str = "queries"
     query_input: bool = False
+    query_output: bool = True
     qk_norm: bool = False
     values: str = "linear"
+    feedback_norm: bool = True
     out_proj: bool = False
     bias: bool = False
     dropout: float = 0.0
@@ -71,6 +75,11 @@ class Settings:
         """Whether row i depends on rows j <= i alone, so that `ForwardSubstitution` can solve it."""
         return self.is_causal and self.rows_are_keys
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether values read outputs."""
+        return self.values == "feedback"
+
     def changed(self) -> dict[str, object]:
         """Return the settings that are not the default, by name, `embed_dim` aside."""
         default = Settings(embed_dim=self.embed_dim, num_heads=self.num_heads)
@@ -97,8 +106,8 @@ class Settings:
     def _check_choices(self) -> None:
         check_choice("self_query", self.self_query, ("output", "input"))
         check_choice("normalize_over", self.normalize_over, ("queries", "keys"))
-        check_choice("values", self.values, ("linear", "identity"))
-        for name in ("is_causal", "query_input", "qk_norm", "out_proj", "bias"):
+        check_choice("values", self.values, ("linear", "identity", "feedback"))
+        for name in ("is_causal", "query_input", "query_output", "qk_norm", "feedback_norm", "out_proj", "bias"):
             check_choice(name, getattr(self, name), (True, False))
         if self.self_query == "input" and not self.triangular:
             raise bad_value(
@@ -108,6 +117,23 @@ class Settings:
         if self.values == "identity" and self.num_kv_heads != self.num_heads:
             raise bad_value("num_kv_heads", f'num_heads={self.num_heads} with values="identity"', self.num_kv_heads,
                             "The input itself has no fewer heads.")  # fmt: skip
+        self._check_feedback()
+
+    def _check_feedback(self) -> None:
+        if self.feeds_back and not (self.triangular and self.self_query == "input"):
+            raise bad_value(
+                "values", '"feedback" only with is_causal=True, normalize_over="queries" and self_query="input"',
+                self.values, "There each row follows from the rows before it. Elsewhere a value that reads its own or "
+                "a later output may have no equilibrium, or many.",
+            )  # fmt: skip
+        if not self.feeds_back and not self.feedback_norm:
+            raise bad_value("feedback_norm", 'True unless values="feedback"', self.feedback_norm,
+                            "It would have no effect: no value reads an output.")  # fmt: skip
+        if not self.query_output and not (self.feeds_back and self.query_input):
+            raise bad_value(
+                "query_output", 'True unless values="feedback" and query_input=True', self.query_output,
+                "Queries would be made from nothing, or nothing would read an output: that is ordinary attention.",
+            )  # fmt: skip
 
     def _check_numbers(self) -> None:
         if self.window is not None:
@@ -124,8 +150,8 @@ class Settings:
 
 NAMES = frozenset(field.name for field in fields(Settings))
 # What a made layer can still change: the others decide the shapes of its parameters.
-_CHANGEABLE = frozenset({"is_causal", "window", "self_query", "dropout", "scale"})
-_SEEN = {"query_input", "out_proj", "bias"}  # the printed modules show them
+_CHANGEABLE = frozenset({"is_causal", "window", "self_query", "feedback_norm", "dropout", "scale"})
+_SEEN = {"query_input", "query_output", "out_proj", "bias"}  # the printed modules show them
 _MODULES = frozenset({"out_proj"})  # settings whose names belong to the modules that they make
 
 

@@ -141,7 +141,7 @@ def columns(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
     assert isinstance(function, AttentionMap)  # `inputs` refuses a cache of packed documents
     known = solution.memo and not (torch.is_grad_enabled() and solution.value.requires_grad)  # it has no graph
     column = solution.memo[0].transpose(1, 2) if known else function.columns(solution.value, *args)
-    return column, args[function.names.index("value")]
+    return column, function.column_values(solution.value, *args)
 
 
 def row_gains(equation: Equation, solution: Solution) -> Tensor:

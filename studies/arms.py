@@ -5,6 +5,7 @@ All have the same embedding, relative bias and head. The width of the MLPs is ch
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from implicit_attention.errors import Came, bad_value
 from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.tasks.task import Task
 from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
-from studies.mixers import GRU, Implicit, Ordinary
+from studies.mixers import GRU, Convolved, Implicit, Ordinary
 from studies.names import known
 
 MARGIN = 0.02  # largest relative difference between the numbers of parameters of two arms of a table
@@ -114,12 +115,28 @@ def _strict(task: Task, sizes: Sizes, width: int) -> Block:
     return _equilibrium(task, sizes, width, self_query="input")
 
 
+def _feedback(task: Task, sizes: Sizes, width: int) -> Block:
+    return _equilibrium(task, sizes, width, self_query="input", values="feedback")
+
+
+def _feedback_plain(task: Task, sizes: Sizes, width: int) -> Block:
+    return _equilibrium(task, sizes, width, self_query="input", values="feedback", feedback_norm=False)
+
+
+def _feedback_alone(task: Task, sizes: Sizes, width: int) -> Block:
+    return _equilibrium(task, sizes, width, self_query="input", values="feedback", query_output=False)
+
+
+def _convolved(task: Task, sizes: Sizes, width: int) -> Block:
+    return ParallelBlock(Convolved(_attention(task, sizes), sizes.embed_dim), sizes.embed_dim, width)
+
+
 def _hopfield(task: Task, sizes: Sizes, width: int) -> Block:
     return _equilibrium(task, sizes, width, normalize_over="keys")
 
 
 def _equilibrium(
-    task: Task, sizes: Sizes, width: int, *, self_query: str = "output", normalize_over: str = "queries"
+    task: Task, sizes: Sizes, width: int, *, self_query: str = "output", normalize_over: str = "queries", **options: Any
 ) -> Block:
     exact = task.is_causal and normalize_over == "queries"
     rtol = atol = sizes.tolerance
@@ -138,6 +155,7 @@ def _equilibrium(
         else Anderson(rtol=rtol, atol=atol, max_steps=MOST_STEPS),
         adjoint=ADJOINTS[known("adjoint", sizes.adjoint, ADJOINTS)],
         on_failure="ignore",  # each run records the share of rows that missed the tolerance
+        **options,
     )
     return ParallelBlock(Implicit(layer), sizes.embed_dim, width)
 
@@ -157,6 +175,10 @@ ARMS = {
         Arm("hopfield", 'implicit, `normalize_over="keys"`', _hopfield),
         Arm("recurrent", "keys and values of its own outputs, row by row", _recurrent, causal_only=True),
         Arm("gru", "GRU", _gru, causal_only=True),
+        Arm("convolved", "ordinary attention behind a convolution", _convolved, causal_only=True),
+        Arm("feedback", 'implicit, `values="feedback"`', _feedback, causal_only=True),
+        Arm("feedback-plain", "the same, `feedback_norm=False`", _feedback_plain, causal_only=True),
+        Arm("feedback-alone", "the same, `query_output=False`", _feedback_alone, causal_only=True),
     )
 }
 REFERENCE = ARMS["ordinary"]

@@ -14,7 +14,7 @@ from torch import nn
 
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
-from studies.mixers import GRU, Implicit, Mixer, Ordinary
+from studies.mixers import GRU, Convolved, Implicit, Mixer, Ordinary
 
 BACKWARD = 2  # of the forward pass's operations
 
@@ -51,6 +51,8 @@ def _mixer(mixer: Mixer, length: int, steps: Iterator[float]) -> float:
     if isinstance(mixer, GRU):
         weights = sum(p.numel() for name, p in mixer.cells.named_parameters() if name.startswith("weight"))
         return length * (2 * weights + _linear(mixer.out_proj))
+    if isinstance(mixer, Convolved):
+        return length * 2 * mixer.taps.numel() + _mixer(mixer.mixer, length, steps)
     assert isinstance(mixer, Implicit)
     layer = mixer.layer
     pairs = _pairs(length, layer.is_causal)
@@ -59,7 +61,8 @@ def _mixer(mixer: Mixer, length: int, steps: Iterator[float]) -> float:
         block = min(length, layer.solver.block)
         within = _pairs(block, True) * length / block
     further = max(0.0, next(steps) - 1)
-    step = length * _linear(layer.Omega_Q) + _attend(within, layer.embed_dim)
+    asked = 0 if layer.Omega_Q is None else _linear(layer.Omega_Q)
+    step = length * asked + _attend(within, layer.embed_dim)
     return length * _linear(layer) + _attend(pairs, layer.embed_dim) + further * step
 
 

@@ -101,6 +101,26 @@ class Implicit(Mixer):
         return self.layer.out_proj(solution.value), solution
 
 
+class Convolved(Mixer):
+    """Another mixer behind a causal convolution over some tokens, feature by feature, zero at the start.
+
+    Reference:
+        So, Manke, Liu, Dai, Shazeer and Le, "Primer", arXiv 2109.08668, convolve queries, keys and values so.
+    """
+
+    def __init__(self, mixer: Mixer, embed_dim: int, taps: int = 4) -> None:
+        """Put it before `mixer`, over the last `taps` tokens of size `embed_dim`."""
+        super().__init__()
+        self.mixer = mixer
+        self.taps = nn.Parameter(torch.zeros(embed_dim, 1, taps))
+
+    def mix(self, x: Tensor, *, gains: bool = False) -> Mixed:
+        """Return what the mixer makes of x and its convolution."""
+        dim, _, taps = self.taps.shape
+        before = F.pad(x.mT, (taps - 1, 0))
+        return self.mixer.mix(x + F.conv1d(before, self.taps, groups=dim).mT, gains=gains)
+
+
 class GRU(Mixer):
     """A gated recurrent unit as wide as a token, and an output projection."""
 

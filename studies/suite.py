@@ -103,7 +103,7 @@ def tables(budget: str) -> dict[str, Table]:
         ValueError: If there is no such budget.
     """
     known("budget", budget, BUDGETS)
-    found = [*_recall(), *_hops(), *_states(), *_bytes(), _digits(), *_studies()]
+    found = [*_recall(), *_hops(), *_states(), *_bytes(), _digits(), *_studies(), *_feedback()]
     return {table.name: _sized(table, budget) for table in found}
 
 
@@ -178,6 +178,30 @@ def _bytes() -> list[Table]:
         Table(f"bytes-{blocks}", "bytes", f"Bytes of Python's library: {blocks} block{'s' * (blocks > 1)}",
               ByteText(), _rows(CAUSAL, replace(_BYTES_SIZES, blocks=blocks)), _BYTES, 3)
         for blocks in (1, 2, 4)
+    ]  # fmt: skip
+
+
+_FEEDBACK = ("ordinary", "ordinary-2", "convolved", "gru", "strict", "feedback", "feedback-plain", "feedback-alone")
+
+
+def _feedback() -> list[Table]:
+    """What values that read outputs are worth, where layers look up and where they keep state; rates on whole runs."""
+    sizes = Sizes(num_heads=2, mlp=256, max_distance=64)
+    training = Training(steps=800, rate_steps=800, batch_size=16, evaluate_every=50, held_out=128)
+    title = "Values read outputs"
+    lengths = (40, 80, 160)
+    tables = [
+        Table("feedback-recall", "feedback", f"{title}: recall", MQAR(64, 8, 128), _rows(_FEEDBACK, sizes), training, 3),
+        Table("feedback-parity", "feedback", f"{title}: parity, learned at 40", Parity(judged=lengths),
+              _rows(_FEEDBACK, sizes), training, 3),
+        Table("feedback-s3", "feedback", f"{title}: words of S3, learned at 32", GroupWords(group="S3"),
+              _rows(_FEEDBACK, sizes), replace(training, steps=2400, rate_steps=2400), 3),
+    ]  # fmt: skip
+    bytes_training = replace(_BYTES, steps=800, rate_steps=800, batch_size=16)
+    return tables + [
+        Table(f"feedback-bytes-{blocks}", "feedback", f"{title}: bytes, {blocks} block{'s' * (blocks > 1)}",
+              ByteText(), _rows(_FEEDBACK, replace(_BYTES_SIZES, blocks=blocks)), bytes_training, 3)
+        for blocks in (1, 2)
     ]  # fmt: skip
 
 

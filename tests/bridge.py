@@ -25,7 +25,10 @@ def make_layer(embed_dim, num_heads=1, *, gain=1.0, seed=0, **options):
     options = {"solver": TIGHT, "dtype": torch.float64, "on_failure": "raise"} | options
     layer = ImplicitQueryAttention(embed_dim, num_heads, **options)
     with torch.no_grad():
-        layer.Omega_Q.weight.mul_(gain)
+        if layer.Omega_Q is not None:
+            layer.Omega_Q.weight.mul_(gain)
+        for parameter in () if layer.Psi_V is None else layer.Psi_V.parameters():
+            parameter.uniform_(-0.5, 0.5)
         if layer.temperature is not None:
             layer.temperature.uniform_(0.05, 0.1)  # the norm is steep near q = 0: keep it contracting
         if isinstance(layer.positions, RelativeBias):

@@ -22,6 +22,7 @@ LAYERS = {
     "one-step": {"is_causal": True, "adjoint": "unrolled", "solver": Anderson(max_steps=1)},
     "dropout": {"is_causal": True, "dropout": 0.5},
     "identity": {"is_causal": True, "values": "identity"},
+    "feedback": {"is_causal": True, "self_query": "input", "values": "feedback"},
 }  # fmt: skip
 
 

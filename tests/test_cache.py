@@ -22,6 +22,8 @@ LAYERS = {
     "relative-window": {"num_heads": 2, "positions": "relative", "window": 4},
     "input": {"num_heads": 2, "self_query": "input", "positions": "rope"},
     "identity": {"num_heads": 2, "values": "identity"},
+    "feedback": {"num_heads": 4, "num_kv_heads": 2, "self_query": "input", "values": "feedback", "positions": "rope"},
+    "feedback-window": {"num_heads": 1, "self_query": "input", "values": "feedback", "window": 4, "bias": True},
     "keys": {"num_heads": 2, "normalize_over": "keys", "query_input": True, "positions": "rope", "solver": "iterate"},
     "keys-groups": {"num_heads": 4, "num_kv_heads": 1, "normalize_over": "keys", "solver": "iterate"},
     "anderson": {"num_heads": 2, "solver": "iterate"},

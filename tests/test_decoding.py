@@ -22,7 +22,17 @@ LAYERS = {
     "narrow-window": {"num_heads": 2, "window": 2},
     "identity": {"num_heads": 2, "values": "identity", "scale": 0.2},
 }
-LAYERS |= {f"input-{name}": options | {"self_query": "input"} for name, options in LAYERS.items()}
+FEEDBACK = {"self_query": "input", "values": "feedback", "query_input": True}
+LAYERS |= {
+    "feedback": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "positions": "rope"} | FEEDBACK,
+    "feedback-one-head": {"num_heads": 1} | FEEDBACK,
+    "feedback-only-values": {"num_heads": 2, "query_output": False, "window": 3, "bias": True} | FEEDBACK,
+}
+LAYERS |= {
+    f"input-{name}": options | {"self_query": "input"}
+    for name, options in LAYERS.items()
+    if "self_query" not in options
+}
 
 
 def cached(layer, x, padding=None):

@@ -41,6 +41,7 @@ OPTIONS = {
     "identity": {"num_heads": 2, "values": "identity"},
     "input-rope": {"num_heads": 2, "self_query": "input", "positions": "rope", "query_input": True, "bias": True},
     "input-relative": {"self_query": "input", "positions": "relative", "num_heads": 2, "qk_norm": True},
+    "feedback": {"self_query": "input", "values": "feedback", "num_heads": 2, "positions": "rope", "bias": True},
     "torch": {"num_heads": 2, "qk_norm": True, "positions": "rope", "bias": True, "solver": IN_TORCH},
     "keys": {"normalize_over": "keys", "num_heads": 2, "positions": "rope", "query_input": True},
     "picard": {"num_heads": 2, "solver": Picard(rtol=1e-13, atol=1e-13, max_steps=400)},

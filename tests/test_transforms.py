@@ -14,6 +14,7 @@ LAYERS = {
     "causal-input": {"is_causal": True, "num_heads": 2, "self_query": "input"},
     "keys-rope": {"normalize_over": "keys", "num_heads": 2, "query_input": True, "positions": "rope"},
     "relative": {"num_heads": 2, "positions": "relative"},
+    "feedback": {"is_causal": True, "num_heads": 2, "self_query": "input", "values": "feedback", "positions": "rope"},
 }
 each_layer = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
 

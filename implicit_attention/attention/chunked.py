@@ -141,6 +141,17 @@ def jvp(spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, tangents: Seq
     return torch.cat(outs, -2)
 
 
+def with_own_values(spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, self_value: Tensor) -> Tensor:
+    """Return the output where row i takes `self_value` `[B, H, N, d_v]` for the value of its diagonal column.
+
+    It is made of plain operations: differentiable any number of times, in memory for all scores if autograd is on.
+    """
+    outs = []
+    for rows, cols in _chunks(spec, inputs):
+        outs.append(_attend(spec, seeds, inputs, rows, cols, self_value[..., rows, :])[0])
+    return torch.cat(outs, -2)
+
+
 def weights(spec: AttentionSpec, inputs: Inputs) -> Tensor:
     """Return the whole attention matrix `[B, H, N, M]` before dropout, for diagnostics."""
     query, key, _, self_score, *tensors = inputs
@@ -150,8 +161,9 @@ def weights(spec: AttentionSpec, inputs: Inputs) -> Tensor:
 
 
 def _attend(
-    spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, rows: slice, cols: slice
-) -> tuple[Tensor, Tensor]:
+    spec: AttentionSpec, seeds: Tensor | None, inputs: Inputs, rows: slice, cols: slice,
+    self_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     query, key, value, self_score, *tensors = inputs
     return reference.attend(
         query[..., rows, :],
@@ -160,6 +172,7 @@ def _attend(
         scale=spec.scale,
         bias=_bias(spec, tensors, rows, cols, query),
         self_score=None if self_score is None else self_score[..., rows],
+        self_value=self_value,
         keep=spec.keep(seeds, query.shape[1], rows, cols, query),
         first_row=rows.start + spec.ahead - cols.start,
     )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.attention import AttentionSpec, attention
-from implicit_attention.attention.chunked import weights
+from implicit_attention.attention.chunked import weights, with_own_values
 from implicit_attention.attention.positions import rotate
 
 NORM_EPS = 1e-6
@@ -46,6 +46,7 @@ class QueryMap:
     Attributes:
         num_heads: Heads of the queries: G if rows belong to keys and heads share queries, else H.
         normalize: Whether queries get an RMS norm over the head dimension.
+        reads_output: Whether there is a linear map of y; else queries are `added` alone.
     """
 
     names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation")
@@ -53,6 +54,7 @@ class QueryMap:
 
     num_heads: int
     normalize: bool = False
+    reads_output: bool = True
 
     def __call__(
         self,
@@ -71,11 +73,41 @@ class QueryMap:
             added: `W_Q x`, `[B, N, D]`.
             rotation: `[2, N, d / 2]`.
         """
-        q = y if weight is None else F.linear(y, weight, bias)
-        q = split_heads(q if added is None else q + added, self.num_heads)
+        if self.reads_output:
+            q = y if weight is None else F.linear(y, weight, bias)
+            q = q if added is None else q + added
+        else:
+            assert added is not None
+            q = added
+        q = split_heads(q, self.num_heads)
         if self.normalize:
             q = rms_norm(q)
         return q if rotation is None else rotate(q, rotation)
+
+
+@dataclass(frozen=True)
+class ValueMap:
+    """What values read from the outputs of their tokens, `Psi_V y`, without its tensors: `[B, N, D] -> [B, G, N, d]`.
+
+    Attributes:
+        num_heads: G.
+        normalize: Whether y gets an RMS norm over all its D numbers first. What is read is then bounded.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("feedback", "feedback_bias")
+
+    num_heads: int
+    normalize: bool = True
+
+    def __call__(self, y: Tensor, feedback: Tensor, feedback_bias: Tensor | None = None) -> Tensor:
+        """Return what is added to the values.
+
+        Args:
+            y: Output, `[B, N, D]`.
+            feedback: `Psi_V`, `[G d, D]`.
+            feedback_bias: Its bias, `[G d]`.
+        """
+        return split_heads(F.linear(rms_norm(y) if self.normalize else y, feedback, feedback_bias), self.num_heads)
 
 
 @dataclass(frozen=True)
@@ -87,6 +119,7 @@ class AttentionMap:
     - `key` `[B, H, M, d]` (`[B, G, M, d]` if `rows_are_keys` is false: then keys are columns).
     - `value` `[B, G, M, d]`. Each of the G column heads serves H / G row heads.
     - Optional, of the query map: `weight`, `bias`, `added`, `rotation`.
+    - Optional, of the value map: `feedback`, `feedback_bias`.
     - Optional, columns before the first row: `past_column` and `past_value` `[B, G, P, d]`.
     - Optional: `self_score` `[B, H, N]`, `seeds` `[B]`, and `term0`, `term1`, ... of the bias terms.
 
@@ -96,12 +129,14 @@ class AttentionMap:
         rows_are_keys: True if output rows belong to keys and the softmax runs over queries, as in the seed. False if
             output rows belong to queries.
         names: Names of the tensors.
+        value_map: What values read from outputs; None if they read none.
     """
 
     spec: AttentionSpec
     query_map: QueryMap
     rows_are_keys: bool
     names: tuple[str, ...]
+    value_map: ValueMap | None = None
 
     @property
     def system_ndim(self) -> int:
@@ -117,16 +152,13 @@ class AttentionMap:
         """Return F(y), `[B, N, D]`, for y `[B, N, D]`, computed in the dtype of the keys."""
         t = dict(zip(self.names, tensors, strict=True))
         row, column = self._sides(y, t)
-        value = _joined(t.get("past_value"), t["value"])
-        out, _ = attention(
-            row,
-            column,
-            _for_heads(value, row.shape[1]),
-            self._spec(t),
-            self_score=t.get("self_score"),
-            seeds=t.get("seeds"),
-            terms=self._terms(t),
-        )
+        value = _for_heads(_joined(t.get("past_value"), self._values(y, t)), row.shape[1])
+        spec, score, seeds, terms = self._spec(t), t.get("self_score"), t.get("seeds"), self._terms(t)
+        if self.value_map is None:
+            out, _ = attention(row, column, value, spec, self_score=score, seeds=seeds, terms=terms)
+        else:  # a row's own column does not read its output
+            own = _for_heads(t["value"], row.shape[1])
+            out = with_own_values(spec, seeds, (row, column, value, score, *terms), own)
         return merge_heads(out).to(y.dtype)
 
     def weights(self, y: Tensor, *tensors: Tensor) -> Tensor:
@@ -140,6 +172,10 @@ class AttentionMap:
         t = dict(zip(self.names, tensors, strict=True))
         return self._queries(y, t) if self.rows_are_keys else t["key"]
 
+    def column_values(self, y: Tensor, *tensors: Tensor) -> Tensor:
+        """Return the values that later rows see, `[B, G, N, d]`."""
+        return self._values(y, dict(zip(self.names, tensors, strict=True)))
+
     def _sides(self, y: Tensor, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rows and columns of the scores, `[B, H, N, d]` and `[B, H, P + M, d]`."""
         made = self._queries(y, t)
@@ -148,6 +184,12 @@ class AttentionMap:
 
     def _queries(self, y: Tensor, t: dict[str, Tensor]) -> Tensor:
         return self.query_map(y.to(t["key"].dtype), *(t.get(n) for n in QueryMap.names))
+
+    def _values(self, y: Tensor, t: dict[str, Tensor]) -> Tensor:
+        value = t["value"]
+        if self.value_map is None:
+            return value
+        return value + self.value_map(y.to(value.dtype), t["feedback"], t.get("feedback_bias"))
 
     def _spec(self, t: dict[str, Tensor]) -> AttentionSpec:
         return self.spec.following(t["past_value"].shape[-2]) if "past_value" in t else self.spec

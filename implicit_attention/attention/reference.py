@@ -12,6 +12,7 @@ def attend(
     scale: float,
     bias: Tensor | None = None,
     self_score: Tensor | None = None,
+    self_value: Tensor | None = None,
     keep: Tensor | None = None,
     first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -26,6 +27,7 @@ def attend(
         scale: Factor on the scores.
         bias: Added to the scores, broadcastable to `[B, H, R, M]`; `-inf` hides an entry.
         self_score: `[B, H, R]`; replaces `scale q_i . k_i` on the diagonal, before the bias.
+        self_value: `[B, H, R, d_v]`; replaces the value of row r's diagonal column in row r.
         keep: `[B, H, R, M]`; factors on the weights (dropout).
         first_row: Position of the first row: the diagonal of row r is column first_row + r.
 
@@ -35,7 +37,11 @@ def attend(
     probabilities, lse = weights(query, key, scale=scale, bias=bias, self_score=self_score, first_row=first_row)
     if keep is not None:
         probabilities = probabilities * keep
-    return probabilities.to(value.dtype) @ value, lse
+    out = probabilities.to(value.dtype) @ value
+    if self_value is not None:
+        own = probabilities.diagonal(first_row, dim1=-2, dim2=-1)[..., None].to(value.dtype)
+        out = out + own * (self_value - value[..., first_row : first_row + query.shape[-2], :])
+    return out, lse
 
 
 def weights(

@@ -215,6 +215,23 @@ def engine(kernel: str, system: CausalSystem) -> Engine | None:
     return found  # type: ignore[no-any-return]
 
 
+def feedback_engine(kernel: str, system: CausalSystem) -> Any:
+    """Return the module that computes blocks of a map whose values read outputs, None if torch does.
+
+    Args:
+        kernel: As in `chosen`.
+        system: The map.
+
+    Returns:
+        `causal.cpu.feedback` or None.
+
+    Raises:
+        ImportError: As in `chosen`.
+        ValueError: As in `chosen`.
+    """
+    return import_module("implicit_attention.causal.cpu.feedback") if chosen(kernel, system) == "cpp" else None
+
+
 def states() -> dict[str, str]:
     """Return, for each engine, whether it can be used on this machine and by whom, in words."""
     found = {"torch": "ready: every map on every device; what the others are checked against"}

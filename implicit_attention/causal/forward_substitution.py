@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from implicit_attention.attention.map import AttentionMap
-from implicit_attention.causal import engines
+from implicit_attention.causal import engines, feedback
 from implicit_attention.causal.diagonal import BlockAdjoint, BlockAdjointSolver, BlockSolver, Unsettled, own_jacobian
 from implicit_attention.causal.row_problem import gelfand_radius
 from implicit_attention.causal.system import CausalSystem, Queries
@@ -83,6 +83,9 @@ class ForwardSubstitution(DirectSolver):
             NonFiniteError: If the map returns NaN or Inf.
         """
         system = self._system(function, args)
+        if system.value_map is not None:
+            engine = engines.feedback_engine(self.kernel, system)
+            return feedback.Forward(system, engine, self.block).solution(dtype)
         forward = None
         with suppress(Unsettled):
             forward = _Forward(system, self, dtype).solved()
@@ -124,8 +127,12 @@ class ForwardSubstitution(DirectSolver):
         """
         system = self._system(function, args)
         found = None
+        if system.value_map is not None:
+            engine, named = engines.feedback_engine(self.kernel, system), dict(zip(system.tensors, needs, strict=True))
+            at, heads = feedback.solved(system, y, memo), grad.view(*grad.shape[:2], system.heads, system.dim)
+            found = feedback.Backward(system, engine, self.block, at, heads, named).solution()
         with suppress(Unsettled):
-            found = _Backward(system, y, memo, grad, needs, self).solution()
+            found = _Backward(system, y, memo, grad, needs, self).solution() if found is None else found
         if found is None:
             found = _Backward(system, y, memo, grad, needs, self, cautious=True).solution()
         by_arg = [None if g is None else g.to(a.dtype) for g, a in zip(found.by_arg, args, strict=True)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_attention.attention import AttentionSpec
-from implicit_attention.attention.map import AttentionMap, QueryMap
+from implicit_attention.attention.map import AttentionMap, QueryMap, ValueMap
 from implicit_attention.attention.masks import AdditiveMask
 from implicit_attention.attention.positions import DistanceSlope, OffsetTable
 from implicit_attention.attention.spec import BiasTerm
@@ -37,6 +37,8 @@ class _Description(NamedTuple):
         window: Window of the mask, 0 for none.
         query_heads: Heads of the queries.
         normalize: Whether queries are normed, 0 or 1.
+        reads_output: Whether queries read outputs, 0 or 1.
+        feedback: 0 if values read no outputs, 1 if they do, 2 if they read normed ones.
         block: Rows of the solver's diagonal blocks.
         report: Handle of the layer's report.
     """
@@ -51,6 +53,8 @@ class _Description(NamedTuple):
     window: int
     query_heads: int
     normalize: int
+    reads_output: int
+    feedback: int
     block: int
     report: int
 
@@ -63,7 +67,8 @@ class _Description(NamedTuple):
         return cls(
             ",".join(function.names), ",".join([_KINDS[type(term)] for term in spec.terms]), solver.kernel,
             spec.scale, spec.dropout, rtol, atol,
-            spec.window or 0, query_map.num_heads, int(query_map.normalize), solver.block, report,
+            spec.window or 0, query_map.num_heads, int(query_map.normalize), int(query_map.reads_output),
+            0 if function.value_map is None else 1 + function.value_map.normalize, solver.block, report,
         )  # fmt: skip
 
     @classmethod
@@ -83,7 +88,9 @@ class _Description(NamedTuple):
         kinds = self.kinds.split(",") if self.kinds else []
         terms = tuple(_term(kind, named[f"term{i}"], past) for i, kind in enumerate(kinds))
         spec = AttentionSpec(self.scale, True, terms, self.dropout, self.window or None)
-        return AttentionMap(spec, QueryMap(self.query_heads, bool(self.normalize)), True, tuple(named))
+        query_map = QueryMap(self.query_heads, bool(self.normalize), bool(self.reads_output))
+        value_map = ValueMap(self.query_heads, self.feedback == 2) if self.feedback else None
+        return AttentionMap(spec, query_map, True, tuple(named), value_map)
 
     def solver(self) -> ForwardSubstitution:
         """The solver that is described."""

@@ -53,7 +53,8 @@ class CausalSystem:
 
     def __post_init__(self) -> None:
         """Unpack the tensors."""
-        self.spec = self.function.spec
+        self.spec, self.value_map = self.function.spec, self.function.value_map
+        self.reads_output = self.function.query_map.reads_output
         self.tensors = dict(zip(self.function.names, self.args, strict=True))
         self.key, self.value = self.tensors["key"], self.tensors["value"]
         self.batch, self.heads, self.length, self.dim = self.key.shape
@@ -82,11 +83,15 @@ class CausalSystem:
 
     def phi(self, y: Tensor, rows: slice) -> Queries:
         """Return the queries of some rows' outputs `[B, n, H, d]`, in the wide dtype."""
-        q = y.flatten(-2).to(self.narrow)
-        if self.weight is not None:
-            q = F.linear(q, self.weight, self.bias)
-        if self.added is not None:
-            q = q + self.added[:, rows]
+        if self.reads_output:
+            q = y.flatten(-2).to(self.narrow)
+            if self.weight is not None:
+                q = F.linear(q, self.weight, self.bias)
+            if self.added is not None:
+                q = q + self.added[:, rows]
+        else:
+            assert self.added is not None
+            q = self.added[:, rows]
         q = q.view(*q.shape[:2], self.groups, self.dim).to(self.wide)
         inverse = None
         if self.function.query_map.normalize:

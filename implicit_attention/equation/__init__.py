@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from implicit_attention.attention import AttentionSpec
 from implicit_attention.attention.linear_map import LinearMap, linear_map
-from implicit_attention.attention.map import AttentionMap, QueryMap, merge_heads, rms_norm, split_heads
+from implicit_attention.attention.map import AttentionMap, QueryMap, ValueMap, merge_heads, rms_norm, split_heads
 from implicit_attention.attention.masks import mask_terms
 from implicit_attention.attention.positions import Positions, rotate
 from implicit_attention.attention.spec import BiasTerm
@@ -22,8 +22,9 @@ class Layer(Protocol):
 
     settings: Settings
     training: bool
-    Omega_Q: nn.Linear  # this and the others: or what a user put in its place
+    Omega_Q: nn.Linear | None  # this and the others: or what a user put in its place
     W_K: nn.Linear
+    Psi_V: nn.Linear | None
     Omega_V: nn.Linear | None
     W_Q: nn.Linear | None
     temperature: nn.Parameter | None
@@ -52,13 +53,15 @@ class Projected(NamedTuple):
         key: `W_K` of the tokens that keys are made from, `[B, M, H d]`; its dtype is that of the solve.
         value: Their values, `[B, M, G d]`.
         added: `W_Q x`, `[B, N, G d]`; None without it.
-        query_map: What `Omega_Q` amounts to; its bias is part of `added` where there is one.
+        query_map: What `Omega_Q` amounts to; its bias is part of `added` where there is one. None without it.
+        value_map: What `Psi_V` amounts to; None without it.
     """
 
     key: Tensor
     value: Tensor
     added: Tensor | None
-    query_map: LinearMap
+    query_map: LinearMap | None
+    value_map: LinearMap | None = None
 
 
 def project(layer: Layer, inputs: Inputs) -> Projected:
@@ -73,12 +76,19 @@ def project(layer: Layer, inputs: Inputs) -> Projected:
     """
     key = layer.W_K(inputs.source)
     value = values(layer, inputs.source, key.dtype)
-    weight, bias = linear_map(layer.Omega_Q, "Omega_Q", inputs.x, layer.settings.embed_dim)
-    bias = None if bias is None else bias.to(key.dtype)
+    query_map = _read(layer.Omega_Q, "Omega_Q", inputs, key)
     added = None if layer.W_Q is None else layer.W_Q(inputs.x).to(key.dtype)
-    if added is not None and bias is not None:
-        added, bias = added + bias, None
-    return Projected(key, value, added, LinearMap(weight.to(key.dtype), bias))
+    if added is not None and query_map is not None and query_map.bias is not None:
+        added, query_map = added + query_map.bias, LinearMap(query_map.weight, None)
+    return Projected(key, value, added, query_map, _read(layer.Psi_V, "Psi_V", inputs, key))
+
+
+def _read(module: nn.Module | None, name: str, inputs: Inputs, like: Tensor) -> LinearMap | None:
+    """What a map of the outputs amounts to, in the dtype of the solve."""
+    if module is None:
+        return None
+    weight, bias = linear_map(module, name, inputs.x, inputs.x.shape[-1])
+    return LinearMap(weight.to(like.dtype), None if bias is None else bias.to(like.dtype))
 
 
 def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) -> Equation:
@@ -107,15 +117,19 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     rotation = _rotation(layer, inputs, source, dtype)
     if rotation is not None:
         key = rotate(key, rotation)
-    if set(tensors) == {"weight"} and heads == 1 and not settings.qk_norm:
+    if set(tensors) == {"weight"} and heads == 1 and not (settings.qk_norm or settings.feeds_back):
         key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
     tensors |= {"key": key, "value": value}
+    value_map = None
+    if projected.value_map is not None:
+        value_map = ValueMap(groups, settings.feedback_norm)
+        tensors |= {n: t for n, t in zip(ValueMap.names, projected.value_map, strict=True) if t is not None}
     if past is not None:
         tensors |= {"past_column": past.column.to(dtype), "past_value": past.value.to(dtype)}
     # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
     own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
     start = merge_heads(own.repeat_interleave(heads // groups, 1)).clone()
-    query_map = QueryMap(groups if by_keys else heads, settings.qk_norm)
+    query_map = QueryMap(groups if by_keys else heads, settings.qk_norm, settings.query_output)
     if settings.self_query == "input":
         queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
         queries = queries.repeat_interleave(heads // groups, 1)
@@ -126,7 +140,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     if dropout:
         tensors["seeds"] = torch.randint(2**62, x.shape[:1], device=x.device)
     spec = AttentionSpec(settings.scale, settings.is_causal, tuple(term for term, _ in terms), dropout, settings.window)
-    return Equation(AttentionMap(spec, query_map, by_keys, tuple(tensors)), tuple(tensors.values()), start)
+    return Equation(AttentionMap(spec, query_map, by_keys, tuple(tensors), value_map), tuple(tensors.values()), start)
 
 
 def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equation:
@@ -150,10 +164,10 @@ def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _query_tensors(layer: Layer, inputs: Inputs, projected: Projected) -> dict[str, Tensor]:
     """The tensors of phi, by name."""
-    weight, bias = projected.query_map
+    weight, bias = projected.query_map or (None, None)
     given = {"weight": weight, "bias": bias, "added": projected.added}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    rotation = _rotation(layer, inputs, inputs.x, weight.dtype)
+    rotation = _rotation(layer, inputs, inputs.x, projected.key.dtype)
     return tensors if rotation is None else tensors | {"rotation": rotation}
 
 

@@ -44,9 +44,11 @@ class ImplicitAttentionConfig(PreTrainedConfig):
             "input" with a causal mask.
         normalize_over: As in `ImplicitQueryAttention`.
         query_input: As in `ImplicitQueryAttention`; if None, what is recommended: only without a causal mask.
+        query_output: As in `ImplicitQueryAttention`.
         qk_norm: As in `ImplicitQueryAttention`; if None, what is recommended: only with a causal mask.
         positions: None, "rope", "alibi", "relative", or such as `{"name": "rope", "base": 500000.0}`.
-        values: As in `ImplicitQueryAttention`.
+        values: As in `ImplicitQueryAttention`: "linear", "identity" or "feedback".
+        feedback_norm: As in `ImplicitQueryAttention`.
         out_proj: As in `ImplicitQueryAttention`.
         bias: As in `ImplicitQueryAttention`; the MLP has none.
         dropout: Probability of dropping an attention weight in training.
@@ -89,9 +91,11 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     self_query: str = None  # type: ignore[assignment]
     normalize_over: str = "queries"
     query_input: bool = None  # type: ignore[assignment]
+    query_output: bool = True
     qk_norm: bool = None  # type: ignore[assignment]
     positions: str | dict[str, Any] | None = "rope"
     values: str = "linear"
+    feedback_norm: bool = True
     out_proj: bool = True
     bias: bool = False
     dropout: float = 0.0
@@ -206,8 +210,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
             check_positive("window", self.window, integer=True)
         for name in ("rms_norm_eps", "initializer_range"):
             check_positive(name, getattr(self, name))
-        for name in ("is_causal", "query_input", "qk_norm", "out_proj", "bias", "use_cache", "output_gains",
-                     "tie_word_embeddings"):  # fmt: skip
+        for name in ("is_causal", "query_input", "query_output", "qk_norm", "feedback_norm", "out_proj", "bias",
+                     "use_cache", "output_gains", "tie_word_embeddings"):  # fmt: skip
             check_choice(name, getattr(self, name), (True, False))
         self._validate_layers()
         make_solver(self.solver)

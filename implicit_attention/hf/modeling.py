@@ -88,7 +88,10 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (ImplicitQueryAttention, OrdinaryAttention)) and module.temperature is not None:
             init.ones_(module.temperature)
-        elif isinstance(module, RelativeBias):
+        if isinstance(module, ImplicitQueryAttention) and module.Psi_V is not None:  # drawn already, as a linear map
+            for parameter in module.Psi_V.parameters():
+                init.zeros_(parameter)
+        if isinstance(module, RelativeBias):
             init.zeros_(module.table)
 
 

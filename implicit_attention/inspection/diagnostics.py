@@ -180,10 +180,14 @@ def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack
 
     Raises:
         TypeError: As `layer.solve`.
-        ValueError: As `layer.solve`; or if the layer has `qk_norm`, rotary positions, or active dropout.
+        ValueError: As `layer.solve`; or if the layer has `qk_norm`, rotary positions, `values="feedback"`, or active
+            dropout.
     """
     equation = _equation(layer, x, inputs)
     function = _one_map(equation)
+    if function.value_map is not None:
+        raise bad_value("layer", "one whose values read no outputs", Came('one with values="feedback"'),
+                        "Its equilibrium is unique whatever the weights: there is nothing to bound.")  # fmt: skip
     tensors = dict(zip(function.names, equation.args, strict=True))
     if function.query_map.normalize or "rotation" in tensors:
         raise bad_value(

@@ -25,6 +25,7 @@ def build(settings: Settings) -> ImplicitAttentionForCausalLM:
         block_types=[kind] * settings.layers,
         max_position_embeddings=settings.length,
         self_query=settings.self_query,
+        values=settings.values,
         solver={"name": "forward_substitution", "kernel": settings.kernel},
         pad_token_id=PAD,
         eos_token_id=END,

@@ -58,6 +58,13 @@ class Settings:
         "Model",
         fixed=True,
     )
+    values: Literal["linear", "feedback"] = _setting(
+        "linear",
+        "Implicit only: what values are made from. [bold]linear[/bold]: the input. [bold]feedback[/bold]: the input, "
+        "and for later tokens the output too, so that a layer keeps state.",
+        "Model",
+        fixed=True,
+    )
     length: int = _setting(128, "Longest sequence in bytes, N.", "Model", low=2, fixed=True)
     embed_dim: int = _setting(128, "Width of a token, D.", "Model", low=1, fixed=True)
     layers: int = _setting(1, "Number of blocks.", "Model", low=1, fixed=True)
@@ -114,6 +121,8 @@ class Settings:
                 f"heads: must divide embed_dim into parts of even size, but embed_dim is {self.embed_dim} and heads "
                 f"{self.heads}."
             )
+        if self.values == "feedback" and self.self_query == "output":
+            raise RunError("values: feedback needs self_query input: elsewhere an equation may have no solution.")
         if self.batch_size % self.accumulate:
             raise RunError(
                 f"accumulate: must divide batch_size, but batch_size is {self.batch_size} and accumulate "

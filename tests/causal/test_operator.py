@@ -24,7 +24,12 @@ LAYERS = {
     "input-relative": {"num_heads": 4, "self_query": "input", "positions": "relative"},
     "groups-window-alibi": {"num_heads": 4, "num_kv_heads": 2, "window": 5, "positions": "alibi", "query_input": True},
     "bias": {"num_heads": 2, "bias": True},
-}
+    "feedback": {"num_heads": 4, "num_kv_heads": 2, "self_query": "input", "values": "feedback", "bias": True},
+    "feedback-only-values": {
+        "num_heads": 2, "self_query": "input", "values": "feedback", "feedback_norm": False, "query_input": True,
+        "query_output": False, "qk_norm": True, "positions": "rope",
+    },
+}  # fmt: skip
 
 
 def make(options, **more):

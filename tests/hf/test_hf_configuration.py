@@ -40,6 +40,24 @@ def test_round_trip(tmp_path):
     assert {name: getattr(loaded, name) for name in EVERYTHING} == EVERYTHING
 
 
+def test_values_that_read_outputs(tmp_path):
+    """The options come back, and so do the weights; a new model starts as one whose values read none."""
+    options = {"self_query": "input", "values": "feedback", "feedback_norm": False, "query_input": True,
+               "query_output": False, "bias": True}  # fmt: skip
+    torch.manual_seed(1)
+    model = ImplicitAttentionModel(tiny.config(**options))
+    layer = model.layers[1].attention
+    assert layer.Omega_Q is None
+    assert not layer.Psi_V.weight.any()
+    assert not layer.Psi_V.bias.any()
+    torch.nn.init.normal_(layer.Psi_V.weight)
+    model.save_pretrained(tmp_path)
+    loaded = ImplicitAttentionModel.from_pretrained(tmp_path)
+    assert {name: getattr(loaded.config, name) for name in options} == options
+    assert torch.equal(loaded.layers[1].attention.Psi_V.weight, layer.Psi_V.weight)
+    assert loaded.layers[1].attention.settings == layer.settings
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("flag", [True, False])
 def test_flags_that_depend_on_causality_are_saved_as_they_are(tmp_path, is_causal, flag):

@@ -24,6 +24,7 @@ KINDS = {
     "groups": {"num_kv_heads": 2, **MIXED},
     "window": {"window": 4, **MIXED},
     "input-diagonal": {"self_query": "input", "query_input": True, **EXACT},
+    "feedback": {"self_query": "input", "values": "feedback", "num_kv_heads": 2, **EXACT},
     "alibi": {"positions": "alibi", **MIXED},
     "relative": {"positions": {"name": "relative", "max_distance": 5}, **MIXED},
     "keys": {"normalize_over": "keys", "query_input": True, "solver": {"name": "anderson", "max_steps": 200, **TIGHT}},

@@ -29,6 +29,8 @@ def make(cls=ImplicitAttentionForCausalLM, dtype=torch.float64, **options):
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            if "Psi_V" in name:
+                parameter.normal_(std=0.2)
             if name.endswith("table"):
                 parameter.normal_(std=0.5)
     return model

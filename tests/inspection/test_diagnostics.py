@@ -153,6 +153,17 @@ def test_contraction_bound(normalize_over, monkeypatch):
     torch.testing.assert_close(diagnostics.contraction_bound(layer, x), expected)
 
 
+def test_values_that_read_outputs():
+    """Gains are 0 and the radius too; a bound that holds for all outputs would say nothing."""
+    layer = make_layer(D, 2, is_causal=True, self_query="input", values="feedback", solver=ForwardSubstitution())
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    torch.nn.init.normal_(layer.Psi_V.weight)
+    assert not diagnostics.row_gains(layer, x).any()
+    assert not diagnostics.spectral_radius(layer, x).any()
+    with pytest.raises(ValueError, match="values read no outputs"):
+        diagnostics.contraction_bound(layer, x)
+
+
 def test_contraction_bound_with_one_head_where_the_weight_is_absorbed():
     torch.manual_seed(1)
     layer, x = ImplicitQueryAttention(D), torch.randn(2, 5, D)

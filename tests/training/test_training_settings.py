@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from implicit_attention.training import model
 from implicit_attention.training.faults import RunError
 from implicit_attention.training.settings import FIELDS, PRESETS, Settings, read_yaml, resolve
 
@@ -77,6 +78,7 @@ def test_resuming_keeps_what_the_data_order_and_the_model_depend_on():
         "preset",
         "attention",
         "self_query",
+        "values",
         "length",
         "embed_dim",
         "layers",
@@ -88,6 +90,13 @@ def test_resuming_keeps_what_the_data_order_and_the_model_depend_on():
     assert resolve({"length": 128, "learning_rate": 1e-4}, None, run).learning_rate == 1e-4
     with pytest.raises(RunError, match="length: 64 contradicts the run that is resumed, which has 128: leave it out"):
         resolve({"length": 64}, None, run)
+
+
+def test_values_that_read_outputs():
+    built = model.build(Settings(values="feedback", layers=2, embed_dim=16, heads=2))
+    assert [block.attention.settings.values for block in built.model.layers] == ["feedback"] * 2
+    with pytest.raises(RunError, match="values: feedback needs self_query input"):
+        Settings(values="feedback", self_query="output")
 
 
 def test_yaml_is_data_with_the_names_of_the_flags(tmp_path):

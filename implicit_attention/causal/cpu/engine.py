@@ -27,7 +27,7 @@ def widest(system: CausalSystem, block: int) -> int:
     return max(block, _WIDEST if system.spec.plain and not system.spec.dropout else _WIDEST_BIASED)
 
 
-class _Kernel:
+class Kernel:
     """One kernel and its arguments, the same for all blocks. Tensors whose addresses are among them live here."""
 
     def __init__(self, name: str, arguments: library.Arguments, system: CausalSystem, **numbers: float) -> None:
@@ -46,16 +46,19 @@ class _Kernel:
             self.tell(turn_b=0 if len(cosine) == 1 else cosine.stride(0))
 
     def tell(self, **numbers: Any) -> None:
+        """Set arguments that are numbers."""
         for name, value in numbers.items():
             setattr(self.arguments, name, value)
 
     def pass_contiguous(self, **tensors: Tensor | None) -> None:
+        """Set arguments that are dense tensors; an absent or empty one stays null."""
         for name, t in tensors.items():
             if t is not None and t.numel():
                 self.kept[name] = t = t.contiguous()
                 setattr(self.arguments, name, t.data_ptr())
 
     def pass_strided(self, name: str, t: Tensor, dims: str) -> None:
+        """Set an argument that is a tensor with strides, those of `dims`."""
         self.kept[name] = t = t if t.stride(-1) == 1 else t.contiguous()
         setattr(self.arguments, name, t.data_ptr())
         for dim, stride in zip(dims, t.stride(), strict=False):
@@ -90,7 +93,7 @@ class ForwardKernel:
         """
         self.system, self.into = system, into
         numbers = {"rtol": rtol, "atol": atol, "far": FAR, "same_root": SAME_ROOT, "slow": SLOW}
-        self._call = call = _Kernel(
+        self._call = call = Kernel(
             "forward", library.ForwardArguments(), system, eps=system.function.query_map.eps, **numbers
         )
         assert all(t.is_contiguous() for t in into.values())
@@ -136,7 +139,7 @@ class AdjointKernel:
         """
         self.system, self._slopes = system, slopes
         norm = 1.0 if system.weight is None else float(system.weight.detach().norm(dim=0).max())
-        self._call = call = _Kernel(
+        self._call = call = Kernel(
             "adjoint", library.AdjointArguments(), system, norm=norm, near_singular=NEAR_SINGULAR
         )
         dtype = system.key.dtype

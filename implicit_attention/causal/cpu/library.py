@@ -51,7 +51,40 @@ class AdjointArguments(ctypes.Structure):
     )
 
 
-Arguments = ForwardArguments | AdjointArguments
+_BOTH = f"{_SIZES} {_KEYS_AND_VALUES} weight"
+
+
+class FeedbackForwardArguments(ctypes.Structure):
+    """`FeedbackForwardArguments`, of either type."""
+
+    _fields_ = _fields(
+        "key value weight constant added cosine sine own_score bias keep feedback feedback_bias y lse query inverse "
+        "seen",
+        "scale eps",
+        f"{_BOTH} constant added cosine sine turn_b {_MASKS} feedback feedback_bias normed y lse query inverse seen "
+        "scale eps",
+    )
+
+
+class FeedbackAdjointArguments(ctypes.Structure):
+    """`FeedbackAdjointArguments`, of either type."""
+
+    _fields_ = _fields(
+        "key value weight cosine sine own_score bias keep feedback y lse query inverse seen grad d_query d_seen lam "
+        "made d_key d_own_value own_slope slope",
+        "scale eps",
+        f"{_BOTH} cosine sine turn_b {_MASKS} feedback normed y lse query inverse seen grad grad_b grad_n grad_h "
+        "d_query d_seen lam made d_key d_own_value own_slope slope scale eps",
+    )
+
+
+Arguments = ForwardArguments | AdjointArguments | FeedbackForwardArguments | FeedbackAdjointArguments
+_KERNELS = {
+    "forward": ForwardArguments,
+    "adjoint": AdjointArguments,
+    "feedback_forward": FeedbackForwardArguments,
+    "feedback_adjoint": FeedbackAdjointArguments,
+}
 
 
 @cache
@@ -71,10 +104,11 @@ def load() -> ctypes.CDLL:
     library.implicit_attention_use_threads.argtypes = [ctypes.c_void_p]
     library.implicit_attention_use_threads.restype = None
     library.implicit_attention_capability.restype = ctypes.c_char_p
-    for name in ("forward32", "forward64", "adjoint32", "adjoint64"):
-        function = getattr(library, f"implicit_attention_{name}")
-        function.argtypes = [ctypes.POINTER(ForwardArguments if "forward" in name else AdjointArguments)]
-        function.restype = ctypes.c_int32
+    for name, arguments in _KERNELS.items():
+        for bits in (32, 64):
+            function = getattr(library, f"implicit_attention_{name}{bits}")
+            function.argtypes = [ctypes.POINTER(arguments)]
+            function.restype = ctypes.c_int32
     library.implicit_attention_use_threads(_parallel_for())
     wanted = os.environ.get(VARIABLE)
     if wanted and not library.implicit_attention_use_capability(wanted.encode()):
@@ -94,7 +128,7 @@ def call(name: str, arguments: Arguments) -> None:
     """Call a kernel.
 
     Args:
-        name: "forward32", "forward64", "adjoint32" or "adjoint64".
+        name: "forward", "adjoint", "feedback_forward" or "feedback_adjoint", then 32 or 64.
         arguments: Its arguments.
 
     Raises:

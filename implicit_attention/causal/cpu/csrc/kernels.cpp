@@ -2,6 +2,8 @@
 #include "kernels.h"
 
 #include "adjoint_own.h"
+#include "feedback_adjoint.h"
+#include "feedback_forward.h"
 #include "forward_own.h"
 
 namespace implicit_attention::CAPABILITY {
@@ -58,7 +60,9 @@ void adjoint(const AdjointArguments<T>& a) {
 }
 
 const Kernels& kernels() {
-  static const Kernels table{forward<float>, forward<double>, adjoint<float>, adjoint<double>};
+  static const Kernels table{forward<float>, forward<double>, adjoint<float>, adjoint<double>,
+                             feedback_forward<float>, feedback_forward<double>, feedback_adjoint<float>,
+                             feedback_adjoint<double>};
   return table;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arguments.h"
+#include "feedback_arguments.h"
 
 namespace implicit_attention {
 
@@ -10,6 +11,10 @@ struct Kernels {
   void (*forward64)(const ForwardArguments<double>&);
   void (*adjoint32)(const AdjointArguments<float>&);
   void (*adjoint64)(const AdjointArguments<double>&);
+  void (*feedback_forward32)(const FeedbackForwardArguments<float>&);
+  void (*feedback_forward64)(const FeedbackForwardArguments<double>&);
+  void (*feedback_adjoint32)(const FeedbackAdjointArguments<float>&);
+  void (*feedback_adjoint64)(const FeedbackAdjointArguments<double>&);
 };
 
 namespace baseline {

@@ -91,6 +91,22 @@ EXPORT int32_t implicit_attention_adjoint64(const AdjointArguments<double>* a) {
   return run(capability().kernels().adjoint64, *a);
 }
 
+EXPORT int32_t implicit_attention_feedback_forward32(const FeedbackForwardArguments<float>* a) {
+  return run(capability().kernels().feedback_forward32, *a);
+}
+
+EXPORT int32_t implicit_attention_feedback_forward64(const FeedbackForwardArguments<double>* a) {
+  return run(capability().kernels().feedback_forward64, *a);
+}
+
+EXPORT int32_t implicit_attention_feedback_adjoint32(const FeedbackAdjointArguments<float>* a) {
+  return run(capability().kernels().feedback_adjoint32, *a);
+}
+
+EXPORT int32_t implicit_attention_feedback_adjoint64(const FeedbackAdjointArguments<double>* a) {
+  return run(capability().kernels().feedback_adjoint64, *a);
+}
+
 // One row's own equation, for tests; the arrays are those of RowSolver.
 EXPORT int32_t implicit_attention_solve_row(int64_t heads, int64_t grams, const double* alpha, const double* beta,
                                             const double* offset, const double* gram, double* p) {

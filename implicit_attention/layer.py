@@ -55,6 +55,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         out_proj: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
+        max_gain: float | None = None,
         scale: float | None = None,
         solver: str | Method = "auto",
         adjoint: str | Adjoint = "implicit",
@@ -83,6 +84,9 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             out_proj: A linear map after the equilibrium.
             bias: Biases on all linear maps (with `query_input`, queries get theirs from `W_Q`).
             dropout: Probability of dropping an attention weight in training; one mask for a whole solve.
+            max_gain: No causal mask: a bound c in (0, 1). Queries are `f Omega_Q y + W_Q x`, `f = min(1, c / L)` of each
+                sample, such that the map contracts by c for any weights: one equilibrium, found in a known number of
+                steps. `qk_norm` then norms keys and `W_Q x` (`attention/gain.py`).
             scale: Factor on the scores; `(D / H) ** -0.5` if None.
             solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers (unless they are
                 unrolled) and `Anderson()` for all others.
@@ -105,7 +109,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,  # type: ignore[arg-type]
             is_causal=is_causal, window=window, self_query=self_query, normalize_over=normalize_over,
             query_input=query_input, qk_norm=qk_norm, values=values, out_proj=out_proj, bias=bias, dropout=dropout,
-            scale=scale,  # type: ignore[arg-type]
+            max_gain=max_gain, scale=scale,  # type: ignore[arg-type]
         )  # fmt: skip
         if dtype is not None and not dtype.is_floating_point:
             raise bad_type("dtype", "a floating-point dtype", dtype)

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from implicit_attention.attention.contraction import Contraction
 from implicit_attention.attention.map import AttentionMap
 from implicit_attention.attention.positions import Positions
 from implicit_attention.causal import operator
@@ -51,7 +52,10 @@ def make_solver(solver: str | Method, settings: Settings, adjoint: Adjoint) -> M
         TypeError: If it is neither a name nor a solver.
         ValueError: If it cannot solve the layer's equations.
     """
-    if isinstance(solver, DirectSolver) and not settings.triangular:
+    if isinstance(solver, Contraction) and settings.max_gain is None:
+        raise bad_value("solver", "one for maps of any kind with max_gain=None", solver,
+                        "Only a layer with max_gain contracts by a known rate.")  # fmt: skip
+    if isinstance(solver, DirectSolver) and not (settings.triangular or isinstance(solver, Contraction)):
         raise bad_value(
             "solver", 'an iterative one unless is_causal=True and normalize_over="queries"', solver,
             'Rows depend on later rows here, or on no other: use "auto" or Anderson().',
@@ -62,7 +66,9 @@ def make_solver(solver: str | Method, settings: Settings, adjoint: Adjoint) -> M
         raise bad_type("solver", '"auto" or a solver object such as Picard()', solver)
     if solver != "auto":
         raise bad_value("solver", '"auto" or a solver object such as Picard()', solver)
-    return ForwardSubstitution() if settings.triangular and not isinstance(adjoint, Unrolled) else Anderson()
+    if isinstance(adjoint, Unrolled):
+        return Anderson()
+    return ForwardSubstitution() if settings.triangular else Anderson() if settings.max_gain is None else Contraction()
 
 
 def make_adjoint(adjoint: str | Adjoint) -> Adjoint:

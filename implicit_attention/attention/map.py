@@ -48,7 +48,7 @@ class QueryMap:
         normalize: Whether queries get an RMS norm over the head dimension.
     """
 
-    names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation")
+    names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation", "gate")
     eps: ClassVar[float] = NORM_EPS
 
     num_heads: int
@@ -61,6 +61,7 @@ class QueryMap:
         bias: Tensor | None = None,
         added: Tensor | None = None,
         rotation: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Tensor:
         """Return the queries made from `y`.
 
@@ -70,7 +71,9 @@ class QueryMap:
             bias: Bias of `Omega_Q`, `[D]`.
             added: `W_Q x`, `[B, N, D]`.
             rotation: `[2, N, d / 2]`.
+            gate: Factor on y, `[B, 1, 1]`.
         """
+        y = y if gate is None else gate * y
         q = y if weight is None else F.linear(y, weight, bias)
         q = split_heads(q if added is None else q + added, self.num_heads)
         if self.normalize:
@@ -86,7 +89,7 @@ class AttentionMap:
 
     - `key` `[B, H, M, d]` (`[B, G, M, d]` if `rows_are_keys` is false: then keys are columns).
     - `value` `[B, G, M, d]`. Each of the G column heads serves H / G row heads.
-    - Optional, of the query map: `weight`, `bias`, `added`, `rotation`.
+    - Optional, of the query map: `weight`, `bias`, `added`, `rotation`, `gate`.
     - Optional, columns before the first row: `past_column` and `past_value` `[B, G, P, d]`.
     - Optional: `self_score` `[B, H, N]`, `seeds` `[B]`, and `term0`, `term1`, ... of the bias terms.
 
@@ -96,12 +99,14 @@ class AttentionMap:
         rows_are_keys: True if output rows belong to keys and the softmax runs over queries, as in the seed. False if
             output rows belong to queries.
         names: Names of the tensors.
+        max_gain: The rate at which F contracts, if it is made to.
     """
 
     spec: AttentionSpec
     query_map: QueryMap
     rows_are_keys: bool
     names: tuple[str, ...]
+    max_gain: float | None = None
 
     @property
     def system_ndim(self) -> int:
@@ -121,7 +126,7 @@ class AttentionMap:
         out, _ = attention(
             row,
             column,
-            _for_heads(value, row.shape[1]),
+            for_heads(value, row.shape[1]),
             self._spec(t),
             self_score=t.get("self_score"),
             seeds=t.get("seeds"),
@@ -144,7 +149,7 @@ class AttentionMap:
         """Rows and columns of the scores, `[B, H, N, d]` and `[B, H, P + M, d]`."""
         made = self._queries(y, t)
         row, column = (t["key"], made) if self.rows_are_keys else (made, t["key"])
-        return row, _for_heads(_joined(t.get("past_column"), column), row.shape[1])
+        return row, for_heads(_joined(t.get("past_column"), column), row.shape[1])
 
     def _queries(self, y: Tensor, t: dict[str, Tensor]) -> Tensor:
         return self.query_map(y.to(t["key"].dtype), *(t.get(n) for n in QueryMap.names))
@@ -160,6 +165,6 @@ def _joined(past: Tensor | None, new: Tensor) -> Tensor:
     return new if past is None else torch.cat([past, new], -2)
 
 
-def _for_heads(t: Tensor, heads: int) -> Tensor:
+def for_heads(t: Tensor, heads: int) -> Tensor:
     """`[B, G, M, d] -> [B, H, M, d]`: repeat each group's part for its heads."""
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_attention.attention import AttentionSpec
+from implicit_attention.attention.gain import gain
 from implicit_attention.attention.linear_map import LinearMap, linear_map
 from implicit_attention.attention.map import AttentionMap, QueryMap, merge_heads, rms_norm, split_heads
 from implicit_attention.attention.masks import mask_terms
@@ -76,6 +77,8 @@ def project(layer: Layer, inputs: Inputs) -> Projected:
     weight, bias = linear_map(layer.Omega_Q, "Omega_Q", inputs.x, layer.settings.embed_dim)
     bias = None if bias is None else bias.to(key.dtype)
     added = None if layer.W_Q is None else layer.W_Q(inputs.x).to(key.dtype)
+    if added is not None and _norm_apart(layer.settings):
+        added = merge_heads(rms_norm(split_heads(added, added.shape[-1] // layer.settings.head_dim)))
     if added is not None and bias is not None:
         added, bias = added + bias, None
     return Projected(key, value, added, LinearMap(weight.to(key.dtype), bias))
@@ -107,6 +110,8 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     rotation = _rotation(layer, inputs, source, dtype)
     if rotation is not None:
         key = rotate(key, rotation)
+    if settings.max_gain is not None:
+        key, tensors["gate"] = _contracting(settings, inputs, key, value, tensors)
     if set(tensors) == {"weight"} and heads == 1 and not settings.qk_norm:
         key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
     tensors |= {"key": key, "value": value}
@@ -115,7 +120,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
     own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
     start = merge_heads(own.repeat_interleave(heads // groups, 1)).clone()
-    query_map = QueryMap(groups if by_keys else heads, settings.qk_norm)
+    query_map = QueryMap(groups if by_keys else heads, settings.qk_norm and not _norm_apart(settings))
     if settings.self_query == "input":
         queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
         queries = queries.repeat_interleave(heads // groups, 1)
@@ -126,7 +131,32 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     if dropout:
         tensors["seeds"] = torch.randint(2**62, x.shape[:1], device=x.device)
     spec = AttentionSpec(settings.scale, settings.is_causal, tuple(term for term, _ in terms), dropout, settings.window)
-    return Equation(AttentionMap(spec, query_map, by_keys, tuple(tensors)), tuple(tensors.values()), start)
+    function = AttentionMap(spec, query_map, by_keys, tuple(tensors), settings.max_gain)
+    return Equation(function, tuple(tensors.values()), start)
+
+
+def _norm_apart(settings: Settings) -> bool:
+    """Whether the norm of queries is that of `W_Q x` alone: a norm of what y makes has no bound that helps."""
+    return settings.qk_norm and settings.max_gain is not None
+
+
+def _contracting(
+    settings: Settings, inputs: Inputs, key: Tensor, value: Tensor, tensors: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The keys and the factor on y, `[B, 1, 1]`, with which the map contracts by `max_gain`."""
+    assert settings.max_gain is not None
+    hidden = inputs.padding
+    if hidden is not None and hidden.dtype != torch.bool:
+        hidden = torch.isneginf(hidden)
+    found = gain(
+        key, value, tensors["weight"], scale=settings.scale, rows_are_keys=settings.rows_are_keys,
+        rotated="rotation" in tensors, dropout=settings.dropout, hidden=hidden,
+    )  # fmt: skip
+    if hidden is not None and found.rows is not None:
+        # Hidden tokens do not count in the bound. Where their own gain is larger, smaller keys bring it down.
+        shrunk = (found.squared[:, None] / found.rows.clamp_min(torch.finfo(found.rows.dtype).tiny)).clamp_max(1.0)
+        key = key * torch.where(hidden, shrunk.sqrt(), 1.0)[:, None, :, None].to(key.dtype)
+    return key, found.factor(settings.max_gain)[:, None, None].to(key.dtype)
 
 
 def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equation:

@@ -226,7 +226,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                             "Use diagnostics.spectral_radius.")  # fmt: skip
         given = self._inputs(x, context, **inputs)
         found = settle(self, self._report, given, history=history, short=not (history or gains))
-        solution = replace(found.solution, value=_own(found.solution.value))
+        solution = replace(found.solution, value=_own(found.solution.value), unique=self.settings.unique)
         if gains:
             assert found.equation is not None
             solution = replace(solution, gain=row_gains(found.equation, found.solution))

@@ -73,6 +73,11 @@ class Settings:
         """Whether row i depends on rows j <= i alone, so that `ForwardSubstitution` can solve it."""
         return self.is_causal and self.rows_are_keys
 
+    @property
+    def unique(self) -> bool:
+        """Whether there is one equilibrium, whatever the weights."""
+        return self.self_query == "input" or self.max_gain is not None
+
     def changed(self) -> dict[str, object]:
         """Return the settings that are not the default, by name, `embed_dim` aside."""
         default = Settings(embed_dim=self.embed_dim, num_heads=self.num_heads)

@@ -81,6 +81,11 @@ def gain(
     return Gain(_largest(rows, None if hidden is None else hidden[:, 0]), rows)
 
 
+def hidden_columns(padding: Tensor | None) -> Tensor | None:
+    """Return the columns `[B, M]` that a padding mask hides from every row: where it is True, or `-inf`."""
+    return padding if padding is None or padding.dtype == torch.bool else torch.isneginf(padding)
+
+
 def predicted_steps(max_gain: float, reduction: float) -> int:
     """Return the steps after which plain iteration has made a distance smaller by a factor at least.
 

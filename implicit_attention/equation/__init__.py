@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_attention.attention import AttentionSpec
-from implicit_attention.attention.gain import gain
+from implicit_attention.attention.gain import gain, hidden_columns
 from implicit_attention.attention.linear_map import LinearMap, linear_map
 from implicit_attention.attention.map import AttentionMap, QueryMap, merge_heads, rms_norm, split_heads
 from implicit_attention.attention.masks import mask_terms
@@ -145,23 +145,24 @@ def _contracting(
 ) -> tuple[Tensor, Tensor]:
     """The keys and the factor on y, `[B, 1, 1]`, with which the map contracts by `max_gain`."""
     assert settings.max_gain is not None
-    hidden = inputs.padding
-    if hidden is not None and hidden.dtype != torch.bool:
-        hidden = torch.isneginf(hidden)
+    hidden = hidden_columns(inputs.padding)
     found = gain(
         key, value, tensors["weight"], scale=settings.scale, rows_are_keys=settings.rows_are_keys,
         rotated="rotation" in tensors, dropout=settings.dropout, hidden=hidden,
     )  # fmt: skip
     if hidden is not None and found.rows is not None:
         # Hidden tokens do not count in the bound. Where their own gain is larger, smaller keys bring it down.
-        shrunk = (found.squared[:, None] / found.rows.clamp_min(torch.finfo(found.rows.dtype).tiny)).clamp_max(1.0)
+        tiny = torch.finfo(found.rows.dtype).tiny
+        shrunk = (found.squared[:, None] / found.rows.clamp_min(tiny)).clamp(tiny, 1.0)
         key = key * torch.where(hidden, shrunk.sqrt(), 1.0)[:, None, :, None].to(key.dtype)
     return key, found.factor(settings.max_gain)[:, None, None].to(key.dtype)
 
 
 def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equation:
     """The equations of packed documents, batch by batch, as one."""
-    packing = Packing.of(inputs, padded=isinstance(layer.solver, DirectSolver))  # others would iterate on padding too
+    # Without a causal mask documents would see the padding, and other solvers would iterate on it too.
+    padded = layer.settings.is_causal and isinstance(layer.solver, DirectSolver)
+    packing = Packing.of(inputs, padded=padded)
     by_token = {"key": projected.key, "value": projected.value, "added": projected.added}
     unpacked = {name: packing.unpack(t) for name, t in by_token.items() if t is not None}
     equations = []

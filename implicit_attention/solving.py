@@ -167,6 +167,12 @@ def row_gains(equation: Equation, solution: Solution) -> Tensor:
         return function.packing.pack(found)
 
 
+_MAY_NOT_CONTRACT = (
+    " Without a causal mask a map may stop contracting as weights grow: max_gain=0.9 gives the layer one equilibrium for "
+    "any weights."
+)
+
+
 class Found(NamedTuple):
     """A solved call; the cache has not been given its tokens."""
 
@@ -217,6 +223,7 @@ def settle(
         report.keep(decoded.solution)
         return Found(decoded.solution, None, decoded)
     equation = prepare(layer, inputs, projected)
+    report.advice = "" if layer.settings.is_causal or layer.settings.unique else _MAY_NOT_CONTRACT
     try:
         solution = solve(equation, layer.solver, layer.adjoint, report, history=history)
     except NonFiniteError as error:

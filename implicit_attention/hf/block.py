@@ -156,6 +156,7 @@ def implicit_attention(
         normalize_over=config.normalize_over,
         query_input=config.query_input,
         qk_norm=config.qk_norm,
+        max_gain=config.max_gain,
         positions=make_positions(config.positions, config.num_attention_heads, head_dim),
         values=config.values,
         out_proj=config.out_proj,

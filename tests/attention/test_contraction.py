@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from implicit_attention import Anderson, Contraction, Implicit, ImplicitQueryAttention, Phantom, Picard
+from implicit_attention import Anderson, Contraction, ConvergenceError, Implicit, ImplicitQueryAttention, Phantom, Picard
 from implicit_attention.attention import gain as gains
 from implicit_attention.attention.gain import gain, predicted_steps
 
@@ -315,3 +315,9 @@ def test_nan_is_said():
     x[1, 2, 3] = float("nan")
     with pytest.raises(ValueError, match="`x` holds 1 NaN or Inf"):
         layer(x)
+
+
+def test_a_free_layer_that_fails_names_the_remedy():
+    layer = make(torch.float32, gain=20.0, max_gain=None, solver=Anderson(max_steps=3), on_failure="raise")
+    with pytest.raises(ConvergenceError, match=r"stop contracting as weights grow: max_gain=0.9"):
+        layer(torch.randn(2, 9, 16))

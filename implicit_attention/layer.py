@@ -84,12 +84,12 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             out_proj: A linear map after the equilibrium.
             bias: Biases on all linear maps (with `query_input`, queries get theirs from `W_Q`).
             dropout: Probability of dropping an attention weight in training; one mask for a whole solve.
-            max_gain: No causal mask: a bound c in (0, 1). Queries are `f Omega_Q y + W_Q x`, `f = min(1, c / L)` of each
-                sample, such that the map contracts by c for any weights: one equilibrium, found in a known number of
-                steps. `qk_norm` then norms keys and `W_Q x` (`attention/gain.py`).
+            max_gain: No causal mask: a bound c in (0, 1). Queries are `f Omega_Q y + W_Q x`, `f = min(1, c / L)` of
+                each sample, such that the map contracts by c for any weights: one equilibrium, found in a known number
+                of steps. `qk_norm` then norms keys and `W_Q x` (`attention/gain.py`).
             scale: Factor on the scores; `(D / H) ** -0.5` if None.
-            solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers (unless they are
-                unrolled) and `Anderson()` for all others.
+            solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers, `Contraction()` with
+                `max_gain`, and `Anderson()` for all others and what is unrolled.
             adjoint: "implicit", "unrolled", "phantom", or `Implicit(...)`, `Unrolled(...)`, `Phantom(...)`.
             on_failure: When a solve misses its tolerance: "warn", at the 1st, 10th, 100th ... failure, with the layer's
                 name and their number; "raise"; or "ignore". `last_solve` has the figures in any case.

@@ -1,7 +1,7 @@
 """The solver of maps that contract by a known rate: plain iteration, each step one attention pass and one product.
 
-A layer with `max_gain=c` makes such a map (`gain`). Plain iteration then arrives from anywhere, and so does its adjoint:
-every step shrinks the distance to the solution by c at least, in practice by far more, since c is a worst case.
+A layer with `max_gain=c` makes such a map (`gain`). Plain iteration then arrives from anywhere, and so does that of its
+adjoint: every step shrinks the distance to the solution by c at least, in practice by far more: c is a worst case.
 """
 
 import math
@@ -85,11 +85,11 @@ class Contraction(DirectSolver):
         """
         passes = _Passes(_contracting(function), args)
         rtol, atol = self.tolerances(dtype)
-        y, at = passes.from_zero(), None
+        y = at = passes.from_zero()
         allowed = atol + rtol * passes.size(y) + passes.rounding()
         done, steps = torch.zeros_like(allowed, dtype=torch.bool), torch.ones_like(allowed, dtype=torch.long)
         for count in range(2, (self.steps or passes.most()) + 1):
-            at = y if self.steps or at is None else torch.where(passes.by_system(done), at, y)
+            at = y if self.steps or count == 2 else torch.where(passes.by_system(done), at, y)
             query, y, lse = passes.forward(at)
             residual = passes.size(y - at)
             steps, done = torch.where(done, steps, count), done | (residual <= allowed)
@@ -116,14 +116,16 @@ class Contraction(DirectSolver):
         grad: Tensor,
         needs: tuple[bool, ...],
     ) -> AdjointSolution:
-        """Solve `lam = grad + J^T lam` and return the gradients of the map's tensors; arguments as in the base class."""
+        """Solve `lam = grad + J^T lam`; return the gradients of the map's tensors. Arguments as in the base class."""
         passes = _Passes(_contracting(function), args)
         at, query, lse = memo or (y, *passes.forward(y)[::2])
         rtol, _ = self.tolerances(y.dtype, linear=True)
         y = y.to(query.dtype)
         lam = grad = grad.to(query.dtype)
         allowed = rtol * passes.size(grad)
-        for count in range(1, (self.steps or passes.most(rtol)) + 1):
+        count = 0
+        while count < (self.steps or passes.most(rtol)):
+            count += 1
             pull = passes.backward(lam, query, y, lse)
             following = torch.addcmul(grad, passes.gate, pull.raw)
             residual = passes.size(following - lam)
@@ -290,4 +292,4 @@ def _settled(residual: Tensor, allowed: Tensor) -> bool:
 
 def _summed(t: Tensor, heads: int) -> Tensor:
     """`[B, H, N, d] -> [B, G, N, d]`: add up what a group's heads give."""
-    return t if t.shape[1] == heads else t.unflatten(1, (heads, -1)).sum(2)
+    return t if t.shape[1] == heads else t.view(len(t), heads, -1, *t.shape[2:]).sum(2)

@@ -1,6 +1,6 @@
-r"""How fast a map without a triangular structure contracts: a bound that holds for any weights, and the factor from it.
+r"""How fast a map without a triangular structure contracts: a bound for any weights, and the factor made from it.
 
-Row i of head h is `y_ih = sum_j P_ij v_jh` with the scores `s_ij = scale k_ih . (f Omega y_j + W_Q x_j) + bias_ij`. Its
+Row i of head h is `y_ih = sum_j P_ij v_jh` with scores `s_ij = scale k_ih . (f Omega y_j + W_Q x_j) + bias_ij`. Its
 derivative is `sum_j P_ij (v_jh - y_ih) (ds_ij - m)` for any m, since weights of a row sum to 1. So in every direction u
 
     u . dy_ih <= max_j |ds_ij| sum_j P_ij |u . (v_jh - y_ih)| <= max_j |ds_ij| R_h,
@@ -128,9 +128,11 @@ def _pulled(key: Tensor, weight: Tensor, rotated: bool) -> Tensor:
     gram = gram.repeat_interleave(heads // len(gram), 0)
     if rotated:
         sizes = key.square().sum(-1).repeat_interleave(heads // key.shape[1], 1)
-        return sizes * _largest_eigenvalue(gram)[:, None]
+        bound: Tensor = sizes * _largest_eigenvalue(gram)[:, None]
+        return bound
     key = key.repeat_interleave(heads // key.shape[1], 1)
-    return ((key @ gram) * key).sum(-1).clamp_min(0.0)
+    pulled: Tensor = ((key @ gram) * key).sum(-1).clamp_min(0.0)
+    return pulled
 
 
 def _largest_eigenvalue(gram: Tensor) -> Tensor:

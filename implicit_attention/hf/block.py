@@ -156,7 +156,7 @@ def implicit_attention(
         normalize_over=config.normalize_over,
         query_input=config.query_input,
         qk_norm=config.qk_norm,
-        max_gain=config.max_gain,
+        max_gain=config.max_gain,  # type: ignore[arg-type]  # no longer "auto"
         positions=make_positions(config.positions, config.num_attention_heads, head_dim),
         values=config.values,
         out_proj=config.out_proj,

@@ -10,7 +10,15 @@ import random
 import pytest
 import torch
 
-from implicit_attention import Anderson, Contraction, ConvergenceError, Implicit, ImplicitQueryAttention, Phantom, Picard
+from implicit_attention import (
+    Anderson,
+    Contraction,
+    ConvergenceError,
+    Implicit,
+    ImplicitQueryAttention,
+    Phantom,
+    Picard,
+)
 from implicit_attention.attention import gain as gains
 from implicit_attention.attention.gain import gain, predicted_steps
 
@@ -100,7 +108,8 @@ def test_random_layers_contract_settle_as_predicted_and_agree(group):
             solution = solve(layer, x, inputs, seed)
             torch.manual_seed(seed)
             function, args, start = layer.equation(x, **inputs)
-        assert solution.converged.all() and solution.unique, seed
+        assert solution.converged.all(), seed
+        assert solution.unique
         c = layer.max_gain
         values = dict(zip(function.names, args, strict=True))["value"]
         size = values.abs().max().item() + 1e-300
@@ -245,7 +254,8 @@ def test_fixed_steps_take_exactly_so_many_and_report_the_residual():
     assert found.evaluations == 4
     found.value.sum().backward()
     assert (layer.last_solve.adjoint.steps == 4).all()
-    assert layer.last_solve.converged.all() and layer.last_solve.adjoint.converged.all()
+    assert layer.last_solve.converged.all()
+    assert layer.last_solve.adjoint.converged.all()
     layer.solver = Contraction(steps=2, rtol=1e-6)
     assert not layer.solve(x).converged.any()
 

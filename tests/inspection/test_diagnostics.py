@@ -174,8 +174,12 @@ def test_contraction_says_what_max_gain_does_and_what_is_measured(normalize_over
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"is_causal": True}, {"query_input": True, "positions": "alibi"}, {"positions": "rope"},
-        {"normalize_over": "keys"}, {"normalize_over": "keys", "positions": "rope"},
+        {},
+        {"is_causal": True},
+        {"query_input": True, "positions": "alibi"},
+        {"positions": "rope"},
+        {"normalize_over": "keys"},
+        {"normalize_over": "keys", "positions": "rope"},
     ],
     ids=["seed", "causal", "query_input-alibi", "rope", "keys", "keys-rope"],
 )

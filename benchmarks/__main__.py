@@ -5,12 +5,13 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import bidirectional, causal, decode, gpu, hard, imports, language_model, layer, packing
+from benchmarks import bidirectional, causal, decode, encoder, gpu, hard, imports, language_model, layer, packing
 
 BENCHMARKS = {
     "bidirectional": bidirectional,
     "causal": causal,
     "decode": decode,
+    "encoder": encoder,
     "gpu": gpu,
     "hard": hard,
     "imports": imports,

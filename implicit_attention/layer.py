@@ -88,8 +88,8 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                 each sample, such that the map contracts by c for any weights: one equilibrium, found in a known number
                 of steps. `qk_norm` then norms keys and `W_Q x` (`attention/gain.py`).
             scale: Factor on the scores; `(D / H) ** -0.5` if None.
-            solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers, `Contraction()` with
-                `max_gain`, and `Anderson()` for all others and what is unrolled.
+            solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers, `Contraction()`
+                with `max_gain`, and `Anderson()` for all others and what is unrolled.
             adjoint: "implicit", "unrolled", "phantom", or `Implicit(...)`, `Unrolled(...)`, `Phantom(...)`.
             on_failure: When a solve misses its tolerance: "warn", at the 1st, 10th, 100th ... failure, with the layer's
                 name and their number; "raise"; or "ignore". `last_solve` has the figures in any case.

@@ -1,7 +1,7 @@
 r"""How fast a map without a triangular structure contracts: a bound for any weights, and the factor made from it.
 
-Row i of head h is `y_ih = sum_j P_ij v_jh` with scores `s_ij = scale k_ih . (f Omega y_j + W_Q x_j) + bias_ij`. Its
-derivative is `sum_j P_ij (v_jh - y_ih) (ds_ij - m)` for any m, since weights of a row sum to 1. So in every direction u
+Row i of head h is `y_ih = sum_j P_ij v_jh`, with scores `s_ij = scale k_ih . (f Omega y_j + W_Q x_j) + bias_ij`. The
+weights of a row sum to 1, so its derivative is `sum_j P_ij (v_jh - y_ih) (ds_ij - m)` for any m. In every direction u
 
     u . dy_ih <= max_j |ds_ij| sum_j P_ij |u . (v_jh - y_ih)| <= max_j |ds_ij| R_h,
 

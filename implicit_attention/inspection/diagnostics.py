@@ -223,6 +223,7 @@ def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack
     return bound * factor
 
 
+@torch.no_grad()
 def _bound_and_factor(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     equation = _equation(layer, x, inputs)
     function = _one_map(equation)

@@ -5,12 +5,25 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import bidirectional, causal, decode, feedback, gpu, hard, imports, language_model, layer, packing
+from benchmarks import (
+    bidirectional,
+    causal,
+    decode,
+    encoder,
+    feedback,
+    gpu,
+    hard,
+    imports,
+    language_model,
+    layer,
+    packing,
+)
 
 BENCHMARKS = {
     "bidirectional": bidirectional,
     "causal": causal,
     "decode": decode,
+    "encoder": encoder,
     "feedback": feedback,
     "gpu": gpu,
     "hard": hard,

@@ -11,7 +11,9 @@ Run = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 
 
-def interleaved_seconds(runs: Mapping[Key, Run], repeats: int, *, warm: bool = False) -> dict[Key, list[float]]:
+def interleaved_seconds(
+    runs: Mapping[Key, Run], repeats: int, *, warm: bool = False, clock: Callable[[], float] = time.perf_counter
+) -> dict[Key, list[float]]:
     """Time every run in turn, again and again: what else the machine does then hits all of them alike.
 
     One untimed round goes first, unless the runs are warm already.
@@ -19,10 +21,10 @@ def interleaved_seconds(runs: Mapping[Key, Run], repeats: int, *, warm: bool = F
     seconds: dict[Key, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + (not warm)):
         for name, run in runs.items():
-            begun = time.perf_counter()
+            begun = clock()
             run()
             if warm or round_:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(clock() - begun)
     return seconds
 
 

@@ -1,6 +1,7 @@
 """Implicit-query attention: attention whose queries are made from its own output, solved to equilibrium."""
 
 from implicit_attention import renamed
+from implicit_attention.attention.contraction import Contraction
 from implicit_attention.attention.positions import ALiBi, RelativeBias, Rotary
 from implicit_attention.cache import DecodeCache
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
@@ -21,6 +22,7 @@ __all__ = [
     "Anderson",
     "Broyden",
     "CollapseWarning",
+    "Contraction",
     "ConvergenceError",
     "ConvergenceWarning",
     "DecodeCache",

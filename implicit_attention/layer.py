@@ -57,6 +57,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         out_proj: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
+        max_gain: float | None = None,
         scale: float | None = None,
         solver: str | Method = "auto",
         adjoint: str | Adjoint = "implicit",
@@ -91,9 +92,12 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             out_proj: A linear map after the equilibrium.
             bias: Biases on all linear maps (with `query_input`, queries get theirs from `W_Q`).
             dropout: Probability of dropping an attention weight in training; one mask for a whole solve.
+            max_gain: No causal mask: a bound c in (0, 1). Queries are `f Omega_Q y + W_Q x`, `f = min(1, c / L)` of
+                each sample, such that the map contracts by c for any weights: one equilibrium, found in a known number
+                of steps. `qk_norm` then norms keys and `W_Q x` (`attention/gain.py`).
             scale: Factor on the scores; `(D / H) ** -0.5` if None.
-            solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers (unless they are
-                unrolled) and `Anderson()` for all others.
+            solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers, `Contraction()`
+                with `max_gain`, and `Anderson()` for all others and what is unrolled.
             adjoint: "implicit", "unrolled", "phantom", or `Implicit(...)`, `Unrolled(...)`, `Phantom(...)`.
             on_failure: When a solve misses its tolerance: "warn", at the 1st, 10th, 100th ... failure, with the layer's
                 name and their number; "raise"; or "ignore". `last_solve` has the figures in any case.
@@ -113,7 +117,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,  # type: ignore[arg-type]
             is_causal=is_causal, window=window, self_query=self_query, normalize_over=normalize_over,
             query_input=query_input, query_output=query_output, qk_norm=qk_norm, values=values,
-            feedback_norm=feedback_norm, out_proj=out_proj, bias=bias, dropout=dropout,
+            feedback_norm=feedback_norm, out_proj=out_proj, bias=bias, dropout=dropout, max_gain=max_gain,
             scale=scale,  # type: ignore[arg-type]
         )  # fmt: skip
         if dtype is not None and not dtype.is_floating_point:
@@ -235,7 +239,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                             "Use diagnostics.spectral_radius.")  # fmt: skip
         given = self._inputs(x, context, **inputs)
         found = settle(self, self._report, given, history=history, short=not (history or gains))
-        solution = replace(found.solution, value=_own(found.solution.value))
+        solution = replace(found.solution, value=_own(found.solution.value), unique=self.settings.unique)
         if gains:
             assert found.equation is not None
             solution = replace(solution, gain=row_gains(found.equation, found.solution))

@@ -28,6 +28,7 @@ class Settings:
         out_proj: Whether a linear map follows the equilibrium.
         bias: Whether linear maps have biases.
         dropout: Probability of dropping an attention weight in training.
+        max_gain: Bound of the map's contraction, in (0, 1); None for none.
         scale: Factor on the scores; None stands for `head_dim ** -0.5`.
     """
 
@@ -46,6 +47,7 @@ class Settings:
     out_proj: bool = False
     bias: bool = False
     dropout: float = 0.0
+    max_gain: float | None = None
     scale: float = None  # type: ignore[assignment]  # filled in
 
     def __post_init__(self) -> None:
@@ -79,6 +81,11 @@ class Settings:
     def feeds_back(self) -> bool:
         """Whether values read outputs."""
         return self.values == "feedback"
+
+    @property
+    def unique(self) -> bool:
+        """Whether there is one equilibrium, whatever the weights."""
+        return self.self_query == "input" or self.max_gain is not None
 
     def changed(self) -> dict[str, object]:
         """Return the settings that are not the default, by name, `embed_dim` aside."""
@@ -144,13 +151,31 @@ class Settings:
             raise bad_type("dropout", "a number in [0, 1)", self.dropout)
         if not 0 <= self.dropout < 1:
             raise bad_value("dropout", "a number in [0, 1)", self.dropout)
+        self._check_gain()
         self._fill("scale", self.head_dim**-0.5)
         check_positive("scale", self.scale)
+
+    def _check_gain(self) -> None:
+        if self.max_gain is None:
+            return
+        if isinstance(self.max_gain, bool) or not isinstance(self.max_gain, (int, float)):
+            raise bad_type("max_gain", "a number in (0, 1) or None", self.max_gain)
+        if not 0 < self.max_gain < 1:
+            raise bad_value("max_gain", "a number in (0, 1) or None", self.max_gain)
+        if self.is_causal:
+            raise bad_value(
+                "max_gain", "None with is_causal=True", self.max_gain,
+                "The bound is that of a whole sample, so tokens would see later ones. Causal layers do not need it: "
+                "they are solved exactly, and self_query=\"input\" gives one equilibrium for any weights.",
+            )  # fmt: skip
+        if not (self.rows_are_keys or self.query_input):
+            raise bad_value("max_gain", 'None with normalize_over="keys" and query_input=False', self.max_gain,
+                            "All tokens pose the same equation there: use query_input=True.")  # fmt: skip
 
 
 NAMES = frozenset(field.name for field in fields(Settings))
 # What a made layer can still change: the others decide the shapes of its parameters.
-_CHANGEABLE = frozenset({"is_causal", "window", "self_query", "feedback_norm", "dropout", "scale"})
+_CHANGEABLE = frozenset({"is_causal", "window", "self_query", "feedback_norm", "dropout", "max_gain", "scale"})
 _SEEN = {"query_input", "query_output", "out_proj", "bias"}  # the printed modules show them
 _MODULES = frozenset({"out_proj"})  # settings whose names belong to the modules that they make
 

@@ -1,27 +1,26 @@
 """How a layer's equation is solved: by which solver, with which gradient, and what is known of the solution."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from implicit_attention.attention import operator as contraction_operator
+from implicit_attention.attention.contraction import Contraction
 from implicit_attention.attention.map import AttentionMap
-from implicit_attention.attention.positions import Positions
-from implicit_attention.causal import operator
+from implicit_attention.causal import operator as causal_operator
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.decoding import Decoded, decode, serves
 from implicit_attention.equation import Equation, Layer, prepare, project
+from implicit_attention.equation.collapse import watch
 from implicit_attention.equation.packing import PackedMap, outside_graphs
-from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Method, Solution
-from implicit_attention.errors import CollapseWarning, NonFiniteError, bad_type, bad_value
+from implicit_attention.errors import NonFiniteError, bad_type, bad_value
 from implicit_attention.inputs import Inputs, non_finite
 from implicit_attention.settings import Settings
-
-ALIKE = 3e-2  # difference of outputs, in units of that of the values, below which they are the same vector
 
 
 class SolvedLayer(Layer, Protocol):
@@ -51,7 +50,10 @@ def make_solver(solver: str | Method, settings: Settings, adjoint: Adjoint) -> M
         TypeError: If it is neither a name nor a solver.
         ValueError: If it cannot solve the layer's equations.
     """
-    if isinstance(solver, DirectSolver) and not settings.triangular:
+    if isinstance(solver, Contraction) and settings.max_gain is None:
+        raise bad_value("solver", "one for maps of any kind with max_gain=None", solver,
+                        "Only a layer with max_gain contracts by a known rate.")  # fmt: skip
+    if isinstance(solver, DirectSolver) and not (settings.triangular or isinstance(solver, Contraction)):
         raise bad_value(
             "solver", 'an iterative one unless is_causal=True and normalize_over="queries"', solver,
             'Rows depend on later rows here, or on no other: use "auto" or Anderson().',
@@ -62,7 +64,9 @@ def make_solver(solver: str | Method, settings: Settings, adjoint: Adjoint) -> M
         raise bad_type("solver", '"auto" or a solver object such as Picard()', solver)
     if solver != "auto":
         raise bad_value("solver", '"auto" or a solver object such as Picard()', solver)
-    return ForwardSubstitution() if settings.triangular and not isinstance(adjoint, Unrolled) else Anderson()
+    if isinstance(adjoint, Unrolled):
+        return Anderson()
+    return ForwardSubstitution() if settings.triangular else Anderson() if settings.max_gain is None else Contraction()
 
 
 def make_adjoint(adjoint: str | Adjoint) -> Adjoint:
@@ -114,9 +118,12 @@ def solve(
         packed = function.packing.pack_solutions(solutions)
         report.keep(packed)
         return packed
-    if torch.compiler.is_compiling() and not history and operator.serves(solver, adjoint, function):
-        assert isinstance(solver, ForwardSubstitution)
-        return operator.solve(solver, function, args, start.dtype, report.handle)
+    if torch.compiler.is_compiling() and not history:
+        given = (function, args, start.dtype, report.handle)
+        if isinstance(solver, ForwardSubstitution) and causal_operator.serves(solver, adjoint, function):
+            return causal_operator.solve(solver, *given)
+        if isinstance(solver, Contraction) and contraction_operator.serves(solver, adjoint, function):
+            return contraction_operator.solve(solver, *given)
     problem = Problem(function, solver, function.system_ndim, function.row_ndim, report)
     return adjoint(problem, start, args, history=history)
 
@@ -159,6 +166,12 @@ def row_gains(equation: Equation, solution: Solution) -> Tensor:
         memos = [memo[i * each : (i + 1) * each] for i in range(len(parts))]
         found = [ForwardSubstitution().gains(*part, own) for part, own in zip(parts, memos, strict=True)]
         return function.packing.pack(found)
+
+
+_MAY_NOT_CONTRACT = (
+    " Without a causal mask a map may stop contracting as weights grow: max_gain=0.9 gives the layer one equilibrium "
+    "for any weights."
+)
 
 
 class Found(NamedTuple):
@@ -211,87 +224,11 @@ def settle(
         report.keep(decoded.solution)
         return Found(decoded.solution, None, decoded)
     equation = prepare(layer, inputs, projected)
+    if not torch.compiler.is_compiling():
+        report.advice = "" if layer.settings.is_causal or layer.settings.unique else _MAY_NOT_CONTRACT
     try:
         solution = solve(equation, layer.solver, layer.adjoint, report, history=history)
     except NonFiniteError as error:
         raise non_finite({**inputs.named(), **dict(layer.named_parameters())}) from error
-    _watch(layer, inputs, equation, solution.value, report)
+    watch(layer, inputs, equation, solution.value, report)
     return Found(solution, equation, None)
-
-
-def _watch(layer: SolvedLayer, inputs: Inputs, equation: Equation, value: Tensor, report: FailureReport) -> None:
-    """Watch for collapse; packed documents each for itself."""
-    function = equation.function
-    if not isinstance(function, PackedMap):
-        watch_for_collapse(layer.settings, layer.positions, inputs, equation.start, value, report)
-        return
-    starts, values = function.packing.unpack(equation.start), function.packing.unpack(value)
-    for own, start, found in zip(function.packing.unpack_inputs(inputs), starts, values, strict=True):
-        watch_for_collapse(layer.settings, layer.positions, own, start, found, report)
-
-
-def watch_for_collapse(
-    settings: Settings, positions: Positions | None, inputs: Inputs, start: Tensor, value: Tensor, report: FailureReport
-) -> None:
-    """Warn once of a layer all of whose outputs are the same vector though its values differ.
-
-    That is an equilibrium of every layer without a causal mask whose queries see nothing but outputs: if all outputs
-    agree, so do all queries. With the softmax over queries the weights are then uniform, and `Omega_Q` and `W_K` get no
-    gradient. Layers with a mask, positions or `query_input=True` are not watched.
-
-    Args:
-        settings: Of the layer.
-        positions: Of the layer.
-        inputs: Of the call.
-        start: The values of its tokens, `[B, N, D]`.
-        value: Its equilibrium, `[B, N, D]`.
-        report: Says it.
-    """
-    able = not (settings.is_causal or settings.query_input or positions is not None or inputs.attn_mask is not None)
-    if not able or start.shape[1] == 1 or not start.numel() or maps.transforms_active():
-        return
-    padding, sentence = inputs.key_padding_mask if inputs.context is None else None, _COLLAPSED[settings.rows_are_keys]
-    look: Callable[..., None] = _look
-    if torch.compiler.is_compiling():  # these solves are no part of a compiled graph either
-        look = torch.compiler.disable(_look)  # type: ignore[no-untyped-call]
-    look(start, value, padding, sentence, report)
-
-
-def _look(start: Tensor, value: Tensor, padding: Tensor | None, sentence: str, report: FailureReport) -> None:
-    if not report.said(CollapseWarning) and collapsed(start, value, padding):
-        report.once(sentence, CollapseWarning)
-
-
-_COLLAPSED = {
-    True: "every output is the mean of the values, so all weights are uniform, and Omega_Q and W_K get no gradient. "
-    'Make the layer with query_input=True, is_causal=True or positions="rope".',
-    False: "every token gets the same output, because all rows pose the same equation. Make the layer with "
-    "query_input=True.",
-}
-
-
-@torch.no_grad()
-def collapsed(start: Tensor, value: Tensor, padding: Tensor | None) -> bool:
-    """Return whether the outputs of every sample are one vector, though what they started from differs.
-
-    Args:
-        start: The values of all tokens, `[B, N, D]`.
-        value: The outputs, `[B, N, D]`.
-        padding: `[B, N]`: hidden tokens, whose values do not count.
-    """
-    few = value[:, [0, value.shape[1] // 2, -1]]  # in a layer at work they differ, and nothing else is looked at
-    if not value.numel() or not _differ(few, start).logical_not().all():
-        return False
-    if padding is not None:
-        if padding.dtype != torch.bool:
-            return False
-        seen = start.gather(1, padding.long().argmin(1)[:, None, None].expand(-1, 1, start.shape[2]))
-        start = torch.where(padding[..., None], seen, start)  # hidden tokens repeat the first that is not
-    spread = (start.amax(1) - start.amin(1)).amax(1)
-    telling = spread > ALIKE * start.abs().amax((1, 2))  # beyond rounding: equal values give equal outputs rightly
-    return bool((telling & ~_differ(value, start)).any() and not (telling & _differ(value, start)).any())
-
-
-def _differ(value: Tensor, start: Tensor) -> Tensor:
-    """Whether outputs of a sample differ, `[B]`."""
-    return (value.amax(1) - value.amin(1)).amax(1) > ALIKE * (start.amax(1) - start.amin(1)).amax(1)

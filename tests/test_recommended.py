@@ -1,6 +1,7 @@
 """One set of recommended settings: everything above the layer has it, and layers made with it train."""
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_the_layer_keeps_the_original_map():
     defaults = {name: parameters[name].default for name in recommended.CAUSAL_LM | recommended.ENCODER}
     assert defaults == {
         "is_causal": False, "self_query": "output", "qk_norm": False, "positions": None, "out_proj": False,
-        "query_input": False,
+        "query_input": False, "max_gain": None,
     }  # fmt: skip
 
 
@@ -85,6 +86,20 @@ def test_a_saved_configuration_keeps_its_own(tmp_path):
     assert ImplicitAttentionConfig.from_pretrained(tmp_path).self_query == "output"
     ImplicitAttentionConfig(**SIZES).save_pretrained(tmp_path)
     assert '"self_query": "input"' in (tmp_path / "config.json").read_text()
+
+
+def test_max_gain_is_for_new_models_without_a_causal_mask(tmp_path):
+    assert ImplicitAttentionConfig(**SIZES).max_gain is None
+    assert ImplicitAttentionConfig(**SIZES, is_causal=False).max_gain == 0.9
+    assert ImplicitAttentionConfig(**SIZES, is_causal=False, normalize_over="keys", query_input=False).max_gain is None
+    for value in (None, 0.5):
+        ImplicitAttentionConfig(**SIZES, is_causal=False, max_gain=value).save_pretrained(tmp_path)
+        assert ImplicitAttentionConfig.from_pretrained(tmp_path).max_gain == value
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["max_gain"]  # by an older release
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert ImplicitAttentionConfig.from_pretrained(tmp_path).max_gain is None
+    assert ImplicitAttentionConfig.from_dict(saved).max_gain is None
 
 
 def test_the_unrecommended_default_still_solves():

@@ -49,7 +49,7 @@ class QueryMap:
         reads_output: Whether there is a linear map of y; else queries are `added` alone.
     """
 
-    names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation")
+    names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation", "gate")
     eps: ClassVar[float] = NORM_EPS
 
     num_heads: int
@@ -63,6 +63,7 @@ class QueryMap:
         bias: Tensor | None = None,
         added: Tensor | None = None,
         rotation: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Tensor:
         """Return the queries made from `y`.
 
@@ -72,8 +73,10 @@ class QueryMap:
             bias: Bias of `Omega_Q`, `[D]`.
             added: `W_Q x`, `[B, N, D]`.
             rotation: `[2, N, d / 2]`.
+            gate: Factor on y, `[B, 1, 1]`.
         """
         if self.reads_output:
+            y = y if gate is None else gate * y
             q = y if weight is None else F.linear(y, weight, bias)
             q = q if added is None else q + added
         else:
@@ -118,7 +121,7 @@ class AttentionMap:
 
     - `key` `[B, H, M, d]` (`[B, G, M, d]` if `rows_are_keys` is false: then keys are columns).
     - `value` `[B, G, M, d]`. Each of the G column heads serves H / G row heads.
-    - Optional, of the query map: `weight`, `bias`, `added`, `rotation`.
+    - Optional, of the query map: `weight`, `bias`, `added`, `rotation`, `gate`.
     - Optional, of the value map: `feedback`, `feedback_bias`.
     - Optional, columns before the first row: `past_column` and `past_value` `[B, G, P, d]`.
     - Optional: `self_score` `[B, H, N]`, `seeds` `[B]`, and `term0`, `term1`, ... of the bias terms.
@@ -130,6 +133,7 @@ class AttentionMap:
             output rows belong to queries.
         names: Names of the tensors.
         value_map: What values read from outputs; None if they read none.
+        max_gain: The rate at which F contracts, if it is made to.
     """
 
     spec: AttentionSpec
@@ -137,6 +141,7 @@ class AttentionMap:
     rows_are_keys: bool
     names: tuple[str, ...]
     value_map: ValueMap | None = None
+    max_gain: float | None = None
 
     @property
     def system_ndim(self) -> int:
@@ -152,12 +157,12 @@ class AttentionMap:
         """Return F(y), `[B, N, D]`, for y `[B, N, D]`, computed in the dtype of the keys."""
         t = dict(zip(self.names, tensors, strict=True))
         row, column = self._sides(y, t)
-        value = _for_heads(_joined(t.get("past_value"), self._values(y, t)), row.shape[1])
+        value = for_heads(_joined(t.get("past_value"), self._values(y, t)), row.shape[1])
         spec, score, seeds, terms = self._spec(t), t.get("self_score"), t.get("seeds"), self._terms(t)
         if self.value_map is None:
             out, _ = attention(row, column, value, spec, self_score=score, seeds=seeds, terms=terms)
         else:  # a row's own column does not read its output
-            own = _for_heads(t["value"], row.shape[1])
+            own = for_heads(t["value"], row.shape[1])
             out = with_own_values(spec, seeds, (row, column, value, score, *terms), own)
         return merge_heads(out).to(y.dtype)
 
@@ -180,7 +185,7 @@ class AttentionMap:
         """Rows and columns of the scores, `[B, H, N, d]` and `[B, H, P + M, d]`."""
         made = self._queries(y, t)
         row, column = (t["key"], made) if self.rows_are_keys else (made, t["key"])
-        return row, _for_heads(_joined(t.get("past_column"), column), row.shape[1])
+        return row, for_heads(_joined(t.get("past_column"), column), row.shape[1])
 
     def _queries(self, y: Tensor, t: dict[str, Tensor]) -> Tensor:
         return self.query_map(y.to(t["key"].dtype), *(t.get(n) for n in QueryMap.names))
@@ -202,6 +207,6 @@ def _joined(past: Tensor | None, new: Tensor) -> Tensor:
     return new if past is None else torch.cat([past, new], -2)
 
 
-def _for_heads(t: Tensor, heads: int) -> Tensor:
+def for_heads(t: Tensor, heads: int) -> Tensor:
     """`[B, G, M, d] -> [B, H, M, d]`: repeat each group's part for its heads."""
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)

@@ -12,15 +12,11 @@ from torch import Tensor
 
 from implicit_attention.attention import AttentionSpec
 from implicit_attention.attention.map import AttentionMap, QueryMap, ValueMap
-from implicit_attention.attention.masks import AdditiveMask
-from implicit_attention.attention.positions import DistanceSlope, OffsetTable
-from implicit_attention.attention.spec import BiasTerm
+from implicit_attention.attention.operator import KINDS, make_term
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Method, Solution
-
-_KINDS = {AdditiveMask: "mask", DistanceSlope: "slope", OffsetTable: "table"}
 
 
 class _Description(NamedTuple):
@@ -65,7 +61,7 @@ class _Description(NamedTuple):
         """The description of a map and its solver, with the tolerances and the report's handle."""
         spec, query_map = function.spec, function.query_map
         return cls(
-            ",".join(function.names), ",".join([_KINDS[type(term)] for term in spec.terms]), solver.kernel,
+            ",".join(function.names), ",".join([KINDS[type(term)] for term in spec.terms]), solver.kernel,
             spec.scale, spec.dropout, rtol, atol,
             spec.window or 0, query_map.num_heads, int(query_map.normalize), int(query_map.reads_output),
             0 if function.value_map is None else 1 + function.value_map.normalize, solver.block, report,
@@ -86,7 +82,7 @@ class _Description(NamedTuple):
         named = dict(zip(self.names.split(","), tensors, strict=True))
         past = named["past_value"].shape[-2] if "past_value" in named else 0
         kinds = self.kinds.split(",") if self.kinds else []
-        terms = tuple(_term(kind, named[f"term{i}"], past) for i, kind in enumerate(kinds))
+        terms = tuple(make_term(kind, named[f"term{i}"], past) for i, kind in enumerate(kinds))
         spec = AttentionSpec(self.scale, True, terms, self.dropout, self.window or None)
         query_map = QueryMap(self.query_heads, bool(self.normalize), bool(self.reads_output))
         value_map = ValueMap(self.query_heads, self.feedback == 2) if self.feedback else None
@@ -97,19 +93,13 @@ class _Description(NamedTuple):
         return ForwardSubstitution(block=self.block, kernel=self.kernel, rtol=self.rtol, atol=self.atol or None)
 
 
-def _term(kind: str, tensor: Tensor, past: int) -> BiasTerm:
-    if kind == "mask":
-        return AdditiveMask(past)
-    return DistanceSlope() if kind == "slope" else OffsetTable((tensor.shape[-1] - 1) // 2)
-
-
 def serves(solver: Method, adjoint: Adjoint, function: AttentionMap) -> bool:
     """Return whether the operator can replace a solve: forward substitution, its own adjoint, known bias terms."""
     return (
         isinstance(solver, ForwardSubstitution)
         and isinstance(adjoint, Implicit)
         and adjoint.solver is None
-        and all(type(term) in _KINDS for term in function.spec.terms)
+        and all(type(term) in KINDS for term in function.spec.terms)
     )
 
 

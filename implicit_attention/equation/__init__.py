@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_attention.attention import AttentionSpec
+from implicit_attention.attention.gain import gain, hidden_columns
 from implicit_attention.attention.linear_map import LinearMap, linear_map
 from implicit_attention.attention.map import AttentionMap, QueryMap, ValueMap, merge_heads, rms_norm, split_heads
 from implicit_attention.attention.masks import mask_terms
@@ -78,6 +79,8 @@ def project(layer: Layer, inputs: Inputs) -> Projected:
     value = values(layer, inputs.source, key.dtype)
     query_map = _read(layer.Omega_Q, "Omega_Q", inputs, key)
     added = None if layer.W_Q is None else layer.W_Q(inputs.x).to(key.dtype)
+    if added is not None and _norm_apart(layer.settings):
+        added = merge_heads(rms_norm(split_heads(added, added.shape[-1] // layer.settings.head_dim)))
     if added is not None and query_map is not None and query_map.bias is not None:
         added, query_map = added + query_map.bias, LinearMap(query_map.weight, None)
     return Projected(key, value, added, query_map, _read(layer.Psi_V, "Psi_V", inputs, key))
@@ -117,6 +120,8 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     rotation = _rotation(layer, inputs, source, dtype)
     if rotation is not None:
         key = rotate(key, rotation)
+    if settings.max_gain is not None:
+        key, tensors["gate"] = _contracting(settings, inputs, key, value, tensors)
     if set(tensors) == {"weight"} and heads == 1 and not (settings.qk_norm or settings.feeds_back):
         key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
     tensors |= {"key": key, "value": value}
@@ -129,7 +134,8 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
     own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
     start = merge_heads(own.repeat_interleave(heads // groups, 1)).clone()
-    query_map = QueryMap(groups if by_keys else heads, settings.qk_norm, settings.query_output)
+    normalize = settings.qk_norm and not _norm_apart(settings)
+    query_map = QueryMap(groups if by_keys else heads, normalize, settings.query_output)
     if settings.self_query == "input":
         queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
         queries = queries.repeat_interleave(heads // groups, 1)
@@ -140,12 +146,38 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     if dropout:
         tensors["seeds"] = torch.randint(2**62, x.shape[:1], device=x.device)
     spec = AttentionSpec(settings.scale, settings.is_causal, tuple(term for term, _ in terms), dropout, settings.window)
-    return Equation(AttentionMap(spec, query_map, by_keys, tuple(tensors), value_map), tuple(tensors.values()), start)
+    function = AttentionMap(spec, query_map, by_keys, tuple(tensors), value_map, settings.max_gain)
+    return Equation(function, tuple(tensors.values()), start)
+
+
+def _norm_apart(settings: Settings) -> bool:
+    """Whether the norm of queries is that of `W_Q x` alone: a norm of what y makes has no bound that helps."""
+    return settings.qk_norm and settings.max_gain is not None
+
+
+def _contracting(
+    settings: Settings, inputs: Inputs, key: Tensor, value: Tensor, tensors: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The keys and the factor on y, `[B, 1, 1]`, with which the map contracts by `max_gain`."""
+    assert settings.max_gain is not None
+    hidden = hidden_columns(inputs.padding)
+    found = gain(
+        key, value, tensors["weight"], scale=settings.scale, rows_are_keys=settings.rows_are_keys,
+        rotated="rotation" in tensors, dropout=settings.dropout, hidden=hidden,
+    )  # fmt: skip
+    if hidden is not None and found.rows is not None:
+        # Hidden tokens do not count in the bound. Where their own gain is larger, smaller keys bring it down.
+        tiny = torch.finfo(found.rows.dtype).tiny
+        shrunk = (found.squared[:, None] / found.rows.clamp_min(tiny)).clamp(tiny, 1.0)
+        key = key * torch.where(hidden, shrunk.sqrt(), 1.0)[:, None, :, None].to(key.dtype)
+    return key, found.factor(settings.max_gain)[:, None, None].to(key.dtype)
 
 
 def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equation:
     """The equations of packed documents, batch by batch, as one."""
-    packing = Packing.of(inputs, padded=isinstance(layer.solver, DirectSolver))  # others would iterate on padding too
+    # Without a causal mask documents would see the padding, and other solvers would iterate on it too.
+    padded = layer.settings.is_causal and isinstance(layer.solver, DirectSolver)
+    packing = Packing.of(inputs, padded=padded)
     by_token = {"key": projected.key, "value": projected.value, "added": projected.added}
     unpacked = {name: packing.unpack(t) for name, t in by_token.items() if t is not None}
     equations = []

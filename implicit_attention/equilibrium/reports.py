@@ -62,6 +62,7 @@ class FailureReport:
     Attributes:
         on_failure: "warn", "raise" or "ignore".
         label: What the layer is, in short.
+        advice: What the layer could be made with, as a sentence that follows the solver's own remedy.
         calls: Solves of the equilibrium so far.
         last: The record of the last of them.
         handle: Its number, by which a compiled graph names it. Its remainder modulo 3 is the mode.
@@ -69,6 +70,7 @@ class FailureReport:
 
     on_failure: str = "warn"
     label: str = "fixed_point"
+    advice: str = field(default="", repr=False, compare=False)
     calls: int = field(default=0, repr=False, compare=False)
     last: SolveRecord | None = field(default=None, repr=False, compare=False)
     _failures: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
@@ -129,7 +131,7 @@ class FailureReport:
         self._say(
             f"the {name} was not solved: {failed} of {solution.converged.numel()} systems are above tolerance "
             f"after {int(solution.steps.max())} steps (largest residual {float(solution.residual.max()):.2e}). "
-            f"{trust}{solver.remedy}",
+            f"{trust}{solver.remedy}{self.advice}",
             count,
         )
 

@@ -157,6 +157,7 @@ def implicit_attention(
         query_input=config.query_input,
         query_output=config.query_output,
         qk_norm=config.qk_norm,
+        max_gain=config.max_gain,  # type: ignore[arg-type]  # no longer "auto"
         positions=make_positions(config.positions, config.num_attention_heads, head_dim),
         values=config.values,
         feedback_norm=config.feedback_norm,

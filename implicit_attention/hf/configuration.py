@@ -46,6 +46,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         query_input: As in `ImplicitQueryAttention`; if None, what is recommended: only without a causal mask.
         query_output: As in `ImplicitQueryAttention`.
         qk_norm: As in `ImplicitQueryAttention`; if None, what is recommended: only with a causal mask.
+        max_gain: As in `ImplicitQueryAttention`. If it is "auto", what is recommended: 0.9 without a causal mask, else
+            None; None too in models that were saved before there was one.
         positions: None, "rope", "alibi", "relative", or such as `{"name": "rope", "base": 500000.0}`.
         values: As in `ImplicitQueryAttention`: "linear", "identity" or "feedback".
         feedback_norm: As in `ImplicitQueryAttention`.
@@ -53,8 +55,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         bias: As in `ImplicitQueryAttention`; the MLP has none.
         dropout: Probability of dropping an attention weight in training.
         scale: As in `ImplicitQueryAttention`.
-        solver: "auto", "anderson", "broyden", "forward_substitution", "newton_krylov", "picard", or such as
-            `{"name": "anderson", "max_steps": 30}`.
+        solver: "auto", "anderson", "broyden", "contraction", "forward_substitution", "newton_krylov", "picard", or such
+            as `{"name": "anderson", "max_steps": 30}`.
         adjoint: "implicit", "phantom", "unrolled", or such as `{"name": "phantom", "steps": 3}`.
         on_failure: As in `ImplicitQueryAttention`.
         rms_norm_eps: Added to the mean square in the norms between layers.
@@ -93,6 +95,7 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     query_input: bool = None  # type: ignore[assignment]
     query_output: bool = True
     qk_norm: bool = None  # type: ignore[assignment]
+    max_gain: float | str | None = "auto"
     positions: str | dict[str, Any] | None = "rope"
     values: str = "linear"
     feedback_norm: bool = True
@@ -122,7 +125,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
             TypeError: If a value is of the wrong type.
             ValueError: If a name is unknown, or a value does not fit.
         """
-        self._check_unknown(kwargs, saved="model_type" in kwargs or self.transformers_version is not None)
+        saved = "model_type" in kwargs or self.transformers_version is not None
+        self._check_unknown(kwargs, saved=saved)
         kinds = kwargs.pop("layer_types", None)
         if kinds is not None and self.block_types is not None and kinds != self.block_types:
             raise bad_value("layer_types", "None next to block_types", Came(repr(kinds)), "Both name the same setting.")
@@ -141,6 +145,10 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         for name, value in open_values.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.max_gain == "auto":  # it is saved as a number or None
+            self.max_gain = None if saved else recommended.open_gain(
+                is_causal=self.is_causal, normalize_over=self.normalize_over, query_input=self.query_input
+            )  # fmt: skip
         if len(self.block_types) > self.num_hidden_layers:
             raise _wrong_length(self.block_types, self.num_hidden_layers)
         self.validate()

@@ -9,6 +9,7 @@ from implicit_attention import (
     ALiBi,
     Anderson,
     Broyden,
+    Contraction,
     ForwardSubstitution,
     Implicit,
     NewtonKrylov,
@@ -29,6 +30,7 @@ Setting = str | Mapping[str, Any]
 _SOLVERS: dict[str, type[Method]] = {
     "anderson": Anderson,
     "broyden": Broyden,
+    "contraction": Contraction,
     "forward_substitution": ForwardSubstitution,
     "newton_krylov": NewtonKrylov,
     "picard": Picard,

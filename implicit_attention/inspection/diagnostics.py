@@ -1,10 +1,11 @@
 """Whether an equilibrium is stable and unique: measures, bounds, and a penalty for training."""
 
-from typing import TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from implicit_attention.attention.gain import gain, hidden_columns
 from implicit_attention.attention.map import AttentionMap
 from implicit_attention.attention.operation import log_sum_exp
 from implicit_attention.causal.diagonal import own_jacobian
@@ -17,7 +18,6 @@ from implicit_attention.equilibrium.maps import Linearization
 from implicit_attention.errors import Came, bad_value, check_positive
 from implicit_attention.layer import ImplicitQueryAttention
 
-_BLOCK_ELEMENTS = 1 << 22  # most distances in memory at once
 _ROWS = 64  # rows whose biases are read together
 
 
@@ -162,45 +162,95 @@ def _own_bias(system: CausalSystem, first: int) -> Tensor:
     return system.key.new_zeros(1, 1, rows.stop - first) if own is None else own
 
 
+class Contraction(NamedTuple):
+    """How fast the map of a layer contracts, one figure per sample, `[B]`, in float32 or wider.
+
+    Attributes:
+        bound: L, a Lipschitz constant of the map without `max_gain`.
+        factor: `f = min(1, max_gain / L)`, by which `max_gain` scales what queries take from y; 1 without it. The map
+            contracts by `f L`.
+        radius: The spectral radius at the equilibrium, measured: the rate at which iteration ends. With
+            `normalize_over="keys"` the largest of a sample's tokens.
+    """
+
+    bound: Tensor
+    factor: Tensor
+    radius: Tensor
+
+
+def contraction(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]) -> Contraction:
+    """Return what is known of a layer's contraction beforehand, and what is measured at its equilibrium.
+
+    Args:
+        layer: A layer whose query map is affine in y: without `qk_norm`, or with `max_gain`.
+        x: Input `[B, N, D]`, or `[N, D]` as a batch of one.
+        **inputs: The other inputs of `layer.solve`.
+
+    Returns:
+        The figures.
+
+    Raises:
+        TypeError: As `layer.solve`.
+        ValueError: As `contraction_bound`.
+        ConvergenceError: As `layer.solve`.
+    """
+    bound, factor = _bound_and_factor(layer, x, inputs)
+    radius = spectral_radius(layer, x, **inputs)
+    return Contraction(bound, factor, radius if radius.dim() == 1 else radius.amax(1))
+
+
 def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]) -> Tensor:
-    r"""Return a Lipschitz constant of F in y: `max_i sqrt(sum_h (scale |Omega_Q^hT k_i^h| diam(V^h))^2)`.
+    r"""Return a Lipschitz constant of F in y: `f max_i sqrt(sum_h (scale |Omega_Q^hT k_i^h| radius(V^h))^2)`.
 
     Distances between outputs are measured by the token that differs most, each token in the Euclidean norm.
     Below 1, the map contracts whatever the mask: the equilibrium is unique and plain iteration reaches it
-    from anywhere. At 1 or above nothing is known. With `normalize_over="keys"` the maximum over i is taken in
-    each head.
+    from anywhere. At 1 or above nothing is known. With `max_gain`, f makes it at most that; else f is 1. See
+    `attention/gain.py` for the derivation, and for `normalize_over="keys"`.
 
     Args:
-        layer: A layer whose query map is affine in y: neither `qk_norm` nor rotary positions.
+        layer: A layer whose query map is affine in y: without `qk_norm`, or with `max_gain`.
         x: Input `[B, N, D]`, or `[N, D]` as a batch of one.
-        **inputs: The other inputs of `layer.solve`; masks do not change the bound.
+        **inputs: The other inputs of `layer.solve`. Hidden tokens do not count; masks do not change the bound.
 
     Returns:
         `[B]`, in float32 or wider.
 
     Raises:
         TypeError: As `layer.solve`.
-        ValueError: As `layer.solve`; or if the layer has `qk_norm`, rotary positions, `values="feedback"`, or active
+        ValueError: As `layer.solve`; or if the layer has `qk_norm` without `max_gain`, `values="feedback"`, or active
             dropout.
     """
+    bound, factor = _bound_and_factor(layer, x, inputs)
+    return bound * factor
+
+
+@torch.no_grad()
+def _bound_and_factor(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     equation = _equation(layer, x, inputs)
     function = _one_map(equation)
     if function.value_map is not None:
         raise bad_value("layer", "one whose values read no outputs", Came('one with values="feedback"'),
                         "Its equilibrium is unique whatever the weights: there is nothing to bound.")  # fmt: skip
     tensors = dict(zip(function.names, equation.args, strict=True))
-    if function.query_map.normalize or "rotation" in tensors:
+    if function.query_map.normalize:
         raise bad_value(
-            "layer", "one whose queries are affine in y", Came("one with qk_norm or rotary positions"),
+            "layer", "one whose queries are affine in y", Came("one with qk_norm and without max_gain"),
             "The bound does not hold there: use spectral_radius at the equilibrium.",
         )  # fmt: skip
-    key, value = _wide(tensors["key"]), _wide(tensors["value"])  # [B, H, N, d]
-    weight = tensors.get("weight")
-    size = key.norm(dim=-1) if weight is None else _pulled_norm(key, _wide(weight))  # [B, H, N]
-    gain = function.spec.scale * size * _diameter(value)[..., None]
-    if function.rows_are_keys:
-        return gain.square().sum(1).amax(-1).sqrt()
-    return gain.amax(-1).square().sum(1).sqrt()
+    key = tensors["key"]
+    identity = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device)
+    found = gain(
+        key, tensors["value"], tensors.get("weight", identity), scale=function.spec.scale,
+        rows_are_keys=function.rows_are_keys, rotated="rotation" in tensors,
+        dropout=0.0 if layer.max_gain is None else layer.dropout, hidden=hidden_columns(_padding(x, inputs)),
+    )  # fmt: skip
+    bound = found.squared.sqrt()
+    return bound, torch.ones_like(bound) if layer.max_gain is None else found.factor(layer.max_gain)
+
+
+def _padding(x: Tensor, inputs: Inputs) -> Tensor | None:
+    padding = inputs.get("key_padding_mask")
+    return padding[None] if padding is not None and padding.dim() == 1 else padding
 
 
 def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> Equation:
@@ -224,23 +274,3 @@ def _refuse_dropout(layer: ImplicitQueryAttention) -> None:
             Came(f"one in training mode with dropout={layer.dropout}"),
             "Call layer.eval() first.",
         )
-
-
-def _pulled_norm(key: Tensor, weight: Tensor) -> Tensor:
-    """`|Omega_Q^hT k^h|`, `[B, H, N]`, by the Gram matrix of each head's rows of Omega_Q."""
-    rows = weight.reshape(key.shape[1], -1, weight.shape[-1])  # [H, d, D]
-    pulled: Tensor = key @ (rows @ rows.mT)
-    return (pulled * key).sum(-1).clamp_min(0).sqrt()
-
-
-def _diameter(value: Tensor) -> Tensor:
-    """Largest distance between two values of a head, `[B, H]`, some rows of the distance matrix at a time."""
-    batch, heads, n, _ = value.shape
-    step = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * n))
-    exact = "donot_use_mm_for_euclid_dist"  # the fast way cancels, and a bound must not come out too low
-    largest = [torch.cdist(rows, value, compute_mode=exact).amax((-2, -1)) for rows in torch.split(value, step, dim=-2)]
-    return torch.stack(largest).amax(0)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))

@@ -128,29 +128,24 @@ def test_a_map_with_explicit_diagonal_has_radius_zero():
 
 
 def bound_by_brute_force(layer, x):
+    by_keys = layer.normalize_over == "keys"
     bounds = []
     for tokens in x:
         key, value = tokens @ layer.W_K.weight.T, tokens @ layer.Omega_V.weight.T
         squares = torch.zeros(H, len(tokens), dtype=x.dtype)
         for h in range(H):
             part = slice(h * layer.head_dim, (h + 1) * layer.head_dim)
-            diameter = max((a - b).norm() for a in value[:, part] for b in value[:, part])
-            pulled = key[:, part] @ layer.Omega_Q.weight[part]
-            squares[h] = (layer.scale * pulled.norm(dim=-1) * diameter) ** 2
-        if layer.normalize_over == "keys":
-            bounds.append(squares.amax(-1).sum().sqrt())
-        else:
-            bounds.append(squares.sum(0).max().sqrt())
+            radius = max((v - value[:, part].mean(0)).norm() for v in value[:, part])
+            own = key[:, part] - key[:, part].mean(0) if by_keys else key[:, part]
+            squares[h] = (layer.scale * (own @ layer.Omega_Q.weight[part]).norm(dim=-1) * radius) ** 2
+        bounds.append(squares.amax(-1).sum().sqrt() if by_keys else squares.sum(0).max().sqrt())
     return torch.stack(bounds)
 
 
 @pytest.mark.parametrize("normalize_over", ["queries", "keys"])
-def test_contraction_bound(normalize_over, monkeypatch):
+def test_contraction_bound(normalize_over):
     layer, x = make(normalize_over=normalize_over)
-    expected = bound_by_brute_force(layer, x)
-    torch.testing.assert_close(diagnostics.contraction_bound(layer, x), expected)
-    monkeypatch.setattr(diagnostics, "_BLOCK_ELEMENTS", 40)  # chunks of one row
-    torch.testing.assert_close(diagnostics.contraction_bound(layer, x), expected)
+    torch.testing.assert_close(diagnostics.contraction_bound(layer, x), bound_by_brute_force(layer, x))
 
 
 def test_values_that_read_outputs():
@@ -169,14 +164,35 @@ def test_contraction_bound_with_one_head_where_the_weight_is_absorbed():
     layer, x = ImplicitQueryAttention(D), torch.randn(2, 5, D)
     key, value = layer.W_K(x), layer.Omega_V(x)
     size = (key @ layer.Omega_Q.weight).norm(dim=-1).amax(-1)
-    expected = layer.scale * size * torch.cdist(value, value).amax((-2, -1))
+    expected = layer.scale * size * (value - value.mean(1, keepdim=True)).norm(dim=-1).amax(-1)
     torch.testing.assert_close(diagnostics.contraction_bound(layer, x), expected)
+
+
+@pytest.mark.parametrize("normalize_over", ["queries", "keys"])
+def test_contraction_says_what_max_gain_does_and_what_is_measured(normalize_over):
+    layer, x = make(gain=20.0, normalize_over=normalize_over, query_input=True, max_gain=0.5)
+    found = diagnostics.contraction(layer, x)
+    torch.testing.assert_close(found.bound, bound_by_brute_force(layer, x))
+    torch.testing.assert_close(found.factor, 0.5 / found.bound)
+    torch.testing.assert_close(diagnostics.contraction_bound(layer, x), torch.full_like(found.bound, 0.5))
+    assert (found.radius < 0.5).all()
+    assert (diagnostics.spectral_radius(layer, x).reshape(3, -1).amax(1) == found.radius).all()
+    layer.max_gain = None
+    layer.Omega_Q.weight.data.mul_(0.02)
+    assert (diagnostics.contraction(layer, x).factor == 1).all()
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"is_causal": True}, {"query_input": True, "positions": "alibi"}, {"normalize_over": "keys"}],
-    ids=["seed", "causal", "query_input-alibi", "keys"],
+    [
+        {},
+        {"is_causal": True},
+        {"query_input": True, "positions": "alibi"},
+        {"positions": "rope"},
+        {"normalize_over": "keys"},
+        {"normalize_over": "keys", "positions": "rope"},
+    ],
+    ids=["seed", "causal", "query_input-alibi", "rope", "keys", "keys-rope"],
 )
 def test_the_bound_bounds_the_map_between_any_two_points(options):
     layer, x = make(gain=4.0, **options)
@@ -198,10 +214,9 @@ def test_unbatched_input_is_a_batch_of_one():
 
 
 def test_refusals():
-    for options in ({"qk_norm": True}, {"positions": "rope"}):
-        layer, x = make(**options)
-        with pytest.raises(ValueError, match=r"`layer` must be one whose queries are affine in y.*spectral_radius"):
-            diagnostics.contraction_bound(layer, x)
+    layer, x = make(qk_norm=True)
+    with pytest.raises(ValueError, match=r"`layer` must be one whose queries are affine in y.*spectral_radius"):
+        diagnostics.contraction_bound(layer, x)
     layer, x = make(dropout=0.1)
     with pytest.raises(ValueError, match=r"eval mode"):
         diagnostics.spectral_radius(layer, x)

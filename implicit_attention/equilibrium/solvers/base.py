@@ -33,6 +33,8 @@ class Solution:
         rel_trace: The same, relative to the largest component of `F(y)`.
         evaluations: Number of evaluations of the map or its Jacobian, each for the whole batch.
         history: Every iterate, the start first; None unless asked for. Direct solvers have none, and refuse.
+        unique: Whether it is known to be the only equilibrium, whatever the weights: with `max_gain`, or under a causal
+            mask with `self_query="input"`.
         gain: Spectral radius of each row's own Jacobian, `[B, N]`; None unless asked for. The maximum is the spectral
             radius of the causal map.
         memo: Tensors that a direct solver keeps for its adjoint. For `ForwardSubstitution`: the queries at the
@@ -48,6 +50,7 @@ class Solution:
     evaluations: int = 0
     history: list[Tensor] | None = None
     gain: Tensor | None = None
+    unique: bool = False
     memo: tuple[Tensor, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
@@ -78,6 +81,7 @@ class Solution:
             evaluations=self.evaluations,
             history=None if self.history is None else [y[0] for y in self.history],
             gain=None if self.gain is None else self.gain[0],
+            unique=self.unique,
         )
 
 

@@ -1,0 +1,144 @@
+r"""How fast a map without a triangular structure contracts: a bound for any weights, and the factor made from it.
+
+Row i of head h is `y_ih = sum_j P_ij v_jh`, with scores `s_ij = scale k_ih . (f Omega y_j + W_Q x_j) + bias_ij`. The
+weights of a row sum to 1, so its derivative is `sum_j P_ij (v_jh - y_ih) (ds_ij - m)` for any m. In every direction u
+
+    u . dy_ih <= max_j |ds_ij| sum_j P_ij |u . (v_jh - y_ih)| <= max_j |ds_ij| R_h,
+
+where a ball of radius `R_h` holds the head's values: a mean absolute deviation is at most half the range. With
+`|ds_ij| <= f scale |Omega_h^T k_ih| |dy_j|`, and heads put together, the map contracts by `f L` in the norm `max_j |y_j|`:
+
+    L = max_i sqrt(sum_h (R_h scale |Omega_h^T k_ih|)^2).
+
+If rows belong to queries, all scores of a row move with its own `dy_i`. Tokens are systems of their own, a constant may
+be taken from all keys, and `L = sqrt(sum_h (R_h scale max_j |Omega_h^T (k_j - c)|)^2)`.
+
+`docs/choosing.md` says what masks, dropout and rotary positions change.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SQUARINGS = 5  # the bound of a norm is too large by a factor of at most d^(1 / 2^(_SQUARINGS + 2)), 3 % at d = 64
+
+
+class Gain(NamedTuple):
+    """A Lipschitz constant of the map in y, squared, in float32 or wider.
+
+    Attributes:
+        squared: Of each sample, `[B]`.
+        rows: Of each row, `[B, M]`; None if rows belong to queries.
+    """
+
+    squared: Tensor
+    rows: Tensor | None
+
+    def factor(self, max_gain: float) -> Tensor:
+        """Return `min(1, max_gain / L)`, `[B]`."""
+        factor: Tensor = max_gain * self.squared.clamp_min(max_gain**2).rsqrt()
+        return factor
+
+
+def gain(
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    scale: float,
+    rows_are_keys: bool,
+    rotated: bool = False,
+    dropout: float = 0.0,
+    hidden: Tensor | None = None,
+) -> Gain:
+    """Return the bound for `f = 1`.
+
+    Args:
+        key: `[B, H, M, d]`, `[B, G, M, d]` if rows belong to queries; normed and rotated, if they are.
+        value: `[B, G, M, d]`.
+        weight: `Omega_Q`, `[G d, D]`, `[H d, D]` if rows belong to queries.
+        scale: Factor on the scores.
+        rows_are_keys: As in `AttentionMap`.
+        rotated: Whether queries are rotated. The bound then holds for all offsets: `|Omega_h^T R k| <= |Omega_h| |k|`.
+        dropout: Probability p. A dropped weight stands for a value of 0, any other for `v / (1 - p)`.
+        hidden: Columns hidden from every row, `[B, M]`: they count neither as values nor as rows.
+
+    Returns:
+        The bound.
+    """
+    key, value, weight = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (key, value, weight))
+    hidden = None if hidden is None else hidden[:, None]  # [B, 1, M]
+    radius = _radius(value, dropout, hidden)  # [B, G]
+    if not rows_are_keys:
+        key = key - _mean(key, hidden)
+    pulled = _pulled(key, weight, rotated)  # [B, H, M], or [B, H, M] with H / G heads for each of key
+    by_head = scale**2 * pulled * radius.repeat_interleave(pulled.shape[1] // radius.shape[1], 1)[..., None]
+    if not rows_are_keys:
+        return Gain(_largest(by_head, hidden).sum(1), None)
+    rows = by_head.sum(1)
+    return Gain(_largest(rows, None if hidden is None else hidden[:, 0]), rows)
+
+
+def hidden_columns(padding: Tensor | None) -> Tensor | None:
+    """Return the columns `[B, M]` that a padding mask hides from every row: where it is True, or `-inf`."""
+    return padding if padding is None or padding.dtype == torch.bool else torch.isneginf(padding)
+
+
+def predicted_steps(max_gain: float, reduction: float) -> int:
+    """Return the steps after which plain iteration has made a distance smaller by a factor at least.
+
+    Args:
+        max_gain: The rate, in (0, 1).
+        reduction: The factor, in (0, 1).
+    """
+    return math.ceil(math.log(reduction) / math.log(max_gain))
+
+
+def _mean(t: Tensor, hidden: Tensor | None) -> Tensor:
+    """The mean of the columns of `[B, G, M, d]` that are not hidden, `[B, G, 1, d]`."""
+    if hidden is None:
+        return t.mean(-2, keepdim=True)
+    seen = (~hidden[..., None]).to(t.dtype)
+    mean: Tensor = (t * seen).sum(-2, keepdim=True) / seen.sum(-2, keepdim=True).clamp_min(1.0)
+    return mean
+
+
+def _radius(value: Tensor, dropout: float, hidden: Tensor | None) -> Tensor:
+    """The squared radius of a ball around all that a weight can stand for, `[B, G]`."""
+    mean = _mean(value, hidden)
+    radius = _largest((value - mean).square().sum(-1), hidden)
+    if dropout:
+        radius = torch.maximum(radius, mean.square().sum((-2, -1))) / (1.0 - dropout) ** 2
+    return radius
+
+
+def _largest(t: Tensor, hidden: Tensor | None) -> Tensor:
+    """The largest of `[..., M]`, none of which is negative, that is not hidden."""
+    return (t if hidden is None else t.masked_fill(hidden, 0.0)).amax(-1)
+
+
+def _pulled(key: Tensor, weight: Tensor, rotated: bool) -> Tensor:
+    """`|Omega_h^T k|^2`, or a bound of it for every rotation of k, `[B, H, M]`."""
+    dim = key.shape[-1]
+    by_head = weight.view(-1, dim, weight.shape[-1])
+    gram = by_head @ by_head.mT  # [G, d, d], or [H, d, d]
+    heads = max(len(gram), key.shape[1])
+    gram = gram.repeat_interleave(heads // len(gram), 0)
+    if rotated:
+        sizes = key.square().sum(-1).repeat_interleave(heads // key.shape[1], 1)
+        bound: Tensor = sizes * _largest_eigenvalue(gram)[:, None]
+        return bound
+    key = key.repeat_interleave(heads // key.shape[1], 1)
+    pulled: Tensor = ((key @ gram) * key).sum(-1).clamp_min(0.0)
+    return pulled
+
+
+def _largest_eigenvalue(gram: Tensor) -> Tensor:
+    """A bound of the largest eigenvalue of positive matrices, `[H]`, from above: `|A^n|_F^(1 / n)`."""
+    power, wide = 2**_SQUARINGS, gram.double()
+    size = torch.linalg.matrix_norm(wide, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    found = torch.linalg.matrix_norm(torch.linalg.matrix_power(wide / size, power))
+    bound = size[:, 0, 0] * found.clamp_min(torch.finfo(torch.float64).tiny) ** (1.0 / power)
+    return bound.to(gram.dtype)

@@ -1,0 +1,333 @@
+"""Layers with `max_gain`: their maps contract as promised, for random weights of any size and every option.
+
+`CONTRACTION_LAYERS=10000 pytest tests/attention/test_contraction.py -k random_layers` tries more of them.
+"""
+
+import math
+import os
+import random
+
+import pytest
+import torch
+
+from implicit_attention import (
+    Anderson,
+    Contraction,
+    ConvergenceError,
+    Implicit,
+    ImplicitQueryAttention,
+    Phantom,
+    Picard,
+)
+from implicit_attention.attention import gain as gains
+from implicit_attention.attention.gain import gain, predicted_steps
+
+LAYERS = int(os.environ.get("CONTRACTION_LAYERS", "160"))
+GROUPS = 12
+ROUNDING = 1e-8  # float64, of a map whose scores are up to 1e7
+
+
+def choose(draw, *choices):
+    return draw.choice(choices)
+
+
+def random_case(seed, largest=1000.0, rtol=1e-7):
+    """A layer with random options and weights, and its inputs."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    by_queries, heads = choose(draw, True, True, False), choose(draw, 1, 2, 4)
+    options = {
+        "normalize_over": "queries" if by_queries else "keys",
+        "query_input": choose(draw, True, True, False) if by_queries else True,
+        "num_kv_heads": choose(draw, heads, max(1, heads // 2)),
+        "qk_norm": choose(draw, False, False, True),
+        "positions": choose(draw, None, "rope", "alibi", "relative"),
+        "bias": choose(draw, False, True),
+        "dropout": choose(draw, 0.0, 0.0, 0.3),
+        "max_gain": choose(draw, 0.1, 0.5, 0.9, 0.99),
+    }
+    if options["num_kv_heads"] == heads:
+        options["values"] = choose(draw, "linear", "linear", "identity")
+    layer = ImplicitQueryAttention(8, heads, dtype=torch.float64, solver=Contraction(rtol=rtol), **options)
+    boost = largest ** draw.uniform(0, 1)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if choose(draw, False, False, True) and parameter.dim() == 2:
+                parameter.copy_(torch.outer(torch.randn(len(parameter)), torch.randn(parameter.shape[1])) / 8)
+            if name == "positions.table":
+                parameter.normal_()
+            parameter.mul_(boost if choose(draw, True, False) else 1.0)
+    batch, rows = 2, draw.randint(1, 7)
+    context = torch.randn(batch, draw.randint(1, 7), 8, dtype=torch.float64) if not by_queries else None
+    columns = rows if context is None else context.shape[1]
+    x = torch.randn(batch, rows, 8, dtype=torch.float64)
+    inputs = {"context": context} if context is not None and choose(draw, True, False) else {}
+    columns = columns if inputs else rows
+    mask = choose(draw, None, None, "bool", "float")
+    if mask is not None:
+        hidden = torch.rand(rows, columns) < 0.4
+        inputs["attn_mask"] = hidden if mask == "bool" else torch.randn(rows, columns, dtype=torch.float64)
+    if choose(draw, False, False, True):
+        hidden = torch.rand(batch, columns) < 0.4
+        inputs["key_padding_mask"] = choose(draw, hidden, torch.where(hidden, -math.inf, 0.0).double())
+    return layer, x, inputs
+
+
+def solve(layer, x, inputs, seed):
+    torch.manual_seed(seed)  # dropout's
+    return layer.solve(x, **inputs)
+
+
+def lengths(t):
+    """The norm in which the map contracts, of each system."""
+    return t.norm(dim=-1)
+
+
+def worst(layer, t):
+    return lengths(t).amax(1) if layer.normalize_over == "queries" else lengths(t)
+
+
+def worst_direction(layer, function, args, at):
+    """A direction in which the map stretches much: some rounds of the power method of this norm."""
+    direction = torch.randn_like(at)
+    for _ in range(3):
+        image = torch.func.jvp(lambda y: function(y, *args), (at,), (direction,))[1]
+        if layer.normalize_over == "queries":  # the row that moves most pulls on all tokens
+            row = lengths(image).argmax(1)[:, None, None]
+            image = torch.zeros_like(image).scatter(1, row.expand(-1, 1, 8), image.gather(1, row.expand(-1, 1, 8)))
+        pulled = torch.func.vjp(lambda y: function(y, *args), at)[1](image)[0]
+        direction = pulled / lengths(pulled)[..., None].clamp_min(1e-300)
+    return direction
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_random_layers_contract_settle_as_predicted_and_agree(group):
+    for seed in range(group, LAYERS, GROUPS):
+        layer, x, inputs = random_case(seed)
+        with torch.no_grad():
+            solution = solve(layer, x, inputs, seed)
+            torch.manual_seed(seed)
+            function, args, start = layer.equation(x, **inputs)
+        assert solution.converged.all(), seed
+        assert solution.unique
+        c = layer.max_gain
+        values = dict(zip(function.names, args, strict=True))["value"]
+        size = values.abs().max().item() + 1e-300
+        # Rounding of F, as large as the scores and the values.
+        noise = ROUNDING * size
+        at = size * torch.randn_like(start)
+        direction = worst_direction(layer, function, args, solution.value)
+        for here, move in ((at, size * torch.randn_like(at)), (solution.value, 1e-3 * size * direction)):
+            change = function(here + move, *args) - function(here, *args)
+            assert (worst(layer, change) <= c * worst(layer, move) * (1 + 1e-6) + noise).all(), seed
+        y, first = at, None
+        for step in range(predicted_steps(c, 1e-6) + 1):
+            image = function(y, *args)
+            residual = worst(layer, image - y)
+            first = residual if first is None else first
+            assert (residual <= c**step * first * (1 + 1e-6) + noise).all(), seed
+            if (residual <= 1e-6 * first).all():
+                break
+            y = image
+        else:
+            pytest.fail(f"not settled as predicted: {seed}")
+        far = 1e-6 * worst(layer, at - solution.value) + first * 1e-6  # |y - y*| <= residual / (1 - c)
+        assert (worst(layer, image - solution.value) <= (far + noise) / (1 - c)).all(), seed
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_gradients_of_random_layers_are_those_of_finite_differences(group):
+    for seed in range(group, LAYERS // 5, GROUPS):
+        layer, x, inputs = random_case(seed, largest=20.0, rtol=1e-12)
+        cotangent = torch.randn_like(x)
+        leaves = {"x": x, **dict(layer.named_parameters())}
+        value = solve(layer, x.requires_grad_(), inputs, seed).value
+        grads = torch.autograd.grad(value, leaves.values(), cotangent, allow_unused=True)
+        total = sum(p.norm() for p in layer.parameters()).item()
+        some = random.Random(seed).sample([*zip(leaves.items(), grads, strict=True)], 2)
+        for (name, leaf), grad in some:
+            if grad is None:
+                continue
+            direction = torch.randn_like(leaf) * leaf.detach().abs().mean()
+            found = (grad * direction).sum().item()
+            size = value.abs().sum().item()
+            apart = []
+            for step in (1e-4 / (1 + total), 1e-6 / (1 + total)):  # the shorter one where a maximum or norm has a kink
+                expected = slope(layer, x, inputs, seed, cotangent, leaf, step * direction) / step
+                apart.append(abs(found - expected) - 1e-4 * abs(expected) - 1e-12 * size / step)
+            assert min(apart) <= 0, (seed, name, found, expected)
+
+
+def slope(layer, x, inputs, seed, cotangent, leaf, move):
+    """The central difference of order 4 along a move of a leaf."""
+    found = 0.0
+    with torch.no_grad():
+        for h, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
+            leaf.add_(h * move)
+            found += weight * (solve(layer, x, inputs, seed).value * cotangent).sum().item() / 12
+            leaf.sub_(h * move)
+    return found
+
+
+CASES = {
+    "queries": {},
+    "groups": {"num_kv_heads": 2},
+    "rope": {"positions": "rope"},
+    "relative": {"positions": "relative", "bias": True},
+    "norm": {"qk_norm": True},
+    "keys": {"normalize_over": "keys", "num_kv_heads": 2},
+    "identity": {"values": "identity"},
+    "no-input": {"query_input": False, "positions": "alibi", "bias": True},
+}
+
+
+def make(dtype=torch.float64, seed=0, gain=4.0, **options):
+    torch.manual_seed(seed)
+    layer = ImplicitQueryAttention(16, 4, **{"query_input": True, "max_gain": 0.9, "dtype": dtype, **options})
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(gain)
+    return layer
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_the_solver_agrees_with_iteration_on_the_map(options):
+    """Values and gradients, padding and mask, of the two ways that share no code but the kernels."""
+    layer, x, cotangent = make(**options), *torch.randn(2, 3, 9, 16, dtype=torch.float64)
+    hidden = torch.zeros(3, 9, dtype=torch.bool)
+    hidden[0, 5:] = True
+    mask = torch.randn(9, 9, dtype=torch.float64).requires_grad_()
+    leaves = [x.requires_grad_(), mask, *layer.parameters()]
+    found = []
+    for solver in (Contraction(rtol=1e-13), Anderson(rtol=1e-14, atol=1e-14)):
+        layer.solver = solver
+        y = layer(x, attn_mask=mask, key_padding_mask=hidden)
+        found.append([y, *torch.autograd.grad(y, leaves, cotangent)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_hidden_tokens_change_nothing_and_contract_too(options):
+    layer, x = make(**options), torch.randn(2, 9, 16, dtype=torch.float64)
+    hidden = torch.zeros(2, 9, dtype=torch.bool)
+    hidden[:, 6:] = True
+    whole = layer.solve(x, key_padding_mask=hidden).value
+    torch.testing.assert_close(whole[:, :6], layer.solve(x[:, :6]).value, rtol=1e-8, atol=1e-8)
+    wild = torch.cat([x[:, :6], 1e4 * x[:, 6:]], 1)
+    found = layer.solve(wild, key_padding_mask=hidden)
+    assert found.converged.all()
+    torch.testing.assert_close(found.value[:, :6], whole[:, :6], rtol=1e-8, atol=1e-8)
+
+
+def test_packed_documents_are_bounded_each_for_itself():
+    layer, x = make(positions="rope"), torch.randn(1, 12, 16, dtype=torch.float64)
+    packed = layer.solve(x, cu_seqlens=torch.tensor([0, 5, 12]))
+    assert packed.unique
+    for part in (slice(0, 5), slice(5, 12)):
+        torch.testing.assert_close(packed.value[:, part], layer.solve(x[:, part]).value, rtol=1e-8, atol=1e-8)
+
+
+def test_a_sample_does_not_depend_on_the_others():
+    layer, x = make(torch.float32), torch.randn(4, 9, 16)
+    x[0] *= 0.01  # settles in fewer steps
+    whole = layer.solve(x)
+    assert whole.steps.unique().numel() > 1
+    for i in range(4):
+        torch.testing.assert_close(layer.solve(x[i : i + 1]).value, whole.value[i : i + 1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reported_residual_is_no_smaller_than_that_of_the_value(dtype):
+    layer, x = make(dtype), torch.randn(3, 9, 16, dtype=dtype)
+    with torch.no_grad():
+        found = layer.solve(x)
+        function, args, _ = layer.equation(x)
+        own = (function(found.value, *args) - found.value).abs().amax((1, 2))
+    assert found.converged.all()
+    assert (own <= found.residual + 8 * torch.finfo(dtype).eps * found.value.abs().amax((1, 2))).all()
+
+
+def test_fixed_steps_take_exactly_so_many_and_report_the_residual():
+    layer, x = make(torch.float32, solver=Contraction(steps=4), on_failure="ignore"), torch.randn(3, 9, 16)
+    found = layer.solve(x.requires_grad_())
+    assert found.evaluations == 4
+    found.value.sum().backward()
+    assert (layer.last_solve.adjoint.steps == 4).all()
+    assert layer.last_solve.converged.all()
+    assert layer.last_solve.adjoint.converged.all()
+    layer.solver = Contraction(steps=2, rtol=1e-6)
+    assert not layer.solve(x).converged.any()
+
+
+def test_no_gate_changes_the_map_below_the_bound():
+    layer, x = make(gain=0.1), torch.randn(2, 5, 16, dtype=torch.float64)
+    found = layer.solve(x).value
+    layer.max_gain, layer.solver = None, Picard(max_steps=500)
+    torch.testing.assert_close(found, layer.solve(x).value, rtol=1e-8, atol=1e-8)
+
+
+def test_second_derivatives_and_other_gradients():
+    layer = make(gain=1.0, solver=Contraction(rtol=1e-13, fallback=Anderson(rtol=1e-13, atol=1e-13)))
+    x = torch.randn(1, 3, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, (x,), nondet_tol=1e-9, atol=1e-5, fast_mode=True)
+    layer.adjoint = Phantom(steps=30, damping=1.0)
+    rough = torch.autograd.grad(layer(x).sum(), x)[0]
+    layer.adjoint = Implicit()
+    torch.testing.assert_close(rough, torch.autograd.grad(layer(x).sum(), x)[0], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 64])
+def test_the_bound_of_rotated_keys_is_close_above_the_norm(size):
+    weight = torch.randn(2 * size, 40, dtype=torch.float64)
+    key = torch.randn(1, 2, 5, size, dtype=torch.float64)
+    found = gains._pulled(key, weight, True)
+    norms = torch.linalg.matrix_norm(weight.view(2, size, 40), ord=2) ** 2
+    exact = key.square().sum(-1) * norms[None, :, None]
+    assert (found >= exact * (1 - 1e-12)).all()
+    assert (found <= exact * size ** (1 / 64) * (1 + 1e-12)).all()
+    assert torch.isfinite(torch.func.grad(lambda w: gains._pulled(key, w, True).sum())(torch.zeros_like(weight))).all()
+
+
+def test_the_bound_takes_half_types_wide():
+    key, value, weight = (torch.randn(*s, dtype=torch.bfloat16) for s in ((1, 2, 5, 4), (1, 2, 5, 4), (8, 8)))
+    found = gain(key, value, weight, scale=0.5, rows_are_keys=True)
+    assert found.squared.dtype == torch.float32
+    wide = gain(key.double(), value.double(), weight.double(), scale=0.5, rows_are_keys=True)
+    torch.testing.assert_close(found.squared.double(), wide.squared, rtol=1e-5, atol=0)
+
+
+def test_refusals():
+    for bad in (0.0, 1.0, -0.5, 2, float("nan")):
+        with pytest.raises(ValueError, match="`max_gain` must be a number in"):
+            ImplicitQueryAttention(8, max_gain=bad)
+    for bad in (True, "0.9"):
+        with pytest.raises(TypeError, match="`max_gain` must be a number in"):
+            ImplicitQueryAttention(8, max_gain=bad)
+    with pytest.raises(ValueError, match=r"`max_gain` must be None with is_causal=True.*solved exactly"):
+        ImplicitQueryAttention(8, max_gain=0.9, is_causal=True)
+    with pytest.raises(ValueError, match=r"`max_gain` must be None.*query_input=True"):
+        ImplicitQueryAttention(8, max_gain=0.9, normalize_over="keys")
+    with pytest.raises(ValueError, match=r"`solver` must be one for maps of any kind with max_gain=None"):
+        ImplicitQueryAttention(8, solver=Contraction())
+    with pytest.raises(ValueError, match=r"`steps` must be at least 2"):
+        Contraction(steps=1)
+    with pytest.raises(TypeError, match=r"`fallback` must be an iterative solver"):
+        Contraction(fallback=None)
+    layer = ImplicitQueryAttention(8, max_gain=0.9)
+    layer.max_gain = None
+    with pytest.raises(ValueError, match=r"does not contract by a known rate"):
+        layer(torch.randn(1, 3, 8))
+
+
+def test_nan_is_said():
+    layer, x = make(torch.float32), torch.randn(2, 5, 16)
+    x[1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match="`x` holds 1 NaN or Inf"):
+        layer(x)
+
+
+def test_a_free_layer_that_fails_names_the_remedy():
+    layer = make(torch.float32, gain=20.0, max_gain=None, solver=Anderson(max_steps=3), on_failure="raise")
+    with pytest.raises(ConvergenceError, match=r"stop contracting as weights grow: max_gain=0.9"):
+        layer(torch.randn(2, 9, 16))

@@ -1,0 +1,83 @@
+"""Layers with `max_gain` under torch.compile(fullgraph=True) and torch.export: same values, gradients and reports."""
+
+import pytest
+import torch
+
+from implicit_attention import Contraction, ConvergenceError, ImplicitQueryAttention
+
+LAYERS = {
+    "encoder": {"positions": "rope"},
+    "groups-relative": {"num_kv_heads": 2, "positions": "relative", "bias": True},
+    "keys": {"normalize_over": "keys", "num_kv_heads": 2},
+    "steps": {"solver": Contraction(steps=4)},
+}
+
+
+def make(**options):
+    torch.manual_seed(0)
+    layer = ImplicitQueryAttention(16, 4, **{"query_input": True, "max_gain": 0.9, "dtype": torch.float64} | options)
+    return layer, torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_compiles_as_a_whole(options):
+    layer, x = make(**options)
+    layer._report.on_failure = "ignore"  # four steps do not reach the tolerance of float64
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    hidden, found = torch.zeros(2, 9, dtype=torch.bool), []
+    hidden[0, :3] = True
+    inputs = {"key_padding_mask": hidden} if "solver" in options else {"attn_mask": torch.randn(9, 9).double()}
+    for call in (layer, compiled):
+        y = call(x, **inputs)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()], allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_a_solution_comes_through():
+    layer, x = make()
+    found, expected = torch.compile(layer.solve, fullgraph=True, backend="aot_eager")(x), layer.solve(x)
+    assert found.unique
+    for name in ("steps", "converged"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    torch.testing.assert_close(found.residual, expected.residual)
+
+
+def test_compiles_with_dropout_and_other_lengths():
+    layer, x = make(dropout=0.2)
+    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), x.detach()
+    for n in (9, 6):
+        assert bool(torch.isfinite(compiled(x[:, :n])).all())
+    layer.eval()
+    for n in (9, 6):
+        torch.testing.assert_close(compiled(x[:, :n]), layer(x[:, :n]), rtol=1e-11, atol=1e-11)
+
+
+def test_export():
+    layer, x = make()
+    lengths = {"x": {1: torch.export.Dim("n", min=2, max=64)}}
+    program = torch.export.export(layer.eval(), (x.detach(),), dynamic_shapes=lengths)
+    for n in (9, 5):
+        torch.testing.assert_close(program.module()(x[:, :n].detach()), layer(x[:, :n]), rtol=1e-11, atol=1e-11)
+
+
+def test_failures_are_said_by_compiled_layers_too():
+    layer, x = make(solver=Contraction(steps=2), on_failure="raise")
+    with pytest.raises(ConvergenceError, match="Raise steps"):
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+
+
+def test_the_operators_fit_what_the_compiler_was_told():
+    layer, x = make(positions="relative")
+    equation = layer.equation(x)
+    function, args = equation.function, [a.detach() for a in equation.args]
+    words = ",".join(function.names) + ";table"
+    numbers = [function.spec.scale, 0.0, 0.9, 1e-10, 0.0]
+    operator = torch.ops.implicit_attention.contraction.default
+    given = (args, torch.float64, words, numbers, [4, 1, 0, layer._report.handle])
+    torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))

@@ -44,16 +44,17 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         num_heads: int = 1,
         *,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         is_causal: bool = False,
         window: int | None = None,
         self_query: str = "output",
         normalize_over: str = "queries",
         query_input: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         positions: str | Positions | None = None,
         values: str = "linear",
         out_proj: bool = False,
-        bias: bool = False,
+        bias: bool | str = False,
         dropout: float = 0.0,
         scale: float | None = None,
         solver: str | Method = "auto",
@@ -65,10 +66,11 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         """Make the layer.
 
         Args:
-            embed_dim: Size D of a token, a multiple of `num_heads`.
+            embed_dim: Size D of a token, a multiple of `num_heads` unless there is a `head_dim`.
             num_heads: H; heads see slices of keys, queries and values, and mix through `Omega_Q`.
             num_kv_heads: G, a divisor of `num_heads` (the default): heads of the columns, queries and values (with
                 `normalize_over="keys"` keys and values), each shared by H / G heads of the rows. A cache holds G.
+            head_dim: Size d of a head, D / H if None. Where it differs, equilibria have H d features instead of D.
             is_causal: Row i sees columns j <= i.
             window: Causal only: row i sees columns i - window < j <= i.
             self_query: Under a causal mask, what the query of column j = i is made from in row i: "output",
@@ -77,13 +79,14 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                 conventional orientation, where tokens decouple; cross-attention exists only there.
             query_input: Queries are `Omega_Q y + W_Q x`.
             qk_norm: RMS norm of keys and queries over the head dimension, with one learned temperature per head of
-                the keys.
+                the keys; or "weights": with d learned weights, of all keys and of all queries, in their place.
             positions: None, "rope", "alibi", "relative" or a `Positions` object.
             values: "linear", `V = Omega_V x`, or "identity", `V = x`.
             out_proj: A linear map after the equilibrium.
-            bias: Biases on all linear maps (with `query_input`, queries get theirs from `W_Q`).
+            bias: Biases on all linear maps (with `query_input`, queries get theirs from `W_Q`), or "qkv": on all but
+                `out_proj`.
             dropout: Probability of dropping an attention weight in training; one mask for a whole solve.
-            scale: Factor on the scores; `(D / H) ** -0.5` if None.
+            scale: Factor on the scores; `d ** -0.5` if None.
             solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers (unless they are
                 unrolled) and `Anderson()` for all others.
             adjoint: "implicit", "unrolled", "phantom", or `Implicit(...)`, `Unrolled(...)`, `Phantom(...)`.
@@ -102,7 +105,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         """
         super().__init__()
         self.settings = settings = Settings(
-            embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,  # type: ignore[arg-type]
+            embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,  # type: ignore[arg-type]
             is_causal=is_causal, window=window, self_query=self_query, normalize_over=normalize_over,
             query_input=query_input, qk_norm=qk_norm, values=values, out_proj=out_proj, bias=bias, dropout=dropout,
             scale=scale,  # type: ignore[arg-type]
@@ -115,19 +118,22 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         self._make_modules(positions, {"device": device, "dtype": dtype})
 
     def _make_modules(self, positions: str | Positions | None, where: dict[str, Any]) -> None:
-        settings = self.settings
-        size, bias, head_dim = settings.embed_dim, settings.bias, settings.head_dim
+        settings, head_dim = self.settings, self.settings.head_dim
+        size, inner, bias = settings.embed_dim, settings.inner_dim, bool(settings.bias)
         columns = settings.num_kv_heads * head_dim
-        queries, keys = (columns, size) if settings.rows_are_keys else (size, columns)
-        self.Omega_Q = nn.Linear(size, queries, bias=bias and not settings.query_input, **where)
+        queries, keys = (columns, inner) if settings.rows_are_keys else (inner, columns)
+        self.Omega_Q = nn.Linear(inner, queries, bias=bias and not settings.query_input, **where)
         self.W_K = nn.Linear(size, keys, bias=bias, **where)
         self.Omega_V = nn.Linear(size, columns, bias=bias, **where) if settings.values == "linear" else None
         self.W_Q = nn.Linear(size, queries, bias=bias, **where) if settings.query_input else None
-        self.temperature = nn.Parameter(torch.ones(keys // head_dim, **where)) if settings.qk_norm else None
+        weights, normed = settings.qk_norm == "weights", bool(settings.qk_norm)
+        self.temperature = nn.Parameter(torch.ones(keys // head_dim, **where)) if normed and not weights else None
+        self.key_norm = nn.Parameter(torch.ones(head_dim, **where)) if weights else None
+        self.query_norm = nn.Parameter(torch.ones(head_dim, **where)) if weights else None
         self.positions = make_positions(positions, settings.num_heads, head_dim)
         if self.positions is not None:
             self.positions.to(**where)
-        self.out_proj = nn.Linear(size, size, bias=bias, **where) if settings.out_proj else None
+        self.out_proj = nn.Linear(inner, size, bias=settings.bias is True, **where) if settings.out_proj else None
 
     @property
     def triangular(self) -> bool:

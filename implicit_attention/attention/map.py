@@ -48,7 +48,7 @@ class QueryMap:
         normalize: Whether queries get an RMS norm over the head dimension.
     """
 
-    names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation")
+    names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation", "norm_weight")
     eps: ClassVar[float] = NORM_EPS
 
     num_heads: int
@@ -61,6 +61,7 @@ class QueryMap:
         bias: Tensor | None = None,
         added: Tensor | None = None,
         rotation: Tensor | None = None,
+        norm_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the queries made from `y`.
 
@@ -70,11 +71,12 @@ class QueryMap:
             bias: Bias of `Omega_Q`, `[D]`.
             added: `W_Q x`, `[B, N, D]`.
             rotation: `[2, N, d / 2]`.
+            norm_weight: What multiplies normed queries, `[d]`.
         """
         q = y if weight is None else F.linear(y, weight, bias)
         q = split_heads(q if added is None else q + added, self.num_heads)
         if self.normalize:
-            q = rms_norm(q)
+            q = rms_norm(q) if norm_weight is None else rms_norm(q) * norm_weight
         return q if rotation is None else rotate(q, rotation)
 
 
@@ -86,7 +88,7 @@ class AttentionMap:
 
     - `key` `[B, H, M, d]` (`[B, G, M, d]` if `rows_are_keys` is false: then keys are columns).
     - `value` `[B, G, M, d]`. Each of the G column heads serves H / G row heads.
-    - Optional, of the query map: `weight`, `bias`, `added`, `rotation`.
+    - Optional, of the query map: `weight`, `bias`, `added`, `rotation`, `norm_weight`.
     - Optional, columns before the first row: `past_column` and `past_value` `[B, G, P, d]`.
     - Optional: `self_score` `[B, H, N]`, `seeds` `[B]`, and `term0`, `term1`, ... of the bias terms.
 

@@ -27,6 +27,8 @@ class Layer(Protocol):
     Omega_V: nn.Linear | None
     W_Q: nn.Linear | None
     temperature: nn.Parameter | None
+    key_norm: nn.Parameter | None
+    query_norm: nn.Parameter | None
     positions: Positions | None
     solver: Method
 
@@ -73,7 +75,7 @@ def project(layer: Layer, inputs: Inputs) -> Projected:
     """
     key = layer.W_K(inputs.source)
     value = values(layer, inputs.source, key.dtype)
-    weight, bias = linear_map(layer.Omega_Q, "Omega_Q", inputs.x, layer.settings.embed_dim)
+    weight, bias = linear_map(layer.Omega_Q, "Omega_Q", inputs.x, layer.settings.inner_dim)
     bias = None if bias is None else bias.to(key.dtype)
     added = None if layer.W_Q is None else layer.W_Q(inputs.x).to(key.dtype)
     if added is not None and bias is not None:
@@ -101,8 +103,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     key = split_heads(projected.key, heads if by_keys else groups)
     dtype = key.dtype
     value = split_heads(projected.value, groups)
-    if layer.temperature is not None:
-        key = rms_norm(key) * layer.temperature[:, None, None].to(dtype)
+    key = normed_keys(layer, key)
     tensors = _query_tensors(layer, inputs, projected)
     rotation = _rotation(layer, inputs, source, dtype)
     if rotation is not None:
@@ -115,7 +116,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
     own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
     start = merge_heads(own.repeat_interleave(heads // groups, 1)).clone()
-    query_map = QueryMap(groups if by_keys else heads, settings.qk_norm)
+    query_map = QueryMap(groups if by_keys else heads, bool(settings.qk_norm))
     if settings.self_query == "input":
         queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
         queries = queries.repeat_interleave(heads // groups, 1)
@@ -143,6 +144,18 @@ def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equat
     return Equation(function, tuple(t for e in equations for t in e.args), packing.pack(e.start for e in equations))
 
 
+def normed_keys(layer: Layer, key: Tensor) -> Tensor:
+    """Return keys `[B, H, M, d]`, normed where the layer norms them, before their rotation."""
+    if layer.temperature is not None:
+        return rms_norm(key) * layer.temperature[:, None, None].to(key.dtype)
+    return key if layer.key_norm is None else rms_norm(key) * layer.key_norm.to(key.dtype)
+
+
+def norm_weight(layer: Layer, dtype: torch.dtype) -> Tensor | None:
+    """Return what multiplies normed queries, `[d]`; None without it."""
+    return None if layer.query_norm is None else layer.query_norm.to(dtype)
+
+
 def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of some tokens, `[B, M, G d]`, in a dtype."""
     return source.to(dtype) if layer.Omega_V is None else layer.Omega_V(source).to(dtype)
@@ -152,6 +165,7 @@ def _query_tensors(layer: Layer, inputs: Inputs, projected: Projected) -> dict[s
     """The tensors of phi, by name."""
     weight, bias = projected.query_map
     given = {"weight": weight, "bias": bias, "added": projected.added}
+    given["norm_weight"] = norm_weight(layer, weight.dtype)
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     rotation = _rotation(layer, inputs, inputs.x, weight.dtype)
     return tensors if rotation is None else tensors | {"rotation": rotation}

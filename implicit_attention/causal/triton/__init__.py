@@ -17,4 +17,6 @@ def hindrance(system: CausalSystem) -> str | None:
     kinds = {t.dtype for t in (system.key, system.value)}
     if not kinds <= {torch.float16, torch.bfloat16, torch.float32, torch.float64} or len(kinds) > 1:
         return f"the tensors are {' and '.join(sorted(map(str, kinds)))}"
+    if system.norm_weight is not None:
+        return "the norm of queries has weights"
     return "dropout is on" if system.spec.dropout else None

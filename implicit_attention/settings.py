@@ -88,7 +88,8 @@ class Settings:
     def _check_sizes(self) -> None:
         check_positive("embed_dim", self.embed_dim, integer=True)
         check_positive("num_heads", self.num_heads, integer=True)
-        if self.head_dim is None and self.embed_dim % self.num_heads:
+        given: int | None = self.head_dim
+        if given is None and self.embed_dim % self.num_heads:
             raise bad_value("num_heads", f"a divisor of embed_dim={self.embed_dim}", self.num_heads,
                             "Or give `head_dim`.")  # fmt: skip
         self._fill("head_dim", self.embed_dim // self.num_heads)

@@ -30,7 +30,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
 
     Attributes:
         vocab_size: Number of different tokens.
-        hidden_size: Size D of a token inside the model, a multiple of `num_attention_heads` unless there is a `head_dim`.
+        hidden_size: Size D of a token inside the model, a multiple of `num_attention_heads` unless there is a
+            `head_dim`.
         intermediate_size: Width of the gated MLP; about 8 D / 3, a multiple of 32, if None.
         num_hidden_layers: Number of blocks.
         num_attention_heads: Heads H of each attention layer.

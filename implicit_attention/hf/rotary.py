@@ -18,7 +18,8 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 class ScaledRotary(Positions):
     """Rotary positions with the frequencies of transformers' `rope_parameters`.
 
-    The frequencies are transformers' own, and the angles are float32 as there. A factor on cosines and sines, which
+    The frequencies are transformers' own, and the angles are float32 as there; in a float64 model their cosines are
+    float64, so that a rotation keeps lengths. A factor on cosines and sines, which
     "yarn" has, belongs to the scores: multiply the layer's `scale` by the square of `attention_scaling`.
 
     With "dynamic", frequencies depend on the largest position of a call. They are computed from that position alone;
@@ -44,15 +45,12 @@ class ScaledRotary(Positions):
         check_positive("max_position_embeddings", max_position_embeddings, integer=True)
         if not isinstance(parameters, Mapping):
             raise bad_type("positions.parameters", "transformers' `rope_parameters`", parameters)
-        self.head_dim, self.max_position_embeddings, self.parameters = (
-            head_dim,
-            max_position_embeddings,
-            dict(parameters),
-        )
-        self.kind = self.parameters.get("rope_type", "default")
+        self.head_dim, self.max_position_embeddings = head_dim, max_position_embeddings
+        self.rope_parameters = dict(parameters)  # nn.Module has another `parameters`
+        self.kind = self.rope_parameters.get("rope_type", "default")
         if self.kind not in ROPE_TYPES:
             raise bad_value("rope_type", f"one of {', '.join(map(repr, ROPE_TYPES))}", self.kind)
-        if self.parameters.get("partial_rotary_factor", 1.0) != 1.0 or head_dim % 2:
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0 or head_dim % 2:
             raise bad_value("positions", "such as turn all features of a head", dict(parameters))
         self.frequencies, self.attention_scaling = self._computed()
 
@@ -60,7 +58,7 @@ class ScaledRotary(Positions):
         """Frequencies, and the factor on cosines and sines. Numbers: a buffer would be lost on the meta device."""
         config = LlamaConfig(
             hidden_size=self.head_dim, num_attention_heads=1, head_dim=self.head_dim,
-            max_position_embeddings=self.max_position_embeddings, rope_parameters=dict(self.parameters),
+            max_position_embeddings=self.max_position_embeddings, rope_parameters=dict(self.rope_parameters),
         )  # fmt: skip
         with torch.device("cpu"):
             if self.kind == "default":
@@ -81,11 +79,12 @@ class ScaledRotary(Positions):
         if self.kind == "dynamic" and int(place.max()) >= self.max_position_embeddings:
             frequencies, _ = self._computed(int(place.max()) + 1)
         angles = place[..., None].float() * torch.tensor(frequencies, dtype=torch.float32, device=like.device)
-        return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+        angles = angles.to(dtype)
+        return torch.stack([angles.cos(), angles.sin()])
 
     def bias(self) -> None:
         """Return None: scores get no bias."""
 
     def extra_repr(self) -> str:
         """Return the settings, for `print`."""
-        return f"head_dim={self.head_dim}, {self.max_position_embeddings}, {self.parameters}"
+        return f"head_dim={self.head_dim}, {self.max_position_embeddings}, {self.rope_parameters}"

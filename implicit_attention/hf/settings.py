@@ -79,8 +79,8 @@ def make_positions(setting: Setting | None, num_heads: int, head_dim: int) -> Po
     """Return the position encoding that a setting describes, a new one with weights of its own.
 
     Args:
-        setting: None, "alibi", "relative", "rope", "scaled_rope", or a mapping with `name` and that encoding's own settings,
-            such as `{"name": "rope", "base": 500000.0}`.
+        setting: None, "alibi", "relative", "rope", "scaled_rope", or a mapping with `name` and that encoding's own
+            settings, such as `{"name": "rope", "base": 500000.0}`.
         num_heads: Heads of the layer.
         head_dim: Size of a head.
 

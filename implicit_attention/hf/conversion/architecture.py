@@ -134,8 +134,8 @@ def _norms(source: PreTrainedConfig) -> bool | str:
     if source.model_type != "qwen3":
         return False
     if source.rms_norm_eps != _NORM_EPS:
-        raise ConversionError(f"Its norms of queries and keys have eps={source.rms_norm_eps}, but those of the layer have "
-                              f"{_NORM_EPS}.")  # fmt: skip
+        raise ConversionError(f"Its norms of queries and keys have eps={source.rms_norm_eps}, but those of the layer "
+                              f"have {_NORM_EPS}.")  # fmt: skip
     return "weights"
 
 
@@ -145,8 +145,8 @@ def _window(source: PreTrainedConfig) -> int | None:
     if kinds == {"full_attention"}:
         return None
     if kinds != {"sliding_attention"}:
-        raise ConversionError(f"Its layers have attention of several kinds ({', '.join(sorted(kinds))}), but all blocks of "
-                              "ImplicitAttentionConfig share one window.")  # fmt: skip
+        raise ConversionError(f"Its layers have attention of several kinds ({', '.join(sorted(kinds))}), but all "
+                              "blocks of ImplicitAttentionConfig share one window.")  # fmt: skip
     return None if window is None else int(window)
 
 

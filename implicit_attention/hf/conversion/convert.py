@@ -58,15 +58,15 @@ def convert(model_or_dir: PreTrainedModel | str | PathLike[str], layers: Layers 
     `Omega_Q` is new, and zero: it has a gradient, and training it is what makes the blocks implicit.
 
     Args:
-        model_or_dir: A model of transformers (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite), whose weights are copied;
-            or a directory, or a file in GGUF format, with one.
+        model_or_dir: A model of transformers (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite), whose weights are
+            copied; or a directory, or a file in GGUF format, with one.
         layers: Which blocks become implicit: "all", "none", an index, indices, a slice, or such as "0,4,8-16", from 0,
             both ends included. The others stay ordinary attention.
         **options: As in `converted`.
 
     Returns:
-        `ImplicitAttentionForCausalLM`, `ImplicitAttentionForSequenceClassification` or `ImplicitAttentionModel`, in eval
-        mode.
+        `ImplicitAttentionForCausalLM`, `ImplicitAttentionForSequenceClassification` or `ImplicitAttentionModel`, in
+        eval mode.
 
     Raises:
         ConversionError: If the model cannot be converted exactly, or the outputs differ.

@@ -510,13 +510,9 @@ class _Backward:
 
     def _of_norm_weight(self) -> Tensor:
         """The gradient of the weights of the queries' norm, by one more pass: kernels keep no cotangent of queries."""
-        tensors = {name: t.detach() for name, t in self.system.tensors.items()}
-        weight = tensors["norm_weight"].requires_grad_()
-        with torch.enable_grad():
-            made = self.system.function(self.at.given.flatten(-2).detach(), *tensors.values())
-            lam = self.lam.flatten(-2).to(made.dtype)
-            (found,) = torch.autograd.grad(made, weight, lam)
-        return found
+        at, system = self.at, self.system
+        d_query = system.query_cotangent(self.lam, at.given, at.lse, at.query)
+        return (system.before_turn(d_query, slice(0, system.length)) * at.normed).sum((0, 1, 2))
 
     def solution(self) -> AdjointSolution:
         """Solve; return the gradients by tensor of the map. Past columns come last: all rows see them."""

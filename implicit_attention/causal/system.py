@@ -254,6 +254,29 @@ class CausalSystem:
             d_query, d_value = self._summed(d_query), self._summed(d_value)
         return d_key, d_query, d_value, tuple(d_terms)
 
+    def query_cotangent(self, lam: Tensor, y: Tensor, lse: Tensor, query: Tensor) -> Tensor:
+        """Return the cotangent of all queries, `[B, N, G, d]`: zero in a row that no other makes a score with.
+
+        Args:
+            lam: Cotangent of the outputs, `[B, N, H, d]`.
+            y: The equilibrium, `[B, N, H, d]`.
+            lse: Its log-sum-exp, `[B, H, N]`.
+            query: Its queries, `[B, N, G, d]`.
+        """
+        apart = int(self.self_score is not None)  # own columns hold no such queries then
+        found = torch.zeros(query.shape, dtype=self.wide, device=query.device)
+        if self.length > apart:
+            rows, cols = slice(apart, self.length), slice(0, self.length - apart)
+            spec = replace(self.spec.shifted(self.past + apart, self.past), is_causal=True)
+            by_head = (self.per_head(t) for t in (query.transpose(1, 2)[:, :, cols], self.value[:, :, cols]))
+            _, d_query, *_ = partial_backward(
+                lam.transpose(1, 2)[:, :, rows], self.key[:, :, rows], *by_head, y.transpose(1, 2)[:, :, rows],
+                lse[:, :, rows].contiguous(), spec, seeds=self.seeds, terms=self.terms,
+            )  # fmt: skip
+            assert d_query is not None
+            found[:, cols] = self._summed(d_query).transpose(1, 2).to(self.wide)
+        return found
+
     def whole_lse(self, query: Tensor) -> Tensor:
         """The log-sum-exp of every row, `[B, H, N]`, from the queries `[B, G, N, d]` of an equilibrium."""
         value = self._expanded(self.value) if self.groups != self.heads else self.value

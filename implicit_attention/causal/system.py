@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.attention.map import AttentionMap, by_read_head
+from implicit_attention.attention.masks import NotOwn
 from implicit_attention.attention.operation import attention, partial_backward
 from implicit_attention.attention.positions import rotate, unrotate
 
@@ -255,7 +256,7 @@ class CausalSystem:
         return d_key, d_query, d_value, tuple(d_terms)
 
     def query_cotangent(self, lam: Tensor, y: Tensor, lse: Tensor, query: Tensor) -> Tensor:
-        """Return the cotangent of all queries, `[B, N, G, d]`: zero in a row that no other makes a score with.
+        """Return the cotangent of all queries, `[B, N, G, d]`.
 
         Args:
             lam: Cotangent of the outputs, `[B, N, H, d]`.
@@ -263,19 +264,16 @@ class CausalSystem:
             lse: Its log-sum-exp, `[B, H, N]`.
             query: Its queries, `[B, N, G, d]`.
         """
-        apart = int(self.self_score is not None)  # own columns hold no such queries then
-        found = torch.zeros(query.shape, dtype=self.wide, device=query.device)
-        if self.length > apart:
-            rows, cols = slice(apart, self.length), slice(0, self.length - apart)
-            spec = replace(self.spec.shifted(self.past + apart, self.past), is_causal=True)
-            by_head = (self.per_head(t) for t in (query.transpose(1, 2)[:, :, cols], self.value[:, :, cols]))
-            _, d_query, *_ = partial_backward(
-                lam.transpose(1, 2)[:, :, rows], self.key[:, :, rows], *by_head, y.transpose(1, 2)[:, :, rows],
-                lse[:, :, rows].contiguous(), spec, seeds=self.seeds, terms=self.terms,
-            )  # fmt: skip
-            assert d_query is not None
-            found[:, cols] = self._summed(d_query).transpose(1, 2).to(self.wide)
-        return found
+        spec, terms = self.spec, self.terms
+        if self.self_score is not None:  # scores of own columns are made from no query of `query`
+            spec, terms = replace(spec, terms=(*spec.terms, NotOwn())), (*terms, lse.new_zeros(1))
+        query, value = (self.per_head(t) for t in (query.transpose(1, 2), self.value))
+        _, d_query, *_ = partial_backward(
+            lam.transpose(1, 2), self.key, query, value, y.transpose(1, 2), lse.contiguous(),
+            replace(spec.shifted(self.past, self.past), is_causal=True), seeds=self.seeds, terms=terms,
+        )  # fmt: skip
+        assert d_query is not None
+        return self._summed(d_query).transpose(1, 2).to(self.wide)
 
     def whole_lse(self, query: Tensor) -> Tensor:
         """The log-sum-exp of every row, `[B, H, N]`, from the queries `[B, G, N, d]` of an equilibrium."""

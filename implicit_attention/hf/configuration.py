@@ -146,7 +146,8 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         check_positive("num_hidden_layers", self.num_hidden_layers, integer=True)
         for name in ("hidden_size", "num_attention_heads"):
             check_positive(name, getattr(self, name), integer=True)
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+        given: int | None = self.head_dim
+        if given is None and self.hidden_size % self.num_attention_heads:
             raise bad_value("num_attention_heads", f"a divisor of hidden_size={self.hidden_size}",
                             self.num_attention_heads, "Or give `head_dim`.")  # fmt: skip
         open_values = {

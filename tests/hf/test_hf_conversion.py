@@ -224,7 +224,8 @@ def test_layers_that_do_not_exist(layers):
         chosen_layers(layers, 5)
 
 
-def test_norms_with_weights_reach_gradients_alike():
+@pytest.mark.parametrize("self_query", ["input", "output"])
+def test_norms_with_weights_reach_gradients_alike(self_query):
     """The kernels, torch and a solver that knows nothing of rows; a weight of zero too."""
     found = []
     for kernel in ("cpp", "torch", None):
@@ -233,7 +234,8 @@ def test_norms_with_weights_reach_gradients_alike():
             {"name": "forward_substitution", "kernel": kernel} if kernel else {"name": "anderson", "max_steps": 200}
         )
         layer = ImplicitQueryAttention(
-            24, 4, num_kv_heads=2, head_dim=10, is_causal=True, query_input=True, qk_norm="weights", positions="rope",
+            24, 4, num_kv_heads=2, head_dim=10, is_causal=True, self_query=self_query,
+            query_input=True, qk_norm="weights", positions="rope",
             out_proj=True, bias="qkv", solver=make_solver({**solver, "rtol": 1e-11, "atol": 1e-11}),
             dtype=torch.float64,
         )  # fmt: skip

@@ -161,7 +161,8 @@ def _read(path: str | PathLike[str], config: PreTrainedConfig, dtype: str | torc
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConversionError(f"{fspath(path)} cannot be read: {_first_line(error)}") from None
-    return found.eval()
+    found.eval()
+    return found
 
 
 def _first_line(error: Exception) -> str:
@@ -185,7 +186,7 @@ def _with_weights(
     given: dict[str, Tensor] = {}
     for name, tensor in source.state_dict().items():
         given[renamed(name, layers)] = tensor.clone() if copied else tensor
-    like = source.get_input_embeddings().weight
+    like: Tensor = source.get_input_embeddings().weight  # type: ignore[assignment]
     for name, tensor in model.state_dict().items():
         if name.endswith("Omega_Q.weight"):
             given[name] = torch.zeros(tensor.shape, dtype=like.dtype, device=like.device)
@@ -199,7 +200,8 @@ def _with_weights(
     config.dtype = like.dtype
     if model.can_generate() and source.can_generate():
         model.generation_config = source.generation_config
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _tokens(vocabulary: int) -> Tensor:
@@ -212,7 +214,8 @@ def _outputs(model: PreTrainedModel) -> Tensor:
     """Logits, scores or last hidden states of a model for a few tokens, without a cache, in float64."""
     training = model.training
     model.eval()
-    tokens = _tokens(model.config.vocab_size).to(model.get_input_embeddings().weight.device)
+    like: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    tokens = _tokens(model.config.vocab_size).to(like.device)
     out = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     model.train(training)
     found: Tensor = out.last_hidden_state if "last_hidden_state" in out else out.logits

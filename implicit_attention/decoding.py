@@ -27,7 +27,7 @@ from implicit_attention.attention.positions import rotate
 from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.causal import engines
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
-from implicit_attention.equation import Layer, Projected
+from implicit_attention.equation import Layer, Projected, norm_weight, normed_keys
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.inputs import Inputs
 
@@ -95,7 +95,8 @@ def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None
     rotation = None if layer.positions is None else layer.positions.rotation(1, x, past.position)
     made, value = projected.key, split_heads(projected.value, settings.num_kv_heads)
     past = past._replace(column=past.column.to(made.dtype), value=past.value.to(made.dtype))
-    kernels = engines.token_kernels(layer.solver.kernel, x) if settings.self_query == "output" else None
+    fits = settings.self_query == "output" and layer.query_norm is None
+    kernels = engines.token_kernels(layer.solver.kernel, x) if fits else None
     if kernels is None:
         found = _in_torch(layer, projected, value, past, rotation)
         if found is None:
@@ -192,7 +193,9 @@ def _in_torch(layer: Layer, projected: Projected, value: Tensor, past: Past, rot
     # Written so that NaN is not within tolerance: the solver will say what is wrong.
     if not all(r <= tolerance[0] * size + tolerance[1] < inf for r, size in zip(residuals, sizes, strict=True)):
         return None
-    column = root.query if rotation is None else rotate(root.query, rotation)
+    weight = norm_weight(layer, root.query.dtype)
+    column = root.query if weight is None else root.query * weight
+    column = column if rotation is None else rotate(column, rotation)
     tiny = torch.finfo(y.dtype).tiny
     relative = [r / max(size, tiny) for r, size in zip(residuals, sizes, strict=True)]
     residual, ratio = torch.tensor([residuals, relative], dtype=y.dtype, device=y.device)[..., None]  # each [B, 1]
@@ -202,9 +205,10 @@ def _in_torch(layer: Layer, projected: Projected, value: Tensor, past: Past, rot
 def _prepare(layer: Layer, made: Tensor, value: Tensor, past: Past, rotation: Tensor | None) -> _Token:
     heads, key = layer.settings.num_heads, split_heads(made, layer.settings.num_heads)
     wide = torch.promote_types(key.dtype, torch.float32)
-    if layer.temperature is not None:
-        key = _normed(key.to(wide)).to(key.dtype) * layer.temperature[:, None, None].to(key.dtype)
+    key = normed_keys(layer, key)
     a, lse = _attend(layer, key if rotation is None else rotate(key, rotation), past)
+    weight = norm_weight(layer, wide)
+    key = key if weight is None else key * weight  # of queries, seen from the key: they are normed alone here
     a = a[:, :, 0].to(wide)
     step = _per_head(value[:, :, 0], heads).to(wide) - a
     return _Token(key[:, :, 0].to(wide) * layer.settings.scale, a, lse[..., 0], step)

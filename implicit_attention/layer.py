@@ -44,18 +44,19 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         num_heads: int = 1,
         *,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         is_causal: bool = False,
         window: int | None = None,
         self_query: str = "output",
         normalize_over: str = "queries",
         query_input: bool = False,
         query_output: bool = True,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         positions: str | Positions | None = None,
         values: str = "linear",
         feedback_norm: bool = True,
         out_proj: bool = False,
-        bias: bool = False,
+        bias: bool | str = False,
         dropout: float = 0.0,
         max_gain: float | None = None,
         scale: float | None = None,
@@ -68,10 +69,11 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         """Make the layer.
 
         Args:
-            embed_dim: Size D of a token, a multiple of `num_heads`.
+            embed_dim: Size D of a token, a multiple of `num_heads` unless there is a `head_dim`.
             num_heads: H; heads see slices of keys, queries and values, and mix through `Omega_Q`.
             num_kv_heads: G, a divisor of `num_heads` (the default): heads of the columns, queries and values (with
                 `normalize_over="keys"` keys and values), each shared by H / G heads of the rows. A cache holds G.
+            head_dim: Size d of a head, D / H if None. Where it differs, equilibria have H d features instead of D.
             is_causal: Row i sees columns j <= i.
             window: Causal only: row i sees columns i - window < j <= i.
             self_query: Under a causal mask, what the query of column j = i is made from in row i: "output",
@@ -82,7 +84,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             query_output: Without, queries are `W_Q x` (needs `query_input` and `values="feedback"`): only values then
                 read outputs.
             qk_norm: RMS norm of keys and queries over the head dimension, with one learned temperature per head of
-                the keys.
+                the keys; or "weights": with d learned weights, of all keys and of all queries, in their place.
             positions: None, "rope", "alibi", "relative" or a `Positions` object.
             values: "linear", `V = Omega_V x`; "identity", `V = x`; or "feedback": rows after j see the value
                 `Omega_V x_j + Psi_V y_j`, row j its own `Omega_V x_j`. `Psi_V` is zero at the start. The layer then
@@ -90,12 +92,13 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             feedback_norm: `Psi_V` reads the output divided by its root mean square, which bounds all outputs. Without,
                 they can grow along the sequence.
             out_proj: A linear map after the equilibrium.
-            bias: Biases on all linear maps (with `query_input`, queries get theirs from `W_Q`).
+            bias: Biases on all linear maps (with `query_input`, queries get theirs from `W_Q`), or "qkv": on all but
+                `out_proj`.
             dropout: Probability of dropping an attention weight in training; one mask for a whole solve.
             max_gain: No causal mask: a bound c in (0, 1). Queries are `f Omega_Q y + W_Q x`, `f = min(1, c / L)` of
                 each sample, such that the map contracts by c for any weights: one equilibrium, found in a known number
                 of steps. `qk_norm` then norms keys and `W_Q x` (`attention/gain.py`).
-            scale: Factor on the scores; `(D / H) ** -0.5` if None.
+            scale: Factor on the scores; `d ** -0.5` if None.
             solver: "auto", or a solver object. "auto" is `ForwardSubstitution()` for causal layers, `Contraction()`
                 with `max_gain`, and `Anderson()` for all others and what is unrolled.
             adjoint: "implicit", "unrolled", "phantom", or `Implicit(...)`, `Unrolled(...)`, `Phantom(...)`.
@@ -114,7 +117,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         """
         super().__init__()
         self.settings = settings = Settings(
-            embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,  # type: ignore[arg-type]
+            embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,  # type: ignore[arg-type]
             is_causal=is_causal, window=window, self_query=self_query, normalize_over=normalize_over,
             query_input=query_input, query_output=query_output, qk_norm=qk_norm, values=values,
             feedback_norm=feedback_norm, out_proj=out_proj, bias=bias, dropout=dropout, max_gain=max_gain,
@@ -128,21 +131,24 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         self._make_modules(positions, {"device": device, "dtype": dtype})
 
     def _make_modules(self, positions: str | Positions | None, where: dict[str, Any]) -> None:
-        settings = self.settings
-        size, bias, head_dim = settings.embed_dim, settings.bias, settings.head_dim
+        settings, head_dim = self.settings, self.settings.head_dim
+        size, inner, bias = settings.embed_dim, settings.inner_dim, bool(settings.bias)
         columns = settings.num_kv_heads * head_dim
-        queries, keys = (columns, size) if settings.rows_are_keys else (size, columns)
+        queries, keys = (columns, inner) if settings.rows_are_keys else (inner, columns)
         reads = settings.query_output
-        self.Omega_Q = nn.Linear(size, queries, bias=bias and not settings.query_input, **where) if reads else None
+        self.Omega_Q = nn.Linear(inner, queries, bias=bias and not settings.query_input, **where) if reads else None
         self.W_K = nn.Linear(size, keys, bias=bias, **where)
         self.Omega_V = nn.Linear(size, columns, bias=bias, **where) if settings.values != "identity" else None
         self.W_Q = nn.Linear(size, queries, bias=bias, **where) if settings.query_input else None
-        self.temperature = nn.Parameter(torch.ones(keys // head_dim, **where)) if settings.qk_norm else None
+        weights, normed = settings.qk_norm == "weights", bool(settings.qk_norm)
+        self.temperature = nn.Parameter(torch.ones(keys // head_dim, **where)) if normed and not weights else None
+        self.key_norm = nn.Parameter(torch.ones(head_dim, **where)) if weights else None
+        self.query_norm = nn.Parameter(torch.ones(head_dim, **where)) if weights else None
         self.positions = make_positions(positions, settings.num_heads, head_dim)
         if self.positions is not None:
             self.positions.to(**where)
-        self.out_proj = nn.Linear(size, size, bias=bias, **where) if settings.out_proj else None
-        self.Psi_V = nn.Linear(size, columns, bias=bias, **where) if settings.feeds_back else None
+        self.out_proj = nn.Linear(inner, size, bias=settings.bias is True, **where) if settings.out_proj else None
+        self.Psi_V = nn.Linear(inner, columns, bias=bias, **where) if settings.feeds_back else None
         for parameter in () if self.Psi_V is None else self.Psi_V.parameters():
             nn.init.zeros_(parameter)
 

@@ -16,17 +16,18 @@ class Settings:
         embed_dim: Size D of a token.
         num_heads: H.
         num_kv_heads: G, a divisor of H; None stands for H.
+        head_dim: Size d of a head; None stands for D / H.
         is_causal: Row i sees columns j <= i.
         window: Row i sees columns i - window < j <= i; None for all.
         self_query: "output" or "input".
         normalize_over: "queries" or "keys".
         query_input: Whether queries are `Omega_Q y + W_Q x`.
         query_output: Whether queries read outputs; without, they are `W_Q x`.
-        qk_norm: Whether keys and queries are RMS-normed.
+        qk_norm: Whether keys and queries are RMS-normed; "weights": with weights in the place of temperatures.
         values: "linear", "identity" or "feedback".
         feedback_norm: Whether outputs that values read are RMS-normed first.
         out_proj: Whether a linear map follows the equilibrium.
-        bias: Whether linear maps have biases.
+        bias: Whether linear maps have biases; "qkv": all but `out_proj`.
         dropout: Probability of dropping an attention weight in training.
         max_gain: Bound of the map's contraction, in (0, 1); None for none.
         scale: Factor on the scores; None stands for `head_dim ** -0.5`.
@@ -34,18 +35,19 @@ class Settings:
 
     embed_dim: int
     num_heads: int = 1
-    num_kv_heads: int = None  # type: ignore[assignment]  # filled in, as is the scale
+    num_kv_heads: int = None  # type: ignore[assignment]  # filled in, as are head_dim and scale
+    head_dim: int = None  # type: ignore[assignment]
     is_causal: bool = False
     window: int | None = None
     self_query: str = "output"
     normalize_over: str = "queries"
     query_input: bool = False
     query_output: bool = True
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     values: str = "linear"
     feedback_norm: bool = True
     out_proj: bool = False
-    bias: bool = False
+    bias: bool | str = False
     dropout: float = 0.0
     max_gain: float | None = None
     scale: float = None  # type: ignore[assignment]  # filled in
@@ -63,9 +65,9 @@ class Settings:
         self._check_numbers()
 
     @property
-    def head_dim(self) -> int:
-        """Size d of a head, D / H."""
-        return self.embed_dim // self.num_heads
+    def inner_dim(self) -> int:
+        """Size H d of an equilibrium's row: D, unless `head_dim` says something else."""
+        return self.num_heads * self.head_dim
 
     @property
     def rows_are_keys(self) -> bool:
@@ -89,9 +91,10 @@ class Settings:
 
     def changed(self) -> dict[str, object]:
         """Return the settings that are not the default, by name, `embed_dim` aside."""
-        default = Settings(embed_dim=self.embed_dim, num_heads=self.num_heads)
+        default = Settings(embed_dim=self.inner_dim, num_heads=self.num_heads)
         names = [field.name for field in fields(self) if field.name not in ("embed_dim", "num_heads")]
-        return {n: getattr(self, n) for n in names if getattr(self, n) != getattr(default, n)}
+        found = {n: getattr(self, n) for n in names if getattr(self, n) != getattr(default, n)}
+        return found if self.inner_dim == self.embed_dim else {"head_dim": self.head_dim, **found}
 
     def _fill(self, name: str, value: object) -> None:
         """Give a setting that was left open its value."""
@@ -101,8 +104,12 @@ class Settings:
     def _check_sizes(self) -> None:
         check_positive("embed_dim", self.embed_dim, integer=True)
         check_positive("num_heads", self.num_heads, integer=True)
-        if self.embed_dim % self.num_heads:
-            raise bad_value("num_heads", f"a divisor of embed_dim={self.embed_dim}", self.num_heads)
+        given: int | None = self.head_dim
+        if given is None and self.embed_dim % self.num_heads:
+            raise bad_value("num_heads", f"a divisor of embed_dim={self.embed_dim}", self.num_heads,
+                            "Or give `head_dim`.")  # fmt: skip
+        self._fill("head_dim", self.embed_dim // self.num_heads)
+        check_positive("head_dim", self.head_dim, integer=True)
 
     def _check_groups(self) -> None:
         self._fill("num_kv_heads", self.num_heads)
@@ -114,8 +121,10 @@ class Settings:
         check_choice("self_query", self.self_query, ("output", "input"))
         check_choice("normalize_over", self.normalize_over, ("queries", "keys"))
         check_choice("values", self.values, ("linear", "identity", "feedback"))
-        for name in ("is_causal", "query_input", "query_output", "qk_norm", "feedback_norm", "out_proj", "bias"):
+        for name in ("is_causal", "query_input", "query_output", "feedback_norm", "out_proj"):
             check_choice(name, getattr(self, name), (True, False))
+        check_choice("qk_norm", self.qk_norm, (True, False, "weights"))
+        check_choice("bias", self.bias, (True, False, "qkv"))
         if self.self_query == "input" and not self.triangular:
             raise bad_value(
                 "self_query", '"output" unless is_causal=True and normalize_over="queries"', self.self_query,
@@ -124,6 +133,8 @@ class Settings:
         if self.values == "identity" and self.num_kv_heads != self.num_heads:
             raise bad_value("num_kv_heads", f'num_heads={self.num_heads} with values="identity"', self.num_kv_heads,
                             "The input itself has no fewer heads.")  # fmt: skip
+        if self.values == "identity" and self.inner_dim != self.embed_dim:
+            raise bad_value("head_dim", 'embed_dim / num_heads with values="identity"', self.head_dim)
         self._check_feedback()
 
     def _check_feedback(self) -> None:
@@ -188,7 +199,7 @@ class Configured(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Return a setting by its name; modules and parameters as every module does."""
         settings = self.__dict__.get("settings")
-        if settings is not None and (name in NAMES - _MODULES or name == "head_dim"):
+        if settings is not None and name in NAMES - _MODULES:
             return getattr(settings, name)
         return super().__getattr__(name)
 
@@ -196,7 +207,7 @@ class Configured(nn.Module):
         """Change a setting, which is checked as in the constructor."""
         if name in _CHANGEABLE:
             self.settings = replace(self.settings, **{name: value})
-        elif name in NAMES - _MODULES or name == "head_dim":
+        elif name in NAMES - _MODULES:
             raise AttributeError(f"`{name}` decides the shapes of parameters: make a new layer to change it")
         else:
             super().__setattr__(name, value)

@@ -49,7 +49,7 @@ class QueryMap:
         reads_output: Whether there is a linear map of y; else queries are `added` alone.
     """
 
-    names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation", "gate")
+    names: ClassVar[tuple[str, ...]] = ("weight", "bias", "added", "rotation", "norm_weight", "gate")
     eps: ClassVar[float] = NORM_EPS
 
     num_heads: int
@@ -63,6 +63,7 @@ class QueryMap:
         bias: Tensor | None = None,
         added: Tensor | None = None,
         rotation: Tensor | None = None,
+        norm_weight: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Tensor:
         """Return the queries made from `y`.
@@ -73,6 +74,7 @@ class QueryMap:
             bias: Bias of `Omega_Q`, `[D]`.
             added: `W_Q x`, `[B, N, D]`.
             rotation: `[2, N, d / 2]`.
+            norm_weight: What multiplies normed queries, `[d]`.
             gate: Factor on y, `[B, 1, 1]`.
         """
         if self.reads_output:
@@ -84,7 +86,7 @@ class QueryMap:
             q = added
         q = split_heads(q, self.num_heads)
         if self.normalize:
-            q = rms_norm(q)
+            q = rms_norm(q) if norm_weight is None else rms_norm(q) * norm_weight
         return q if rotation is None else rotate(q, rotation)
 
 
@@ -121,7 +123,7 @@ class AttentionMap:
 
     - `key` `[B, H, M, d]` (`[B, G, M, d]` if `rows_are_keys` is false: then keys are columns).
     - `value` `[B, G, M, d]`. Each of the G column heads serves H / G row heads.
-    - Optional, of the query map: `weight`, `bias`, `added`, `rotation`, `gate`.
+    - Optional, of the query map: `weight`, `bias`, `added`, `rotation`, `norm_weight`, `gate`.
     - Optional, of the value map: `feedback`, `feedback_bias`.
     - Optional, columns before the first row: `past_column` and `past_value` `[B, G, P, d]`.
     - Optional: `self_score` `[B, H, N]`, `seeds` `[B]`, and `term0`, `term1`, ... of the bias terms.

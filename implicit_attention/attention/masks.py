@@ -43,6 +43,21 @@ class AdditiveMask:
         return ..., slice(rows.start - self.first_row, rows.stop - self.first_row), cols
 
 
+@dataclass(frozen=True)
+class NotOwn:
+    """A bias term that hides each row's own column, whatever its tensor holds."""
+
+    def block(self, tensor: Tensor, rows: slice, cols: slice) -> Tensor:
+        """Return `-inf` where row and column agree, `[1, 1, r, c]`."""
+        i = torch.arange(rows.start, rows.stop, device=tensor.device)[:, None]
+        own = i == torch.arange(cols.start, cols.stop, device=tensor.device)
+        return torch.zeros(own.shape, device=tensor.device).masked_fill(own, -torch.inf)[None, None]
+
+    def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
+        """Return the gradient of the tensor: zero."""
+        return torch.zeros_like(tensor, dtype=grad.dtype)
+
+
 def mask_terms(
     attn_mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype, past: int = 0
 ) -> list[tuple[BiasTerm, Tensor]]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicit_attention.attention.positions import unrotate
 from implicit_attention.causal.rows import RowProblem, solve_rows
 from implicit_attention.causal.system import CausalSystem, Queries
 from implicit_attention.errors import NonFiniteError
@@ -514,10 +513,10 @@ def own_jacobian(system: CausalSystem, rows: slice, y: Tensor, queries: Queries,
     if keep is not None:
         value = value * keep.diagonal(dim1=-2, dim2=-1).transpose(1, 2)[..., None]
     made = system.contributions((value - y).reshape(-1, system.heads, system.dim))  # [R, G, H, d]
-    query = queries.query
-    if system.rotation is not None:
-        turn = system.rotation[:, :, rows]
-        key, query = (unrotate(t, turn) for t in (key, query))
+    key = system.before_turn(key, rows)
+    query = system.before_turn(queries.query, rows) if queries.normed is None else queries.normed
+    if system.norm_weight is not None:
+        key = key * system.norm_weight
     if queries.inverse is not None:
         query = query.reshape(-1, system.groups, 1, system.dim)
         made = made - query * (made * query).mean(-1, keepdim=True)

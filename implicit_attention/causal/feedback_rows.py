@@ -168,6 +168,7 @@ class TorchAdjoint:
         y = state["y"][:, at]
         lam = state["grad"][:, at].to(system.wide) + self.values.pull(d_value, y)
         inverse = state["inverse"][:, at] if state["inverse"].numel() else None
-        made = system.before_map(d_query, Queries(state["query"][:, at].to(system.wide), inverse), at)
+        normed = None if system.norm_weight is None else system.phi(y, at).normed
+        made = system.before_map(d_query, Queries(state["query"][:, at].to(system.wide), inverse, normed), at)
         state["d_made"][:, at] = made
         return lam + system.through_map(made) if system.reads_output else lam

@@ -342,18 +342,24 @@ class _At:
         self.system = system
         self.given = y.view(*y.shape[:2], system.heads, system.dim)  # in its own dtype, as the flash kernels take it
         self.y = self.given.to(system.wide)
-        if memo:
+        self.normed = y.new_zeros(0)
+        if memo and system.norm_weight is None:
             self.query, self.lse, self.inverse = memo[0].to(system.narrow), *memo[1:]
             return
         everything = slice(0, system.length)
         made = system.phi(self.y, everything)
+        self.normed = self.normed if made.normed is None else made.normed
+        if memo:
+            self.query, self.lse, self.inverse = memo[0].to(system.narrow), *memo[1:]
+            return
         self.query = made.query.to(system.narrow)
         self.inverse = y.new_zeros(0) if made.inverse is None else made.inverse
         self.lse = system.whole_lse(self.query.transpose(1, 2))
 
     def queries(self, rows: slice) -> Queries:
         inverse = self.inverse[:, rows] if self.inverse.numel() else None
-        return Queries(self.query[:, rows].to(self.system.wide), inverse)
+        normed = self.normed[:, rows] if self.normed.numel() else None
+        return Queries(self.query[:, rows].to(self.system.wide), inverse, normed)
 
     def block(self, rows: slice) -> BlockAdjointSolver:
         return BlockAdjointSolver(self.system, rows, self.y[:, rows], self.queries(rows), self.lse[:, :, rows])
@@ -390,6 +396,7 @@ class _Backward:
         engine = engines.engine(solver.kernel, system)
         self.compiled: engines.AdjointKernel | None = None
         at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
+        at |= {"normed": self.at.normed} if self.at.normed.numel() else {}
         self.block = self.widest = min(solver.block, system.length)
         if engine is not None and (engine.KEEPS_SLOPES or not self.bias_grad):
             self.compiled = engine.AdjointKernel(
@@ -508,6 +515,12 @@ class _Backward:
             within = (found.residual <= larger) & torch.isfinite(found.residual)
         return within
 
+    def _of_norm_weight(self) -> Tensor:
+        """The gradient of the weights of the queries' norm, by one more pass: kernels keep no cotangent of queries."""
+        at, system = self.at, self.system
+        d_query = system.query_cotangent(self.lam, at.given, at.lse, at.query)
+        return (system.before_turn(d_query, slice(0, system.length)) * at.normed).sum((0, 1, 2))
+
     def solution(self) -> AdjointSolution:
         """Solve; return the gradients by tensor of the map. Past columns come last: all rows see them."""
         self.descend(0, self.system.length, self.widest)
@@ -526,6 +539,8 @@ class _Backward:
         if self.system.past:
             by_name |= dict(zip(("past_column", "past_value"), past, strict=True))
         by_name |= {f"term{i}": grad for i, grad in enumerate(self.d_terms)}
+        if self.needs.get("norm_weight"):
+            by_name["norm_weight"] = self._of_norm_weight()
         by_arg = []
         for name in self.system.tensors:
             by_arg.append(by_name.get(name) if self.needs[name] else None)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.attention.map import AttentionMap, by_read_head
+from implicit_attention.attention.masks import NotOwn
 from implicit_attention.attention.operation import attention, partial_backward
 from implicit_attention.attention.positions import rotate, unrotate
 
@@ -19,17 +20,21 @@ class Queries(NamedTuple):
     Attributes:
         query: `[B, n, G, d]`, normed and rotated.
         inverse: `[B, n, G, 1]`, the inverse of the root mean square before the norm; None without a norm.
+        normed: `[B, n, G, d]`, queries as the norm leaves them, before its weights and the rotation; None without
+            weights. The rotation mixes features of different weights, so they cannot be told from `query`.
     """
 
     query: Tensor
     inverse: Tensor | None
+    normed: Tensor | None = None
 
 
 class Row(NamedTuple):
     """The tensors of R single rows, each at its own sample and position.
 
     Attributes:
-        key: `[R, H, d]`, scaled and with the row's rotation undone, so that `score = key . query before rotation`.
+        key: `[R, H, d]`, scaled, with the row's rotation undone and with the weights of the queries' norm, so that
+            `score = key . query as the norm leaves it`.
         value: `[R, H, d]`.
         constant: `[R, G, d]`, the part of the query that does not depend on y; None without one.
     """
@@ -65,6 +70,8 @@ class CausalSystem:
         self.self_score = self.tensors.get("self_score")
         self.weight, self.bias = self.tensors.get("weight"), self.tensors.get("bias")
         self.added = self.tensors.get("added")
+        norm_weight = self.tensors.get("norm_weight")  # [d]
+        self.norm_weight = None if norm_weight is None else norm_weight.to(self.wide)
         rotation = self.tensors.get("rotation")  # [2, N, d / 2] or [2, B, 1, N, d / 2]
         if rotation is not None:
             rotation = rotation[:, None] if rotation.dim() == 3 else rotation[:, :, 0]
@@ -97,19 +104,28 @@ class CausalSystem:
         if self.function.query_map.normalize:
             inverse = (q * q).mean(-1, keepdim=True).add_(self.function.query_map.eps).rsqrt_()
             q = q * inverse
+        normed = None if self.norm_weight is None else q
+        if self.norm_weight is not None:
+            q = q * self.norm_weight
         if self.rotation is not None:
             q = rotate(q, self.rotation[:, :, rows])
         # Rounded to the narrow dtype, as the attention kernels read queries: all parts see the same numbers.
-        return Queries(q.to(self.narrow).to(self.wide), inverse)
+        return Queries(q.to(self.narrow).to(self.wide), inverse, normed)
 
     def before_map(self, d_query: Tensor, queries: Queries, rows: slice) -> Tensor:
         """Return the cotangent of the linear map's output `[B, n, G d]` from that of the queries `[B, n, G, d]`."""
-        if queries.inverse is not None:
-            along = (d_query * queries.query).mean(-1, keepdim=True)
+        if queries.inverse is None:
+            return self.before_turn(d_query, rows).flatten(-2)
+        along = (d_query * queries.query).mean(-1, keepdim=True)  # a rotation does not change it
+        if queries.normed is None or self.norm_weight is None:
             d_query = torch.addcmul(d_query, queries.query, along, value=-1.0).mul_(queries.inverse)
-        if self.rotation is not None:
-            d_query = unrotate(d_query, self.rotation[:, :, rows])
-        return d_query.flatten(-2)
+            return self.before_turn(d_query, rows).flatten(-2)
+        d_query = self.before_turn(d_query, rows) * self.norm_weight
+        return torch.addcmul(d_query, queries.normed, along, value=-1.0).mul_(queries.inverse).flatten(-2)
+
+    def before_turn(self, t: Tensor, rows: slice) -> Tensor:
+        """Undo the rotation of some rows' keys, queries or cotangents, `[B, n, G or H, d]`."""
+        return t if self.rotation is None else unrotate(t, self.rotation[:, :, rows])
 
     def through_map(self, d_made: Tensor) -> Tensor:
         """Return the cotangent of the outputs `[B, n, H, d]` from that of the linear map's output `[B, n, G d]`."""
@@ -124,6 +140,8 @@ class CausalSystem:
         if self.rotation is not None:
             turn = self.rotation.expand(-1, self.batch, -1, -1, -1)[:, samples, positions]
             key = unrotate(key, turn)
+        if self.norm_weight is not None:
+            key = key * self.norm_weight
         value = self.per_head(self.value.transpose(1, 2)[samples, positions].to(self.wide))
         constant = None if self.bias is None else self.bias.to(self.wide).view(1, self.groups, self.dim)
         if self.added is not None:
@@ -241,6 +259,26 @@ class CausalSystem:
         elif self.groups != self.heads:
             d_query, d_value = self._summed(d_query), self._summed(d_value)
         return d_key, d_query, d_value, tuple(d_terms)
+
+    def query_cotangent(self, lam: Tensor, y: Tensor, lse: Tensor, query: Tensor) -> Tensor:
+        """Return the cotangent of all queries, `[B, N, G, d]`.
+
+        Args:
+            lam: Cotangent of the outputs, `[B, N, H, d]`.
+            y: The equilibrium, `[B, N, H, d]`.
+            lse: Its log-sum-exp, `[B, H, N]`.
+            query: Its queries, `[B, N, G, d]`.
+        """
+        spec, terms = self.spec, self.terms
+        if self.self_score is not None:  # scores of own columns are made from no query of `query`
+            spec, terms = replace(spec, terms=(*spec.terms, NotOwn())), (*terms, lse.new_zeros(1))
+        query, value = (self.per_head(t) for t in (query.transpose(1, 2), self.value))
+        _, d_query, *_ = partial_backward(
+            lam.transpose(1, 2), self.key, query, value, y.transpose(1, 2), lse.contiguous(),
+            replace(spec.shifted(self.past, self.past), is_causal=True), seeds=self.seeds, terms=terms,
+        )  # fmt: skip
+        assert d_query is not None
+        return self._summed(d_query).transpose(1, 2).to(self.wide)
 
     def whole_lse(self, query: Tensor) -> Tensor:
         """The log-sum-exp of every row, `[B, H, N]`, from the queries `[B, G, N, d]` of an equilibrium."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from implicit_attention import __version__
+from implicit_attention.cli.convert import convert
 from implicit_attention.cli.demo import demo
 from implicit_attention.cli.eval import evaluate
 from implicit_attention.cli.generate import generate
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
     "generate": generate,
+    "convert": convert,
     "eval": evaluate,
     "info": info,
 }

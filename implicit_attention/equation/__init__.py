@@ -29,6 +29,8 @@ class Layer(Protocol):
     Omega_V: nn.Linear | None
     W_Q: nn.Linear | None
     temperature: nn.Parameter | None
+    key_norm: nn.Parameter | None
+    query_norm: nn.Parameter | None
     positions: Positions | None
     solver: Method
 
@@ -77,20 +79,23 @@ def project(layer: Layer, inputs: Inputs) -> Projected:
     """
     key = layer.W_K(inputs.source)
     value = values(layer, inputs.source, key.dtype)
-    query_map = _read(layer.Omega_Q, "Omega_Q", inputs, key)
+    query_map = _read(layer, "Omega_Q", inputs, key)
     added = None if layer.W_Q is None else layer.W_Q(inputs.x).to(key.dtype)
     if added is not None and _norm_apart(layer.settings):
-        added = merge_heads(rms_norm(split_heads(added, added.shape[-1] // layer.settings.head_dim)))
+        normed = rms_norm(split_heads(added, added.shape[-1] // layer.settings.head_dim))
+        weight = norm_weight(layer, added.dtype)
+        added = merge_heads(normed if weight is None else normed * weight)
     if added is not None and query_map is not None and query_map.bias is not None:
         added, query_map = added + query_map.bias, LinearMap(query_map.weight, None)
-    return Projected(key, value, added, query_map, _read(layer.Psi_V, "Psi_V", inputs, key))
+    return Projected(key, value, added, query_map, _read(layer, "Psi_V", inputs, key))
 
 
-def _read(module: nn.Module | None, name: str, inputs: Inputs, like: Tensor) -> LinearMap | None:
+def _read(layer: Layer, name: str, inputs: Inputs, like: Tensor) -> LinearMap | None:
     """What a map of the outputs amounts to, in the dtype of the solve."""
+    module = getattr(layer, name)
     if module is None:
         return None
-    weight, bias = linear_map(module, name, inputs.x, inputs.x.shape[-1])
+    weight, bias = linear_map(module, name, inputs.x, layer.settings.inner_dim)
     return LinearMap(weight.to(like.dtype), None if bias is None else bias.to(like.dtype))
 
 
@@ -114,8 +119,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     key = split_heads(projected.key, heads if by_keys else groups)
     dtype = key.dtype
     value = split_heads(projected.value, groups)
-    if layer.temperature is not None:
-        key = rms_norm(key) * layer.temperature[:, None, None].to(dtype)
+    key = normed_keys(layer, key)
     tensors = _query_tensors(layer, inputs, projected)
     rotation = _rotation(layer, inputs, source, dtype)
     if rotation is not None:
@@ -134,7 +138,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
     own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
     start = merge_heads(own.repeat_interleave(heads // groups, 1)).clone()
-    normalize = settings.qk_norm and not _norm_apart(settings)
+    normalize = bool(settings.qk_norm) and not _norm_apart(settings)
     query_map = QueryMap(groups if by_keys else heads, normalize, settings.query_output)
     if settings.self_query == "input":
         queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
@@ -152,7 +156,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
 
 def _norm_apart(settings: Settings) -> bool:
     """Whether the norm of queries is that of `W_Q x` alone: a norm of what y makes has no bound that helps."""
-    return settings.qk_norm and settings.max_gain is not None
+    return bool(settings.qk_norm) and settings.max_gain is not None
 
 
 def _contracting(
@@ -189,6 +193,18 @@ def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equat
     return Equation(function, tuple(t for e in equations for t in e.args), packing.pack(e.start for e in equations))
 
 
+def normed_keys(layer: Layer, key: Tensor) -> Tensor:
+    """Return keys `[B, H, M, d]`, normed where the layer norms them, before their rotation."""
+    if layer.temperature is not None:
+        return rms_norm(key) * layer.temperature[:, None, None].to(key.dtype)
+    return key if layer.key_norm is None else rms_norm(key) * layer.key_norm.to(key.dtype)
+
+
+def norm_weight(layer: Layer, dtype: torch.dtype) -> Tensor | None:
+    """Return what multiplies normed queries, `[d]`; None without it."""
+    return None if layer.query_norm is None else layer.query_norm.to(dtype)
+
+
 def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of some tokens, `[B, M, G d]`, in a dtype."""
     return source.to(dtype) if layer.Omega_V is None else layer.Omega_V(source).to(dtype)
@@ -198,6 +214,8 @@ def _query_tensors(layer: Layer, inputs: Inputs, projected: Projected) -> dict[s
     """The tensors of phi, by name."""
     weight, bias = projected.query_map or (None, None)
     given = {"weight": weight, "bias": bias, "added": projected.added}
+    if not _norm_apart(layer.settings):
+        given["norm_weight"] = norm_weight(layer, projected.key.dtype)
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     rotation = _rotation(layer, inputs, inputs.x, projected.key.dtype)
     return tensors if rotation is None else tensors | {"rotation": rotation}

@@ -8,6 +8,7 @@ except ImportError as error:
     ) from error
 
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
+from implicit_attention.hf.conversion import ConversionError, convert
 from implicit_attention.hf.heads import ImplicitAttentionForCausalLM, ImplicitAttentionForMaskedLM
 from implicit_attention.hf.labels import (
     ImplicitAttentionForQuestionAnswering,
@@ -29,6 +30,7 @@ for _auto, _model in (
     _auto.register(ImplicitAttentionConfig, _model, exist_ok=True)
 
 __all__ = [
+    "ConversionError",
     "ImplicitAttentionConfig",
     "ImplicitAttentionForCausalLM",
     "ImplicitAttentionForMaskedLM",
@@ -38,4 +40,5 @@ __all__ = [
     "ImplicitAttentionModel",
     "ImplicitAttentionPreTrainedModel",
     "SolverStats",
+    "convert",
 ]

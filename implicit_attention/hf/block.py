@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -13,7 +14,7 @@ from implicit_attention.hf.caching import LayerCache
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.equilibrium import Solved, solve
 from implicit_attention.hf.offload import weights_on_device
-from implicit_attention.hf.ordinary import OrdinaryAttention
+from implicit_attention.hf.ordinary import OrdinaryAttention, attention_scale
 from implicit_attention.hf.outputs import Stats
 from implicit_attention.hf.settings import make_adjoint, make_positions, make_solver
 from implicit_attention.hf.tokens import Tokens
@@ -40,21 +41,24 @@ class GatedMLP(nn.Module):
         Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202 (2020).
     """
 
-    def __init__(self, size: int, width: int) -> None:
+    def __init__(self, size: int, width: int, activation: str = "silu", bias: bool = False) -> None:
         """Make the MLP.
 
         Args:
             size: Size D of a token.
             width: Size of the layer inside.
+            activation: What stands in the place of silu, by transformers' name for it.
+            bias: Whether the linear maps have biases.
         """
         super().__init__()
-        self.gate = nn.Linear(size, width, bias=False)
-        self.up = nn.Linear(size, width, bias=False)
-        self.down = nn.Linear(width, size, bias=False)
+        self.gate = nn.Linear(size, width, bias=bias)
+        self.up = nn.Linear(size, width, bias=bias)
+        self.down = nn.Linear(width, size, bias=bias)
+        self.activation = ACT2FN[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output `[..., D]`."""
-        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        out: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
         return out
 
 
@@ -74,13 +78,14 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
         self.attention_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.attention: ImplicitQueryAttention | OrdinaryAttention
         if config.block_types[layer_idx] == "implicit":
-            self.attention = implicit_attention(config)
+            self.attention = implicit_attention(config, layer_idx)
         else:
             self.attention = OrdinaryAttention(config, layer_idx)
-            fewer = _count(implicit_attention(config, device="meta")) - _count(self.attention)
-            width += round(fewer / (3 * size))
+            fewer = _count(implicit_attention(config, layer_idx, device="meta")) - _count(self.attention)
+            width += round(fewer / (3 * size)) if config.equal_weights else 0
         self.mlp_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.mlp = GatedMLP(size, width)
+        self.mlp = GatedMLP(size, width, config.hidden_act, config.mlp_bias)
+        self.residual_multiplier = config.residual_multiplier
 
     def forward(
         self,
@@ -112,8 +117,11 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
         else:
             y, weights, stats = self._solve(layer, normed, tokens, cache, output_attentions, output_gains)
             y = y if layer.out_proj is None else layer.out_proj(y)
-        x = x + y
-        return BlockOutput(x + self.mlp(self.mlp_norm(x)), weights, stats)
+        x = x + self._multiplied(y)
+        return BlockOutput(x + self._multiplied(self.mlp(self.mlp_norm(x))), weights, stats)
+
+    def _multiplied(self, y: Tensor) -> Tensor:
+        return y if self.residual_multiplier == 1 else y * self.residual_multiplier
 
     def _solve(
         self, layer: ImplicitQueryAttention, x: Tensor, tokens: Tokens, cache: Cache | None, show: bool, gains: bool
@@ -133,23 +141,25 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
 
 
 def implicit_attention(
-    config: ImplicitAttentionConfig, device: torch.device | str | None = None
+    config: ImplicitAttentionConfig, layer_idx: int = 0, device: torch.device | str | None = None
 ) -> ImplicitQueryAttention:
     """Return the implicit layer that a configuration describes.
 
     Args:
         config: The configuration.
+        layer_idx: Which block it belongs to.
         device: Device of its parameters.
 
     Raises:
         TypeError: If an option is of the wrong type.
         ValueError: If an option is out of range, or without effect next to the others.
     """
-    head_dim = config.hidden_size // config.num_attention_heads
+    positions = make_positions(config.positions_of(layer_idx), config.num_attention_heads, config.head_dim)
     return ImplicitQueryAttention(
         config.hidden_size,
         config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
         window=config.window,
         is_causal=config.is_causal,
         self_query=config.self_query,
@@ -158,13 +168,13 @@ def implicit_attention(
         query_output=config.query_output,
         qk_norm=config.qk_norm,
         max_gain=config.max_gain,  # type: ignore[arg-type]  # no longer "auto"
-        positions=make_positions(config.positions, config.num_attention_heads, head_dim),
+        positions=positions,
         values=config.values,
         feedback_norm=config.feedback_norm,
         out_proj=config.out_proj,
         bias=config.bias,
         dropout=config.dropout,
-        scale=config.scale,
+        scale=attention_scale(config, positions),
         solver=make_solver(config.solver),
         adjoint=make_adjoint(config.adjoint),
         on_failure=config.on_failure,

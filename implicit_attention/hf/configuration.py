@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import remap_legacy_layer_types
 
 from implicit_attention import recommended
@@ -29,12 +30,17 @@ class ImplicitAttentionConfig(PreTrainedConfig):
 
     Attributes:
         vocab_size: Number of different tokens.
-        hidden_size: Size D of a token inside the model, a multiple of `num_attention_heads`.
+        hidden_size: Size D of a token inside the model, a multiple of `num_attention_heads` unless there is a
+            `head_dim`.
         intermediate_size: Width of the gated MLP; about 8 D / 3, a multiple of 32, if None.
         num_hidden_layers: Number of blocks.
         num_attention_heads: Heads H of each attention layer.
         num_key_value_heads: Heads of queries-from-outputs and values (ordinary blocks: of keys and values), shared
             by groups of the others; None is replaced by H.
+        head_dim: Size d of a head; D / H if None.
+        hidden_act: Activation of the gated MLP, by transformers' name for it.
+        mlp_bias: Whether its linear maps have biases.
+        equal_weights: Whether an ordinary block's MLP is wider, to have as many weights as an implicit block.
         block_types: For each block "implicit", or "attention" for an ordinary one of the same size
             (transformers' own name for it, "full_attention", is what is kept); all implicit if None.
         max_position_embeddings: Longest sequence the model is meant for; nothing is allocated for it.
@@ -48,11 +54,12 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         qk_norm: As in `ImplicitQueryAttention`; if None, what is recommended: only with a causal mask.
         max_gain: As in `ImplicitQueryAttention`. If it is "auto", what is recommended: 0.9 without a causal mask, else
             None; None too in models that were saved before there was one.
-        positions: None, "rope", "alibi", "relative", or such as `{"name": "rope", "base": 500000.0}`.
+        positions: None, "rope", "alibi", "relative", or such as `{"name": "rope", "base": 500000.0}`. "scaled_rope" has
+            transformers' `rope_parameters` (`hf.rotary.ScaledRotary`). Or a list with one of these for each block.
         values: As in `ImplicitQueryAttention`: "linear", "identity" or "feedback".
         feedback_norm: As in `ImplicitQueryAttention`.
         out_proj: As in `ImplicitQueryAttention`.
-        bias: As in `ImplicitQueryAttention`; the MLP has none.
+        bias: As in `ImplicitQueryAttention`; for the MLP there is `mlp_bias`.
         dropout: Probability of dropping an attention weight in training.
         scale: As in `ImplicitQueryAttention`.
         solver: "auto", "anderson", "broyden", "contraction", "forward_substitution", "newton_krylov", "picard", or such
@@ -60,6 +67,9 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         adjoint: "implicit", "phantom", "unrolled", or such as `{"name": "phantom", "steps": 3}`.
         on_failure: As in `ImplicitQueryAttention`.
         rms_norm_eps: Added to the mean square in the norms between layers.
+        embedding_multiplier: Factor on the embedding.
+        residual_multiplier: Factor on what attention and MLP add to a token.
+        logits_scaling: What a language model's logits are divided by.
         initializer_range: Standard deviation of new weights.
         use_cache: Whether causal models return their cache unless they are told otherwise.
         output_gains: Whether calls measure `solver_stats.gain` unless they are told otherwise; it costs a tenth to
@@ -86,6 +96,10 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+    equal_weights: bool = True
     block_types: list[str] = None  # type: ignore[assignment]
     max_position_embeddings: int = 2048
     is_causal: bool = True
@@ -94,19 +108,22 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     normalize_over: str = "queries"
     query_input: bool = None  # type: ignore[assignment]
     query_output: bool = True
-    qk_norm: bool = None  # type: ignore[assignment]
+    qk_norm: bool | str = None  # type: ignore[assignment]
     max_gain: float | str | None = "auto"
-    positions: str | dict[str, Any] | None = "rope"
+    positions: str | dict[str, Any] | list[str | dict[str, Any] | None] | None = "rope"
     values: str = "linear"
     feedback_norm: bool = True
     out_proj: bool = True
-    bias: bool = False
+    bias: bool | str = False
     dropout: float = 0.0
     scale: float | None = None
     solver: str | dict[str, Any] = "auto"
     adjoint: str | dict[str, Any] = "implicit"
     on_failure: str = "warn"
     rms_norm_eps: float = 1e-6
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     initializer_range: float = 0.02
     use_cache: bool = True
     output_gains: bool = False
@@ -135,11 +152,17 @@ class ImplicitAttentionConfig(PreTrainedConfig):
             _check_names("block_types", self.block_types)
         super().__post_init__(**kwargs)
         check_positive("num_hidden_layers", self.num_hidden_layers, integer=True)
-        check_positive("hidden_size", self.hidden_size, integer=True)
+        for name in ("hidden_size", "num_attention_heads"):
+            check_positive(name, getattr(self, name), integer=True)
+        given: int | None = self.head_dim
+        if given is None and self.hidden_size % self.num_attention_heads:
+            raise bad_value("num_attention_heads", f"a divisor of hidden_size={self.hidden_size}",
+                            self.num_attention_heads, "Or give `head_dim`.")  # fmt: skip
         open_values = {
             "block_types": ["implicit"] * self.num_hidden_layers,
             "intermediate_size": max(1, round(8 * self.hidden_size / 3 / 32)) * 32,
             "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size // self.num_attention_heads,
             **recommended.open_settings(is_causal=self.is_causal, normalize_over=self.normalize_over),
         }
         for name, value in open_values.items():
@@ -192,6 +215,20 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         saved["block_types"] = saved["block_types"][: self.num_hidden_layers]
         return saved
 
+    def positions_of(self, layer_idx: int) -> str | dict[str, Any] | None:
+        """Return the setting of one block's positions.
+
+        Args:
+            layer_idx: The block.
+        """
+        return self.positions[layer_idx] if isinstance(self.positions, list) else self.positions
+
+    @property
+    def position_names(self) -> frozenset[str | None]:
+        """The names of the position encodings of all blocks, None for blocks without one."""
+        settings = [self.positions_of(i) for i in range(self.num_hidden_layers)]
+        return frozenset(setting["name"] if isinstance(setting, dict) else setting for setting in settings)
+
     @property
     def output_attentions(self) -> bool | None:
         """Whether calls return attention matrices unless they are told otherwise, with any `attn_implementation`."""
@@ -216,11 +253,17 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         check_positive("num_key_value_heads", self.num_key_value_heads, integer=True)
         if self.window is not None:
             check_positive("window", self.window, integer=True)
-        for name in ("rms_norm_eps", "initializer_range"):
+        check_positive("head_dim", self.head_dim, integer=True)
+        for name in ("rms_norm_eps", "initializer_range", "embedding_multiplier", "residual_multiplier",
+                     "logits_scaling"):  # fmt: skip
             check_positive(name, getattr(self, name))
-        for name in ("is_causal", "query_input", "query_output", "qk_norm", "feedback_norm", "out_proj", "bias",
-                     "use_cache", "output_gains", "tie_word_embeddings"):  # fmt: skip
+        for name in ("is_causal", "query_input", "query_output", "feedback_norm", "out_proj", "use_cache",
+                     "output_gains", "tie_word_embeddings", "mlp_bias", "equal_weights"):  # fmt: skip
             check_choice(name, getattr(self, name), (True, False))
+        check_choice("qk_norm", self.qk_norm, (True, False, "weights"))
+        check_choice("bias", self.bias, (True, False, "qkv"))
+        if self.hidden_act not in ACT2FN:
+            raise bad_value("hidden_act", "an activation that transformers knows", self.hidden_act)
         self._validate_layers()
         make_solver(self.solver)
         make_adjoint(self.adjoint)
@@ -234,6 +277,9 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         if len(types) < self.num_hidden_layers:  # more of them: num_hidden_layers was lowered to leave early
             raise _wrong_length(types, self.num_hidden_layers)
         self.block_types = remap_legacy_layer_types(types) or types
+        if isinstance(self.positions, list) and len(self.positions) < self.num_hidden_layers:
+            raise bad_value("positions", f"of length num_hidden_layers={self.num_hidden_layers}",
+                            Came(f"{len(self.positions)} entries"))  # fmt: skip
         if self.window is not None and not self.is_causal:
             raise bad_value("window", "None unless is_causal=True", self.window,
                             "A window reaches back from a token; without a causal mask there is no back.")  # fmt: skip

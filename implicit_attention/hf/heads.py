@@ -121,7 +121,7 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
             input_ids, attention_mask, cache, inputs_embeds, use_cache,
             output_attentions, output_hidden_states, output_gains, True, position_ids, **kwargs,
         )  # fmt: skip
-        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        logits = scaled(self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep)), self.config)
         loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
@@ -207,7 +207,7 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
             input_ids, attention_mask, None, inputs_embeds, False,
             output_attentions, output_hidden_states, output_gains, True, position_ids, **kwargs,
         )  # fmt: skip
-        logits = self.lm_head(out.last_hidden_state)
+        logits = scaled(self.lm_head(out.last_hidden_state), self.config)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -224,3 +224,8 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
             return_dict,
             self.config,
         )
+
+
+def scaled(logits: Tensor, config: ImplicitAttentionConfig) -> Tensor:
+    """Return logits divided by the configuration's `logits_scaling`."""
+    return logits if config.logits_scaling == 1 else logits / config.logits_scaling

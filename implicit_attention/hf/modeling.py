@@ -86,8 +86,10 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (ImplicitQueryAttention, OrdinaryAttention)) and module.temperature is not None:
-            init.ones_(module.temperature)
+        if isinstance(module, (ImplicitQueryAttention, OrdinaryAttention)):
+            for factors in (module.temperature, module.key_norm, module.query_norm):
+                if factors is not None:
+                    init.ones_(factors)
         if isinstance(module, ImplicitQueryAttention) and module.Psi_V is not None:  # drawn already, as a linear map
             for parameter in module.Psi_V.parameters():
                 init.zeros_(parameter)
@@ -157,6 +159,8 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise bad_value("input_ids", "given unless `inputs_embeds` is, and not both", input_ids)
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         position_ids = check_positions(position_ids, cache_position, cached_length(cache), x)
         restarts = position_ids if attention_mask is None and cache is None else None
         segments = documents((x.shape[0], x.shape[1]), restarts, boundaries, numbers)

@@ -8,11 +8,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
-from implicit_attention.attention.positions import rotate
+from implicit_attention.attention.positions import Positions, rotate
 from implicit_attention.equilibrium.solvers.base import zero_of
 from implicit_attention.errors import bad_value
 from implicit_attention.hf.caching import kept
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
+from implicit_attention.hf.rotary import ScaledRotary
 from implicit_attention.hf.settings import make_positions
 from implicit_attention.hf.tokens import Tokens
 from implicit_attention.inputs import refuse_recomputation
@@ -37,16 +38,19 @@ class OrdinaryAttention(nn.Module):
         self.config = config
         self.num_kv_heads = config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
-        self.head_dim, self.layer_idx = size // self.num_heads, layer_idx
+        self.head_dim, self.layer_idx = config.head_dim, layer_idx
         self.is_causal, self.window, self.dropout = config.is_causal, config.window, config.dropout
-        self.scale = self.head_dim**-0.5 if config.scale is None else config.scale
-        shared = self.num_kv_heads * self.head_dim
-        self.W_Q = nn.Linear(size, size, bias=config.bias)
-        self.W_K = nn.Linear(size, shared, bias=config.bias)
-        self.W_V = nn.Linear(size, shared, bias=config.bias) if config.values == "linear" else None
-        self.temperature = nn.Parameter(torch.ones(self.num_heads)) if config.qk_norm else None
-        self.positions = make_positions(config.positions, self.num_heads, self.head_dim)
-        self.out_proj = nn.Linear(size, size, bias=config.bias) if config.out_proj else None
+        shared, inner, bias = self.num_kv_heads * self.head_dim, self.num_heads * self.head_dim, bool(config.bias)
+        self.W_Q = nn.Linear(size, inner, bias=bias)
+        self.W_K = nn.Linear(size, shared, bias=bias)
+        self.W_V = nn.Linear(size, shared, bias=bias) if config.values == "linear" else None
+        weights, normed = config.qk_norm == "weights", bool(config.qk_norm)
+        self.temperature = nn.Parameter(torch.ones(self.num_heads)) if normed and not weights else None
+        self.query_norm = nn.Parameter(torch.ones(self.head_dim)) if weights else None
+        self.key_norm = nn.Parameter(torch.ones(self.head_dim)) if weights else None
+        self.positions = make_positions(config.positions_of(layer_idx), self.num_heads, self.head_dim)
+        self.scale = attention_scale(config, self.positions)
+        self.out_proj = nn.Linear(inner, size, bias=config.bias is True) if config.out_proj else None
 
     def forward(
         self, x: Tensor, tokens: Tokens, mask: Any = None, cache: Cache | None = None, *, need_weights: bool = False
@@ -93,6 +97,8 @@ class OrdinaryAttention(nn.Module):
         if self.temperature is not None:
             query = rms_norm(query) * self.temperature[:, None, None].to(query.dtype)
             key = rms_norm(key)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = rms_norm(query) * self.query_norm, rms_norm(key) * self.key_norm
         first = tokens.length if tokens.positions is None else tokens.positions
         rotation = None if self.positions is None else self.positions.rotation(x.shape[1], x, first)
         if rotation is not None:
@@ -114,6 +120,17 @@ class OrdinaryAttention(nn.Module):
         distance = past + torch.arange(new, device=device)[:, None] - torch.arange(total, device=device)
         found: Tensor = by_distance[..., most - distance]
         return found
+
+
+def attention_scale(config: ImplicitAttentionConfig, positions: Positions | None) -> float:
+    """Return the factor on the scores, that of the positions included.
+
+    Args:
+        config: The model's configuration.
+        positions: Of the block.
+    """
+    scale = config.head_dim**-0.5 if config.scale is None else config.scale
+    return scale * positions.attention_scaling**2 if isinstance(positions, ScaledRotary) else scale
 
 
 def _check(name: str | None, has_bias: bool, need_weights: bool) -> None:

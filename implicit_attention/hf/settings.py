@@ -23,6 +23,7 @@ from implicit_attention.attention.positions import Positions
 from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.solvers import Method
 from implicit_attention.errors import Came, bad_type, bad_value
+from implicit_attention.hf.rotary import ScaledRotary
 
 T = TypeVar("T")
 Setting = str | Mapping[str, Any]
@@ -36,7 +37,13 @@ _SOLVERS: dict[str, type[Method]] = {
     "picard": Picard,
 }
 _ADJOINTS: dict[str, type[Adjoint]] = {"implicit": Implicit, "phantom": Phantom, "unrolled": Unrolled}
-_POSITIONS: dict[str, type[Positions]] = {"alibi": ALiBi, "relative": RelativeBias, "rope": Rotary}
+_POSITIONS: dict[str, type[Positions]] = {
+    "alibi": ALiBi,
+    "relative": RelativeBias,
+    "rope": Rotary,
+    "scaled_rope": ScaledRotary,
+}
+ROTATING = frozenset({"rope", "scaled_rope"})
 
 
 def make_solver(setting: Setting) -> str | Method:
@@ -74,8 +81,8 @@ def make_positions(setting: Setting | None, num_heads: int, head_dim: int) -> Po
     """Return the position encoding that a setting describes, a new one with weights of its own.
 
     Args:
-        setting: None, "alibi", "relative", "rope", or a mapping with `name` and that encoding's own settings,
-            such as `{"name": "rope", "base": 500000.0}`.
+        setting: None, "alibi", "relative", "rope", "scaled_rope", or a mapping with `name` and that encoding's own
+            settings, such as `{"name": "rope", "base": 500000.0}`.
         num_heads: Heads of the layer.
         head_dim: Size of a head.
 
@@ -85,7 +92,8 @@ def make_positions(setting: Setting | None, num_heads: int, head_dim: int) -> Po
     """
     if setting is None:
         return None
-    given = {"alibi": {"num_heads": num_heads}, "relative": {"num_heads": num_heads}, "rope": {"head_dim": head_dim}}
+    given = {"alibi": {"num_heads": num_heads}, "relative": {"num_heads": num_heads}}
+    given |= {name: {"head_dim": head_dim} for name in ROTATING}
     return _make("positions", setting, _POSITIONS, given)
 
 

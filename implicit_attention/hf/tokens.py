@@ -11,6 +11,7 @@ from transformers.utils.import_utils import is_tracing, torch_compilable_check
 
 from implicit_attention.errors import Came, bad_type, bad_value
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
+from implicit_attention.hf.settings import ROTATING
 
 
 class Tokens(NamedTuple):
@@ -202,7 +203,7 @@ def _in_slots(
         seen = F.pad(seen, (0, size - seen.shape[1]), value=True) if seen.shape[1] < size else seen[:, :size]
         hidden, empty = ~seen.index_select(1, place), empty | ~seen
     order = None
-    if config.window is not None or _name(config) in _BY_DISTANCE:
+    if config.window is not None or config.position_names & _BY_DISTANCE:
         order = (slots + length) % size
         empty = empty.index_select(1, order)
     if full is not None:
@@ -212,12 +213,7 @@ def _in_slots(
     return Tokens(length, hidden, empty.expand(x.shape[0], -1), order, mask)
 
 
-_BY_DISTANCE = ("alibi", "relative")
-
-
-def _name(config: ImplicitAttentionConfig) -> str | None:
-    """The name of the position encoding."""
-    return config.positions["name"] if isinstance(config.positions, dict) else config.positions
+_BY_DISTANCE = frozenset({"alibi", "relative"})
 
 
 def _hiding(mask: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:
@@ -240,13 +236,14 @@ def _positions(
     config: ImplicitAttentionConfig, tokens: Tokens, seen: Tensor | None, position_ids: Tensor | None
 ) -> Tensor | None:
     """The positions that rotations have to follow; None if they are the tokens' places."""
-    if position_ids is None or (_name(config) is None and config.window is None):
+    names = config.position_names
+    if position_ids is None or (names == {None} and config.window is None):
         return None
     new = position_ids.shape[1]
     place = tokens.length + torch.arange(new, device=position_ids.device)
     if not is_tracing(position_ids) and bool((position_ids == place).all()):
         return None
-    turns = _name(config) == "rope" and config.is_causal  # without a cache, differences alone matter
+    turns = bool(names & ROTATING) and not names & _BY_DISTANCE and config.is_causal
     if turns and config.window is None:
         return position_ids
     # Biases and windows count columns, as do layers without a causal mask: positions may move only as a whole, by the
@@ -262,7 +259,7 @@ def _positions(
     fits = (moved == 0) | (moved == padding) | ~counted
     message = (
         "`position_ids` must be each token's place among those that are no padding: distances are counted in columns "
-        f"with positions={_name(config)!r}, window={config.window}, is_causal={config.is_causal}. Leave them out."
+        f"with positions={config.positions!r}, window={config.window}, is_causal={config.is_causal}. Leave them out."
     )
     if is_tracing(position_ids):
         torch_compilable_check(fits.all(), message)

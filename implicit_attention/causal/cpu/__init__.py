@@ -21,6 +21,8 @@ def hindrance(system: CausalSystem) -> str | None:
     kinds = {t.dtype for t in (system.key, system.value)}
     if not kinds <= {torch.float16, torch.bfloat16, torch.float32, torch.float64} or len(kinds) > 1:
         return f"the tensors are {' and '.join(sorted(map(str, kinds)))}"
+    if system.value_map is not None and system.norm_weight is not None:
+        return "values read outputs and the norm of queries has weights, both of which torch computes"
     return None
 
 

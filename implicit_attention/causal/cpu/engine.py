@@ -39,7 +39,7 @@ class Kernel:
         )  # fmt: skip
         self.pass_strided("key", system.key, "bhn")
         self.pass_strided("value", system.value, "bgn")
-        self.pass_contiguous(weight=system.weight, own_score=system.self_score)
+        self.pass_contiguous(weight=system.weight, own_score=system.self_score, norm_weight=system.norm_weight)
         if system.rotation is not None:
             cosine, sine = system.rotation.to(system.key.dtype).contiguous()
             self.pass_contiguous(cosine=cosine, sine=sine)
@@ -130,7 +130,7 @@ class AdjointKernel:
         Args:
             system: The map, as for `ForwardKernel`.
             at: The equilibrium: y `[B, N, H, d]`, query `[B, N, G, d]`, inverse `[B, N, G, 1]` (empty without a
-                norm), lse `[B, H, N]`.
+                norm), normed `[B, N, G, d]` (empty without weights of the norm), lse `[B, H, N]`.
             grad: Cotangent, `[B, N, H, d]`.
             later: Cotangent of the queries from rows after those of a call, `[B, N, G, d]`; the caller keeps it.
             allowed: Tolerance per sample, `[B]`.

@@ -30,11 +30,11 @@ class ForwardArguments(ctypes.Structure):
     """`ForwardArguments`, of either type."""
 
     _fields_ = _fields(
-        "key value weight constant added cosine sine own_score bias keep y lse query inverse residual size sweeps "
-        "before_y before_lse settled",
+        "key value weight constant added cosine sine own_score bias keep y lse query inverse norm_weight residual "
+        "size sweeps before_y before_lse settled",
         "scale eps rtol atol far same_root slow",
-        f"{_SIZES} {_KEYS_AND_VALUES} weight constant added cosine sine turn_b {_MASKS} y lse query inverse residual "
-        "size sweeps before_y before_lse settled scale eps rtol atol far same_root slow",
+        f"{_SIZES} {_KEYS_AND_VALUES} weight constant added cosine sine turn_b {_MASKS} y lse query inverse "
+        "norm_weight residual size sweeps before_y before_lse settled scale eps rtol atol far same_root slow",
     )
 
 
@@ -42,12 +42,12 @@ class AdjointArguments(ctypes.Structure):
     """`AdjointArguments`, of either type."""
 
     _fields_ = _fields(
-        "key value weight cosine sine own_score bias keep y lse query inverse grad later allowed lam made d_key "
-        "d_value own_slope slope residual gain suspect sweeps solved",
+        "key value weight cosine sine own_score bias keep y lse query inverse norm_weight normed grad later allowed "
+        "lam made d_key d_value own_slope slope residual gain suspect sweeps solved",
         "scale norm near_singular",
-        f"{_SIZES} {_KEYS_AND_VALUES} weight cosine sine turn_b {_MASKS} y lse query inverse grad grad_b grad_n grad_h "
-        "later allowed lam made d_key d_value own_slope slope residual gain suspect sweeps solved scale norm "
-        "near_singular",
+        f"{_SIZES} {_KEYS_AND_VALUES} weight cosine sine turn_b {_MASKS} y lse query inverse norm_weight normed grad "
+        "grad_b grad_n grad_h later allowed lam made d_key d_value own_slope slope residual gain suspect sweeps solved "
+        "scale norm near_singular",
     )
 
 

@@ -19,4 +19,6 @@ def hindrance(system: CausalSystem) -> str | None:
         return f"the tensors are {' and '.join(sorted(map(str, kinds)))}"
     if system.value_map is not None:
         return "values read outputs, row after row, which torch computes"
+    if system.norm_weight is not None:
+        return "the norm of queries has weights"
     return "dropout is on" if system.spec.dropout else None

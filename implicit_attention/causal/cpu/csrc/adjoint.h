@@ -337,15 +337,18 @@ T AdjointSample<T>::bound(int64_t m) {
 // Turn the cotangent of a row's query into that of the linear map's output, in place.
 template <class T>
 void AdjointSample<T>::before_map(int64_t g, int64_t i, T* q) {
-  if (a.inverse != nullptr) {
-    const T inverse = a.inverse[(b * z.length + row_of(i)) * z.groups + g], *query = of_row(t.queries, g, i);
-    const T along = dot<T>(q, query, z.dim) / T(z.dim);
-    for (int64_t k = 0; k < z.dim; ++k) q[k] = (q[k] - along * query[k]) * inverse;
-  }
-  if (a.cosine != nullptr) {
-    const int64_t at = b * a.turn_b + row_of(i) * (z.dim / 2);
-    turn_back(q, a.cosine + at, a.sine + at, z.dim / 2);
-  }
+  const int64_t at = (b * z.length + row_of(i)) * z.groups + g, turn_at = b * a.turn_b + row_of(i) * (z.dim / 2);
+  const T *query = of_row(t.queries, g, i), *normed = a.norm_weight == nullptr ? query : a.normed + at * z.dim;
+  const T along = a.inverse == nullptr ? T(0) : dot<T>(q, query, z.dim) / T(z.dim);  // a rotation does not change it
+  const auto through_norm = [&] {
+    const T inverse = a.inverse[at];
+    for (int64_t k = 0; k < z.dim; ++k) q[k] = (q[k] - along * normed[k]) * inverse;
+  };
+  if (a.inverse != nullptr && a.norm_weight == nullptr) through_norm();
+  if (a.cosine != nullptr) turn_back(q, a.cosine + turn_at, a.sine + turn_at, z.dim / 2);
+  if (a.norm_weight == nullptr) return;
+  for (int64_t k = 0; k < z.dim; ++k) q[k] *= a.norm_weight[k];
+  through_norm();
 }
 
 // Hand over lam and what Omega_Q's output gets; keep what earlier rows need.

@@ -32,6 +32,7 @@ struct ForwardArguments {
   T* lse;                                                  // [B, H, N]: likewise; both out, of the equilibrium
   T* query;                                                // [B, N, G, d]
   T* inverse;                                              // [B, N, G], what the norm multiplied with; null: no norm
+  const T* norm_weight;                                    // [d] or null: then multiplies normed queries
   T* residual;                                             // [B, N]: max |F(y) - y|
   T* size;                                                 // [B, N]: max |F(y)|
   int64_t* sweeps;                                         // [B, N]
@@ -63,6 +64,8 @@ struct AdjointArguments {
   const T* lse;                                            // [B, H, N]
   const T* query;                                          // [B, N, G, d]
   const T* inverse;                                        // [B, N, G] or null
+  const T* norm_weight;                                    // [d] or null
+  const T* normed;                                         // [B, N, G, d] or null: queries before weights, rotation
   const T* grad;                                           // [B, N, H, d], by strides
   int64_t grad_b, grad_n, grad_h;
   const T* later;                                          // [B, N, G, d]: the queries' cotangent from rows >= stop

@@ -258,6 +258,7 @@ T ForwardSample<T>::norm_and_turn(T* q, int64_t i) {
   if (a.inverse != nullptr) {
     inverse = 1 / std::sqrt(dot(q, q, z.dim) / T(z.dim) + T(a.eps));
     scale(q, inverse, z.dim);
+    for (int64_t k = 0; a.norm_weight != nullptr && k < z.dim; ++k) q[k] *= a.norm_weight[k];
   }
   if (a.cosine != nullptr) {
     const int64_t at = b * a.turn_b + row_of(i) * (z.dim / 2);

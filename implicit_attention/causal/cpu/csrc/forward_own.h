@@ -65,6 +65,7 @@ void ForwardSample<T>::own_equation(int64_t g, int64_t s, int64_t i, Iterate<T>&
       const int64_t turn = b * a.turn_b + row_of(s + i) * (z.dim / 2);
       turn_back(key, a.cosine + turn, a.sine + turn, z.dim / 2);
     }
+    for (int64_t k = 0; a.norm_weight != nullptr && k < z.dim; ++k) key[k] *= a.norm_weight[k];
     t.solver.alpha()[h] = dot(key, q, z.dim);
     for (int64_t j = 0; j < z.heads; ++j) t.solver.beta()[h * z.heads + j] = dot(key, q + (1 + j) * z.padded, z.dim);
     const double bias = own_bias(h, s + i), rest = t.rest[at];

@@ -1,0 +1,193 @@
+"""What a trained model is made of, in the words of `ImplicitAttentionConfig`; what has no word there is refused."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from implicit_attention.hf.rotary import ROPE_TYPES
+
+ARCHITECTURES = ("granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+# Names that both configurations share, with the same meaning.
+_SAME = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+    "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "problem_type", "id2label", "label2id",
+)  # fmt: skip
+_SAME_IF_THERE = ("mlp_bias", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+_NORM_EPS = 1e-6  # of the norms of queries and keys: the layer has this one alone
+
+# Modules of a block, ours by theirs. In an implicit block rows belong to keys, so queries and keys change places.
+_BLOCK = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+    "self_attn.o_proj": "attention.out_proj",
+}
+_IMPLICIT = {
+    "self_attn.q_proj": "attention.W_K",
+    "self_attn.k_proj": "attention.W_Q",
+    "self_attn.v_proj": "attention.Omega_V",
+    "self_attn.q_norm.weight": "attention.key_norm",
+    "self_attn.k_norm.weight": "attention.query_norm",
+}
+_ORDINARY = {
+    "self_attn.q_proj": "attention.W_Q",
+    "self_attn.k_proj": "attention.W_K",
+    "self_attn.v_proj": "attention.W_V",
+    "self_attn.q_norm.weight": "attention.query_norm",
+    "self_attn.k_norm.weight": "attention.key_norm",
+}
+_IN_BLOCK = re.compile(r"(.*\blayers\.)(\d+)\.(.+)")
+
+
+class ConversionError(ValueError):
+    """A model cannot be converted exactly."""
+
+
+def chosen_layers(layers: str | int | slice | Iterable[int], count: int) -> list[int]:
+    """Return which layers become implicit, in order.
+
+    Args:
+        layers: "all", "none", an index, indices, a slice, or such as "0,4,8-16": layers are counted from 0, and a range
+            includes both its ends. Negative indices count from the last layer.
+        count: How many there are.
+
+    Raises:
+        ConversionError: If there is no such layer.
+    """
+    if layers == "all":
+        return list(range(count))
+    if layers == "none":
+        return []
+    if isinstance(layers, slice):
+        return list(range(count))[layers]
+    wanted = _spelled(layers) if isinstance(layers, str) else [layers] if isinstance(layers, int) else list(layers)
+    for index in wanted:
+        if isinstance(index, bool) or not isinstance(index, int) or not -count <= index < count:
+            raise ConversionError(f"`layers` must be of the {count} layers 0 to {count - 1}, but got {index!r}.")
+    return sorted({index % count for index in wanted})
+
+
+def _spelled(layers: str) -> list[int]:
+    found: list[int] = []
+    for part in layers.split(","):
+        ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if ends is None or (ends[2] is not None and int(ends[2]) < int(ends[1])):
+            raise ConversionError(f'`layers` must be "all", "none", or such as "0,4,8-16", but got {layers!r}.')
+        found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return found
+
+
+def check_source(source: PreTrainedConfig) -> None:
+    """Refuse a model of another architecture, or with quantised weights.
+
+    Args:
+        source: Its configuration.
+
+    Raises:
+        ConversionError: If it is one.
+    """
+    if source.model_type not in ARCHITECTURES:
+        raise ConversionError(f"Models of type {source.model_type!r} cannot be converted. These can: "
+                              f"{', '.join(ARCHITECTURES)}.")  # fmt: skip
+    if getattr(source, "quantization_config", None) is not None:
+        raise ConversionError("The weights are quantised, and a solve needs them as they are: "
+                              "convert the model that was quantised.")  # fmt: skip
+
+
+def described(source: PreTrainedConfig, layers: list[int]) -> dict[str, Any]:
+    """Return the options of an `ImplicitAttentionConfig` for the same model.
+
+    Args:
+        source: The configuration of a trained model, checked.
+        layers: Which blocks are implicit.
+
+    Raises:
+        ConversionError: If the model has something that they cannot say.
+    """
+    found = {name: getattr(source, name) for name in _SAME}
+    found |= {name: getattr(source, name) for name in _SAME_IF_THERE if hasattr(source, name)}
+    head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    kinds = ["implicit" if i in layers else "full_attention" for i in range(source.num_hidden_layers)]
+    return found | {
+        "head_dim": head_dim,
+        "block_types": kinds,
+        "equal_weights": False,
+        "is_causal": True,
+        "query_input": True,
+        "qk_norm": _norms(source),
+        "bias": "qkv" if source.model_type == "qwen2" else bool(getattr(source, "attention_bias", False)),
+        "out_proj": True,
+        "dropout": float(source.attention_dropout),
+        "scale": getattr(source, "attention_multiplier", None),
+        "window": _window(source),
+        "positions": _positions(source),
+    }
+
+
+def _norms(source: PreTrainedConfig) -> bool | str:
+    if source.model_type != "qwen3":
+        return False
+    if source.rms_norm_eps != _NORM_EPS:
+        raise ConversionError(f"Its norms of queries and keys have eps={source.rms_norm_eps}, but those of the layer "
+                              f"have {_NORM_EPS}.")  # fmt: skip
+    return "weights"
+
+
+def _window(source: PreTrainedConfig) -> int | None:
+    window = getattr(source, "sliding_window", None)
+    kinds = set(getattr(source, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        raise ConversionError(f"Its layers have attention of several kinds ({', '.join(sorted(kinds))}), but all "
+                              "blocks of ImplicitAttentionConfig share one window.")  # fmt: skip
+    return None if window is None else int(window)
+
+
+def _positions(source: PreTrainedConfig) -> Any:
+    parameters = dict(getattr(source, "rope_parameters", None) or {})
+    kind = parameters.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise ConversionError(f"Its rotary positions are of type {kind!r}, but the layer has {', '.join(ROPE_TYPES)}.")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConversionError(
+            "Its rotary positions turn only a part of each head, but those of the layer turn all of it."
+        )
+    made = {
+        "name": "scaled_rope",
+        "max_position_embeddings": source.max_position_embeddings,
+        "parameters": parameters,
+    }
+    turning = getattr(source, "no_rope_layers", None)
+    if turning is None or all(turning):
+        return made
+    return [made if turns else None for turns in turning]
+
+
+def renamed(name: str, layers: list[int]) -> str:
+    """Return our name of a weight.
+
+    Args:
+        name: Its name in the trained model.
+        layers: Which blocks are implicit.
+
+    Raises:
+        ConversionError: If it has no place here.
+    """
+    in_block = _IN_BLOCK.fullmatch(name)
+    if in_block is None:
+        return name
+    prefix, index, rest = in_block.groups()
+    table = _BLOCK | (_IMPLICIT if int(index) in layers else _ORDINARY)
+    module, _, last = rest.rpartition(".")
+    if rest in table:
+        return f"{prefix}{index}.{table[rest]}"
+    if module not in table:
+        raise ConversionError(f"The weight {name} has no place in an implicit model.")
+    return f"{prefix}{index}.{table[module]}.{last}"

@@ -1,0 +1,112 @@
+"""`implicit-attention convert`: a directory there and back, and bad input in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as tf
+from typer.testing import CliRunner
+
+from implicit_attention.cli.app import app
+from implicit_attention.hf import ImplicitAttentionForCausalLM
+from implicit_attention.hf.conversion import files
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["convert", *map(str, arguments)], prog_name="implicit-attention")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny trained model, with what a tokenizer leaves beside it."""
+    folder = tmp_path_factory.mktemp("models") / "trained"
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    tf.LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def test_a_model_is_converted(trained, tmp_path):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    out = tmp_path / "new"
+    result = invoke("--model", trained, "--layers", "1-2", "--out", out, "--max-shard-size", "20KB")
+    assert result.exit_code == 0, result.output
+    assert "2 of 3 layers are implicit; the largest difference of a logit is" in result.stdout
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    model = tf.AutoModelForCausalLM.from_pretrained(out)
+    assert type(model) is ImplicitAttentionForCausalLM
+    assert model.config.block_types == ["full_attention", "implicit", "implicit"]
+    source, ids = tf.AutoModelForCausalLM.from_pretrained(trained), torch.tensor([[5, 9, 3]])
+    found, expected = (m.generate(ids, max_new_tokens=8, do_sample=False) for m in (model, source))
+    assert torch.equal(found, expected)
+
+
+def changed(trained, tmp_path, **options):
+    """A copy of the model whose configuration says something else."""
+    folder = tmp_path / "changed"
+    shutil.copytree(trained, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | options))
+    return folder
+
+
+BAD = {
+    "empty": (lambda t, p: ["--model", p], "has no config.json"),
+    "nothing": (lambda t, p: ["--model", p / "x"], "has no config.json"),
+    "layers": (lambda t, p: ["--model", t, "--layers", "2-3"], "`layers` must be of the 3 layers 0 to 2, but got 3"),
+    "words": (lambda t, p: ["--model", t, "--layers", "some"], '`layers` must be "all", "none", or such as'),
+    "another": (lambda t, p: ["--model", changed(t, p, model_type="gpt2")], "Models of type 'gpt2' cannot be"),
+    "quantised": (
+        lambda t, p: ["--model", changed(t, p, quantization_config={"quant_method": "gptq", "bits": 4})],
+        "The weights are quantised",
+    ),
+    "weights": (lambda t, p: ["--model", changed(t, p, hidden_size=16)], "cannot be read"),
+    "self-query": (lambda t, p: ["--model", t, "--self-query", "both"], "--self-query: must be one of input, output"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(trained, tmp_path, arguments, message):
+    given = arguments(trained, tmp_path)
+    there = sorted(tmp_path.iterdir())
+    result = invoke(*given, "--out", tmp_path / "new")
+    assert result.exit_code == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("implicit-attention convert: ")
+    assert message in last
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_a_directory_that_exists_is_refused(trained, tmp_path):
+    result = invoke("--model", trained, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "it exists" in result.stderr
+    result = invoke("--model", trained, "--out", tmp_path / "a" / "b")
+    assert "does not exist" in result.stderr
+
+
+def test_a_full_disk_leaves_nothing(trained, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+        result = invoke("--model", trained, "--out", tmp_path / "new")
+    assert result.exit_code == 2
+    assert "the disk has 0 MB left" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+    def fails(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.shutil, "copyfile", fails)
+    result = invoke("--model", trained, "--out", tmp_path / "new")
+    assert result.exit_code == 2
+    assert "No space left on device" in result.stderr
+    assert not list(tmp_path.iterdir())

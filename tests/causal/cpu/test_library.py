@@ -118,7 +118,10 @@ FEEDBACK = """
 import torch
 from implicit_attention.causal.cpu import library
 from tests.causal.test_feedback import close, found, make
-for options in ({"num_heads": 4, "num_kv_heads": 2, "qk_norm": True}, {"feedback_norm": False, "positions": "relative"}):
+for options in (
+    {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True},
+    {"feedback_norm": False, "positions": "relative"},
+):
     each = {}
     for kernel, threads in (("torch", 1), ("cpp", 1), ("cpp", 3)):
         torch.set_num_threads(threads)

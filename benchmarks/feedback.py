@@ -1,8 +1,8 @@
 """What values that read outputs cost: row after row, beside the layers that compute rows at once and beside a GRU.
 
 `Psi_V` is orthogonal, so that the state of a row matters in all later ones. The output is put through one application
-of the equation in plain PyTorch before anything is timed. Times are those of the processor, all threads together, so that
-what else runs on the machine counts less.
+of the equation in plain PyTorch before anything is timed. Times are those of the processor, all threads together: what
+else runs on the machine then counts less.
 """
 
 import argparse

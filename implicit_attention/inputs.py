@@ -299,6 +299,6 @@ def non_finite(named: dict[str, Tensor | None]) -> ValueError:
     if found is None:
         return ValueError(
             "The attention scores overflow though the inputs and weights are finite: scale them down, use "
-            "qk_norm=True, or a wider dtype."
+            "qk_norm=True, or a wider dtype. Where values read outputs, these may have grown: use feedback_norm=True."
         )
     return ValueError(f"{found}: an equilibrium cannot be solved from it. Check what made it.")

@@ -191,7 +191,8 @@ def _feedback() -> list[Table]:
     title = "Values read outputs"
     lengths = (40, 80, 160)
     tables = [
-        Table("feedback-recall", "feedback", f"{title}: recall", MQAR(64, 8, 128), _rows(_FEEDBACK, sizes), training, 3),
+        Table("feedback-recall", "feedback", f"{title}: recall", MQAR(64, 8, 128), _rows(_FEEDBACK, sizes), training,
+              3),
         Table("feedback-parity", "feedback", f"{title}: parity, learned at 40", Parity(judged=lengths),
               _rows(_FEEDBACK, sizes), training, 3),
         Table("feedback-s3", "feedback", f"{title}: words of S3, learned at 32", GroupWords(group="S3"),

@@ -112,9 +112,41 @@ team = [threading.Thread(target=work) for _ in range(3)]
     assert status == 0, error
 
 
-@pytest.mark.parametrize("name", ["ForwardArguments", "AdjointArguments"])
-def test_structs_are_those_of_the_header(name):
-    header = (build.SOURCES / "arguments.h").read_text()
+FEEDBACK = """
+import torch
+from implicit_attention.causal.cpu import library
+from tests.causal.test_feedback import close, found, make
+for options in (
+    {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True},
+    {"feedback_norm": False, "positions": "relative"},
+):
+    each = {}
+    for kernel, threads in (("torch", 1), ("cpp", 1), ("cpp", 3)):
+        torch.set_num_threads(threads)
+        each[kernel, threads] = found(*make(options, 70, size=24, batch=5, kernel=kernel))
+    close(each["cpp", 1], each["torch", 1], 1e-12)
+    assert torch.equal(each["cpp", 1]["y"], each["cpp", 3]["y"])
+print(library.capability())
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in build.CAPABILITIES if name != "avx512"])
+def test_each_instruction_set_and_any_threads_solve_rows_that_read_values_of_outputs(name):
+    said, error, status = started(code=FEEDBACK, IMPLICIT_ATTENTION_CPU_CAPABILITY=name)
+    assert (said, status) == (name, 0), error
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("ForwardArguments", "arguments.h"),
+        ("AdjointArguments", "arguments.h"),
+        ("FeedbackForwardArguments", "feedback_arguments.h"),
+        ("FeedbackAdjointArguments", "feedback_arguments.h"),
+    ],
+)
+def test_structs_are_those_of_the_header(name, file):
+    header = (build.SOURCES / file).read_text()
     body = re.search(rf"struct {name} {{(.*?)\n}};", header, re.S).group(1)
     wanted = []
     for line in re.sub(r"//.*", "", body).split(";"):

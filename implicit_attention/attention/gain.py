@@ -141,5 +141,5 @@ def _largest_eigenvalue(gram: Tensor) -> Tensor:
     power, wide = 2**_SQUARINGS, gram.double()
     size = torch.linalg.matrix_norm(wide, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     found = torch.linalg.matrix_norm(torch.linalg.matrix_power(wide / size, power))
-    bound = size[:, 0, 0] * found.clamp_min(torch.finfo(torch.float64).tiny) ** (1.0 / power)
+    bound: Tensor = size[:, 0, 0] * found.clamp_min(torch.finfo(torch.float64).tiny) ** (1.0 / power)
     return bound.to(gram.dtype)

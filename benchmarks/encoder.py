@@ -1,8 +1,8 @@
 """No mask: the recommended layer, a contraction by construction, against `nn.MultiheadAttention`.
 
 Forward and backward, in processor time of one thread, round by round in turn. Every shape is measured twice: with new
-weights, and with the weights that make scores (`Omega_Q`, `W_K`, `W_Q`) four times as large. The bound is then about 50,
-as after some hundred steps of training. Outputs are put through one application of the map first.
+weights, and with the weights that make scores (`Omega_Q`, `W_K`, `W_Q`) four times as large. The bound is then about
+50, as after some hundred steps of training. Outputs are put through one application of the map first.
 """
 
 import argparse

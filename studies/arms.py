@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from implicit_attention.attention.contraction import Contraction
 from implicit_attention.attention.positions import RelativeBias
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.equilibrium.adjoints import Implicit as ImplicitAdjoint
@@ -16,6 +17,7 @@ from implicit_attention.equilibrium.adjoints import Phantom
 from implicit_attention.equilibrium.solvers import Anderson
 from implicit_attention.errors import Came, bad_value
 from implicit_attention.layer import ImplicitQueryAttention
+from implicit_attention.recommended import MAX_GAIN
 from implicit_attention.tasks.task import Task
 from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
 from studies.mixers import GRU, Convolved, Implicit, Ordinary
@@ -79,6 +81,7 @@ class Arm:
         depth: Blocks for each block of other arms.
         looped: Whether its blocks are applied `Sizes.loops` times.
         causal_only: Whether it exists only under a causal mask.
+        free_only: Whether it exists only without one.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Arm:
     depth: int = 1
     looped: bool = False
     causal_only: bool = False
+    free_only: bool = False
 
 
 def _attention(task: Task, sizes: Sizes) -> Ordinary:
@@ -135,11 +139,17 @@ def _hopfield(task: Task, sizes: Sizes, width: int) -> Block:
     return _equilibrium(task, sizes, width, normalize_over="keys")
 
 
+def _bounded(task: Task, sizes: Sizes, width: int) -> Block:
+    return _equilibrium(task, sizes, width, max_gain=MAX_GAIN)
+
+
 def _equilibrium(
-    task: Task, sizes: Sizes, width: int, *, self_query: str = "output", normalize_over: str = "queries", **options: Any
-) -> Block:
+    task: Task, sizes: Sizes, width: int, *, self_query: str = "output", normalize_over: str = "queries",
+    max_gain: float | None = None, **options: Any,
+) -> Block:  # fmt: skip
     exact = task.is_causal and normalize_over == "queries"
     rtol = atol = sizes.tolerance
+    iterative = Anderson(rtol=rtol, atol=atol, max_steps=MOST_STEPS) if max_gain is None else Contraction(rtol=rtol)
     layer = ImplicitQueryAttention(
         sizes.embed_dim,
         sizes.num_heads,
@@ -148,11 +158,10 @@ def _equilibrium(
         normalize_over=normalize_over,
         query_input=sizes.query_input,
         qk_norm=sizes.qk_norm,
+        max_gain=max_gain,
         positions=_positions(sizes) if sizes.positions == "relative" else sizes.positions,
         out_proj=True,
-        solver=ForwardSubstitution(kernel=sizes.kernel, rtol=rtol, atol=atol)
-        if exact
-        else Anderson(rtol=rtol, atol=atol, max_steps=MOST_STEPS),
+        solver=ForwardSubstitution(kernel=sizes.kernel, rtol=rtol, atol=atol) if exact else iterative,
         adjoint=ADJOINTS[known("adjoint", sizes.adjoint, ADJOINTS)],
         on_failure="ignore",  # each run records the share of rows that missed the tolerance
         **options,
@@ -172,6 +181,7 @@ ARMS = {
         Arm("looped", "ordinary attention, looped", _ordinary, looped=True),
         Arm("strict", 'implicit, `self_query="input"`', _strict, causal_only=True),
         Arm("implicit", "implicit", _implicit),
+        Arm("bounded", "implicit, `max_gain=0.9`", _bounded, free_only=True),
         Arm("hopfield", 'implicit, `normalize_over="keys"`', _hopfield),
         Arm("recurrent", "keys and values of its own outputs, row by row", _recurrent, causal_only=True),
         Arm("gru", "GRU", _gru, causal_only=True),
@@ -206,11 +216,13 @@ def build(arm: Arm, task: Task, sizes: Sizes, seed: int) -> SequenceModel:
         seed: Of the weights; arms get the same embedding from the same seed.
 
     Raises:
-        ValueError: If the task has no causal mask and the arm needs one, or no width of its MLPs gives it as many
-            parameters as the reference.
+        ValueError: If the arm does not exist with the task's mask, or no width of its MLPs gives it as many parameters
+            as the reference.
     """
     if arm.causal_only and not task.is_causal:
         raise bad_value("arm", "one that exists without a causal mask", arm.name)
+    if arm.free_only and task.is_causal:
+        raise bad_value("arm", "one that exists under a causal mask", arm.name)
     width = matching_width(arm, task, sizes)
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)

@@ -90,7 +90,7 @@ class Table:
 
 
 CAUSAL = ("ordinary", "ordinary-2", "looped", "strict", "implicit", "hopfield", "recurrent", "gru")
-BIDIRECTIONAL = ("ordinary", "ordinary-2", "looped", "implicit", "hopfield")
+BIDIRECTIONAL = ("ordinary", "ordinary-2", "looped", "implicit", "bounded", "hopfield")
 
 
 def tables(budget: str) -> dict[str, Table]:

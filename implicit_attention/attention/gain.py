@@ -6,7 +6,8 @@ weights of a row sum to 1, so its derivative is `sum_j P_ij (v_jh - y_ih) (ds_ij
     u . dy_ih <= max_j |ds_ij| sum_j P_ij |u . (v_jh - y_ih)| <= max_j |ds_ij| R_h,
 
 where a ball of radius `R_h` holds the head's values: a mean absolute deviation is at most half the range. With
-`|ds_ij| <= f scale |Omega_h^T k_ih| |dy_j|`, and heads put together, the map contracts by `f L` in the norm `max_j |y_j|`:
+`|ds_ij| <= f scale |Omega_h^T k_ih| |dy_j|`, and heads put together, the map contracts by `f L` in the norm
+`max_j |y_j|`:
 
     L = max_i sqrt(sum_h (R_h scale |Omega_h^T k_ih|)^2).
 
@@ -140,5 +141,5 @@ def _largest_eigenvalue(gram: Tensor) -> Tensor:
     power, wide = 2**_SQUARINGS, gram.double()
     size = torch.linalg.matrix_norm(wide, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     found = torch.linalg.matrix_norm(torch.linalg.matrix_power(wide / size, power))
-    bound = size[:, 0, 0] * found.clamp_min(torch.finfo(torch.float64).tiny) ** (1.0 / power)
+    bound: Tensor = size[:, 0, 0] * found.clamp_min(torch.finfo(torch.float64).tiny) ** (1.0 / power)
     return bound.to(gram.dtype)

@@ -241,7 +241,7 @@ class _Run:
         if self.history:
             raise bad_value(
                 "history", f"False with solver={type(solver).__name__}(...)", True,
-                "It solves block after block and has no iterates of the whole: make the layer with solver=Picard() or "
+                "It keeps no iterates of the whole: make the layer with solver=Picard() or "
                 "Anderson(), which do.",
             )  # fmt: skip
         with torch.autocast(y0.device.type, enabled=False):  # the solver chooses its precision itself

@@ -89,7 +89,7 @@ def test_learning_rate_rises_and_falls():
 
 def test_every_parameter_is_trained_once():
     for arm in ARMS.values():
-        model = build(arm, Before(), SIZES, 0)
+        model = build(arm, Before(is_causal=not arm.free_only), SIZES, 0)
         grouped = [id(p) for group in parameter_groups(model, 1e-2, 10.0) for p in group["params"]]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 

@@ -1,6 +1,7 @@
 """Rotary positions as transformers' models compute them, scaled ones too."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,17 +71,20 @@ class ScaledRotary(Positions):
     def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor:
         """Return cosines and sines, `[2, length, d / 2]` or `[2, B, 1, length, d / 2]`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
+        if isinstance(first, int) and not torch.compiler.is_compiling():
+            return _rotation(self._frequencies(first + length), first, length, like.device, dtype)
         place = torch.arange(length, device=like.device)
         if isinstance(first, Tensor) and first.dim():
             place = first[:, None] if first.dim() == 2 else first[:, None, None] + place
         else:
             place = place + first
-        frequencies = self.frequencies
-        if self.kind == "dynamic" and int(place.max()) >= self.max_position_embeddings:
-            frequencies, _ = self._computed(int(place.max()) + 1)
-        angles = place[..., None].float() * torch.tensor(frequencies, dtype=torch.float32, device=like.device)
-        angles = angles.to(dtype)
-        return torch.stack([angles.cos(), angles.sin()])
+        stop = int(place.max()) + 1 if self.kind == "dynamic" else 0
+        return _turned(self._frequencies(stop), place, dtype)
+
+    def _frequencies(self, stop: int) -> tuple[float, ...]:
+        """The frequencies of a call whose positions end before `stop`."""
+        grows = self.kind == "dynamic" and stop > self.max_position_embeddings
+        return self._computed(stop)[0] if grows else self.frequencies
 
     def bias(self) -> None:
         """Return None: scores get no bias."""
@@ -88,3 +92,18 @@ class ScaledRotary(Positions):
     def extra_repr(self) -> str:
         """Return the settings, for `print`."""
         return f"head_dim={self.head_dim}, {self.max_position_embeddings}, {self.rope_parameters}"
+
+
+@lru_cache(maxsize=4)
+def _rotation(
+    frequencies: tuple[float, ...], first: int, length: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The rotation of tokens from `first` on, `[2, length, d / 2]`: the blocks of a model share it."""
+    with torch.inference_mode(False), torch.no_grad():  # for any mode
+        return _turned(frequencies, torch.arange(first, first + length, device=device), dtype)
+
+
+def _turned(frequencies: tuple[float, ...], place: Tensor, dtype: torch.dtype) -> Tensor:
+    angles = place[..., None].float() * torch.tensor(frequencies, dtype=torch.float32, device=place.device)
+    angles = angles.to(dtype)
+    return torch.stack([angles.cos(), angles.sin()])

@@ -145,7 +145,7 @@ def test_bad_config(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_attention_heads": 5}, "`num_heads` must be a divisor of embed_dim=32"),
+        ({"num_attention_heads": 5}, "`num_attention_heads` must be a divisor of hidden_size=32"),
         ({"self_query": "x"}, "`self_query` must be one of"),
         ({"normalize_over": "x"}, "`normalize_over` must be one of"),
         ({"values": "x"}, "`values` must be one of"),

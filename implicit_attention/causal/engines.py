@@ -241,7 +241,9 @@ def states(solve: self_test.Solve) -> dict[str, str]:
         elif not here:
             found[name] = f"not here: torch finds no CUDA device. It is taken where {known.serves}"
         else:
-            device = torch.device(known.automatic, torch.cuda.current_device() if known.automatic == "cuda" else None)
+            device = (
+                torch.device("cuda", torch.cuda.current_device()) if known.automatic == "cuda" else torch.device("cpu")
+            )
             wrong = self_test.verdict(name, device, solve) if known.tested else None
             asked = "taken" if wrong is None else f"fails its self-test on {device} ({wrong}), so not taken"
             found[name] = f'ready, {asked} by kernel="auto", where {known.serves}'

@@ -33,7 +33,7 @@ test: $(KERNELS) lint types ## lint, types, every test, and coverage (15 to 20 m
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov $(ARGS)
 
 # Torch itself leaks on purpose. One thread: the sanitizers' own work is enough for a core.
-sanitize: $(KERNELS) ## the C++ kernels under AddressSanitizer and UBSan (5 minutes)
+sanitize: $(KERNELS) ## the C++ kernels under AddressSanitizer and UBSan (5 minutes; CI runs a part)
 	$(BIN)/python $(CPU)/build.py build/sanitized --sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	  IMPLICIT_ATTENTION_CPU_LIBRARY=build/sanitized/libimplicit_attention_cpu.so \

@@ -89,6 +89,11 @@ def first_non_finite(named: dict[str, Tensor | None]) -> str | None:
     return None
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor Inf. A finite sum shows it in one pass; an infinite one may not."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def require(holds: Tensor, message: str) -> None:
     """Raise unless a condition holds. Not checked under `torch.func` transforms, which have no numbers to look at.
 

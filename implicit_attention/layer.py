@@ -14,7 +14,7 @@ from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.reports import Reporting
 from implicit_attention.equilibrium.solvers import Method, Solution
-from implicit_attention.errors import bad_type, bad_value, require
+from implicit_attention.errors import all_finite, bad_type, bad_value, require
 from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, checked, non_finite
 from implicit_attention.recommended import Recommended
 from implicit_attention.settings import Configured, Settings
@@ -293,7 +293,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         out: Tensor = self.out_proj(y)
         if torch.compiler.is_compiling():
             require(torch.isfinite(out).all(), "The layer's output holds NaN or Inf: check `out_proj` and the weights.")
-        elif not maps.transforms_active() and not bool(torch.isfinite(out).all()):
+        elif not maps.transforms_active() and not all_finite(out):
             raise non_finite(dict(self.named_parameters()))
         return out
 

@@ -15,6 +15,7 @@ from implicit_attention import (
     RelativeBias,
     Rotary,
 )
+from implicit_attention.errors import all_finite
 
 D, H, B, N = 4, 2, 2, 3
 NAN, INF = float("nan"), float("inf")
@@ -284,3 +285,10 @@ def test_infinite_scores_do_not_pass_for_hidden_ones():
 def test_scores_that_overflow_are_told_apart_from_bad_input():
     with pytest.raises(ValueError, match=r"overflow though the inputs and weights are finite.*qk_norm=True"):
         layer()(torch.full((1, N, D), 1e38) * torch.tensor([1.0, -1.0, 1.0])[:, None])
+
+
+def test_a_sum_that_overflows_is_no_fault():
+    large = torch.full((4,), 3e38)
+    assert all_finite(large)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert not all_finite(large.index_fill(0, torch.tensor([2]), bad))

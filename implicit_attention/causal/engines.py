@@ -5,6 +5,7 @@ in torch, serves every map on every device; rows that an engine gives up on are 
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,10 +13,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from implicit_attention.causal import cpu, triton
-from implicit_attention.causal.diagonal import BlockAdjoint
+from implicit_attention.causal import cpu, self_test, triton
+from implicit_attention.causal.diagonal_adjoint import BlockAdjoint
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.equilibrium.triton_available import check_version, misplaced
 from implicit_attention.errors import Came, bad_value, missing_extra
@@ -102,14 +104,16 @@ class _Known:
         serves: What it computes, in words.
         hindrance: Why it cannot compute a map, in words; None if it can.
         missing: The error to raise if what it needs is not installed; None if it is.
-        automatic: Whether "auto" takes it.
+        automatic: The type of the devices on which "auto" takes it.
+        tested: Whether it must have passed its self-test on the device before.
     """
 
     module: str
     serves: str
     hindrance: Callable[[CausalSystem], str | None]
     missing: Callable[[], ImportError | None]
-    automatic: bool
+    automatic: str
+    tested: bool = False
 
 
 def _missing_cpp() -> ImportError | None:
@@ -133,7 +137,7 @@ _ENGINES = {
         serves="the layer runs on the CPU in one dtype",
         hindrance=cpu.hindrance,
         missing=_missing_cpp,
-        automatic=True,
+        automatic="cpu",
     ),
     "triton": _Known(
         module="implicit_attention.causal.triton.engine",
@@ -141,20 +145,22 @@ _ENGINES = {
         "environment before the start, Triton's interpreter also serves the CPU, slowly)",
         hindrance=triton.hindrance,
         missing=_missing_triton,
-        automatic=False,  # run and measured in part alone
+        automatic="cuda",
+        tested=True,
     ),
 }
 KERNELS = ("auto", "torch", *_ENGINES)
 RENAMED = {"numba": "cpp"}  # what 0.1.0 called the compiled kernels of the CPU
 
 
-def chosen(kernel: str, system: CausalSystem) -> str:
+def chosen(kernel: str, system: CausalSystem, solve: self_test.Solve) -> str:
     """Return which engine computes the diagonal blocks of a map.
 
     Args:
-        kernel: What is asked for. "auto" takes the C++ kernels where they serve the map; Triton's, which have been
-            measured in part alone, only if they are asked for.
+        kernel: What is asked for. "auto" takes the C++ kernels on the CPU and Triton's on CUDA devices where they pass
+            their self-test, and torch where neither serves the map.
         system: The map.
+        solve: What the self-test solves with.
 
     Returns:
         "torch", "cpp" or "triton".
@@ -166,7 +172,7 @@ def chosen(kernel: str, system: CausalSystem) -> str:
     if kernel == "torch":
         return kernel
     if kernel == "auto":
-        return next((name for name in _ENGINES if _serves(name, system)), "torch")
+        return next((name for name in _ENGINES if _serves(name, system, solve)), "torch")
     _check(kernel, _ENGINES[kernel].hindrance(system))
     return kernel
 
@@ -181,14 +187,18 @@ def _check(kernel: str, hindrance: str | None) -> None:
         raise bad_value("kernel", expected, Came(f'"{kernel}" where {hindrance}'))
 
 
-def _serves(name: str, system: CausalSystem) -> bool:
-    known = _ENGINES[name]
-    if not known.automatic or known.hindrance(system) is not None:
+def _serves(name: str, system: CausalSystem, solve: self_test.Solve) -> bool:
+    known, device = _ENGINES[name], system.key.device
+    if device.type != known.automatic or known.hindrance(system) is not None:
         return False
     missing = known.missing()
     if missing is not None:
         _say_once(str(missing))
-    return missing is None
+        return False
+    wrong = self_test.verdict(name, device, solve) if known.tested else None
+    if wrong is not None:
+        _warn_once(name, device, wrong)
+    return wrong is None
 
 
 @cache
@@ -196,73 +206,79 @@ def _say_once(missing: str) -> None:
     _LOG.warning("%s Until then torch computes the diagonal blocks, several times slower.", missing)
 
 
-def engine(kernel: str, system: CausalSystem) -> Engine | None:
-    """Return the engine that computes the diagonal blocks of a map, None if torch does.
+@cache
+def _warn_once(name: str, device: torch.device, wrong: str) -> None:
+    warnings.warn(
+        f'kernel="auto": the {name} kernels fail their self-test on {device} ({wrong}), so torch computes causal '
+        "layers there, several times slower. They are tested again with other versions of torch or Triton, or after "
+        f"{self_test.path()} is deleted.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
-    Args:
-        kernel: As in `chosen`.
-        system: The map.
 
-    Returns:
-        The module.
-
-    Raises:
-        ImportError: As in `chosen`.
-        ValueError: As in `chosen`.
-    """
-    name = chosen(kernel, system)
+def engine(name: str) -> Engine | None:
+    """Return an engine that `chosen` has named, None for torch."""
     found: Any = None if name == "torch" else import_module(_ENGINES[name].module)
     return found  # type: ignore[no-any-return]
 
 
-def feedback_engine(kernel: str, system: CausalSystem) -> Any:
-    """Return the module that computes blocks of a map whose values read outputs, None if torch does.
+def feedback_engine(name: str) -> Any:
+    """Return the module that computes blocks of a map whose values read outputs.
 
     Args:
-        kernel: As in `chosen`.
-        system: The map.
+        name: As `chosen` returned it.
 
     Returns:
-        `causal.cpu.feedback` or None.
-
-    Raises:
-        ImportError: As in `chosen`.
-        ValueError: As in `chosen`.
+        `causal.cpu.feedback`; None if torch computes them.
     """
-    return import_module("implicit_attention.causal.cpu.feedback") if chosen(kernel, system) == "cpp" else None
+    return import_module("implicit_attention.causal.cpu.feedback") if name == "cpp" else None
 
 
-def states() -> dict[str, str]:
-    """Return, for each engine, whether it can be used on this machine and by whom, in words."""
+def states(solve: self_test.Solve) -> dict[str, str]:
+    """Return, for each engine, whether it can be used on this machine and by whom, in words.
+
+    Args:
+        solve: As in `chosen`.
+
+    Returns:
+        Names and states.
+    """
     found = {"torch": "ready: every map on every device; what the others are checked against"}
     for name, known in _ENGINES.items():
         missing = known.missing()
+        here = known.automatic != "cuda" or torch.cuda.is_available()
         if missing is not None:
             found[name] = f"not here: {missing}"
+        elif not here:
+            found[name] = f"not here: torch finds no CUDA device. It is taken where {known.serves}"
         else:
-            asked = 'taken by kernel="auto"' if known.automatic else f'only with kernel="{name}"'
-            found[name] = f"ready, {asked}, where {known.serves}"
+            device = (
+                torch.device("cuda", torch.cuda.current_device()) if known.automatic == "cuda" else torch.device("cpu")
+            )
+            wrong = self_test.verdict(name, device, solve) if known.tested else None
+            asked = "taken" if wrong is None else f"fails its self-test on {device} ({wrong}), so not taken"
+            found[name] = f'ready, {asked} by kernel="auto", where {known.serves}'
     return found
 
 
-def sweeper(kernel: str, system: CausalSystem) -> Any:
-    """Return the module that sweeps over blocks of many rows, None if the engine has none that serves the map.
+def sweeper(name: str, system: CausalSystem, block: int) -> tuple[Any, int]:
+    """Return the module that sweeps over blocks of many rows, and the rows of the first blocks.
 
     Args:
-        kernel: As in `chosen`.
+        name: An engine that `chosen` has named.
         system: The map.
+        block: Rows of the blocks without it.
 
     Returns:
-        `causal.triton.sweeps` or None.
-
-    Raises:
-        ImportError: As in `chosen`.
-        ValueError: As in `chosen`.
+        `causal.triton.sweeps` and its rows; None and `block` if the engine has none that serves the map.
     """
-    if chosen(kernel, system) != "triton":
-        return None
-    sweeps = import_module("implicit_attention.causal.triton.sweeps")
-    return sweeps if sweeps.serves(system) else None
+    sweeps: Any = None
+    if name == "triton" and system.length > block:
+        sweeps = import_module("implicit_attention.causal.triton.sweeps")
+    if sweeps is None or not sweeps.serves(system):
+        return None, block
+    return sweeps, max(block, sweeps.widest(system.length))
 
 
 def token_kernels(kernel: str, like: Tensor) -> Any:

@@ -168,6 +168,12 @@ class CausalSystem:
 
     # Attention.
 
+    def seen(self, low: int, middle: int, high: int) -> tuple[slice, slice]:
+        """Return the rows from `middle` on and the columns before it between which the window lets attention pass."""
+        if self.spec.window is not None:
+            high, low = min(high, middle + self.spec.window - 1), max(low, middle - self.spec.window + 1)
+        return slice(middle, high), slice(low, middle)
+
     def block_bias(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """The bias strictly below a block's diagonal, `-inf` elsewhere; and the bias on the diagonal, None for 0."""
         n = rows.stop - rows.start
@@ -303,3 +309,9 @@ class CausalSystem:
 
     def _summed(self, t: Tensor) -> Tensor:
         return t.reshape(self.batch, self.groups, -1, *t.shape[2:]).sum(2)
+
+
+def halves(low: int, high: int, block: int) -> int:
+    """Return where to cut a range of rows: after half of its blocks, rounded up."""
+    blocks = -(-(high - low) // block)
+    return low + block * ((blocks + 1) // 2)

@@ -3,6 +3,7 @@
 import torch
 
 from implicit_attention.causal import cpu, engines
+from implicit_attention.causal.forward_substitution import solved_with
 from implicit_attention.cli.environment import environment
 
 
@@ -14,7 +15,7 @@ def info() -> None:
     found = environment()
     lines = {**found["versions"], "system": found["system"], "processor": found["processor"]}
     lines |= {"threads": str(found["threads"]), "devices": _devices()}
-    lines |= {f'kernel="{name}"': state for name, state in engines.states().items()}
+    lines |= {f'kernel="{name}"': state for name, state in engines.states(solved_with).items()}
     if cpu.problem() is None:
         lines["instructions"] = f"{cpu.capability()} (of the C++ kernels; {cpu.VARIABLE} chooses)"
     width = max(map(len, lines)) + 2

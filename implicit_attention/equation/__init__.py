@@ -137,13 +137,12 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
         tensors |= {"past_column": past.column.to(dtype), "past_value": past.value.to(dtype)}
     # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
     own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
-    start = merge_heads(own.repeat_interleave(heads // groups, 1)).clone()
+    start = merge_heads(_repeated(own, heads // groups)).clone()
     normalize = bool(settings.qk_norm) and not _norm_apart(settings)
     query_map = QueryMap(groups if by_keys else heads, normalize, settings.query_output)
     if settings.self_query == "input":
         queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
-        queries = queries.repeat_interleave(heads // groups, 1)
-        tensors["self_score"] = (key * queries).sum(-1) * settings.scale
+        tensors["self_score"] = (key * _repeated(queries, heads // groups)).sum(-1) * settings.scale
     terms = _terms(layer, inputs, dtype)
     tensors |= {f"term{i}": tensor for i, (_, tensor) in enumerate(terms)}
     dropout = settings.dropout if layer.training else 0.0
@@ -208,6 +207,11 @@ def norm_weight(layer: Layer, dtype: torch.dtype) -> Tensor | None:
 def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of some tokens, `[B, M, G d]`, in a dtype."""
     return source.to(dtype) if layer.Omega_V is None else layer.Omega_V(source).to(dtype)
+
+
+def _repeated(t: Tensor, times: int) -> Tensor:
+    """Each group's part for its heads; no copy if each head has its own."""
+    return t if times == 1 else t.repeat_interleave(times, 1)
 
 
 def _query_tensors(layer: Layer, inputs: Inputs, projected: Projected) -> dict[str, Tensor]:

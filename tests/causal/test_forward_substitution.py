@@ -200,10 +200,11 @@ def test_refused_where_it_cannot_work():
         layer(torch.randn(2, 3, 8)).sum().backward()
 
 
-def test_a_gradient_at_a_fold_is_reported():
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+def test_a_gradient_at_a_fold_is_reported(kernel):
     """Where two roots meet the gain is 1 and the derivative does not exist; the gradient there comes with a warning."""
     layer = make_layer(
-        1, is_causal=True, scale=1.0, on_failure="warn", solver=ForwardSubstitution(atol=1e-14, kernel="torch")
+        1, is_causal=True, scale=1.0, on_failure="warn", solver=ForwardSubstitution(atol=1e-14, kernel=kernel)
     )
     with torch.no_grad():
         for parameter, value in ((layer.Omega_Q.weight, 8.0), (layer.W_K.weight, 1.0), (layer.Omega_V.weight, 1.0)):

@@ -7,15 +7,8 @@ import torch
 from torch import Tensor
 
 from implicit_attention.causal.cpu import library
-from implicit_attention.causal.diagonal import (
-    FAR,
-    NEAR_SINGULAR,
-    SAME_ROOT,
-    SLOW,
-    BlockAdjoint,
-    hand_back,
-    near_singular,
-)
+from implicit_attention.causal.diagonal import FAR, SAME_ROOT, SLOW, hand_back
+from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjoint, near_singular
 from implicit_attention.causal.system import CausalSystem
 
 KEEPS_SLOPES = True  # the adjoint can return the cotangents of all scores

@@ -15,7 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from implicit_attention.causal.diagonal import FAR, NEAR_SINGULAR, Unsettled, near_singular, own_jacobian
+from implicit_attention.causal.diagonal import FAR, Unsettled
+from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, near_singular, own_jacobian
 from implicit_attention.causal.system import CausalSystem, Queries
 from implicit_attention.causal.triton.call import AT_ONCE, TYPES, Call, contiguous
 from implicit_attention.causal.triton.kernels import sweep, sweep_adjoint
@@ -524,7 +525,7 @@ class AdjointSweeps(_Sweeps):
 
 
 class _OwnColumns:
-    """Solves the own columns, of rank one per head, exactly in every sweep; see `diagonal._OwnColumns`."""
+    """Solves the own columns, of rank one per head, exactly in every sweep; see `diagonal_adjoint._OwnColumns`."""
 
     def __init__(self, sweeps: AdjointSweeps, rows: slice) -> None:
         self.sweeps, self.rows, self.n = sweeps, rows, rows.stop - rows.start

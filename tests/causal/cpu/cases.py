@@ -3,7 +3,8 @@
 import torch
 
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention.causal.diagonal import BlockAdjointSolver, BlockSolver
+from implicit_attention.causal.diagonal import BlockSolver
+from implicit_attention.causal.diagonal_adjoint import BlockAdjointSolver
 
 OPTIONS = {
     "plain": {},

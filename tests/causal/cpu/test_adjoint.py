@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention.causal import forward_substitution as substitution
+from implicit_attention.causal.backward_substitution import At
 from implicit_attention.causal.cpu.engine import AdjointKernel
-from implicit_attention.causal.diagonal import NEAR_SINGULAR, BlockAdjointSolver, near_singular, own_jacobian
+from implicit_attention.causal.diagonal_adjoint import (
+    NEAR_SINGULAR,
+    BlockAdjointSolver,
+    near_singular,
+    own_jacobian,
+)
 from implicit_attention.causal.system import CausalSystem
 from tests.bridge import array, close, make_layer, oracle_gradients, problem_of
 
@@ -54,7 +59,7 @@ class Block:
         return one
 
     def at(self):
-        return substitution._At(CausalSystem(self.function, self.args), self.y, ())
+        return At(CausalSystem(self.function, self.args), self.y, ())
 
     def compiled(self):
         at = self.at()

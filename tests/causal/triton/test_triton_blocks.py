@@ -10,9 +10,12 @@ import torch
 pytest.importorskip("triton")
 
 from implicit_attention import DecodeCache, ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention.causal import engines
+from implicit_attention.causal import engines, self_test
 from implicit_attention.causal import forward_substitution as substitution
-from implicit_attention.causal.diagonal import NEAR_SINGULAR, BlockAdjointSolver, BlockSolver, own_jacobian
+from implicit_attention.causal.backward_substitution import At
+from implicit_attention.causal.diagonal import BlockSolver
+from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjointSolver, own_jacobian
+from implicit_attention.causal.forward_substitution import solved_with
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.causal.triton.engine import AdjointKernel, ForwardKernel
 
@@ -184,7 +187,7 @@ def test_what_a_sample_lost_is_restored():
     args = [a.detach().clone() for a in equation.args]
     args[equation.function.names.index("key")][1, :, 17] = torch.nan
     system = CausalSystem(equation.function, tuple(args))
-    forward = substitution._Forward(system, layer.solver, x.dtype)
+    forward = substitution._Forward(system, layer.solver, "triton", x.dtype)
     before = forward.y.clone(), forward.lse.clone()
     assert forward.compiled.settle(slice(0, 20)) == 16
     assert forward.compiled.status.tolist() == [20, 16]
@@ -253,7 +256,7 @@ class Block:
         return one
 
     def at(self):
-        return substitution._At(CausalSystem(self.function, self.args), self.y, ())
+        return At(CausalSystem(self.function, self.args), self.y, ())
 
     def compiled(self):
         at = self.at()
@@ -346,14 +349,19 @@ def test_maps_on_a_cuda_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     equation = make("auto", 1e-8, F64).equation(inputs(1, 20))
-    system = OnDevice(CausalSystem(equation.function, equation.args))
-    assert engines.chosen("triton", system) == "triton"
-    assert engines.chosen("auto", system) == "torch"
+    system, wrong = OnDevice(CausalSystem(equation.function, equation.args)), None
+    monkeypatch.setattr(self_test, "verdict", lambda name, device, solve: wrong)
+    assert engines.chosen("triton", system, solved_with) == "triton"
+    wrong = None
+    assert engines.chosen("auto", system, solved_with) == "triton"
+    wrong = "off"
+    with pytest.warns(RuntimeWarning, match=r"fail their self-test on cuda:1 \(off\)"):
+        assert engines.chosen("auto", system, solved_with) == "torch"
     with pytest.raises(ValueError, match=r"`kernel` must be .* where the tensors are on cuda"):
-        engines.chosen("cpp", system)
+        engines.chosen("cpp", system, solved_with)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # where Triton would launch
     with pytest.raises(ValueError, match="the tensors are on cuda:1 and the current device is 0"):
-        engines.chosen("triton", system)
+        engines.chosen("triton", system, solved_with)
 
 
 def test_triton_where_it_cannot_serve_is_an_error(monkeypatch):

@@ -270,7 +270,7 @@ def settled_rows_far_on():
     layer = make("triton", 1e-4, F64)
     equation = layer.equation(inputs(1, 18))
     system = substitution.CausalSystem(equation.function, tuple(a.detach() for a in equation.args))
-    kernel = substitution._Forward(system, layer.solver, F64).compiled
+    kernel = substitution._Forward(system, layer.solver, "triton", F64).compiled
     kernel.told |= {"key_n": 2**20, "value_n": 2**20}
     kernel.settle(slice(3072, 3088))
 

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 from implicit_attention.causal import forward_substitution as substitution
-from implicit_attention.causal.diagonal import BlockAdjointSolver, BlockSolver, Unsettled
+from implicit_attention.causal.diagonal import BlockSolver, Unsettled
+from implicit_attention.causal.diagonal_adjoint import BlockAdjointSolver
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.causal.triton import sweeps
 from implicit_attention.causal.triton.engine import AdjointKernel, ForwardKernel
@@ -177,7 +178,7 @@ def test_own_equations_are_those_of_the_map(name, poisoned):
             layer.temperature.fill_(0.3)
         equation = layer.equation(inputs(2, 45, layer.embed_dim))
     function, args = equation.function, tuple(a.detach().clone() for a in equation.args)
-    forward, rows = substitution._Forward(CausalSystem(function, args), layer.solver, F64), slice(0, 32)
+    forward, rows = substitution._Forward(CausalSystem(function, args), layer.solver, "triton", F64), slice(0, 32)
     swept = forward.swept
     assert swept.settle(rows)
     marked = (torch.arange(32) % torch.tensor([[3], [5]]) == 1).to(DEVICE)
@@ -305,7 +306,7 @@ def test_a_block_that_does_not_settle_is_as_it_was():
     args[equation.function.names.index("key")][1, :, 17] = torch.nan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "MOST_SWEEPS", 4)
-        forward = substitution._Forward(CausalSystem(equation.function, tuple(args)), layer.solver, x.dtype)
+        forward = substitution._Forward(CausalSystem(equation.function, tuple(args)), layer.solver, "triton", x.dtype)
         before = forward.y.clone(), forward.lse.clone(), forward.residual.clone()
         assert not forward.swept.settle(slice(0, 32))
     for now, then in zip((forward.y, forward.lse, forward.residual), before, strict=True):

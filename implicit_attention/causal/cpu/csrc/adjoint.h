@@ -1,7 +1,6 @@
 // The adjoint of one sample, `lam = g + J^T lam`, from the last row to the first; README.md derives it.
 //
-// A sweep that changes the queries' cotangents by so little that |J^T delta| <= |delta| max_c |Omega_Q[:, c]| is within
-// tolerance needs no product with Omega_Q to show it.
+// R rows at a time get what solved rows give them, then what they give each other (`adjoint_substitution.h`).
 #pragma once
 
 #include <algorithm>
@@ -11,7 +10,7 @@
 
 namespace implicit_attention::CAPABILITY {
 
-constexpr int kAdjointSweeps = 24;
+constexpr int kRefinements = 8;
 constexpr double kStalled = 0.5;  // ratio of residuals at which only rounding is left
 
 template <class T>
@@ -84,19 +83,23 @@ class AdjointSample {
   Settled solve_rows(int64_t s, int64_t m);
   void begin(int64_t g, int64_t s, int64_t m);
   void attended_later(int64_t g, int64_t h, int64_t s);
-  void pull(int64_t g, int64_t s, int64_t m);
+  void weigh_each_other(int64_t g, int64_t h, int64_t s, int64_t m);
+  T residual(int64_t s, int64_t m);
   void push(int64_t h, int64_t s, int64_t m);
-  T bound(int64_t m);
+  T pull(int64_t h, int64_t s, int64_t i, const T* lam, T* slopes);
+  void gather(int64_t g, int64_t s, int64_t m);
   void finish(int64_t g, int64_t s, int64_t m);
   void before_map(int64_t g, int64_t i, T* q);
 
-  void prepare_own(int64_t s, int64_t m);
+  T* made_row(int64_t g, int64_t i) const { return t.made + i * size + g * z.dim; }
+  T* through_row(int64_t h, int64_t pair) const { return t.through + (h * kPairs + pair) * z.padded; }
+  T* ascent_rows(int64_t into, int64_t pair) const { return t.ascent + (into * kPairs + pair) * z.heads * z.padded; }
+  void prepare(int64_t s, int64_t m);
   void ascend(int64_t g, int64_t s, int64_t m);
-  void couple(int64_t h, int64_t m);
-  void invert(int64_t i, int64_t row);
-  double eliminate();
-  void correct(int64_t m);
-  void correct(int64_t g, int64_t i);
+  void factor_own(int64_t i, int64_t row);
+  bool suspicious(const double* factors, const int64_t* pivots);
+  T substitute(int64_t s, int64_t m);
+  T substitute_row(int64_t s, int64_t i);
 
   const AdjointArguments<T>& a;
   const Sizes<T>& z;
@@ -201,45 +204,26 @@ template <class T>
 typename AdjointSample<T>::Settled AdjointSample<T>::solve_rows(int64_t s, int64_t m) {
   const T allowed = a.allowed[b];
   team.each(z.groups, [&](int64_t g) { begin(g, s, m); });
-  int corrections = 0;
-  T before = kInfinity<T>;
-  Settled found{0, kInfinity<T>};
-  for (int64_t sweep = 1; sweep <= kAdjointSweeps && found.sweeps == 0; ++sweep) {
-    for (int64_t g = 0; g < z.groups; ++g) pull(g, s, m);
-    if (sweep > 1) {
-      const T residual = bound(m);
-      if (residual <= allowed) {
-        found = {sweep, residual};
-        break;
-      }
-    }
-    team.each(z.heads, [&](int64_t h) { push(h, s, m); });
-    T error = 0;
-    for (int64_t h = 0; h < z.heads; ++h) error = larger<T>(error, t.errors[h]);
-    // Within tolerance; or nothing but rounding is left, and no way to do better.
-    if (error <= allowed || (corrections > R && error < kInfinity<T> && !(error < T(kStalled) * before)))
+  prepare(s, m);
+  T error = residual(s, m), before = kInfinity<T>;
+  Settled found{0, substitute(s, m)};
+  if (found.residual <= allowed) found.sweeps = 1;
+  for (int sweep = 2; found.sweeps == 0 && sweep <= kRefinements; ++sweep) {
+    for (int64_t g = 0; g < z.groups; ++g) gather(g, s, m);
+    error = residual(s, m);
+    if (!(error < kInfinity<T>)) break;
+    // Within tolerance; or nothing but rounding is left.
+    if (error <= allowed || !(error < T(kStalled) * before))
       found = {sweep, error};
-    if (found.sweeps > 0 || !(error < kInfinity<T>)) break;
-    // About four sweeps is what it takes to solve for the own columns.
-    const T pace = error / before;
-    const bool slow = sweep > 1 && pace * pace * pace * pace * error > allowed;
-    if (corrections == 0 && a.own_score == nullptr && slow) {
-      prepare_own(s, m);
-      corrections = 1;
-    }
-    if (corrections > 0) {
-      ++corrections;
-      correct(m);
-    } else {
-      copy<T>(t.now, t.out, z.heads * R * z.padded);
-    }
+    else
+      substitute(s, m);
     before = error;
   }
   if (found.sweeps > 0) team.each(z.groups, [&](int64_t g) { finish(g, s, m); });
   return found;
 }
 
-// What later rows give the queries; the rows' weights on each other; lam = g.
+// What later rows give the queries, and so Omega_Q; the rows' weights on each other; lam = 0.
 template <class T>
 void AdjointSample<T>::begin(int64_t g, int64_t s, int64_t m) {
   heads_of(g, [&](int64_t h) {
@@ -248,17 +232,40 @@ void AdjointSample<T>::begin(int64_t g, int64_t s, int64_t m) {
       multiply<true>(Rows<T>{of_row(t.d_query, g, s), z.padded}, Left<T>{slopes_of(h, s) + s + m, kBlock},
                      Right<T>{of_block(t.keys, h, s + m), z.padded}, m, z.padded, count - s - m);
     }
+    weigh_each_other(g, h, s, m);
+    zero(of_four(t.now, h, 0), R * z.padded);
     for (int64_t i = 0; i < m; ++i) {
-      copy(of_four(t.now, h, i), grad_row(h, s + i), z.dim);
-      for (int64_t j = 0; j <= i; ++j) {
-        const bool given = j == i && a.own_score != nullptr;
-        const T score = given ? a.own_score[(b * z.heads + h) * z.length + row_of(s + i)]
-                              : dot(of_block(t.keys, h, s + i), of_row(t.queries, g, s + j), z.dim);
-        t.pairs[(h * R + i) * R + j] =
-            exponential_of(score + bias_of(h, s + i, block + s + j) - t.seen[h * kBlock + s + i]);
-      }
+      t.along[h * kBlock + s + i] = 0;
+      for (int64_t j = 0; j <= i; ++j) slopes_of(h, s + j)[s + i] = 0;
     }
   });
+  for (int64_t j = 0; j < R; ++j) {
+    zero(made_row(g, j), z.dim);
+    if (j < m) {
+      copy(made_row(g, j), of_row(t.d_query, g, s + j), z.dim);
+      before_map(g, s + j, made_row(g, j));
+    }
+  }
+}
+
+template <class T>
+void AdjointSample<T>::weigh_each_other(int64_t g, int64_t h, int64_t s, int64_t m) {
+  T* pairs = t.pairs + h * R * R;
+  for (int64_t i = 0; i < R; ++i) {
+    const T* queries[] = {of_row(t.queries, g, s), of_row(t.queries, g, s + 1), of_row(t.queries, g, s + 2),
+                          of_row(t.queries, g, s + 3)};
+    T* row = pairs + i * R;
+    dots<R>(of_block(t.keys, h, s + i), queries, z.dim, row);
+    for (int64_t j = 0; j < R; ++j) {
+      if (i >= m || j > i) {
+        row[j] = -kInfinity<T>;
+        continue;
+      }
+      if (j == i && a.own_score != nullptr) row[j] = a.own_score[(b * z.heads + h) * z.length + row_of(s + i)];
+      row[j] += bias_of(h, s + i, block + s + j) - t.seen[h * kBlock + s + i];
+    }
+  }
+  for (int64_t i = 0; i < R * R; i += kLanes<T>) store(pairs + i, exponential(load(pairs + i)));
 }
 
 // Weights and slopes of the block's rows after these, which are solved, on these columns.
@@ -273,38 +280,45 @@ void AdjointSample<T>::attended_later(int64_t g, int64_t h, int64_t s) {
   for (int64_t j = 0; j < R; ++j) linearize(h, block + s + j, s + R, weights + j * kBlock, slopes + j * kBlock);
 }
 
-// From the rows' lam to the cotangent of what Omega_Q made; how far that moved.
+// How a row's lam moves its scores on the rows up to itself; returns lam . y.
 template <class T>
-void AdjointSample<T>::pull(int64_t g, int64_t s, int64_t m) {
+inline T AdjointSample<T>::pull(int64_t h, int64_t s, int64_t i, const T* lam, T* slopes) {
+  const int64_t g = h / z.shared;
+  const T* others[] = {value_row(g, s), value_row(g, s + std::min<int64_t>(i, 1)),
+                       value_row(g, s + std::min<int64_t>(i, 2)), value_row(g, s + i), y_row(h, s + i)};
+  T products[R + 1];
+  dots<R + 1>(lam, others, z.dim, products);
+  for (int64_t j = 0; j <= i; ++j)
+    slopes[j] = t.pairs[(h * R + i) * R + j] * (keep_of(h, s + i, block + s + j) * products[j] - products[R]);
+  return products[R];
+}
+
+// From the rows' lam to the cotangent of what Omega_Q made.
+template <class T>
+void AdjointSample<T>::gather(int64_t g, int64_t s, int64_t m) {
+  for (int64_t j = 0; j < m; ++j) copy(made_row(g, j), of_row(t.d_query, g, s + j), z.dim);
   heads_of(g, [&](int64_t h) {
     for (int64_t i = 0; i < m; ++i) {
-      const T* others[] = {value_row(g, s), value_row(g, s + std::min<int64_t>(i, 1)),
-                           value_row(g, s + std::min<int64_t>(i, 2)), value_row(g, s + i), y_row(h, s + i)};
-      T products[R + 1];
-      dots<R + 1>(of_four(t.now, h, i), others, z.dim, products);
-      const T along = t.along[h * kBlock + s + i] = products[R];
+      T slopes[R];
+      t.along[h * kBlock + s + i] = pull(h, s, i, of_four(t.now, h, i), slopes);
       for (int64_t j = 0; j <= i; ++j) {
-        const T by_weight = keep_of(h, s + i, block + s + j) * products[j];
-        slopes_of(h, s + j)[s + i] = t.pairs[(h * R + i) * R + j] * (by_weight - along);
+        slopes_of(h, s + j)[s + i] = slopes[j];
+        if (j < i || a.own_score == nullptr) add(made_row(g, j), of_block(t.keys, h, s + i), slopes[j], z.dim);
       }
     }
   });
-  for (int64_t j = 0; j < m; ++j) {
-    T *made = t.made + j * size + g * z.dim, *before = t.before + j * size + g * z.dim;
-    copy(before, made, z.dim);
-    copy(made, of_row(t.d_query, g, s + j), z.dim);
-    heads_of(g, [&](int64_t h) {
-      for (int64_t i = a.own_score == nullptr ? j : j + 1; i < m; ++i)
-        add(made, of_block(t.keys, h, s + i), slopes_of(h, s + j)[s + i], z.dim);
-    });
-    before_map(g, s + j, made);
-    for (int64_t k = 0; k < z.dim; ++k) before[k] = made[k] - before[k];
-    t.moves[g * R + j] = dot(before, before, z.dim);
-  }
-  for (int64_t j = m; j < R; ++j) zero(t.made + j * size + g * z.dim, z.dim);
+  for (int64_t j = 0; j < m; ++j) before_map(g, s + j, made_row(g, j));
 }
 
-// g + Omega_Q^T made, into `out`; how far that is from lam.
+// g + J^T lam - lam, into `out`; its largest entry.
+template <class T>
+T AdjointSample<T>::residual(int64_t s, int64_t m) {
+  team.each(z.heads, [&](int64_t h) { push(h, s, m); });
+  T worst = 0;
+  for (int64_t h = 0; h < z.heads; ++h) worst = larger<T>(worst, t.errors[h]);
+  return worst;
+}
+
 template <class T>
 void AdjointSample<T>::push(int64_t h, int64_t s, int64_t m) {
   if (weight == nullptr) {
@@ -316,22 +330,11 @@ void AdjointSample<T>::push(int64_t h, int64_t s, int64_t m) {
   T worst = 0;
   for (int64_t j = 0; j < m; ++j) {
     T *row = of_four(t.out, h, j), *now = of_four(t.now, h, j);
-    add(row, grad_row(h, s + j), T(1), z.dim);
-    worst = larger(worst, largest_difference(row, now, z.dim));
+    const T* grad = grad_row(h, s + j);
+    for (int64_t k = 0; k < z.dim; ++k) row[k] += grad[k] - now[k];
+    worst = larger(worst, largest_modulus(row, z.dim));
   }
   t.errors[h] = worst;
-}
-
-// At most the residual, by Cauchy and Schwarz.
-template <class T>
-T AdjointSample<T>::bound(int64_t m) {
-  T worst = 0;
-  for (int64_t j = 0; j < m; ++j) {
-    T total = 0;
-    for (int64_t g = 0; g < z.groups; ++g) total += t.moves[g * R + j];
-    worst = larger(total, worst);
-  }
-  return T(a.norm) * std::sqrt(worst);
 }
 
 // Turn the cotangent of a row's query into that of the linear map's output, in place.

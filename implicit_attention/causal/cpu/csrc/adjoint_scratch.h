@@ -6,6 +6,13 @@
 
 namespace implicit_attention::CAPABILITY {
 
+// Pairs of R rows: each with itself, then with the later ones of each, (i, j) for i > j.
+constexpr int64_t kPairs = R * (R + 1) / 2;
+inline int64_t pair_of(int64_t i, int64_t j) {
+  const int64_t later = R - 1 - j;
+  return i == j ? i : R + later * (later - 1) / 2 + i - j - 1;
+}
+
 template <class T>
 struct AdjointScratch {
   // Of all rows of the call
@@ -26,18 +33,17 @@ struct AdjointScratch {
   // Of R rows
   Buffer<T> pairs;    // [H, R, R]: their weights on each other
   Buffer<T> now;      // [H, R, padded]: lam
-  Buffer<T> out;      // [H, R, padded]: g + J^T lam
+  Buffer<T> out;      // [H, R, padded]: g + J^T lam - lam; then what lam gets
   Buffer<T> made;     // [R, G d]: the cotangent of what Omega_Q makes
-  Buffer<T> before;   // [R, G d]: that of the sweep before
   Buffer<T> errors;   // [H]
-  Buffer<T> moves;    // [G, R]: how far `made` has moved, squared
-  // Of rows whose own columns are solved for
   Buffer<T> u;        // [H, R, padded]: how the outputs move with the logarithms of the own weights
-  Buffer<T> through;  // [H, R, padded]: the gradients of the own scores, by the linear map's output
-  Buffer<T> ascent;   // [H, H, R, padded]: by the outputs
-  Buffer<T> inverses; // [R, H, H]: of I - M^T
-  Buffer<T> right;    // [R, H]
-  Buffer<double> elimination;  // [H, 2 H]
+  Buffer<T> through;  // [H, pairs, padded]: the gradients of the scores on each other, by the linear map's output
+  Buffer<T> ascent;   // [H (of y), pairs, H, padded]: by the outputs
+  Buffer<T> turns;    // [pairs, H]: how the scores move
+  Buffer<T> off;      // [d]
+  Buffer<double> factors;  // [R, H, H]: of I - M^T
+  Buffer<double> right;    // [H]
+  Buffer<int64_t> pivots;  // [R, H]
 
   explicit AdjointScratch(const Sizes<T>& z)
       : queries(z.groups * z.rows * z.padded), d_query(z.groups * z.rows * z.padded),
@@ -46,9 +52,9 @@ struct AdjointScratch {
         seen(z.heads * kBlock), along(z.heads * kBlock), slopes(z.heads * (kBlock + R) * kBlock),
         weights(z.heads * R * kBlock), far_weights(z.groups * kBlock * kBlock), far_slopes(z.groups * kBlock * kBlock),
         pairs(z.heads * R * R), now(z.heads * R * z.padded), out(z.heads * R * z.padded), made(R * z.groups * z.dim),
-        before(R * z.groups * z.dim), errors(z.heads), moves(z.groups * R), u(z.heads * R * z.padded),
-        through(z.heads * R * z.padded), ascent(z.heads * z.heads * R * z.padded), inverses(R * z.heads * z.heads),
-        right(R * z.heads), elimination(2 * z.heads * z.heads) {}
+        errors(z.heads), u(z.heads * R * z.padded), through(z.heads * kPairs * z.padded),
+        ascent(z.heads * kPairs * z.heads * z.padded), turns(kPairs * z.heads), off(z.dim),
+        factors(R * z.heads * z.heads), right(z.heads), pivots(R * z.heads) {}
 };
 
 }  // namespace implicit_attention::CAPABILITY

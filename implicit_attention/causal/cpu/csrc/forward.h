@@ -1,7 +1,7 @@
 // The forward pass of one sample; README.md derives it.
 //
-// Rows are settled R at a time. What the query map makes of their values and of the attention before them is computed once,
-// by head; outputs are combinations of those, so a sweep needs no product with Omega_Q.
+// What the query map makes of the values of R rows, and of the attention before them, is computed once, by head. Outputs
+// are combinations of those, so a sweep over a row needs no product with Omega_Q (`forward_row.h`).
 #pragma once
 
 #include <algorithm>
@@ -12,9 +12,7 @@
 namespace implicit_attention::CAPABILITY {
 
 constexpr int kForwardSweeps = 32;
-constexpr int kPatience = 8;  // sweeps after which rows that still settle slowly have their own equations solved
-
-enum class Verdict { lost = -1, open = 0, settled = 1 };
+constexpr int kPatience = 8;  // sweeps after which a row that still settles slowly has its own equation solved
 
 template <class T>
 class ForwardSample {
@@ -64,23 +62,22 @@ class ForwardSample {
 
   bool settle_rows(int64_t s, int64_t m);
   void make(int64_t g, int64_t s, int64_t m);
-  void begin(int64_t g, int64_t s, int64_t m);
-  T norm_and_turn(T* q, int64_t i);
-  void combine(int64_t g, int64_t k, int64_t m, Iterate<T>& at, T* q);
-  void sweep(int64_t g, int64_t s, int64_t m, Iterate<T>& at);
-  void weigh(int64_t s, int64_t i, Iterate<T>& at, Iterate<T>& next);
-  void pack(int64_t i, Iterate<T>& next);
-  void compare(int64_t h, int64_t s, int64_t m, Iterate<T>& at, Iterate<T>& next);
-  Verdict within(const T* errors, const T* sizes, int64_t stride, int64_t m);
-  T largest_of(const T* array, int64_t m);
-  bool settles_slowly(T worst, T pace, int64_t m);
   void write(int64_t g, int64_t s, int64_t m);
-  void report(int64_t s, int64_t m, int sweeps);
+  void report(int64_t s, int64_t m);
 
-  bool own_root(int64_t s, int64_t i, Iterate<T>& next);
-  void own_equation(int64_t g, int64_t s, int64_t i, Iterate<T>& next);
-  void move(int64_t i, Iterate<T>& next);
-  Verdict repair(int64_t s, int64_t m, Iterate<T>& next, bool all_rows);
+  T* own_row(int64_t g, int64_t h) const { return t.own + (g * (z.heads + 1) + h) * z.padded; }
+  bool settle_row(int64_t s, int64_t i);
+  void weigh_others(int64_t s, int64_t i);
+  void combine_others(int64_t g, int64_t s, int64_t i);
+  void evaluate(const T* p, T* next);
+  T query_at(int64_t g, const T* p, T* q);
+  bool iterate(int64_t s, int64_t i);
+  bool given(int64_t s, int64_t i);
+  bool at_root();
+  bool within(int64_t i, T residual);
+  bool own_root(int64_t s, int64_t i);
+  T norm_and_turn(T* q, int64_t i);
+  void finish(int64_t s, int64_t i);
 
   const ForwardArguments<T>& a;
   const Sizes<T>& z;
@@ -161,36 +158,11 @@ bool ForwardSample<T>::settle_rows(int64_t s, int64_t m) {
     team.each(z.groups, [&](int64_t g) { heads_of(g, [&](int64_t h) { attend(h, s, m, block, s); }); });
   }
   team.each(z.groups, [&](int64_t g) { make(g, s, m); });
-  for (int64_t g = 0; g < z.groups; ++g) begin(g, s, m);
-
-  bool slow = false;
-  T before = kInfinity<T>;
-  for (int sweeps = 1; sweeps <= kForwardSweeps; ++sweeps) {
-    Iterate<T>&at = sweeps % 2 ? t.even : t.odd, &next = sweeps % 2 ? t.odd : t.even;
-    for (int64_t g = 0; g < z.groups; ++g) sweep(g, s, m, at);
-    for (int64_t i = 0; i < m; ++i) weigh(s, i, at, next);
-    Verdict verdict = within(t.bounds, t.reach, z.hvec, m);
-    if (verdict == Verdict::lost) return false;
-    if (verdict == Verdict::settled || sweeps > kPatience) {
-      for (int64_t h = 0; h < z.heads; ++h) compare(h, s, m, at, next);
-      verdict = within(t.errors, t.sizes, z.heads, m);
-    }
-    const T worst = largest_of(t.bounds, m);
-    slow = slow || (sweeps > kPatience && settles_slowly(worst, worst / before, m));
-    before = worst;
-    const bool done = verdict == Verdict::settled;
-    if (a.own_score == nullptr && verdict != Verdict::lost && (done || slow || sweeps == 1)) {
-      const Verdict roots = repair(s, m, next, slow && !done);
-      if (done || slow) verdict = std::min(verdict, roots);
-    }
-    if (verdict == Verdict::lost) return false;
-    if (verdict == Verdict::settled) {
-      for (int64_t g = 0; g < z.groups; ++g) write(g, s, m);
-      report(s, m, sweeps);
-      return true;
-    }
-  }
-  return false;
+  for (int64_t i = 0; i < m; ++i)
+    if (!settle_row(s, i)) return false;
+  for (int64_t g = 0; g < z.groups; ++g) write(g, s, m);
+  report(s, m);
+  return true;
 }
 
 // What Omega_Q makes of each head's attention before the rows and of their values; the rest of the query.
@@ -219,85 +191,37 @@ void ForwardSample<T>::make(int64_t g, int64_t s, int64_t m) {
   }
 }
 
-// The first iterate: attention before the rows. And scores of the own columns at y = v.
+// Hand over settled rows.
 template <class T>
-void ForwardSample<T>::begin(int64_t g, int64_t s, int64_t m) {
-  T* q = t.queries + g * R * z.padded;
-  T value_size[R];
-  for (int64_t j = 0; j < m; ++j) value_size[j] = largest_modulus(value_rows(g, s + j), z.dim);
+void ForwardSample<T>::write(int64_t g, int64_t s, int64_t m) {
   for (int64_t i = 0; i < m; ++i) {
-    if (a.own_score == nullptr) {
-      copy(q, t.fixed + (g * R + i) * z.padded, z.padded);
-      for (int64_t h = 0; h < z.heads; ++h)
-        add(q, made_value(g, i) + h * z.padded, keep_of(h, s + i, s + i), z.padded);
-      norm_and_turn(q, s + i);
-    }
+    const int64_t row = row_of(s + i), at = (b * z.length + row) * z.groups + g;
+    const T* q = t.queries + (g * R + i) * z.padded;
+    copy(a.query + at * z.dim, q, z.dim);
+    if (a.inverse != nullptr) a.inverse[at] = t.norms[g * R + i];
+    T* column = t.columns + (g * z.blocks + (s + i) / kBlock) * z.dim * kBlock + (s + i) % kBlock;
+    for (int64_t k = 0; k < z.dim; ++k) column[k * kBlock] = q[k];
     heads_of(g, [&](int64_t h) {
-      const int64_t at = i * z.hvec + h;
-      const T score = a.own_score == nullptr ? dot(key_row(h, s + i), q, z.dim)
-                                             : a.own_score[(b * z.heads + h) * z.length + row_of(s + i)];
-      t.start[at] = score + own_bias(h, s + i);
-      const bool sees = lse_of(h, s + i) != -kInfinity<T>;
-      t.even.shares[at] = t.even.share[i * z.heads + h] = sees;
-      t.reach[at] = largest_modulus(before_row(h, s + i), z.dim);
-      for (int64_t j = 0; j < R; ++j) {
-        const T keep = j <= i ? keep_of(h, s + i, s + j) : T(0), p = j == i && !sees;
-        t.factors[(i * R + j) * z.hvec + h] = keep;
-        t.even.weights[(i * R + j) * z.hvec + h] = p;
-        t.even.mix[(i * R + j) * z.heads + h] = p * keep;
-        t.reaches[(i * R + j) * z.hvec + h] = j <= i ? keep * value_size[j] : T(0);
+      T* y = a.y + ((b * z.length + row) * z.heads + h) * z.dim;
+      T& lse = a.lse[(b * z.heads + h) * z.length + row];
+      if (a.before_y != nullptr) {
+        copy(a.before_y + ((b * z.n + s + i) * z.heads + h) * z.dim, y, z.dim);
+        a.before_lse[(b * z.heads + h) * z.n + s + i] = lse;
       }
+      copy(y, t.outputs + (h * R + i) * z.padded, z.dim);
+      lse = t.whole[i * z.hvec + h];
     });
   }
 }
 
-// Norm and rotate one query in place; returns what the norm multiplied it with.
 template <class T>
-T ForwardSample<T>::norm_and_turn(T* q, int64_t i) {
-  T inverse = 1;
-  if (a.inverse != nullptr) {
-    inverse = 1 / std::sqrt(dot(q, q, z.dim) / T(z.dim) + T(a.eps));
-    scale(q, inverse, z.dim);
-    for (int64_t k = 0; a.norm_weight != nullptr && k < z.dim; ++k) q[k] *= a.norm_weight[k];
+void ForwardSample<T>::report(int64_t s, int64_t m) {
+  for (int64_t i = 0; i < m; ++i) {
+    const int64_t at = b * z.length + row_of(s + i);
+    a.residual[at] = t.errors[i];
+    a.size[at] = t.sizes[i];
+    a.sweeps[at] = t.sweeps[i];
   }
-  if (a.cosine != nullptr) {
-    const int64_t at = b * a.turn_b + row_of(i) * (z.dim / 2);
-    turn(q, a.cosine + at, a.sine + at, z.dim / 2);
-  }
-  return inverse;
-}
-
-// One vector of columns of a group's queries, before norm and rotation: the combination that the iterate says.
-template <class T>
-inline void ForwardSample<T>::combine(int64_t g, int64_t k, int64_t m, Iterate<T>& at, T* q) {
-  const T *of_value = made_value(g, 0) + k, *of_before = made_before(g, 0) + k;
-  Vector<T> total[R];
-  for (int64_t i = 0; i < R; ++i) total[i] = load(t.fixed + (g * R + i) * z.padded + k);
-  for (int64_t j = 0; j < m * z.heads; ++j) {
-    const Vector<T> made = load(of_value + j * z.padded);
-    for (int64_t i = 0; i < R; ++i) total[i] += at.mix[i * R * z.heads + j] * made;
-  }
-  for (int64_t h = 0; h < z.heads; ++h)
-    for (int64_t i = 0; i < R; ++i) total[i] += at.share[i * z.heads + h] * load(of_before + (i * z.heads + h) * z.padded);
-  for (int64_t i = 0; i < R; ++i) store(q + i * z.padded, total[i]);
-}
-
-// Make a group's queries at an iterate, and the scores of the rows on each other.
-template <class T>
-void ForwardSample<T>::sweep(int64_t g, int64_t s, int64_t m, Iterate<T>& at) {
-  T* q = t.queries + g * R * z.padded;
-  for (int64_t k = 0; k < z.padded; k += kLanes<T>) combine(g, k, m, at, q + k);
-  for (int64_t i = 0; i < m; ++i) t.norms[g * R + i] = norm_and_turn(q + i * z.padded, s + i);
-  heads_of(g, [&](int64_t h) {
-    const T* queries[] = {q, q + z.padded, q + 2 * z.padded, q + 3 * z.padded};
-    for (int64_t i = 0; i < m; ++i) {
-      T scores[R];
-      dots<R>(key_row(h, s + i), queries, z.dim, scores);
-      for (int64_t j = 0; a.bias != nullptr && j <= i; ++j) scores[j] += bias_row(h, s + i)[s + j];
-      if (a.own_score != nullptr) scores[i] = t.start[i * z.hvec + h];
-      for (int64_t j = 0; j <= i; ++j) t.pairs[(i * R + j) * z.hvec + h] = scores[j];
-    }
-  });
 }
 
 }  // namespace implicit_attention::CAPABILITY

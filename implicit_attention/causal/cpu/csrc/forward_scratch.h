@@ -9,17 +9,6 @@ namespace implicit_attention::CAPABILITY {
 
 constexpr int64_t kStrip = 16;  // rows whose scores on all columns before them are held at once
 
-// An iterate of R rows, given by weights: y_ih = share_ih before_ih + sum_{j <= i} mix_ijh value_jh.
-template <class T>
-struct Iterate {
-  Buffer<T> weights;  // [R, R, hvec]: softmax weights of the rows on each other
-  Buffer<T> shares;   // [R, hvec]: on what came before them
-  Buffer<T> mix;      // [R, R H]: weights times dropout factors
-  Buffer<T> share;    // [R, H]: shares, without the padding
-
-  Iterate(int64_t heads, int64_t hvec) : weights(R * R * hvec), shares(R * hvec), mix(R * R * heads), share(R * heads) {}
-};
-
 template <class T>
 struct ForwardScratch {
   // Of all rows of the call. Queries are stored as columns, kBlock beside each other, so that a row of scores is a row of
@@ -38,21 +27,25 @@ struct ForwardScratch {
   Buffer<T> queries;  // [G, R, padded]
   Buffer<T> norms;    // [G, R]
   Buffer<T> outputs;  // [H, R, padded]
-  Iterate<T> even, odd;
-  Buffer<T> factors;  // [R, R, hvec]: dropout factors of the rows' weights on each other
-  Buffer<T> pairs;    // [R, R, hvec]: scores of the rows on each other
-  Buffer<T> start;    // [R, hvec]: scores on the own column at y = v
-  Buffer<T> reach;    // [R, hvec]: the largest entries of attention before the rows
-  Buffer<T> reaches;  // [R, R, hvec]: and of the values that they weigh
-  Buffer<T> peak;     // [R, hvec]: what exponentials are measured from
-  Buffer<T> total;    // [R, hvec]: their sum
-  Buffer<T> rest;     // [R, hvec]: without the own column
-  Buffer<T> changes;  // [R, hvec]: of the own weight since y = v
-  Buffer<T> bounds;   // [R, hvec]: on how far a sweep moves outputs
-  Buffer<T> errors;   // [R, H]: how far it moves them
-  Buffer<T> sizes;    // [R, H]: the largest entries of F(y)
-  // Of a row whose own equation is solved
-  Buffer<T> own;      // [H + 2, padded]
+  Buffer<T> whole;    // [R, hvec]: log-sum-exp of all that they see
+  Buffer<T> errors;   // [R]: residuals
+  Buffer<T> sizes;    // [R]: the largest entries of their outputs
+  Buffer<int64_t> sweeps;  // [R]
+  // Of one row. "Others" are all columns but its own.
+  Buffer<T> pairs;    // [R, hvec]: scores on the rows before it
+  Buffer<T> share;    // [hvec]: of others' weight, what falls on those before the R rows
+  Buffer<T> mix;      // [R, hvec]: and on the rows before it, times dropout factors
+  Buffer<T> peak, total;  // [hvec]: others' exponentials are measured from `peak`; their sum
+  Buffer<T> others_lse;   // [hvec]
+  Buffer<T> others;   // [H, padded]: attention to others
+  Buffer<T> change;   // [H, padded]: the own value minus that
+  Buffer<T> reach;    // [hvec]: its largest entry
+  T most = 0;         // a bound on the entries of its output
+  Buffer<T> key;      // [H, padded], with the rotation undone
+  Buffer<T> own;      // [G, 1 + H, padded]: a query is the first of these plus p_h times the others
+  Buffer<T> at;       // [padded]: a query
+  Buffer<T> squares, scores_at, offset;  // [hvec]: own weights are sigmoid(score + offset)
+  Buffer<T> p, next, start;              // [hvec]: own weights, after one more sweep, and after the first, from y = v
   Buffer<double> root;  // [H]
   RowSolver solver;
 
@@ -61,11 +54,11 @@ struct ForwardScratch {
         keys(z.heads * (kBlock + R) * z.padded), before(z.heads * (kBlock + R) * z.padded), lse((kBlock + R) * z.hvec),
         scores(z.groups * kStrip * z.blocks * kBlock), attended(z.groups * kStrip * z.padded),
         made(z.groups * 2 * R * z.heads * z.padded), fixed(z.groups * R * z.padded), queries(z.groups * R * z.padded),
-        norms(z.groups * R), outputs(z.heads * R * z.padded), even(z.heads, z.hvec), odd(z.heads, z.hvec),
-        factors(R * R * z.hvec), pairs(R * R * z.hvec), start(R * z.hvec), reach(R * z.hvec), reaches(R * R * z.hvec),
-        peak(R * z.hvec), total(R * z.hvec), rest(R * z.hvec), changes(R * z.hvec), bounds(R * z.hvec),
-        errors(R * z.heads), sizes(R * z.heads), own((z.heads + 2) * z.padded), root(z.heads),
-        solver(z.heads, normed ? z.groups : 0) {}
+        norms(z.groups * R), outputs(z.heads * R * z.padded), whole(R * z.hvec), errors(R), sizes(R), sweeps(R),
+        pairs(R * z.hvec), share(z.hvec), mix(R * z.hvec), peak(z.hvec), total(z.hvec), others_lse(z.hvec),
+        others(z.heads * z.padded), change(z.heads * z.padded), reach(z.hvec), key(z.heads * z.padded),
+        own(z.groups * (z.heads + 1) * z.padded), at(z.padded), squares(z.hvec), scores_at(z.hvec), offset(z.hvec),
+        p(z.hvec), next(z.hvec), start(z.hvec), root(z.heads), solver(z.heads, normed ? z.groups : 0) {}
 };
 
 }  // namespace implicit_attention::CAPABILITY

@@ -1,10 +1,10 @@
 // The kernels for one instruction set: build.py compiles this file once for each, with CAPABILITY set to its name.
 #include "kernels.h"
 
-#include "adjoint_own.h"
+#include "adjoint_substitution.h"
 #include "feedback_adjoint.h"
 #include "feedback_forward.h"
-#include "forward_own.h"
+#include "forward_row.h"
 
 namespace implicit_attention::CAPABILITY {
 

@@ -20,7 +20,7 @@ struct Capability {
 // The last one that the processor has is taken.
 const Capability kCapabilities[] = {
     {"baseline", baseline::kernels, [] { return true; }},
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(ONE_CAPABILITY)
     {"avx2", avx2::kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
     {"avx512", avx512::kernels,
      [] {

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 
 #ifndef CAPABILITY
 #define CAPABILITY baseline
@@ -294,10 +295,13 @@ inline void tile(Rows<T> c, Left<T> a, Right<T> b, int64_t depth) {
 template <int V, bool kAccumulate, class T>
 inline void columns(Rows<T> c, Left<T> a, Right<T> b, int64_t rows, int64_t depth) {
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4)
-    tile<4, V, kAccumulate>(Rows<T>{c.data + i * c.row, c.row}, Left<T>{a.data + i * a.row, a.row, a.step}, b, depth);
-  for (; i < rows; ++i)
-    tile<1, V, kAccumulate>(Rows<T>{c.data + i * c.row, c.row}, Left<T>{a.data + i * a.row, a.row, a.step}, b, depth);
+  auto rows_from = [&](auto count) {  // as many rows as its type says
+    tile<count(), V, kAccumulate>(Rows<T>{c.data + i * c.row, c.row}, Left<T>{a.data + i * a.row, a.row, a.step}, b, depth);
+    i += count();
+  };
+  while (i + 6 <= rows) rows_from(std::integral_constant<int, 6>());
+  while (i + 4 <= rows) rows_from(std::integral_constant<int, 4>());
+  while (i < rows) rows_from(std::integral_constant<int, 1>());
 }
 
 // C = A B (or += A B) for C [rows, width], width a multiple of the vector, A [rows, depth], B [depth, width].

@@ -195,7 +195,7 @@ def solve_block(
         gain: `[B, n, H, H]`, their own Jacobians.
         status: `[B]`, 1 if the sample is solved.
         work: Scratch.
-        near_singular: As `diagonal.NEAR_SINGULAR`.
+        near_singular: As `diagonal_adjoint.NEAR_SINGULAR`.
     """
     b = tl.program_id(0).to(tl.int64)
     wide: tl.constexpr = y.dtype.element_ty

@@ -1,6 +1,7 @@
 """How a layer's equation is solved: by which solver, with which gradient, and what is known of the solution."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -171,16 +172,18 @@ class Found(NamedTuple):
     def weights(self) -> Tensor:
         """Return the attention matrix, `[B, H, N, M]`."""
         assert self.equation is not None
-        weights: Tensor = self.equation.function.weights(self.solution.value, *self.equation.args)
-        return weights
+        return self.equation.function.weights(self.solution.value, *self.equation.args)
+
+    def with_gains(self) -> Solution:
+        """Return the solution, and in it how much each row feeds itself."""
+        assert self.equation is not None
+        return replace(self.solution, gain=row_gains(self.equation, self.solution))
 
     def give(self, inputs: Inputs) -> None:
         """Give the cache the new tokens: the last thing a call does, so that one that raises leaves it as it was."""
-        if inputs.cache is None:
-            return
-        if self.decoded is not None:
+        if inputs.cache is not None and self.decoded is not None:
             self.decoded.give(inputs.cache)
-        elif self.equation is not None:
+        elif inputs.cache is not None and self.equation is not None:
             inputs.cache.append(*columns(self.equation, self.solution), inputs.key_padding_mask)
 
 

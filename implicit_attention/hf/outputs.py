@@ -1,6 +1,7 @@
 """What the models return: transformers' own outputs, with the statistics of the solves."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ class ImplicitModelOutput(BaseModelOutputWithPast):
     """
 
     solver_stats: SolverStats | None = None
+
+    def shared(self) -> dict[str, Any]:
+        """Return what a model with a head hands on as it is."""
+        return {name: getattr(self, name) for name in ("hidden_states", "attentions", "solver_stats")}
 
 
 @dataclass

@@ -218,6 +218,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                 default, `ForwardSubstitution`, has none.
             gains: Also return `Solution.gain`, how much each row feeds itself, at the cost of no attention pass. Only
                 causal layers whose rows belong to keys have it.
+            **inputs: Masks, cache and packed documents, as in `forward`.
 
         Returns:
             The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` per sample `[B]`, or per row `[B, N]`

@@ -43,9 +43,11 @@ class ImplicitModelOutput(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast` with statistics.
 
     Attributes:
+        last_hidden_state: `[B, n, D]`.
         solver_stats: One entry per implicit layer; None if there is none.
     """
 
+    last_hidden_state: Tensor = None  # type: ignore[assignment] # a model always gives it
     solver_stats: SolverStats | None = None
 
     def shared(self) -> dict[str, Any]:

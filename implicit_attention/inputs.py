@@ -293,12 +293,20 @@ def _check_mask(name: str, mask: object, like: Tensor) -> None:
         raise bad_value(name, f"on the input's device, {like.device}", mask, f"Move it: {name}.to(x.device).")
 
 
-def non_finite(named: dict[str, Tensor | None]) -> ValueError:
-    """Return the error for an output that is not finite, naming the input or parameter to blame."""
+SCORES_OVERFLOW = (
+    "The attention scores overflow though the inputs and weights are finite: scale them down, use qk_norm=True, or a "
+    "wider dtype. Where values read outputs, these may have grown: use feedback_norm=True."
+)
+
+
+def non_finite(named: dict[str, Tensor | None], otherwise: str = SCORES_OVERFLOW) -> ValueError:
+    """Return the error for an output that is not finite, naming the input or parameter to blame.
+
+    Args:
+        named: Inputs and parameters.
+        otherwise: What is said if all of them are finite.
+    """
     found = first_non_finite(named)
     if found is None:
-        return ValueError(
-            "The attention scores overflow though the inputs and weights are finite: scale them down, use "
-            "qk_norm=True, or a wider dtype. Where values read outputs, these may have grown: use feedback_norm=True."
-        )
+        return ValueError(otherwise)
     return ValueError(f"{found}: an equilibrium cannot be solved from it. Check what made it.")

@@ -10,15 +10,14 @@ from implicit_attention.attention.linear_map import checked_against, expected
 from implicit_attention.attention.positions import Positions, make_positions
 from implicit_attention.cache import Cache, DecodeCache
 from implicit_attention.equation import Equation, prepare
-from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.reports import Reporting
 from implicit_attention.equilibrium.solvers import Method, Solution
-from implicit_attention.errors import all_finite, bad_type, bad_value, require
-from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, checked, non_finite
+from implicit_attention.errors import bad_type, bad_value
+from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, checked
 from implicit_attention.recommended import Recommended
 from implicit_attention.settings import Configured, Settings
-from implicit_attention.solving import make_adjoint, make_solver, row_gains, settle
+from implicit_attention.solving import make_adjoint, make_solver, output, own, settle
 
 
 class ImplicitQueryAttention(Recommended, Configured, Reporting):
@@ -140,10 +139,9 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         self.W_K = nn.Linear(size, keys, bias=bias, **where)
         self.Omega_V = nn.Linear(size, columns, bias=bias, **where) if settings.values != "identity" else None
         self.W_Q = nn.Linear(size, queries, bias=bias, **where) if settings.query_input else None
-        weights, normed = settings.qk_norm == "weights", bool(settings.qk_norm)
-        self.temperature = nn.Parameter(torch.ones(keys // head_dim, **where)) if normed and not weights else None
-        self.key_norm = nn.Parameter(torch.ones(head_dim, **where)) if weights else None
-        self.query_norm = nn.Parameter(torch.ones(head_dim, **where)) if weights else None
+        self.temperature = nn.Parameter(torch.ones(keys // head_dim, **where)) if settings.qk_norm is True else None
+        weights = [torch.ones(head_dim, **where) if settings.qk_norm == "weights" else None for _ in range(2)]
+        self.key_norm, self.query_norm = (None if t is None else nn.Parameter(t) for t in weights)
         self.positions = make_positions(positions, settings.num_heads, head_dim)
         if self.positions is not None:
             self.positions.to(**where)
@@ -169,7 +167,9 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         cu_seqlens: Tensor | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        need_solution: bool = False,
+        gains: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor | None, Solution]:
         """Return the equilibrium, projected if the layer has an `out_proj`.
 
         Args:
@@ -188,29 +188,38 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             cu_seqlens: The same for one sample, as the boundaries of its documents, `[docs + 1]` from 0 to N.
             need_weights: Also return the attention matrix at the equilibrium (the only thing that makes one).
             average_attn_weights: Average it over the heads.
+            need_solution: Also return what `solve` returns, for a model that logs it: hooks see this call as any other.
+            gains: As in `solve`; needs `need_solution`.
 
         Returns:
             `[B, N, D]` or `[N, D]`, zeros (before `out_proj`) in rows that see nothing; with `need_weights` also
-            `[B, N, M]`, or `[B, H, N, M]` if not averaged (before dropout).
+            `[B, N, M]`, or `[B, H, N, M]` if not averaged (before dropout). With `need_solution` all three: output,
+            weights (None without `need_weights`) and solution.
 
         Raises:
             TypeError: If a tensor is of the wrong type.
             ValueError: If a shape, dtype or device does not fit, or an input or weight holds NaN or Inf.
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
+        if gains and not need_solution:
+            raise bad_value("gains", "False without need_solution=True", gains, "Or call `solve`.")
+        self._check_gains(gains)
         inputs = self._inputs(
             x, context, attn_mask=attn_mask, key_padding_mask=key_padding_mask, cache=cache, segments=segments,
             cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        found = settle(self, self._report, inputs, short=not need_weights)
-        out = self._project(found.solution.value)
-        out = out if inputs.batched else out[0]
-        weights = found.weights() if need_weights else out
+        found = settle(self, self._report, inputs, short=not (need_weights or gains))
+        out = output(self, found.solution.value)
+        weights = found.weights() if need_weights else None
+        solution = found.with_gains() if gains else found.solution
         found.give(inputs)
-        if not need_weights:
-            return out
-        weights = weights.mean(1) if average_attn_weights else weights
-        return out, weights if inputs.batched else weights[0]
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not inputs.batched:
+            out, weights, solution = out[0], None if weights is None else weights[0], solution.unbatched()
+        if need_solution:
+            return out, weights, solution
+        return out if weights is None else (out, weights)
 
     def solve(
         self,
@@ -230,6 +239,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                 default, `ForwardSubstitution`, has none.
             gains: Also return `Solution.gain`, how much each row feeds itself, at the cost of no attention pass. Only
                 causal layers whose rows belong to keys have it.
+            **inputs: Masks, cache and packed documents, as in `forward`.
 
         Returns:
             The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` per sample `[B]`, or per row `[B, N]`
@@ -240,15 +250,11 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             ValueError: As `forward`; or if the solver has no history or the layer no gains.
             ConvergenceError: As `forward`.
         """
-        if gains and not self.triangular:
-            raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
-                            "Use diagnostics.spectral_radius.")  # fmt: skip
+        self._check_gains(gains)
         given = self._inputs(x, context, **inputs)
         found = settle(self, self._report, given, history=history, short=not (history or gains))
-        solution = replace(found.solution, value=_own(found.solution.value), unique=self.settings.unique)
-        if gains:
-            assert found.equation is not None
-            solution = replace(solution, gain=row_gains(found.equation, found.solution))
+        solution = found.with_gains() if gains else found.solution
+        solution = replace(solution, value=own(solution.value))
         solution = solution if given.batched else solution.unbatched()
         found.give(given)
         return solution
@@ -287,17 +293,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
     def _inputs(self, x: Tensor, context: Tensor | None, **options: Unpack[InputOptions]) -> Inputs:
         return checked(self.settings, checked_against(self.W_K), x, context, **options)
 
-    def _project(self, y: Tensor) -> Tensor:
-        if self.out_proj is None:
-            return _own(y)
-        out: Tensor = self.out_proj(y)
-        if torch.compiler.is_compiling():
-            require(torch.isfinite(out).all(), "The layer's output holds NaN or Inf: check `out_proj` and the weights.")
-        elif not maps.transforms_active() and not all_finite(out):
-            raise non_finite(dict(self.named_parameters()))
-        return out
-
-
-def _own(y: Tensor) -> Tensor:
-    """An equilibrium that the caller may change in place: the backward pass keeps the other."""
-    return y.clone() if y.requires_grad else y
+    def _check_gains(self, gains: bool) -> None:
+        if gains and not self.triangular:
+            raise bad_value("gains", 'False unless is_causal=True and normalize_over="queries"', gains,
+                            "Use diagnostics.spectral_radius.")  # fmt: skip

@@ -18,6 +18,7 @@ RENAMED = {
     "diagonal": "causal.diagonal",
     "fixed_point": "equilibrium.fixed_point",
     "forward_substitution": "causal.forward_substitution",
+    "hf.equilibrium": "hf.block",
     "kernels": "attention",
     "kernels.attention": "attention.operation",
     "kernels.flash": "attention.flash_cpu",

@@ -1,6 +1,7 @@
 """How a layer's equation is solved: by which solver, with which gradient, and what is known of the solution."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,10 +16,11 @@ from implicit_attention.decoding import Decoded, decode, serves
 from implicit_attention.equation import Equation, Layer, prepare, project
 from implicit_attention.equation.collapse import watch
 from implicit_attention.equation.packing import PackedMap, outside_graphs
+from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Method, Solution
-from implicit_attention.errors import NonFiniteError, bad_type, bad_value
+from implicit_attention.errors import NonFiniteError, all_finite, bad_type, bad_value, require
 from implicit_attention.inputs import Inputs, non_finite
 from implicit_attention.settings import Settings
 
@@ -27,6 +29,7 @@ class SolvedLayer(Layer, Protocol):
     """What a call of a layer is solved with, under the names of `ImplicitQueryAttention`."""
 
     adjoint: Adjoint
+    out_proj: nn.Linear | None
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Return the parameters by name, for a message that says which is to blame."""
@@ -184,16 +187,18 @@ class Found(NamedTuple):
     def weights(self) -> Tensor:
         """Return the attention matrix, `[B, H, N, M]`."""
         assert self.equation is not None
-        weights: Tensor = self.equation.function.weights(self.solution.value, *self.equation.args)
-        return weights
+        return self.equation.function.weights(self.solution.value, *self.equation.args)
+
+    def with_gains(self) -> Solution:
+        """Return the solution, and in it how much each row feeds itself."""
+        assert self.equation is not None
+        return replace(self.solution, gain=row_gains(self.equation, self.solution))
 
     def give(self, inputs: Inputs) -> None:
         """Give the cache the new tokens: the last thing a call does, so that one that raises leaves it as it was."""
-        if inputs.cache is None:
-            return
-        if self.decoded is not None:
+        if inputs.cache is not None and self.decoded is not None:
             self.decoded.give(inputs.cache)
-        elif self.equation is not None:
+        elif inputs.cache is not None and self.equation is not None:
             inputs.cache.append(*columns(self.equation, self.solution), inputs.key_padding_mask)
 
 
@@ -222,7 +227,7 @@ def settle(
     decoded = decode(layer, inputs, projected) if short and serves(layer, inputs) else None
     if decoded is not None:
         report.keep(decoded.solution)
-        return Found(decoded.solution, None, decoded)
+        return Found(replace(decoded.solution, unique=layer.settings.unique), None, decoded)
     equation = prepare(layer, inputs, projected)
     if not torch.compiler.is_compiling():
         report.advice = "" if layer.settings.is_causal or layer.settings.unique else _MAY_NOT_CONTRACT
@@ -231,4 +236,33 @@ def settle(
     except NonFiniteError as error:
         raise non_finite({**inputs.named(), **dict(layer.named_parameters())}) from error
     watch(layer, inputs, equation, solution.value, report)
-    return Found(solution, equation, None)
+    return Found(replace(solution, unique=layer.settings.unique), equation, None)
+
+
+def output(layer: SolvedLayer, y: Tensor) -> Tensor:
+    """Return what a layer returns of an equilibrium: projected, if it has an `out_proj`.
+
+    Args:
+        layer: The layer.
+        y: The equilibrium, `[B, N, D]`.
+
+    Returns:
+        The output, `[B, N, D]`.
+
+    Raises:
+        ValueError: If it holds NaN or Inf.
+    """
+    if layer.out_proj is None:
+        return own(y)
+    out: Tensor = layer.out_proj(y)
+    overflow = "The output of `out_proj` overflows: scale it down, or use a wider dtype."
+    if torch.compiler.is_compiling():
+        require(torch.isfinite(out).all(), overflow)
+    elif not maps.transforms_active() and not all_finite(out):
+        raise non_finite(dict(layer.named_parameters()), overflow)
+    return out
+
+
+def own(y: Tensor) -> Tensor:
+    """Return an equilibrium that the caller may change in place: the backward pass keeps the other."""
+    return y.clone() if y.requires_grad else y

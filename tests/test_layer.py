@@ -293,3 +293,22 @@ def test_relative_bias_is_clipped_at_its_reach():
     check_map(layer, x, None, {})
     check_gradients(layer, x, None, {})
     assert np.abs(array(layer.positions.table.grad)).min() > 0
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_solution_of_a_call(batched):
+    layer, x, _, _ = make_inputs({"is_causal": True, "out_proj": True}, 2, 7)
+    x = x if batched else x[0]
+    expected = layer.solve(x, gains=True)
+    y, weights, solution = layer(x, need_weights=True, need_solution=True, gains=True)
+    for name in ("value", "residual", "steps", "converged", "gain"):
+        assert torch.equal(getattr(solution, name), getattr(expected, name)), name
+    right, averaged = layer(x, need_weights=True)
+    assert torch.equal(y, right)
+    assert torch.equal(weights, averaged)
+    y, weights, solution = layer(x, need_solution=True)
+    assert torch.equal(y, layer.out_proj(solution.value))
+    assert weights is None
+    assert solution.gain is None
+    with pytest.raises(ValueError, match="`gains` must be False without need_solution=True"):
+        layer(x, gains=True)

@@ -12,10 +12,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from implicit_attention import ImplicitQueryAttention
 from implicit_attention.hf.caching import LayerCache
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
-from implicit_attention.hf.equilibrium import Solved, solve
 from implicit_attention.hf.offload import weights_on_device
 from implicit_attention.hf.ordinary import OrdinaryAttention, attention_scale
-from implicit_attention.hf.outputs import Stats
+from implicit_attention.hf.outputs import Stats, layer_stats
 from implicit_attention.hf.settings import make_adjoint, make_positions, make_solver
 from implicit_attention.hf.tokens import Tokens
 
@@ -116,7 +115,6 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
             y, weights = layer(normed, tokens, mask, cache, need_weights=output_attentions)
         else:
             y, weights, stats = self._solve(layer, normed, tokens, cache, output_attentions, output_gains)
-            y = y if layer.out_proj is None else layer.out_proj(y)
         x = x + self._multiplied(y)
         return BlockOutput(x + self._multiplied(self.mlp(self.mlp_norm(x))), weights, stats)
 
@@ -125,7 +123,8 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
 
     def _solve(
         self, layer: ImplicitQueryAttention, x: Tensor, tokens: Tokens, cache: Cache | None, show: bool, gains: bool
-    ) -> Solved:
+    ) -> BlockOutput:
+        """What an implicit layer adds. It is called, so that hooks and offloading act on it as on any module."""
         held, mask = None, tokens.mask
         if cache is not None or tokens.positions is not None:
             shape = (layer.settings.num_kv_heads, layer.settings.head_dim)
@@ -134,10 +133,12 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
         if mask is not None and extra:
             mask = F.pad(mask, (extra, 0))  # the column is hidden already
         with weights_on_device(layer):
-            out = solve(layer, x, tokens.hidden, held, mask=mask, segments=tokens.segments, need_weights=show,
-                        gains=gains)  # fmt: skip
-        weights = None if out.weights is None else tokens.weights_by_slot(out.weights[..., extra:])
-        return out._replace(weights=weights)
+            y, weights, solution = layer(
+                x, attn_mask=mask, key_padding_mask=tokens.hidden, cache=held, segments=tokens.segments,
+                need_weights=show, average_attn_weights=False, need_solution=True, gains=gains and layer.triangular,
+            )  # fmt: skip
+        weights = None if weights is None else tokens.weights_by_slot(weights[..., extra:])
+        return BlockOutput(y, weights, layer_stats(solution))
 
 
 def implicit_attention(

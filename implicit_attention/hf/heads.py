@@ -10,13 +10,12 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import TransformersKwargs
 
 from implicit_attention.errors import bad_value
-from implicit_attention.hf.calls import take_cache
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
-from implicit_attention.hf.modeling import ImplicitAttentionModel, ImplicitAttentionPreTrainedModel, Output, returned
+from implicit_attention.hf.modeling import Headed
 from implicit_attention.hf.outputs import ImplicitCausalLMOutput, ImplicitMaskedLMOutput
 
 
-class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationMixin):
+class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
     """A language model: the next token from those before."""
 
     _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -33,7 +32,6 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
         super().__init__(config)
         if not config.is_causal:
             raise bad_value("is_causal", "True for a causal language model", config.is_causal)
-        self.model = ImplicitAttentionModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -71,7 +69,7 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
     continuous_batching_context_manager = init_continuous_batching
     generate_batch = init_continuous_batching
 
-    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -79,16 +77,12 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_gains: bool | None = None,
-        return_dict: bool | None = None,
+        *,
         logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        position_ids: Tensor | None = None,
+        output_gains: bool | None = None,
         shift_labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImplicitCausalLMOutput | Output:
+    ) -> ImplicitCausalLMOutput:
         """Return logits, and the loss if labels are given.
 
         Args:
@@ -99,15 +93,11 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
             labels: Tokens `[B, n]` to be predicted, each from those before it (they are shifted here); -100 counts
                 for nothing.
             use_cache: As there.
-            output_attentions: As there.
-            output_hidden_states: As there.
-            output_gains: As there.
-            return_dict: As there.
             logits_to_keep: How many of the last tokens get logits, all if 0; or which.
-            num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
-            position_ids: As there.
+            output_gains: As there.
             shift_labels: Labels that are shifted already, in the place of `labels`.
-            **kwargs: As there.
+            **kwargs: As there; `num_items_in_batch` is what the summed loss is divided by, if not by the number of
+                labels here.
 
         Returns:
             Output with `loss`, `logits` `[B, n, vocab_size]` and `solver_stats`.
@@ -116,11 +106,9 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
-        cache = take_cache(cache, kwargs)
-        out = self.model(
-            input_ids, attention_mask, cache, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, output_gains, True, position_ids, **kwargs,
-        )  # fmt: skip
+        out = self.read(
+            input_ids, attention_mask, cache, inputs_embeds, use_cache=use_cache, output_gains=output_gains, **kwargs
+        )
         logits = scaled(self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep)), self.config)
         loss = None
         if labels is not None or shift_labels is not None:
@@ -128,24 +116,13 @@ class ImplicitAttentionForCausalLM(ImplicitAttentionPreTrainedModel, GenerationM
                 logits,
                 labels,
                 vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
                 shift_labels=shift_labels,
             )
-        return returned(
-            ImplicitCausalLMOutput(
-                loss=loss,
-                logits=logits,
-                cache=out.cache,
-                hidden_states=out.hidden_states,
-                attentions=out.attentions,
-                solver_stats=out.solver_stats,
-            ),
-            return_dict,
-            self.config,
-        )
+        return ImplicitCausalLMOutput(loss=loss, logits=logits, cache=out.cache, **out.shared())
 
 
-class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
+class ImplicitAttentionForMaskedLM(Headed):
     """A bidirectional model that fills in masked tokens."""
 
     _tied_weights_keys: dict[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -163,24 +140,17 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
         if config.is_causal:
             raise bad_value("is_causal", "False for a masked language model", config.is_causal,
                             "It fills in tokens from both sides.")  # fmt: skip
-        self.model = ImplicitAttentionModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_gains: bool | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        position_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImplicitMaskedLMOutput | Output:
+    ) -> ImplicitMaskedLMOutput:
         """Return logits, and the loss if labels are given.
 
         Args:
@@ -188,13 +158,8 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
             attention_mask: As there.
             inputs_embeds: As there.
             labels: `[B, n]`, the tokens that were masked, -100 elsewhere.
-            output_attentions: As there.
-            output_hidden_states: As there.
-            output_gains: As there.
-            return_dict: As there.
-            num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
-            position_ids: As there.
-            **kwargs: As there.
+            **kwargs: As there; `num_items_in_batch` is what the summed loss is divided by, if not by the number of
+                labels here.
 
         Returns:
             Output with `loss`, `logits` `[B, n, vocab_size]` and `solver_stats`.
@@ -203,27 +168,12 @@ class ImplicitAttentionForMaskedLM(ImplicitAttentionPreTrainedModel):
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
-        out = self.model(
-            input_ids, attention_mask, None, inputs_embeds, False,
-            output_attentions, output_hidden_states, output_gains, True, position_ids, **kwargs,
-        )  # fmt: skip
-        logits = scaled(self.lm_head(out.last_hidden_state), self.config)
-        loss = None
+        out = self.read(input_ids, attention_mask, None, inputs_embeds, **kwargs)
+        logits, loss = scaled(self.lm_head(out.last_hidden_state), self.config), None
         if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
-        return returned(
-            ImplicitMaskedLMOutput(
-                loss=loss,
-                logits=logits,
-                hidden_states=out.hidden_states,
-                attentions=out.attentions,
-                solver_stats=out.solver_stats,
-            ),
-            return_dict,
-            self.config,
-        )
+            count = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=count)
+        return ImplicitMaskedLMOutput(loss=loss, logits=logits, **out.shared())
 
 
 def scaled(logits: Tensor, config: ImplicitAttentionConfig) -> Tensor:

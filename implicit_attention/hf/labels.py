@@ -7,13 +7,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import TransformersKwargs
 
-from implicit_attention.hf.calls import take_cache
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
-from implicit_attention.hf.modeling import ImplicitAttentionModel, ImplicitAttentionPreTrainedModel, Output, returned
+from implicit_attention.hf.modeling import Headed
 from implicit_attention.hf.outputs import ImplicitClassifierOutput, ImplicitSpanOutput, ImplicitTokenClassifierOutput
 
 
-class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedModel):
+class ImplicitAttentionForSequenceClassification(Headed):
     """One label, or one vector of scores, for a sequence.
 
     A causal model is read at its last token that is not padding, the only one that sees all others; a
@@ -29,26 +28,20 @@ class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedMode
         """
         super().__init__(config)
         self.num_labels = int(config.num_labels or 2)
-        self.model = ImplicitAttentionModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
-    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_gains: bool | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        position_ids: Tensor | None = None,
+        *,
         cache: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImplicitClassifierOutput | Output:
+    ) -> ImplicitClassifierOutput:
         """Return scores, and the loss if labels are given.
 
         Args:
@@ -56,15 +49,10 @@ class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedMode
             attention_mask: As there.
             inputs_embeds: As there.
             labels: `[B]` int64, or as `config.problem_type` says.
-            output_attentions: As there.
-            output_hidden_states: As there.
-            output_gains: As there.
-            return_dict: As there.
-            num_items_in_batch: Not used: the loss is the mean over the batch, as of transformers' own models.
-            position_ids: As there.
             cache: As there.
             use_cache: As there, but False if None.
-            **kwargs: As there.
+            **kwargs: As there; `num_items_in_batch` is not used: the loss is the mean over the batch, as of
+                transformers' own models.
 
         Returns:
             Output with `loss`, `logits` `[B, num_labels]` and `solver_stats`.
@@ -73,29 +61,14 @@ class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedMode
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
-        cache = take_cache(cache, kwargs)
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = _inner(input_ids != self.config.pad_token_id)
-        out = self.model(
-            input_ids, attention_mask, cache, inputs_embeds, bool(use_cache),
-            output_attentions, output_hidden_states, output_gains, True, position_ids, **kwargs,
-        )  # fmt: skip
+        out = self.read(input_ids, attention_mask, cache, inputs_embeds, use_cache=bool(use_cache), **kwargs)
         logits = self.score(self._pool(out.last_hidden_state, attention_mask))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return returned(
-            ImplicitClassifierOutput(
-                loss=loss,
-                logits=logits,
-                cache=out.cache,
-                hidden_states=out.hidden_states,
-                attentions=out.attentions,
-                solver_stats=out.solver_stats,
-            ),
-            return_dict,
-            self.config,
-        )
+        return ImplicitClassifierOutput(loss=loss, logits=logits, cache=out.cache, **out.shared())
 
     def _pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         """`[B, n, D] -> [B, D]`."""
@@ -108,7 +81,7 @@ class ImplicitAttentionForSequenceClassification(ImplicitAttentionPreTrainedMode
         return x[torch.arange(x.shape[0], device=x.device), last]
 
 
-class ImplicitAttentionForTokenClassification(ImplicitAttentionPreTrainedModel):
+class ImplicitAttentionForTokenClassification(Headed):
     """One label for every token."""
 
     def __init__(self, config: ImplicitAttentionConfig) -> None:
@@ -119,24 +92,17 @@ class ImplicitAttentionForTokenClassification(ImplicitAttentionPreTrainedModel):
         """
         super().__init__(config)
         self.num_labels = int(config.num_labels or 2)
-        self.model = ImplicitAttentionModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_gains: bool | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        position_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImplicitTokenClassifierOutput | Output:
+    ) -> ImplicitTokenClassifierOutput:
         """Return scores, and the loss if labels are given.
 
         Args:
@@ -144,13 +110,8 @@ class ImplicitAttentionForTokenClassification(ImplicitAttentionPreTrainedModel):
             attention_mask: As there.
             inputs_embeds: As there.
             labels: `[B, n]` int64; -100 counts for nothing.
-            output_attentions: As there.
-            output_hidden_states: As there.
-            output_gains: As there.
-            return_dict: As there.
-            num_items_in_batch: What the summed loss is divided by, if not by the number of labels here.
-            position_ids: As there.
-            **kwargs: As there.
+            **kwargs: As there; `num_items_in_batch` is what the summed loss is divided by, if not by the number of
+                labels here.
 
         Returns:
             Output with `loss`, `logits` `[B, n, num_labels]` and `solver_stats`.
@@ -159,27 +120,15 @@ class ImplicitAttentionForTokenClassification(ImplicitAttentionPreTrainedModel):
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
-        out = self.model(
-            input_ids, attention_mask, None, inputs_embeds, False,
-            output_attentions, output_hidden_states, output_gains, True, position_ids, **kwargs,
-        )  # fmt: skip
+        out = self.read(input_ids, attention_mask, None, inputs_embeds, **kwargs)
         logits, loss = self.score(out.last_hidden_state), None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
-        return returned(
-            ImplicitTokenClassifierOutput(
-                loss=loss,
-                logits=logits,
-                hidden_states=out.hidden_states,
-                attentions=out.attentions,
-                solver_stats=out.solver_stats,
-            ),
-            return_dict,
-            self.config,
-        )
+            count = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=count)
+        return ImplicitTokenClassifierOutput(loss=loss, logits=logits, **out.shared())
 
 
-class ImplicitAttentionForQuestionAnswering(ImplicitAttentionPreTrainedModel):
+class ImplicitAttentionForQuestionAnswering(Headed):
     """Where in a text the answer to a question begins and ends."""
 
     def __init__(self, config: ImplicitAttentionConfig) -> None:
@@ -189,25 +138,18 @@ class ImplicitAttentionForQuestionAnswering(ImplicitAttentionPreTrainedModel):
             config: What it is made of.
         """
         super().__init__(config)
-        self.model = ImplicitAttentionModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
-    def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_gains: bool | None = None,
-        return_dict: bool | None = None,
-        position_ids: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImplicitSpanOutput | Output:
+    ) -> ImplicitSpanOutput:
         """Return scores, and the loss if both positions are given.
 
         Args:
@@ -216,13 +158,8 @@ class ImplicitAttentionForQuestionAnswering(ImplicitAttentionPreTrainedModel):
             inputs_embeds: As there.
             start_positions: `[B]` int64, the answer's first token; outside the text it counts for nothing.
             end_positions: `[B]` int64, its last token.
-            output_attentions: As there.
-            output_hidden_states: As there.
-            output_gains: As there.
-            return_dict: As there.
-            position_ids: As there.
-            num_items_in_batch: Not used: the loss is the mean over the batch, as of transformers' own models.
-            **kwargs: As there.
+            **kwargs: As there; `num_items_in_batch` is not used: the loss is the mean over the batch, as of
+                transformers' own models.
 
         Returns:
             Output with `loss`, `start_logits` and `end_logits` `[B, n]`, and `solver_stats`.
@@ -231,26 +168,12 @@ class ImplicitAttentionForQuestionAnswering(ImplicitAttentionPreTrainedModel):
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
-        out = self.model(
-            input_ids, attention_mask, None, inputs_embeds, False,
-            output_attentions, output_hidden_states, output_gains, True, position_ids, **kwargs,
-        )  # fmt: skip
+        out = self.read(input_ids, attention_mask, None, inputs_embeds, **kwargs)
         start, end = (t.contiguous() for t in self.qa_outputs(out.last_hidden_state).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start, end, start_positions, end_positions)
-        return returned(
-            ImplicitSpanOutput(
-                loss=loss,
-                start_logits=start,
-                end_logits=end,
-                hidden_states=out.hidden_states,
-                attentions=out.attentions,
-                solver_stats=out.solver_stats,
-            ),
-            return_dict,
-            self.config,
-        )
+        return ImplicitSpanOutput(loss=loss, start_logits=start, end_logits=end, **out.shared())
 
 
 def _inner(real: Tensor) -> Tensor | None:

@@ -1,7 +1,7 @@
 """The model without a head: embedding, blocks and a last norm."""
 
 from os import PathLike
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
     packed_sequence_mask_function,
 )
-from transformers.utils.generic import ModelOutput, TransformersKwargs
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import selected_hidden_states
 
@@ -28,10 +28,7 @@ from implicit_attention.hf.outputs import (
     stack_stats,
 )
 from implicit_attention.hf.tokens import cached_length, describe, documents
-from implicit_attention.hf.transactions import transactional
-
-M = TypeVar("M", bound=ModelOutput)
-Output = tuple[object, ...]
+from implicit_attention.hf.transactions import level, transactional
 
 
 class ImplicitAttentionPreTrainedModel(PreTrainedModel):
@@ -51,10 +48,10 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let every model with a forward of its own leave the cache of a call that raises as it was."""
+        """Let every forward take `return_dict`, and leave the cache of a call that raises as it was."""
         super().__init_subclass__(**kwargs)
         if "forward" in vars(cls):
-            cls.forward = transactional(cls.forward)
+            cls.forward = transactional(can_return_tuple(cls.forward))
 
     @classmethod
     def from_pretrained(
@@ -120,14 +117,14 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_gains: bool | None = None,
-        return_dict: bool | None = None,
         position_ids: Tensor | None = None,
         cache_position: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImplicitModelOutput | Output:
+    ) -> ImplicitModelOutput:
         """Return the last hidden states.
 
         Args:
@@ -140,12 +137,11 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             output_attentions: Whether to return the attention matrices at the equilibria.
             output_hidden_states: Whether to return what every block is given; or which of them.
             output_gains: Whether to measure `solver_stats.gain`; the configuration's `output_gains` if None.
-            return_dict: Whether to return an output with names, or a tuple of what is not None.
             position_ids: Where each token stands, `[B, n]`, int64. Without a mask and a cache, positions that restart
                 are packed documents: each is an equilibrium of its own.
             cache_position: Slots of the new tokens, P to P + n - 1. It is checked alone.
             **kwargs: What transformers' models know: `cu_seq_lens_q`, `seq_idx` for packed documents; others must be
-                what they are without them.
+                what they are without them. With `return_dict=False` the output is a tuple of what is not None.
 
         Returns:
             Output with `last_hidden_state` `[B, n, D]` and `solver_stats`.
@@ -155,6 +151,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             ValueError: If inputs are missing, doubled, or do not fit.
         """
         cache = take_cache(cache, kwargs)
+        level(cache, self.config.num_hidden_layers)
         boundaries, numbers = check_others(kwargs, self.config.is_causal)
         if (input_ids is None) == (inputs_embeds is None):
             raise bad_value("input_ids", "given unless `inputs_embeds` is, and not both", input_ids)
@@ -181,14 +178,13 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             stats += [] if block_stats is None else [block_stats]
         states[-1] = x = self.norm(x)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        out = ImplicitModelOutput(
+        return ImplicitModelOutput(
             last_hidden_state=x,
             cache=cache,
             hidden_states=_selected(states, wanted),  # type: ignore[arg-type] # None in the place of those not asked for
             attentions=tuple(weights) if show_weights else None,
             solver_stats=stack_stats(stats),
         )
-        return returned(out, return_dict, self.config)
 
     def _cache(self, cache: Cache | None, use_cache: bool | None, segments: Tensor | None) -> Cache | None:
         """The cache to be used, a new one if one is wanted and none is given."""
@@ -244,6 +240,30 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         return make(config, x, attention_mask, None, and_mask_function=packed_sequence_mask_function(segments))
 
 
+class Headed(ImplicitAttentionPreTrainedModel):
+    """What models with a head share: the model beneath it, and how it is called."""
+
+    def __init__(self, config: ImplicitAttentionConfig) -> None:
+        """Make the model beneath.
+
+        Args:
+            config: What it is made of.
+        """
+        super().__init__(config)
+        self.model = ImplicitAttentionModel(config)
+
+    def read(self, *inputs: Any, use_cache: bool | None = False, **kwargs: Any) -> ImplicitModelOutput:
+        """Return what the model beneath makes of a call, with names whatever `config.return_dict` says.
+
+        Args:
+            *inputs: The first arguments of `ImplicitAttentionModel.forward`.
+            use_cache: As there.
+            **kwargs: As there.
+        """
+        out: ImplicitModelOutput = self.model(*inputs, use_cache=use_cache, return_dict=True, **kwargs)
+        return out
+
+
 class _MaskSettings:
     """What transformers' masks ask of a configuration, under the names they know. Dynamo traces no SimpleNamespace."""
 
@@ -267,8 +287,3 @@ def _selected(states: list[Tensor], wanted: bool | int | list[int] | None) -> tu
 def either(value: bool | None, default: bool | None) -> bool:
     """Return a flag of a call, or where it is None the configuration's."""
     return bool(default if value is None else value)
-
-
-def returned(out: M, return_dict: bool | None, config: ImplicitAttentionConfig) -> M | Output:
-    """Return an output as it is, or as the tuple of what in it is not None."""
-    return out if either(return_dict, config.return_dict) else out.to_tuple()

@@ -1,6 +1,7 @@
 """What the models return: transformers' own outputs, with the statistics of the solves."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +43,16 @@ class ImplicitModelOutput(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast` with statistics.
 
     Attributes:
+        last_hidden_state: `[B, n, D]`.
         solver_stats: One entry per implicit layer; None if there is none.
     """
 
+    last_hidden_state: Tensor = None  # type: ignore[assignment] # a model always gives it
     solver_stats: SolverStats | None = None
+
+    def shared(self) -> dict[str, Any]:
+        """Return what a model with a head hands on as it is."""
+        return {name: getattr(self, name) for name in ("hidden_states", "attentions", "solver_stats")}
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
 from implicit_attention.inputs import refuse_recomputation
 
@@ -14,7 +14,7 @@ from implicit_attention.inputs import refuse_recomputation
 def transactional(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return a model's forward that puts the caches among its arguments back if it raises, an interrupt included.
 
-    In a compiled graph caches are not put back.
+    A compiled graph cannot do so: `level` does it at the next call.
 
     Args:
         forward: The method.
@@ -35,6 +35,23 @@ def transactional(forward: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return call
+
+
+def level(cache: Cache | None, layers: int) -> None:
+    """Take back what a compiled call that raised has added to a static cache.
+
+    Its first layers then hold tokens that the one that raised does not. The shortest is what all held before.
+
+    Args:
+        cache: The cache of a call that begins.
+        layers: How many of its layers the model uses.
+    """
+    used = [] if cache is None else [c for c in cache.layers[:layers] if isinstance(c, StaticLayer)]
+    lengths = [layer.cumulative_length for layer in used if layer.is_initialized]
+    if len(lengths) > 1:
+        shortest = torch.stack([length.to(lengths[0].device) for length in lengths]).amin()
+        for length in lengths:
+            length.copy_(shortest)
 
 
 class _Before(NamedTuple):

@@ -53,6 +53,25 @@ def test_compiled_steps_with_a_static_cache_and_a_mask(options):
 
 
 @torch.no_grad()
+def test_a_compiled_step_that_raises_adds_nothing():
+    """What its first blocks have written is taken back when the next call begins."""
+    model, tokens = tiny.make(layer_types=["attention", "implicit"], **TIGHT), tiny.tokens()
+    step, cache = torch.compile(model, fullgraph=True, backend="eager"), StaticCache(model.config, max_cache_len=12)
+    expected = model(tokens).logits
+    model(tokens[:, :6], cache=cache)
+    weight = model.model.layers[1].attention.W_K.weight
+    held = weight.clone()
+    weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        step(tokens[:, 6:7], cache=cache)
+    assert [int(layer.cumulative_length) for layer in cache.layers] == [7, 6]  # this is what the test is about
+    weight.copy_(held)
+    for i, call in ((6, step), (7, model), (8, step)):
+        found = call(tokens[:, i : i + 1], cache=cache).logits[:, 0]
+        torch.testing.assert_close(found, expected[:, i], rtol=0, atol=1e-8)
+
+
+@torch.no_grad()
 def test_generate_compiles_by_itself():
     assert ImplicitAttentionForCausalLM._can_compile_fullgraph
     model, tokens = tiny.make(layer_types=["implicit", "attention"], pad_token_id=0), tiny.tokens(2, 5)

@@ -4,8 +4,10 @@ import subprocess
 import sys
 import warnings
 
+import datasets
 import pytest
 import torch
+import trl
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, TrainingArguments
@@ -126,8 +128,6 @@ def test_offloaded_blocks(tmp_path, place):
 
 
 def test_supervised_training_on_packed_rows(tmp_path):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"input_ids": tiny.tokens(1, 3 + i % 5, seed=i)[0].tolist()} for i in range(16)])
     settings = trl.SFTConfig(
         str(tmp_path), max_steps=2, packing=True, padding_free=True, max_length=16, report_to="none", use_cpu=True,
@@ -150,8 +150,6 @@ def tokenizer():
 
 
 def test_preference_training(tmp_path):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e"}] * 8)
     common = {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "bf16": False}
     trainer = trl.DPOTrainer(
@@ -162,8 +160,6 @@ def test_preference_training(tmp_path):
 
 
 def test_reward_training(tmp_path):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
     from implicit_attention.hf import ImplicitAttentionForSequenceClassification
 
     rows = datasets.Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e"}] * 8)

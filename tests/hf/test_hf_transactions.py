@@ -1,5 +1,7 @@
 """Caches of models: tokens of all layers or of none, once, with their gradients; adapters and empty batches."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -205,3 +207,33 @@ def test_signatures_stay():
 
     assert Model.forward.__doc__ == "Doc."
     assert Model()(3) == 3
+
+
+@torch.no_grad()
+def test_hooks_on_an_attention_layer_act():
+    """Blocks call it: with a causal mask, a cache and statistics too."""
+    model, tokens = make("implicit"), tiny.tokens()
+    layer, plain = model.model.layers[0].attention, model(tokens).logits
+    twice = copy.deepcopy(model)
+    twice.model.layers[0].attention.out_proj.weight.mul_(2)
+    right = twice(tokens)
+    handle = layer.register_forward_hook(lambda module, given, out: (2 * out[0], *out[1:]))
+    found = model(tokens)
+    torch.testing.assert_close(found.logits, right.logits, rtol=0, atol=1e-8)
+    assert torch.equal(found.solver_stats.steps, right.solver_stats.steps)
+    first = model(tokens[:, :6], use_cache=True)
+    last = model(tokens[:, 6:], cache=first.cache).logits
+    torch.testing.assert_close(last, right.logits[:, 6:], rtol=0, atol=1e-8)
+    handle.remove()
+    layer.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    assert (model(tokens).logits - plain).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_maps_are_called_once_for_outputs_and_weights():
+    model, calls = make("implicit"), []
+    for name in ("W_K", "Omega_V", "Omega_Q", "out_proj"):
+        module = model.model.layers[0].attention.get_submodule(name)
+        module.register_forward_hook(lambda module, given, out, name=name: calls.append(name))
+    model(tiny.tokens(), output_attentions=True, output_gains=True)
+    assert sorted(calls) == ["Omega_Q", "Omega_V", "W_K", "out_proj"]

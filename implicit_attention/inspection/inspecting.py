@@ -17,6 +17,8 @@ from implicit_attention.inspection.report import Report
 from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.seed import ImplicitQueryAttentionLinearV
 
+_KINDS = (ImplicitQueryAttention, ImplicitQueryAttentionLinearV)
+
 
 def inspect(
     layer_or_model: nn.Module,
@@ -76,6 +78,15 @@ def inspect(
     return Report(found, _labels(count, given, tokenizer, tokens))
 
 
+def implicit_layers(model: nn.Module) -> list[str]:
+    """Return the paths of a model's implicit layers; "" for a layer itself.
+
+    Args:
+        model: The model.
+    """
+    return [name for name, module in model.named_modules() if isinstance(module, _KINDS)]
+
+
 @dataclass(frozen=True)
 class _Call:
     """What went into a layer.
@@ -95,17 +106,14 @@ class _Call:
 
 def _calls(model: nn.Module, given: Tensor, inputs: dict[str, Any], wanted: list[str] | None) -> list[_Call]:
     """Run the model, and return the last call of each of its implicit layers, in their order."""
-    kinds = (ImplicitQueryAttention, ImplicitQueryAttentionLinearV)
-    named: dict[str, nn.Module] = {
-        name or type(model).__name__: m for name, m in model.named_modules() if isinstance(m, kinds)
-    }
+    named = {name: model.get_submodule(name) if name else model for name in implicit_layers(model)}
     if not named:
         raise bad_value("layer_or_model", "a module that holds an ImplicitQueryAttention", Came(type(model).__name__))
     for name in wanted or ():
         if name not in named:
             raise bad_value("layers", f"names among {', '.join(named)}", name)
     chosen = {name: layer for name, layer in named.items() if wanted is None or name in wanted}
-    if isinstance(model, kinds):
+    if isinstance(model, _KINDS):
         return [_Call(type(model).__name__, _solved_form(model), (given,), inputs)]
     calls: dict[str, _Call] = {}
     if hasattr(getattr(model, "config", None), "use_cache"):

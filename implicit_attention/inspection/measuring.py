@@ -18,7 +18,7 @@ from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.solving import collapsed, solve
 
 _PERIODS = 8  # the longest cycle that is told from wandering
-_MAPS = 9  # attention maps kept of plain iteration, at most
+_MAPS = 7  # attention maps kept of plain iteration, at most
 
 
 def measure(layer: ImplicitQueryAttention, name: str, equation: Equation, iterations: int) -> LayerReport:

@@ -102,7 +102,7 @@ class Report:
         """
         from implicit_attention.inspection.page import page
 
-        return page(self.layers, self.tokens, self.summary, title)
+        return page(self.layers, self.tokens, title)
 
     def figure(
         self,

@@ -10,6 +10,7 @@ from implicit_attention.equilibrium.solvers import Anderson, Broyden, NewtonKryl
 from implicit_attention.errors import CollapseWarning, ConvergenceError, ConvergenceWarning
 from implicit_attention.inspection import diagnostics, plots
 from implicit_attention.inspection.inspecting import inspect
+from implicit_attention.inspection.instruments import solver_figures
 from implicit_attention.inspection.records import LayerReport, Trouble
 from implicit_attention.inspection.report import Report
 from implicit_attention.layer import ImplicitQueryAttention
@@ -45,4 +46,5 @@ __all__ = [
     "fixed_point",
     "inspect",
     "plots",
+    "solver_figures",
 ]

@@ -207,6 +207,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                 default, `ForwardSubstitution`, has none.
             gains: Also return `Solution.gain`, how much each row feeds itself, at the cost of no attention pass. Only
                 causal layers whose rows belong to keys have it.
+            **inputs: As in `forward`.
 
         Returns:
             The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` per sample `[B]`, or per row `[B, N]`
@@ -225,7 +226,8 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         solution = replace(found.solution, value=_own(found.solution.value))
         if gains:
             assert found.equation is not None
-            solution = replace(solution, gain=row_gains(found.equation, found.solution))
+            solution = replace(solution, gain=(gain := row_gains(found.equation, found.solution)))
+            self._report.keep_gain(gain)
         solution = solution if given.batched else solution.unbatched()
         found.give(given)
         return solution

@@ -68,7 +68,7 @@ def page(layers: tuple[LayerReport, ...], tokens: tuple[str, ...], title: str) -
         arrays.add(name, torch.stack([_by_token(layer, name) for layer in layers]))
     meta["arrays"] = arrays.places
     files = resources.files("implicit_attention.inspection")
-    return file_html(
+    html: str = file_html(
         _figures(layers, count), INLINE, title, template=(files / "page.html").read_text(encoding="utf-8"),
         template_variables={
             "meta": json.dumps(meta, allow_nan=False).replace("<", "\\u003c"),
@@ -77,6 +77,7 @@ def page(layers: tuple[LayerReport, ...], tokens: tuple[str, ...], title: str) -
             "layers": layers,
         },
     )  # fmt: skip
+    return html
 
 
 class _Arrays:
@@ -132,7 +133,8 @@ def pooled(weights: Tensor) -> Tensor:
     rows, columns = weights.shape[-2:]
     down, across = -(-rows // _CELLS), -(-columns // _CELLS)
     padded = F.pad(weights, (0, -columns % across, 0, -rows % down))
-    cells = padded.unflatten(-1, (-1, across)).sum(-1).unflatten(-2, (-1, down)).sum(-2)
+    high, wide = cells_of(weights)
+    cells = padded.reshape(*weights.shape[:-2], high, down, wide, across).sum((-3, -1))
     share = torch.full((cells.shape[-2], 1), float(down))
     share[-1] = rows - (len(share) - 1) * down
     return (255 * (cells / share).clamp(0, 1).sqrt()).round().to(torch.uint8)

@@ -67,7 +67,7 @@ class Report:
             ImportError: If pandas is missing.
         """
         try:
-            import pandas  # type: ignore[import-untyped]
+            import pandas
         except ModuleNotFoundError as error:
             raise ImportError("to_pandas needs pandas: pip install pandas") from error
         return pandas.concat([pandas.DataFrame(self._columns(layer)) for layer in self.layers], ignore_index=True)

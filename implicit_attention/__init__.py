@@ -10,6 +10,10 @@ from implicit_attention.equilibrium.fixed_point import fixed_point
 from implicit_attention.equilibrium.solvers import Anderson, Broyden, NewtonKrylov, Picard, Solution
 from implicit_attention.errors import CollapseWarning, ConvergenceError, ConvergenceWarning
 from implicit_attention.inspection import diagnostics, plots
+from implicit_attention.inspection.inspecting import inspect
+from implicit_attention.inspection.instruments import solver_figures
+from implicit_attention.inspection.records import LayerReport, Trouble
+from implicit_attention.inspection.report import Report
 from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.seed import ImplicitQueryAttentionLinearV
 
@@ -30,14 +34,19 @@ __all__ = [
     "Implicit",
     "ImplicitQueryAttention",
     "ImplicitQueryAttentionLinearV",
+    "LayerReport",
     "NewtonKrylov",
     "Phantom",
     "Picard",
     "RelativeBias",
+    "Report",
     "Rotary",
     "Solution",
+    "Trouble",
     "Unrolled",
     "diagnostics",
     "fixed_point",
+    "inspect",
     "plots",
+    "solver_figures",
 ]

@@ -211,7 +211,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         found = settle(self, self._report, inputs, short=not (need_weights or gains))
         out = output(self, found.solution.value)
         weights = found.weights() if need_weights else None
-        solution = found.with_gains() if gains else found.solution
+        solution = found.with_gains(self._report) if gains else found.solution
         found.give(inputs)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -253,7 +253,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         self._check_gains(gains)
         given = self._inputs(x, context, **inputs)
         found = settle(self, self._report, given, history=history, short=not (history or gains))
-        solution = found.with_gains() if gains else found.solution
+        solution = found.with_gains(self._report) if gains else found.solution
         solution = replace(solution, value=own(solution.value))
         solution = solution if given.batched else solution.unbatched()
         found.give(given)

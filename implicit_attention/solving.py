@@ -189,10 +189,12 @@ class Found(NamedTuple):
         assert self.equation is not None
         return self.equation.function.weights(self.solution.value, *self.equation.args)
 
-    def with_gains(self) -> Solution:
-        """Return the solution, and in it how much each row feeds itself."""
+    def with_gains(self, report: FailureReport) -> Solution:
+        """Return the solution, and in it how much each row feeds itself; the report keeps that too."""
         assert self.equation is not None
-        return replace(self.solution, gain=row_gains(self.equation, self.solution))
+        gain = row_gains(self.equation, self.solution)
+        report.keep_gain(gain)
+        return replace(self.solution, gain=gain)
 
     def give(self, inputs: Inputs) -> None:
         """Give the cache the new tokens: the last thing a call does, so that one that raises leaves it as it was."""

@@ -59,7 +59,7 @@ CAUSAL = [
     "operator",
     "__init__",
 ]
-LAZY = ["triton", "transformers", "matplotlib", "typer", "rich", "accelerate", "tensorboard", "yaml"]
+LAZY = ["triton", "transformers", "matplotlib", "bokeh", "pandas", "typer", "rich", "accelerate", "tensorboard", "yaml"]
 
 
 def module_name(path: Path) -> str:

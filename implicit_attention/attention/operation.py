@@ -120,7 +120,8 @@ def log_sum_exp(
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: AttentionSpec, query: Tensor, key: Tensor, *terms: Tensor) -> Tensor:
-        _, lse = attention(query, key, key, spec, terms=terms)
+        # Values of 1: an output of 0 next to a log-sum-exp of 0 would be taken for a row with NaN among its scores.
+        _, lse = attention(query, key, torch.ones_like(key), spec, terms=terms)
         ctx.spec = spec
         ctx.save_for_backward(lse, query, key, *terms)
         return lse

@@ -12,6 +12,7 @@ from implicit_attention.cli.demo import demo
 from implicit_attention.cli.eval import evaluate
 from implicit_attention.cli.generate import generate
 from implicit_attention.cli.info import info
+from implicit_attention.cli.inspect import inspect_command
 from implicit_attention.cli.train import train
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "convert": convert,
     "eval": evaluate,
+    "inspect": inspect_command,
     "info": info,
 }
 _PASSED_ON: dict[str, Any] = {

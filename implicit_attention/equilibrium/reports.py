@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.equilibrium.solvers.base import AdjointSolution, in_one_line
 from implicit_attention.errors import ConvergenceError, ConvergenceWarning, check_choice
@@ -33,6 +34,7 @@ class SolveRecord:
         converged: As in `Solution`.
         evaluations: As in `Solution`.
         adjoint: The record of the adjoint equation, once a backward pass has solved it; None before.
+        gain: As in `Solution`.
     """
 
     residual: Tensor
@@ -40,6 +42,7 @@ class SolveRecord:
     converged: Tensor
     evaluations: int = 0
     adjoint: "SolveRecord | None" = None
+    gain: Tensor | None = None
 
     @classmethod
     def of(cls, solution: Solution) -> "SolveRecord":
@@ -150,6 +153,11 @@ class FailureReport:
             self.last = record
         elif self.last is not None:
             self.last = replace(self.last, adjoint=record)
+
+    def keep_gain(self, gain: Tensor) -> None:
+        """Keep the gains of the last solve, as in `Solution`, with its figures."""
+        if self.last is not None and not (torch.compiler.is_compiling() or maps.transforms_active()):
+            self.last = replace(self.last, gain=gain.detach())
 
     def adjoint(self, found: AdjointSolution, grad: Tensor, solver: Method) -> None:
         """Report an adjoint equation that was solved directly, if it failed or its gradient is not to be trusted.

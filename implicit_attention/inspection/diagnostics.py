@@ -118,19 +118,7 @@ def row_gains(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]
                         "Use spectral_radius.")  # fmt: skip
     x = x if x.dim() == 3 else x[None]
     equation, y = layer.equation(x, **inputs), layer.solve(x, **inputs).value
-    system = CausalSystem(_one_map(equation), equation.args)
-    y = y.to(system.wide).view(*y.shape[:2], system.heads, system.dim)
-    if system.self_score is not None:
-        return torch.zeros_like(y[:, :, 0, 0])
-    everything = slice(0, system.length)
-    queries = system.phi(y, everything)
-    query = system.per_head(queries.query.transpose(1, 2).to(system.narrow))
-    lse = log_sum_exp(system.key, query, system.spec, terms=system.terms)
-    lse = lse.masked_fill(torch.isneginf(lse), torch.inf)  # rows that see nothing have no weight on themselves
-    own = (system.key * query).sum(-1) * system.spec.scale
-    own_bias = [_own_bias(system, i) for i in range(0, system.length, _ROWS)]
-    p = torch.exp(own + torch.cat(own_bias, -1) - lse)
-    return radius(own_jacobian(system, everything, y, queries, p))
+    return radius(own_jacobians(equation, y))
 
 
 def gain_penalty(layer: ImplicitQueryAttention, x: Tensor, *, limit: float = 0.9, **inputs: Unpack[Inputs]) -> Tensor:
@@ -154,6 +142,34 @@ def gain_penalty(layer: ImplicitQueryAttention, x: Tensor, *, limit: float = 0.9
     """
     check_positive("limit", limit)
     return (row_gains(layer, x, **inputs) - limit).clamp_min(0.0).square().mean()
+
+
+def own_jacobians(equation: Equation, y: Tensor) -> Tensor:
+    """Return one matrix per row, whose eigenvalues are the non-zero ones of the row's own block of dF/dy.
+
+    Args:
+        equation: Of a layer whose rows belong to keys, with any mask.
+        y: Its equilibrium, `[B, N, D]`.
+
+    Returns:
+        `[B, N, H, H]`, in float32 or wider, differentiable.
+
+    Raises:
+        ValueError: If the equation is that of packed documents.
+    """
+    system = CausalSystem(_one_map(equation), equation.args)
+    y = y.to(system.wide).view(*y.shape[:2], system.heads, system.dim)
+    if system.self_score is not None:
+        return y.new_zeros(*y.shape[:3], system.heads)
+    everything = slice(0, system.length)
+    queries = system.phi(y, everything)
+    query = system.per_head(queries.query.transpose(1, 2).to(system.narrow))
+    lse = log_sum_exp(system.key, query, system.spec, terms=system.terms)
+    lse = lse.masked_fill(torch.isneginf(lse), torch.inf)  # rows that see nothing have no weight on themselves
+    own = (system.key * query).sum(-1) * system.spec.scale
+    own_bias = [_own_bias(system, i) for i in range(0, system.length, _ROWS)]
+    p = torch.exp(own + torch.cat(own_bias, -1) - lse)
+    return own_jacobian(system, everything, y, queries, p)
 
 
 def _own_bias(system: CausalSystem, first: int) -> Tensor:

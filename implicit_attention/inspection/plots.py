@@ -195,6 +195,53 @@ def attention(maps: Mapping[str, Tensor], *, tokens: Sequence[str] | None = None
     return figure
 
 
+def heat(values: Tensor, across: str, down: str, title: str, *, ax: "Axes | None" = None) -> "Figure":
+    """Draw a matrix as colours.
+
+    Args:
+        values: `[R, C]`.
+        across: What the columns are.
+        down: What the rows are.
+        title: Of the drawing.
+        ax: Where to draw; axes of a new figure if None.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    axes = _row(_figure(6, 4.5), 1)[0] if ax is None else ax
+    axes.grid(visible=False)
+    image = axes.imshow(values.detach().float().cpu().numpy(), cmap="cividis", aspect="auto", interpolation="nearest")
+    axes.set(xlabel=across, ylabel=down, title=title)
+    figure: Any = axes.figure
+    figure.colorbar(image, ax=axes)
+    return figure  # type: ignore[no-any-return]
+
+
+def by_token(values: Tensor, quantity: str, title: str, *, ax: "Axes | None" = None) -> "Figure":
+    """Draw a figure of each token.
+
+    Args:
+        values: `[N]`.
+        quantity: What it is.
+        title: Of the drawing.
+        ax: Where to draw; axes of a new figure if None.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    axes = _row(_figure(8, 3.5), 1)[0] if ax is None else ax
+    axes.plot(values.detach().double().cpu().numpy(), color=_COLOURS[0], marker="o", markersize=3, linewidth=1)
+    axes.set(xlabel="token", ylabel=quantity, title=title)
+    figure: Any = axes.figure
+    return figure  # type: ignore[no-any-return]
+
+
 def _figure(width: float, height: float) -> "Figure":
     """An empty figure, `width` x `height` inches at 150 dots, apart from matplotlib's global state."""
     try:

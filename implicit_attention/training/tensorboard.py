@@ -6,6 +6,8 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from implicit_attention import solver_figures
+
 _PARTS = {"eval_": "held out (sample)", "final_": "held out"}
 
 
@@ -38,10 +40,14 @@ class TensorBoard(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
+        model: Any = None,
         **_: Any,
     ) -> None:
-        """Write the figures of a log entry."""
+        """Write the figures of a log entry; of training also those of each implicit layer's last solve."""
         for name, value in (logs or {}).items():
             prefix = next((prefix for prefix in _PARTS if name.startswith(prefix)), "")
             self.writer.add_scalar(f"{_PARTS.get(prefix, 'training')}/{name[len(prefix) :]}", value, state.global_step)
+        if "loss" in (logs or {}) and model is not None:
+            for name, value in solver_figures(model).items():
+                self.writer.add_scalar(name, value, state.global_step)
         self.writer.flush()

@@ -62,10 +62,11 @@ class ScaledRotary(Positions):
             max_position_embeddings=self.max_position_embeddings, rope_parameters=dict(self.rope_parameters),
         )  # fmt: skip
         with torch.device("cpu"):
+            ends: Any = None if length is None else torch.tensor(length)  # as there: a number rounds another way
             if self.kind == "default":
                 found, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
             else:
-                found, factor = ROPE_INIT_FUNCTIONS[self.kind](config, torch.device("cpu"), seq_len=length)
+                found, factor = ROPE_INIT_FUNCTIONS[self.kind](config, torch.device("cpu"), seq_len=ends)
         return tuple(found.tolist()), float(factor)
 
     def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor:

@@ -35,14 +35,14 @@ def forward(spec: AttentionSpec, inputs: Inputs) -> tuple[Tensor, Tensor]:
         return _forward_merging_diagonal(spec, query, key, value, self_score)
     if spec.plain:
         out, lse = _forward(query, key, value, 0.0, spec.is_causal, scale=spec.scale)
-        return _visible(out, lse, None)
+        return _visible(out, lse, query, key, spec.scale)
     outs, lses = [], []
     for rows, cols in spec.chunks(query, key):
         bias = _bias(spec, tensors, rows, cols, query)
         k, v = key[..., cols, :], value[..., cols, :]
         out, lse = _forward(query[..., rows, :], k, v, attn_mask=bias, scale=spec.scale)
         unseen = torch.isneginf(bias).all(-1)  # PyTorch's kernel returns zeros and lse = 0 for these rows
-        out, lse = _visible(out, lse, unseen)
+        out, lse = _visible(out, lse, query[..., rows, :], k, spec.scale, bias)
         outs.append(out)
         lses.append(lse.masked_fill(unseen, -torch.inf))
     return torch.cat(outs, -2), torch.cat(lses, -1)
@@ -83,7 +83,7 @@ def _forward_merging_diagonal(
     if n > 1:
         # Row i + 1 against column i: shifted by one, "strictly below the diagonal" is the kernel's causal mask.
         parts = _forward(query[..., 1:, :], key[..., :-1, :], value[..., :-1, :], 0.0, True, scale=spec.scale)
-        below, below_lse = _visible(parts[0], parts[1], None)
+        below, below_lse = _visible(parts[0], parts[1], query[..., 1:, :], key[..., :-1, :], spec.scale)
         weight = torch.sigmoid(lse[..., 1:] - below_lse)[..., None].to(value.dtype)
         out[..., 1:, :] = torch.lerp(below, value[..., 1:, :], weight)
         lse[..., 1:] = torch.logaddexp(lse[..., 1:], below_lse)
@@ -125,18 +125,27 @@ def _bias(spec: AttentionSpec, tensors: tuple[Tensor, ...], rows: slice, cols: s
     return bias.expand(*bias.shape[:2], rows.stop - rows.start, cols.stop - cols.start)
 
 
-def _visible(out: Tensor, lse: Tensor, unseen: Tensor | None) -> tuple[Tensor, Tensor]:
+def _visible(
+    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return NaN in rows whose scores hold NaN or Inf.
 
-    PyTorch's kernel returns zeros for such rows, as for rows whose columns are all hidden.
+    PyTorch's kernel returns zeros for such rows, as for rows whose columns are all hidden, and as a single column with a
+    score and a value of 0 gives.
     """
     broken = ~torch.isfinite(lse) | (lse == 0)
-    if unseen is not None:
-        broken = broken & ~unseen
     if bool(broken.any()):
-        broken = broken & ((lse != 0) | (out == 0).all(-1))
+        broken = broken & ((lse != 0) | ((out == 0).all(-1) & _may_overflow(query, key, scale)))
+        if bias is not None:
+            broken = (broken | torch.isnan(bias).any(-1) | torch.isposinf(bias).any(-1)) & ~torch.isneginf(bias).all(-1)
         out, lse = out.masked_fill(broken[..., None], torch.nan), lse.masked_fill(broken, torch.nan)
     return out, lse
+
+
+def _may_overflow(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Whether a row's scores may leave the range of numbers: none is above the product of its vectors' lengths."""
+    largest = query.double().norm(dim=-1) * key.double().norm(dim=-1).amax(-1, keepdim=True) * max(1.0, scale)
+    return ~(largest < torch.finfo(_wide(query.dtype)).max)  # NaN may
 
 
 def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:

@@ -79,7 +79,8 @@ class _Description(NamedTuple):
         kinds = self.kinds.split(",") if self.kinds else []
         terms = tuple(make_term(kind, named[f"term{i}"]) for i, kind in enumerate(kinds))
         spec = AttentionSpec(self.scale, terms=terms, dropout=self.dropout)
-        return AttentionMap(spec, QueryMap(self.query_heads), bool(self.by_keys), tuple(named), self.max_gain)
+        query_map, by_keys = QueryMap(self.query_heads), bool(self.by_keys)
+        return AttentionMap(spec, query_map, by_keys, tuple(named), max_gain=self.max_gain)
 
     def solver(self) -> Contraction:
         """The solver that is described."""

@@ -185,11 +185,9 @@ class Backward:
         }  # fmt: skip
         if system.norm_weight is not None:
             everything = slice(0, system.length)
-            d_query, normed = (
-                system.before_turn(state["d_query"], everything),
-                system.phi(state["y"], everything).normed,
-            )
-            found["norm_weight"] = (d_query * normed).sum((0, 1, 2))
+            normed = system.phi(state["y"], everything).normed
+            assert normed is not None
+            found["norm_weight"] = (system.before_turn(state["d_query"], everything) * normed).sum((0, 1, 2))
         found |= Values(system).gradients(state["d_value"], state["y"])
         found |= dict(zip(("past_column", "past_value"), self.d_past, strict=False))
         return found | {f"term{i}": grad for i, grad in enumerate(self.d_terms)}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from implicit_attention.attention.map import AttentionMap
 from implicit_attention.equation import Equation
+from implicit_attention.equation.collapse import collapsed
 from implicit_attention.equilibrium.adjoints import Implicit
 from implicit_attention.equilibrium.fixed_point import fixed_point
 from implicit_attention.equilibrium.reports import FailureReport, SolveRecord
@@ -15,7 +16,7 @@ from implicit_attention.inspection.records import LayerReport
 from implicit_attention.inspection.spectrum import spectrum
 from implicit_attention.inspection.troubles import troubles
 from implicit_attention.layer import ImplicitQueryAttention
-from implicit_attention.solving import collapsed, solve
+from implicit_attention.solving import solve
 
 _PERIODS = 8  # the longest cycle that is told from wandering
 _MAPS = 7  # attention maps kept of plain iteration, at most

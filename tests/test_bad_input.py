@@ -292,3 +292,12 @@ def test_a_sum_that_overflows_is_no_fault():
     assert all_finite(large)
     for bad in (float("nan"), float("inf"), -float("inf")):
         assert not all_finite(large.index_fill(0, torch.tensor([2]), bad))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("options", [{"query_input": True}, {"normalize_over": "keys"}, {"is_causal": True}], ids=str)
+def test_zeros_are_no_overflow(n, options):
+    """A row with one column, whose score and value are 0, has a log-sum-exp of 0, as an overflown one does."""
+    mask = None if options.get("is_causal") else ~torch.eye(n, dtype=torch.bool)
+    y = ImplicitQueryAttention(4, 2, **options)(torch.zeros(1, n, 4), attn_mask=mask)
+    assert torch.equal(y, torch.zeros_like(y))

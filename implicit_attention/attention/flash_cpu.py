@@ -130,8 +130,8 @@ def _visible(
 ) -> tuple[Tensor, Tensor]:
     """Return NaN in rows whose scores hold NaN or Inf.
 
-    PyTorch's kernel returns zeros for such rows, as for rows whose columns are all hidden. One visible column with a score
-    and a value of 0 gives zeros too.
+    PyTorch's kernel returns zeros for such rows, as for rows whose columns are all hidden. One visible column with a
+    score and a value of 0 gives zeros too.
     """
     broken = ~torch.isfinite(lse) | (lse == 0)
     if bool(broken.any()):

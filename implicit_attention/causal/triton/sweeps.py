@@ -7,7 +7,6 @@ each block (`Unsettled`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,12 +15,13 @@ import triton
 from torch import Tensor
 
 from implicit_attention.causal.diagonal import FAR, Unsettled
-from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, near_singular, own_jacobian
-from implicit_attention.causal.system import CausalSystem, Queries
-from implicit_attention.causal.triton.call import AT_ONCE, TYPES, Call, contiguous
-from implicit_attention.causal.triton.kernels import sweep, sweep_adjoint
+from implicit_attention.causal.system import CausalSystem
+from implicit_attention.causal.triton.call import TYPES, Call, contiguous
+from implicit_attention.causal.triton.kernels import solved, sweep, sweep_adjoint
 from implicit_attention.causal.triton.kernels.own_rows import ELSEWHERE, LOST
+from implicit_attention.causal.triton.own_columns import OwnColumns
 from implicit_attention.causal.triton.own_rows import OwnRows, Settled
+from implicit_attention.causal.triton.tiles import tiles_for
 from implicit_attention.equilibrium.triton_available import interpreted
 
 MOST_SWEEPS = (
@@ -31,8 +31,6 @@ MOST_SWEEPS = (
 # flash calls, but each sweep reads more columns.
 WIDEST = ((8192, 512), (0, 256))
 _LEAST_DIM, _MOST_DIM = 16, 256  # smallest tile of `tl.dot`; largest head whose tiles fit the shared memory
-_NARROW_DIM = 64  # largest head with room for three stages and four programs on a multiprocessor
-_SPARE = 10 * 1024  # bytes of shared memory that a program takes beside its tiles, at most
 _GRID = 65536  # CUDA's limit of programs in the third dimension of a launch
 _REPEATED = 4  # whole blocks from which on capturing a graph costs less than the launches that it saves
 # Sweeps that are launched together: after blocks that settled in half of `_FEW`; usually; in the first rows of a
@@ -43,69 +41,12 @@ _FEW, _MORE, _MANY = 4, 8, 16
 _SURE = 5
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """Sizes of the kernels' tiles.
-
-    Attributes:
-        rows: Rows of a program that multiplies by Omega_Q.
-        width: Outputs of such a program, at least one head.
-        depth: Inputs that one product of such a program takes.
-        queries: Launch options of such a program.
-        attended: Rows of an attention program; its columns if a program computes columns.
-        against: Columns (or rows) of one tile of such a program; divides `attended`.
-        attends: Launch options of such a program.
-        pulls: Launch options of an attention program of the adjoint.
-    """
-
-    rows: int
-    width: int
-    depth: int
-    queries: dict[str, int]
-    attended: int
-    against: int
-    attends: dict[str, int]
-    pulls: dict[str, int]
-
-
-def _tiles(system: CausalSystem) -> _Tiles | None:
-    """The tiles for a map, None if the shared memory of a multiprocessor does not hold them."""
-    if interpreted():
-        one = {"num_warps": 1, "num_stages": 1}
-        return _Tiles(rows=16, width=32, depth=16, queries=one, attended=32, against=16, attends=one, pulls=one)
-    half, dim, size = system.narrow != system.wide, system.dim, system.narrow.itemsize
-    rows, depth, tile = (128, 64, 64) if half else (64, 32, 32)
-    width = max(rows, dim)
-    device: Any = torch.cuda.get_device_properties(system.key.device)
-    room = device.shared_memory_per_block_optin - _SPARE
-    by_map = min(3 if half else 2, room // ((rows + width) * depth * size))
-    # A program holds two tiles, and two more per stage with their biases. Heads above `_NARROW_DIM` get one stage less,
-    # so that two programs share a multiprocessor: that is worth more than a stage.
-    tiles, biases = 2 * tile * dim * size, 0 if system.spec.plain else tile * tile * system.wide.itemsize
-    by_tile = min((3 if dim <= _NARROW_DIM else 2) if half else 1, (room - tiles) // (tiles + biases))
-    if min(by_map, by_tile) < 1:
-        return None
-    queries = {"num_warps": 8 if half else 4, "num_stages": by_map}
-    attends = {"num_warps": 4 if dim <= 128 else 8, "num_stages": by_tile}
-    pulls = dict(attends)
-    # Registers of a thread limit the programs on a multiprocessor, which has 65536; README.md has the table.
-    if half and width <= rows:  # two programs
-        queries["maxnreg"] = 128
-    if half and dim <= _NARROW_DIM:  # four programs
-        attends["maxnreg"] = 128
-    if half and dim <= _NARROW_DIM and system.groups == system.heads:  # three programs
-        pulls["maxnreg"] = 168
-    return _Tiles(
-        rows=rows, width=width, depth=depth, queries=queries, attended=tile, against=tile, attends=attends, pulls=pulls
-    )
-
-
 def serves(system: CausalSystem) -> bool:
     """Return whether the kernels sweep over blocks of a map that the one-program kernels serve."""
     dim = system.dim
     whole = _LEAST_DIM <= dim <= _MOST_DIM and dim & (dim - 1) == 0
     known = whole and system.batch < _GRID and (interpreted() or system.wide == torch.float32)
-    return known and _tiles(system) is not None
+    return known and tiles_for(system) is not None
 
 
 def widest(length: int) -> int:
@@ -140,7 +81,7 @@ class _Sweeps:
     """State and launches that both directions share."""
 
     def __init__(self, system: CausalSystem, rows: int, cautious: bool) -> None:
-        tiles = _tiles(system)
+        tiles = tiles_for(system)
         assert tiles is not None, "asked for where `serves` is not true"
         self.system, self.call, self.tiles, self.rows = system, Call(system), tiles, rows
         size, device = system.batch * rows * system.heads * system.dim, system.key.device
@@ -440,7 +381,7 @@ class AdjointSweeps(_Sweeps):
             Whether it was solved, or is trusted to have been solved until `check`.
         """
         biased, n = self.begin(rows), rows.stop - rows.start
-        own = _OwnColumns(self, rows) if exactly and self.call.given is None else None
+        own = OwnColumns(self, rows) if exactly and self.call.given is None else None
         done, most = 0, min(self.at_once(), MOST_SWEEPS)
         while done < MOST_SWEEPS:
             sweep = partial(self._sweep, n, biased, own)
@@ -458,7 +399,7 @@ class AdjointSweeps(_Sweeps):
             done, most = most, min(most + _FEW, MOST_SWEEPS)
         return False
 
-    def _sweep(self, n: int, biased: dict[str, Any], own: "_OwnColumns | None", done: int, most: int) -> None:
+    def _sweep(self, n: int, biased: dict[str, Any], own: OwnColumns | None, done: int, most: int) -> None:
         """Launch sweeps, find which samples are solved, and store the results if all are."""
         system, call, at, into, tiles = self.system, self.call, self.at, self.into, self.tiles
         by_group, by_head = self.by_tile(n, system.groups), self.by_tile(n, system.heads)
@@ -488,7 +429,7 @@ class AdjointSweeps(_Sweeps):
                 self.through_map(into["made"], self.grad, at["y"], self.state, self.narrow, i, True, told)
             else:
                 own.solve(i)
-        sweep_adjoint.judge_adjoint[(system.batch,)](
+        solved.judge_adjoint[(system.batch,)](
             self.found, self.allowed, self.status, self.latest, system.batch, n, most, self.rtol, self.types["wide"]
         )
         sweep_adjoint.pull_values[by_group](
@@ -522,65 +463,3 @@ class AdjointSweeps(_Sweeps):
             sweep=at, rtol=self.rtol, raises=raises, span=self.span, rows_=tiles.rows, depth=tiles.depth, **told,
             **self.shape, **self.types, **tiles.queries,
         )  # fmt: skip
-
-
-class _OwnColumns:
-    """Solves the own columns, of rank one per head, exactly in every sweep; see `diagonal_adjoint._OwnColumns`."""
-
-    def __init__(self, sweeps: AdjointSweeps, rows: slice) -> None:
-        self.sweeps, self.rows, self.n = sweeps, rows, rows.stop - rows.start
-        system, at = sweeps.system, sweeps.at
-        batch, heads, dim, n = system.batch, system.heads, system.dim, self.n
-        self.y = at["y"][:, rows].to(system.wide).contiguous()
-        inverse = at.get("inverse")
-        queries = Queries(at["query"][:, rows].to(system.wide), None if inverse is None else inverse[:, rows])
-        key = system.key[:, :, rows].to(system.wide) * system.spec.scale
-        own = (key * system.per_head(queries.query.transpose(1, 2))).sum(-1)
-        _, bias = system.block_bias(rows)
-        lse = at["lse"][:, :, rows]
-        p = torch.exp((own if bias is None else own + bias) - lse.masked_fill(torch.isneginf(lse), 0.0))
-        value = system.per_head(system.value[:, :, rows].to(system.wide)).transpose(1, 2)
-        self.u = (p.transpose(1, 2)[..., None] * (value - self.y)).contiguous()
-        matrix = self._jacobians(queries, p)
-        eye = torch.eye(heads, dtype=system.wide, device=matrix.device)
-        self.inverses = torch.linalg.inv_ex(eye - matrix.mT)[0].contiguous()
-        # An eigenvalue at distance e from 1 makes the norm of the inverse at least 1 / e.
-        self.matrix, self.suspect = matrix, ~(self.inverses.flatten(2).norm(dim=-1) * NEAR_SINGULAR < 1.0)
-        self.f = self.u.new_full((2, batch, n, heads, dim), torch.inf)
-        self.made = system.key.new_empty(2, batch, n, system.groups * dim)
-        self.inside = {"length": n, "where": torch.zeros_like(sweeps.where), "n": n, "batch": batch}
-        self.told = {"length": system.length, "where": sweeps.where, "n": n, "batch": batch}
-
-    def _jacobians(self, queries: Queries, p: Tensor) -> Tensor:
-        """The own Jacobians, `[B, n, H, H]`, some rows at a time: each row takes a few times `G H d` numbers."""
-        system = self.sweeps.system
-        few = max(1, AT_ONCE // (system.batch * system.groups * system.heads * system.dim))
-        found = []
-        for low in range(0, self.n, few):
-            at = slice(low, min(low + few, self.n))
-            place = slice(self.rows.start + at.start, self.rows.start + at.stop)
-            inverse = None if queries.inverse is None else queries.inverse[:, at]
-            found.append(
-                own_jacobian(system, place, self.y[:, at], Queries(queries.query[:, at], inverse), p[:, :, at])
-            )
-        return torch.cat(found, 1)
-
-    def solve(self, at: int) -> None:
-        """The next cotangents of the outputs: add the part of the own columns, solved exactly."""
-        sweeps, system, call = self.sweeps, self.sweeps.system, self.sweeps.call
-        sweeps.through_map(sweeps.into["made"], sweeps.grad, self.y, self.f, None, at, True, self.told)
-        sweep_adjoint.own_columns[(self.n, system.batch)](
-            self.f, self.u, self.inverses, call.key, sweeps.at["query"], sweeps.at.get("inverse"), call.turn,
-            self.made, sweeps.found, sweeps.allowed, sweep=at, rtol=sweeps.rtol, scale=system.spec.scale, hp=call.hp,
-            wide=sweeps.types["wide"], num_warps=4, **sweeps.key_strides, **sweeps.turned, **self.told, **sweeps.shape,
-        )  # fmt: skip
-        new = 1 - at % 2
-        sweeps.through_map(self.made[new], self.f[new], self.y, sweeps.state, sweeps.narrow, at, False, self.inside)
-
-    def finish(self) -> int:
-        """Add the part of the own columns to `made`; return the number of rows with a gain close to 1."""
-        sample = torch.arange(self.sweeps.system.batch, device=self.made.device)
-        made = self.sweeps.into["made"]
-        assert made is not None
-        made[:, self.rows] += self.made[(self.sweeps.status % 2).long(), sample]
-        return near_singular(self.matrix[self.suspect])

@@ -19,7 +19,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from implicit_attention.causal.triton import sweeps
-from implicit_attention.causal.triton.kernels import adjoint, forward, merge, own_rows, sweep, sweep_adjoint, token
+from implicit_attention.causal.triton.kernels import (
+    adjoint,
+    forward,
+    merge,
+    own_rows,
+    solved,
+    sweep,
+    sweep_adjoint,
+    token,
+)
 from implicit_attention.equilibrium import residual_kernel as residual
 
 KERNELS = {
@@ -33,7 +42,7 @@ SWEEPS = {
     "pull-queries": sweep_adjoint.pull_queries,
     "through-map": sweep_adjoint.through_map,
     "own-columns": sweep_adjoint.own_columns,
-    "judge-adjoint": sweep_adjoint.judge_adjoint, "pull-values": sweep_adjoint.pull_values,
+    "judge-adjoint": solved.judge_adjoint, "pull-values": sweep_adjoint.pull_values,
     "pull-keys": sweep_adjoint.pull_keys,
     "list-rows": own_rows.list_rows, "own-equations": own_rows.own_equations,
 }  # fmt: skip
@@ -135,7 +144,7 @@ def tiles(name: str, kind: str, groups: int, *, plain: bool) -> tuple[dict[str, 
         narrow=NARROW_TYPES[kind], wide=torch.float32, dim=OF_SWEEPS["dim"], heads=CONSTANTS["heads"], groups=groups,
         key=torch.empty(0), spec=SimpleNamespace(plain=plain),
     )  # fmt: skip
-    of = sweeps._tiles(system)
+    of = sweeps.tiles_for(system)
     assert of is not None
     if name in ("queries", "through-map"):
         return {"rows_": of.rows, "depth": of.depth, "span": of.width // system.dim}, of.queries

@@ -29,6 +29,7 @@ from implicit_attention.causal.triton import kernels as room
 from implicit_attention.causal.triton import sweeps
 from implicit_attention.causal.triton.engine import AdjointKernel
 from implicit_attention.causal.triton.kernels import merge
+from implicit_attention.causal.triton.tiles import Tiles
 from implicit_attention.equilibrium import residual_kernel as residual
 from implicit_attention.equilibrium.triton_available import interpreted
 from tests.bridge import decoded
@@ -80,7 +81,7 @@ def with_own_columns(**options):
 def with_tiles_of_a_device():
     """Tiles that are larger than the blocks, or that hold more heads than there are, or than are left."""
     one = {"num_warps": 4, "num_stages": 1}
-    tiles = sweeps._Tiles(rows=128, width=64, depth=64, queries=one, attended=64, against=64, attends=one, pulls=one)
+    tiles = Tiles(rows=128, width=64, depth=64, queries=one, attended=64, against=64, attends=one, pulls=one)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "WIDEST", ((0, 80),))
         patch.setattr(sweeps, "_tiles", lambda system: tiles)

@@ -366,7 +366,7 @@ def test_tiles_fit_into_shared_memory(room, dtype, plain, stages, monkeypatch):
             key=key,
             spec=SimpleNamespace(plain=plain),
         )
-        tiles = sweeps._tiles(system)
+        tiles = sweeps.tiles_for(system)
         assert sweeps.serves(system) == (wanted is not None)
         assert (tiles and (tiles.queries["num_stages"], tiles.attends["num_stages"])) == wanted, dim
 

@@ -12,7 +12,7 @@ Arguments have the same names in all kernels, and a kernel documents only the ot
   outputs (o), 0 if all share the tensor. `turn_half` is the distance from cosines to sines. Last dimensions are
   contiguous.
 - Tiles: `rows_` and `columns_` of a program.
-- Residuals and tolerances of sweeps: `found` as in `sweep.settled`, `allowed` as in `sweep_adjoint.solved`.
+- Residuals and tolerances of sweeps: `found` as in `sweep.settled`, `allowed` as in `solved.solved`.
 - Numbers: `scale` of the scores, `rtol` and `atol`, `eps` of the norm, `normed` (whether queries are normed).
 - `sweep` counts sweeps from 0. `slot` counts the elements of a program's scratch `work`.
 - Types: sums are in `wide`. Tensors enter products in `operand`. `precision` is that of products of float32 tensors.

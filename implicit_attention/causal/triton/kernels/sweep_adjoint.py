@@ -7,39 +7,9 @@ make sweeps slow, they are solved exactly in two more launches (`own_columns`).
 import triton
 import triton.language as tl
 
-from implicit_attention.causal.triton.kernels.sweep import LOG2_E, SPAN, rotated, settled
+from implicit_attention.causal.triton.kernels.solved import all_solved, solved
+from implicit_attention.causal.triton.kernels.sweep import LOG2_E, rotated
 from implicit_attention.equilibrium.residual_kernel import bits
-
-# Sweeps after which the tolerance of a row is relative to its own solution if that is larger than the cotangent. With
-# fewer, rows that still improve would stop; without the rule, rows with a gain near 1 would never stop.
-PATIENCE = tl.constexpr(16)
-
-
-@triton.jit
-def solved(found, allowed, sweep, b, batch, n, rtol, wide: tl.constexpr):
-    """Return whether all rows of a sample were within tolerance at a sweep.
-
-    The tolerance is relative to the cotangent; after `PATIENCE` sweeps, to the row's solution if that is larger. A row
-    with a gain close to 1 has a large solution, and its residual ends at the rounding of that solution.
-
-    Args:
-        found: As in `sweep.settled`.
-        allowed: Absolute tolerance, `[B]`.
-        sweep: The sweep.
-        b: The sample.
-        wide: Type of what the bits are of.
-
-    Returns:
-        True or false.
-    """
-    late = tl.where(sweep >= PATIENCE, rtol, 0.0)
-    return settled(found, sweep, b, batch, n, late, tl.load(allowed + b), wide, True)
-
-
-@triton.jit
-def _all_solved(status, batch, samples_: tl.constexpr):
-    every = tl.arange(0, samples_)
-    return tl.min(tl.load(status + every, mask=every < batch, other=0), 0) >= 0
 
 
 @triton.jit
@@ -350,33 +320,6 @@ def own_columns(
         tl.store(into, total.to(made.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["n", "batch", "sweeps"])
-def judge_adjoint(found, allowed, status, latest, batch, n, sweeps, rtol, wide: tl.constexpr):
-    """The sweep at which a sample was solved, -1 if it was not.
-
-    Args:
-        found: As in `solved`.
-        status: `[B]`, filled.
-        latest: Residual of the sample, `[B]`, filled if it was solved.
-        sweeps: Number of sweeps so far.
-        wide: Type of what the bits in `found` are of.
-    """
-    b = tl.program_id(0).to(tl.int64)
-    at_last = -1
-    for i in range(sweeps):
-        sweep = sweeps - 1 - i
-        if solved(found, allowed, sweep, b, batch, n, rtol, wide):
-            at_last = sweep
-    tl.store(status + b, at_last)
-    if at_last >= 0:
-        worst = tl.load(allowed + b) * 0.0
-        for i in range(0, n, SPAN):
-            at = i + tl.arange(0, SPAN)
-            off = tl.load(found + (2 * at_last * batch + b) * n + at, mask=at < n, other=0).to(wide, bitcast=True)
-            worst = tl.maximum(worst, tl.max(off, 0))
-        tl.store(latest + b, worst)
-
-
 @triton.jit(do_not_specialize=["n", "length", "batch"])
 def pull_values(
     key, value, query, given, strict, lse, narrow, delta, d_value, own, status,
@@ -402,7 +345,7 @@ def pull_values(
         columns_: Columns of a program.
     """
     first = tl.load(where).to(tl.int64)
-    if not _all_solved(status, batch, samples_):
+    if not all_solved(status, batch, samples_):
         return
     b = tl.program_id(2).to(tl.int64)
     g = tl.program_id(1).to(tl.int64)
@@ -480,7 +423,7 @@ def pull_keys(
         columns_: Columns that are taken together.
     """
     first = tl.load(where).to(tl.int64)
-    if not _all_solved(status, batch, samples_):
+    if not all_solved(status, batch, samples_):
         return
     b = tl.program_id(2).to(tl.int64)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * rows_

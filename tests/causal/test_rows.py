@@ -128,12 +128,11 @@ def test_rows_are_solved_in_both_precisions(heads, spread, normed):
     assert (residuals(problem, found.p) <= 2e-5).all()
 
 
-@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize("spread", [5.0, 30.0])
 @pytest.mark.parametrize("heads", [2, 4, 8, 16])
-def test_all_of_ten_thousand_rows_are_solved(heads, spread, normed):
-    solved(make(normed, 10_000, heads, spread, seed=3), 1e-12)
+def test_all_of_two_thousand_rows_are_solved(heads, spread, normed):
+    solved(make(normed, 2000, heads, spread, seed=3), 1e-12)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_training_reports_solves_that_fail():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0])  # the records of docs/results.md have five
 def test_the_implicit_layer_learns_recall_and_the_ordinary_one_does_not(seed):
     task = Recall()
     entrants = stages.runners(seed, task)

@@ -64,7 +64,6 @@ def test_an_unknown_instruction_set_is_refused():
         {"OMP_NUM_THREADS": "2", "OMP_THREAD_LIMIT": "1"},
         {"OMP_NUM_THREADS": "4", "OMP_THREAD_LIMIT": "2"},
         {"OMP_DYNAMIC": "true"},
-        {"OMP_NUM_THREADS": "1"},
     ],
     ids=str,
 )

@@ -197,7 +197,7 @@ def test_what_a_sample_lost_is_restored():
 
 
 def test_same_bits_alone_and_in_a_batch():
-    x, block = inputs(3, 18, dtype=torch.float32), Block(18, batch=3, hard=10.0, dtype=torch.float32, tol=1e-5)
+    x, block = inputs(2, 17, dtype=torch.float32), Block(17, batch=2, hard=10.0, dtype=torch.float32, tol=1e-5)
     with torch.no_grad():
         whole, alone = (make("triton", 1e-4, x.dtype, positions="rope").solve(of) for of in (x, x[1:2]))
     assert torch.equal(alone.value, whole.value[1:2])
@@ -281,8 +281,7 @@ def assert_same_adjoint(found, wanted, allowed):
     torch.testing.assert_close(found.slope[..., 0], own, rtol=0.0, atol=allowed * max(scale, float(own.abs().max())))
 
 
-@pytest.mark.parametrize("hard", [1.0, 10.0])
-@pytest.mark.parametrize(("heads", "n"), [(1, 17), (2, 7), (2, 33), (4, 18)], ids=str)
+@pytest.mark.parametrize(("heads", "n", "hard"), [(1, 17, 10.0), (2, 7, 1.0), (2, 33, 1.0), (4, 18, 10.0)], ids=str)
 def test_adjoint_equals_torch(heads, n, hard, poisoned):
     block = Block(n, heads=heads, hard=hard)
     assert_same_adjoint(block.compiled(), block.eager(), 1e-7)

@@ -11,7 +11,7 @@ KERNELS := .venv/.kernels
 CPU := implicit_attention/causal/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test sanitize lint types bench gpu constraints clean
+.PHONY: help demo check test kernels sanitize lint types bench gpu constraints clean
 
 help: ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -32,6 +32,10 @@ check: $(KERNELS) lint types ## lint, types, and a quick part of the tests (2 mi
 test: $(KERNELS) lint types ## lint, types, every test, and coverage (15 to 20 minutes; ARGS='-k picard --no-cov': a part of them)
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov $(ARGS)
 
+# Minutes of interpreter for each change of a few files: apart, so that `make test` stays short.
+kernels: $(KERNELS) ## Triton's kernels: every access to memory checked in the interpreter, compiled for devices (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --no-cov -m kernels $(ARGS)
+
 # Torch itself leaks on purpose. One thread: the sanitizers' own work is enough for a core.
 sanitize: $(KERNELS) ## the C++ kernels under AddressSanitizer and UBSan (5 minutes; CI runs a part)
 	$(BIN)/python $(CPU)/build.py build/sanitized --sanitize
@@ -51,7 +55,7 @@ bench: $(KERNELS) ## run a benchmark (ARGS=bidirectional)
 
 gpu: $(INSTALLED) ## on a CUDA device: test the kernels, then measure them (ARGS='--lengths 8192')
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here")'
-	$(BIN)/python -m pytest -q --no-cov tests/causal/triton tests/attention/test_flash_cuda.py tests/test_precision.py
+	$(BIN)/python -m pytest -q --no-cov -m '' tests/causal/triton tests/attention/test_flash_cuda.py tests/test_precision.py
 	$(BIN)/python -m benchmarks gpu $(ARGS)
 
 # The newest versions that go with torch $(TORCH), from a fresh environment.

@@ -90,7 +90,7 @@ def test_equilibrium_is_off_by_its_residual_and_the_rounding_of_one_map(name, op
 
 @DTYPES
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.kernels) if n == "triton" else n for n in SOLVERS])
 def test_gradients_lose_at_most_twice_what_backpropagation_through_the_loop_does(name, options, dtype):
     """The readable reference in the same dtype: the loop written out, differentiated by autograd."""
     eps = torch.finfo(dtype).eps

@@ -250,6 +250,7 @@ EVERYTHING = ("norm", "turn", "bias", "added", "strict")
     ],
     ids=lambda a: "-".join(a[:3]),
 )
+@pytest.mark.kernels
 def test_compiles_for_a_device(arguments, tmp_path):
     """The interpreter takes what the compiler refuses: types that change in a loop, names that a branch leaves out."""
     assert "bytes of shared memory" in compiled(arguments, tmp_path)
@@ -278,6 +279,7 @@ def compiled(arguments, cache):
     ],
     ids=lambda a: a[0] if isinstance(a, tuple) else str(a),
 )
+@pytest.mark.kernels
 def test_registers_leave_room_for_several_programs(arguments, most, tmp_path):
     """On Hopper, heads of 64: next to nothing is spilled, and a multiprocessor holds two programs or more."""
     said = compiled(arguments, tmp_path)

@@ -38,6 +38,8 @@ from tests.causal.triton.test_triton_blocks import DEVICE, F64, OPTIONS, Block, 
 from tests.causal.triton.test_triton_sweeps import with_two_roots
 from tests.test_decoding import cached, case
 
+pytestmark = pytest.mark.kernels
+
 if not interpreted():
     pytest.skip("this looks into the interpreter; on a device there is compute-sanitizer", allow_module_level=True)
 

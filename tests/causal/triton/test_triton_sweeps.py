@@ -280,10 +280,10 @@ SETTLE, SOLVE = BlockSolver.settle, BlockAdjointSolver.solve
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
 def test_nan_is_an_error():
-    x = inputs(2, 45, 32)
-    x[1, 20, 3] = torch.nan
+    x = inputs(1, 33, 32)
+    x[0, 20, 3] = torch.nan
     with pytest.raises(ValueError, match="`x` holds 1 NaN or Inf"), torch.no_grad():
-        make("triton", 1e-6, x.dtype, embed=32, block=BLOCK).solve(x)
+        make("triton", 1e-3, x.dtype, embed=32, block=BLOCK).solve(x)
 
 
 def test_what_has_overflowed_has_not_settled():

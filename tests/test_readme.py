@@ -101,6 +101,7 @@ def help_text(module: str, *arguments: str) -> str:
         patch.setattr(sys, "argv", [module, *arguments, "--help"])
         for name, value in {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}.items():
             patch.setenv(name, value)
+        patch.delitem(sys.modules, f"{module}.__main__", raising=False)  # else it would run a second time
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as left:
             runpy.run_module(module, run_name="__main__")
     assert not left.value.code, shown.getvalue()

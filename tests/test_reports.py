@@ -166,7 +166,7 @@ def test_copies_speak_for_themselves():
 def test_a_compiled_model_names_its_layers(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(diagonal, "MOST_SWEEPS", 1)
-    model, x = Model(solver=ForwardSubstitution(rtol=1e-30, atol=1e-30)), torch.randn(4, 60, 8)
+    model, x = Model(solver=ForwardSubstitution(rtol=1e-30, atol=1e-30, kernel="torch")), torch.randn(4, 60, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     texts = [text for _, text in said(lambda: compiled(x))]
     assert [text.split(" ")[0] for text in texts] == [f"layers.{i}.attention" for i in range(3)]
@@ -191,7 +191,7 @@ def test_a_call_of_fixed_point_has_no_layer():
         (Broyden(max_steps=1), ["max_steps (it is 1)", "NewtonKrylov()"], ["damping"]),
         (NewtonKrylov(max_steps=1, rtol=1e-30, atol=1e-30), ["max_steps (it is 1)", "cycles (it is 4)"],
          ["use Newton"]),
-        (ForwardSubstitution(rtol=1e-30, atol=1e-30), ["ForwardSubstitution(rtol=..., atol=...)", "qk_norm"],
+        (ForwardSubstitution(rtol=1e-30, atol=1e-30, kernel="torch"), ["ForwardSubstitution(rtol=..., atol=...)", "qk_norm"],
          ["max_steps", "NewtonKrylov"]),
     ],
     ids=str,
@@ -386,6 +386,6 @@ def test_near_singular_rows_are_counted(monkeypatch):
 def test_failures_in_compiled_code_are_counted(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(diagonal, "MOST_SWEEPS", 1)
-    layer = failing(solver=ForwardSubstitution(rtol=1e-30, atol=1e-30))
+    layer = failing(solver=ForwardSubstitution(rtol=1e-30, atol=1e-30, kernel="torch"))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert [i for i, _ in said(lambda: compiled(X), 11)] == [1, 10]

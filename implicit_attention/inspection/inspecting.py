@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from implicit_attention.equation import Equation
 from implicit_attention.equation.packing import PackedMap
 from implicit_attention.errors import Came, bad_type, bad_value, check_positive, missing_extra
+from implicit_attention.inputs import InputOptions
 from implicit_attention.inspection.measuring import measure
 from implicit_attention.inspection.report import Report
 from implicit_attention.layer import ImplicitQueryAttention
@@ -147,7 +148,7 @@ def _listening(layers: dict[str, nn.Module], calls: dict[str, _Call]) -> Iterato
                 keep(layer, arguments, options)
                 return type(layer).solve(layer, *arguments, **options)
 
-            layer.solve = solve  # type: ignore[method-assign] # models of `hf` call it instead of the layer
+            layer.solve = solve  # type: ignore[method-assign] # a model may call it instead of the layer
             solving.append(layer)
     try:
         yield
@@ -171,8 +172,7 @@ def _solved_form(layer: nn.Module) -> ImplicitQueryAttention:
 
 def _equation(call: _Call) -> Equation:
     """The equation of a call, checked to be one sample."""
-    options = {n: v for n, v in call.options.items() if n not in ("history", "gains", "need_weights",
-                                                                  "average_attn_weights", "track")}  # fmt: skip
+    options = {n: v for n, v in call.options.items() if n in ("context", *InputOptions.__annotations__)}
     if options.pop("cache", None) is not None:
         raise bad_value("cache", "None for an inspection", Came("a cache"), "Give the whole text at once.")
     training = call.layer.training

@@ -343,6 +343,7 @@ def test_maps_on_a_cuda_device(monkeypatch):
         def __init__(self, system):
             self.spec, self.length = system.spec, system.length
             self.key = self.value = self
+            self.value_map = self.norm_weight = None
 
         dtype, device = torch.bfloat16, torch.device("cuda:1")
 

@@ -191,8 +191,8 @@ def test_a_call_of_fixed_point_has_no_layer():
         (Broyden(max_steps=1), ["max_steps (it is 1)", "NewtonKrylov()"], ["damping"]),
         (NewtonKrylov(max_steps=1, rtol=1e-30, atol=1e-30), ["max_steps (it is 1)", "cycles (it is 4)"],
          ["use Newton"]),
-        (ForwardSubstitution(rtol=1e-30, atol=1e-30, kernel="torch"), ["ForwardSubstitution(rtol=..., atol=...)", "qk_norm"],
-         ["max_steps", "NewtonKrylov"]),
+        (ForwardSubstitution(rtol=1e-30, atol=1e-30, kernel="torch"),
+         ["ForwardSubstitution(rtol=..., atol=...)", "qk_norm"], ["max_steps", "NewtonKrylov"]),
     ],
     ids=str,
 )  # fmt: skip

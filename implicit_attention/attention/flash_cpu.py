@@ -144,7 +144,7 @@ def _visible(
 
 def _may_overflow(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Whether a row's scores may leave the range of numbers: none is above the product of its vectors' lengths."""
-    largest = query.double().norm(dim=-1) * key.double().norm(dim=-1).amax(-1, keepdim=True) * max(1.0, scale)
+    largest: Tensor = query.double().norm(dim=-1) * key.double().norm(dim=-1).amax(-1, keepdim=True) * max(1.0, scale)
     return ~(largest < torch.finfo(_wide(query.dtype)).max)  # NaN may
 
 

@@ -42,9 +42,8 @@ def test_float32_is_within_its_tolerance(name):
     floor = 10 * tol
     off = float(((rough.value - exact.value).detach()).abs().max())
     assert float(((found.value - exact.value).detach()).abs().max()) <= 4 * max(off, floor)
-    largest = max(
-        float(grad.abs().max()) for grad in exact_grads
-    )  # of a sum that cancels, what its summands may be off
+    # A gradient may be a sum that cancels: it is off by the tolerance of its summands.
+    largest = max(float(grad.abs().max()) for grad in exact_grads)
     for mine, rough_one, theirs in zip(found_grads, rough_grads, exact_grads, strict=True):
         off = float((rough_one - theirs).abs().max())
         allowed = max(off, floor * float(theirs.abs().max()), tol * largest)

@@ -17,7 +17,7 @@ from implicit_attention.errors import bad_type, bad_value
 from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, checked
 from implicit_attention.recommended import Recommended
 from implicit_attention.settings import Configured, Settings
-from implicit_attention.solving import make_adjoint, make_solver, output, own, settle
+from implicit_attention.solving import make_adjoint, make_solver, own, settle
 
 
 class ImplicitQueryAttention(Recommended, Configured, Reporting):
@@ -208,13 +208,12 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             x, context, attn_mask=attn_mask, key_padding_mask=key_padding_mask, cache=cache, segments=segments,
             cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        found = settle(self, self._report, inputs, short=not (need_weights or gains))
-        out = output(self, found.solution.value)
-        weights = found.weights() if need_weights else None
+        found = settle(self, self._report, inputs, short=not (need_weights or gains), projected=True)
+        out: Any = found.output
+        weights = found.weights(average_attn_weights) if need_weights else None
         solution = found.with_gains(self._report) if gains else found.solution
-        found.give(inputs)
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
+        if cache is not None:
+            found.give(inputs)
         if not inputs.batched:
             out, weights, solution = out[0], None if weights is None else weights[0], solution.unbatched()
         if need_solution:

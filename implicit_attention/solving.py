@@ -178,16 +178,18 @@ _MAY_NOT_CONTRACT = (
 
 
 class Found(NamedTuple):
-    """A solved call; the cache has not been given its tokens."""
+    """A solved call; the cache has not been given its tokens. `output` is what `forward` returns of it."""
 
     solution: Solution
     equation: Equation | None
     decoded: Decoded | None
+    output: Tensor | None = None
 
-    def weights(self) -> Tensor:
-        """Return the attention matrix, `[B, H, N, M]`."""
+    def weights(self, average: bool) -> Tensor:
+        """Return the attention matrix, `[B, H, N, M]`, or its average over the heads, `[B, N, M]`."""
         assert self.equation is not None
-        return self.equation.function.weights(self.solution.value, *self.equation.args)
+        weights = self.equation.function.weights(self.solution.value, *self.equation.args)
+        return weights.mean(1) if average else weights
 
     def with_gains(self, report: FailureReport) -> Solution:
         """Return the solution, and in it how much each row feeds itself; the report keeps that too."""
@@ -205,7 +207,13 @@ class Found(NamedTuple):
 
 
 def settle(
-    layer: SolvedLayer, report: FailureReport, inputs: Inputs, *, history: bool = False, short: bool = False
+    layer: SolvedLayer,
+    report: FailureReport,
+    inputs: Inputs,
+    *,
+    history: bool = False,
+    short: bool = False,
+    projected: bool = False,
 ) -> Found:
     """Solve the equation of a call.
 
@@ -215,18 +223,25 @@ def settle(
         inputs: Of the call, checked.
         history: Keep every iterate.
         short: Whether the short way of one new token will do, which makes no equation.
+        projected: Whether the output is wanted.
 
     Returns:
         What was found.
 
     Raises:
-        ValueError: If the map gives NaN or Inf; the message names the input or parameter to blame.
+        ValueError: If the map or the output holds NaN or Inf; the message names the input or parameter to blame.
         ConvergenceError: If the tolerance is missed and the report raises.
     """
     if inputs.packed and torch.compiler.is_compiling():
-        return outside_graphs(settle)(layer, report, inputs, history=history)
-    projected = project(layer, inputs)
-    decoded = decode(layer, inputs, projected) if short and serves(layer, inputs) else None
+        found = outside_graphs(_settle)(layer, report, inputs, history, False)
+    else:
+        found = _settle(layer, report, inputs, history, short)
+    return found._replace(output=_output(layer, found.solution.value)) if projected else found
+
+
+def _settle(layer: SolvedLayer, report: FailureReport, inputs: Inputs, history: bool, short: bool) -> Found:
+    projected = project(layer, inputs) if short and serves(layer, inputs) else None
+    decoded = None if projected is None else decode(layer, inputs, projected)
     if decoded is not None:
         report.keep(decoded.solution)
         return Found(replace(decoded.solution, unique=layer.settings.unique), None, decoded)
@@ -237,23 +252,13 @@ def settle(
         solution = solve(equation, layer.solver, layer.adjoint, report, history=history)
     except NonFiniteError as error:
         raise non_finite({**inputs.named(), **dict(layer.named_parameters())}) from error
-    watch(layer, inputs, equation, solution.value, report)
+    if not layer.settings.is_causal:
+        watch(layer, inputs, equation, solution.value, report)
     return Found(replace(solution, unique=layer.settings.unique), equation, None)
 
 
-def output(layer: SolvedLayer, y: Tensor) -> Tensor:
-    """Return what a layer returns of an equilibrium: projected, if it has an `out_proj`.
-
-    Args:
-        layer: The layer.
-        y: The equilibrium, `[B, N, D]`.
-
-    Returns:
-        The output, `[B, N, D]`.
-
-    Raises:
-        ValueError: If it holds NaN or Inf.
-    """
+def _output(layer: SolvedLayer, y: Tensor) -> Tensor:
+    """What a layer returns of an equilibrium: projected, if it has an `out_proj`."""
     if layer.out_proj is None:
         return own(y)
     out: Tensor = layer.out_proj(y)

@@ -33,7 +33,7 @@ test: $(KERNELS) lint types ## lint, types, every test, and coverage (15 to 20 m
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov $(ARGS)
 
 # Minutes of interpreter for each change of a few files: apart, so that `make test` stays short.
-kernels: $(KERNELS) ## Triton's kernels: every access to memory checked in the interpreter, compiled for devices (10 minutes)
+kernels: $(KERNELS) ## Triton's sweeps in the interpreter, every access to memory checked, kernels compiled (15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --no-cov -m kernels $(ARGS)
 
 # Torch itself leaks on purpose. One thread: the sanitizers' own work is enough for a core.

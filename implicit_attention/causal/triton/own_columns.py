@@ -1,6 +1,6 @@
 """Own columns in the sweeps of an adjoint, solved exactly."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,18 +10,15 @@ from implicit_attention.causal.system import Queries
 from implicit_attention.causal.triton.call import AT_ONCE
 from implicit_attention.causal.triton.kernels import sweep_adjoint
 
-if TYPE_CHECKING:
-    from implicit_attention.causal.triton.sweeps import AdjointSweeps
-
 
 class OwnColumns:
     """Solves the own columns, of rank one per head, exactly in every sweep; see `diagonal_adjoint._OwnColumns`."""
 
-    def __init__(self, sweeps: "AdjointSweeps", rows: slice) -> None:
+    def __init__(self, sweeps: Any, rows: slice) -> None:
         """Take the equilibrium of a block.
 
         Args:
-            sweeps: The sweeps.
+            sweeps: The `AdjointSweeps` of the block, which imports this file.
             rows: The block.
         """
         self.sweeps, self.rows, self.n = sweeps, rows, rows.stop - rows.start

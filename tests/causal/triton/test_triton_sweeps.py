@@ -20,7 +20,7 @@ from implicit_attention.causal.triton.engine import AdjointKernel, ForwardKernel
 from implicit_attention.causal.triton.kernels import own_rows, sweep
 from tests.causal.triton.test_triton_blocks import DEVICE, F64, OPTIONS, assert_same, inputs, make, refuse, run
 
-pytestmark = pytest.mark.usefixtures("brisk_interpreter", "narrow_blocks")
+pytestmark = [pytest.mark.usefixtures("brisk_interpreter", "narrow_blocks"), pytest.mark.kernels]
 BLOCK = 8  # rows that are left to the other kernel
 in_float64 = pytest.mark.skipif(DEVICE != "cpu", reason="a device sweeps no float64, which these tests want")
 

@@ -1,10 +1,5 @@
-"""The solver of contractions as a registered operator, so that `torch.compile(fullgraph=True)` compiles a whole layer.
+"""The solver of contractions as a registered operator (`equilibrium/operator.py`)."""
 
-The operator runs `Contraction` unchanged; the compiler sees its shapes and its gradient only. An operator takes tensors
-and plain values alone, so a map and its solver are described in words and numbers.
-"""
-
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +11,7 @@ from implicit_attention.attention.masks import AdditiveMask
 from implicit_attention.attention.positions import DistanceSlope, OffsetTable
 from implicit_attention.attention.spec import AttentionSpec, BiasTerm
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit
-from implicit_attention.equilibrium.reports import FailureReport
+from implicit_attention.equilibrium.operator import Plain, Results, registered
 from implicit_attention.equilibrium.solvers import Method, Solution
 
 KINDS: dict[type, str] = {AdditiveMask: "mask", DistanceSlope: "slope", OffsetTable: "table"}
@@ -69,7 +64,7 @@ class _Description(NamedTuple):
         """The description in an operator's arguments."""
         return cls._make([*words.split(";"), *numbers, *counts])
 
-    def arguments(self) -> tuple[str, list[float], list[int]]:
+    def arguments(self) -> Plain:
         """The same as an operator takes it: words, real numbers and integers."""
         return ";".join(self[:2]), list(self[2:7]), list(self[7:])
 
@@ -85,6 +80,24 @@ class _Description(NamedTuple):
     def solver(self) -> Contraction:
         """The solver that is described."""
         return Contraction(rtol=self.rtol, atol=self.atol or None, steps=self.steps or None)
+
+    def outputs(self, tensors: list[Tensor], dtype: torch.dtype) -> Results:
+        """Empty tensors for what a solve gives, in the order of `Described.outputs`."""
+        named = dict(zip(self.names.split(","), tensors, strict=True))
+        key, size, dim = named["key"], named["weight"].shape[1], named["key"].shape[-1]
+        batch, n = len(key), key.shape[-2] if self.by_keys else named["added"].shape[1]
+        wide = torch.promote_types(key.dtype, torch.float32)
+        residual = key.new_empty((batch,) if self.by_keys else (batch, n), dtype=wide)
+        return (
+            key.new_empty(batch, n, size, dtype=dtype),
+            residual,
+            torch.empty_like(residual, dtype=torch.long),
+            torch.empty_like(residual, dtype=torch.bool),
+            torch.empty_like(residual),
+            key.new_empty(batch, n, size),
+            key.new_empty(batch, self.query_heads, n, dim),
+            key.new_empty(batch, size // dim, n, dtype=wide),
+        )
 
 
 def serves(solver: Method, adjoint: Adjoint, function: AttentionMap) -> bool:
@@ -120,89 +133,7 @@ def solve(
         ",".join(function.names), kinds, function.spec.scale, function.spec.dropout, function.max_gain, rtol, atol,
         function.query_map.num_heads, int(function.rows_are_keys), solver.steps or 0, report,
     )  # fmt: skip
-    value, residual, steps, converged, relative, *memo = _forward(list(args), dtype, *described.arguments())
-    return Solution(value, residual, steps, converged, residual[None], relative[None], memo=tuple(memo))
+    return _solve(described, args, dtype)
 
 
-@torch.library.custom_op("implicit_attention::contraction", mutates_args=())
-def _forward(
-    tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d = _Description.of(words, numbers, counts)
-    if not tensors[d.names.split(",").index("gate")].numel():  # an empty batch: nothing to solve
-        return _outputs(tensors, dtype, words, numbers, counts)  # type: ignore[no-any-return]
-    solver = d.solver()
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        found = solver.equilibrium(d.function(tensors), tuple(tensors), dtype)
-    # What the report keeps is its own: a compiled graph may write over what it no longer needs.
-    kept = {name: getattr(found, name).clone() for name in ("residual", "steps", "converged")}
-    FailureReport.of(d.report)(replace(found, **kept), "equilibrium", solver)
-    at, query, lse = found.memo
-    # An operator returns no views of its other results, and all in the layout that the compiler expects.
-    return (
-        found.value.contiguous(), found.residual, found.steps, found.converged, found.rel_trace[0].clone(),
-        at.contiguous(), query.contiguous(), lse.contiguous(),
-    )  # fmt: skip
-
-
-@_forward.register_fake
-def _outputs(
-    tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d = _Description.of(words, numbers, counts)
-    named = dict(zip(d.names.split(","), tensors, strict=True))
-    key, size, dim = named["key"], named["weight"].shape[1], named["key"].shape[-1]
-    batch, n = len(key), key.shape[-2] if d.by_keys else named["added"].shape[1]
-    wide = torch.promote_types(key.dtype, torch.float32)
-    residual = key.new_empty((batch,) if d.by_keys else (batch, n), dtype=wide)
-    return (
-        key.new_empty(batch, n, size, dtype=dtype),
-        residual,
-        torch.empty_like(residual, dtype=torch.long),
-        torch.empty_like(residual, dtype=torch.bool),
-        torch.empty_like(residual),
-        key.new_empty(batch, n, size),
-        key.new_empty(batch, d.query_heads, n, dim),
-        key.new_empty(batch, size // dim, n, dtype=wide),
-    )
-
-
-@torch.library.custom_op("implicit_attention::contraction_adjoint", mutates_args=())
-def _adjoint(
-    grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], words: str,
-    numbers: list[float], counts: list[int],
-) -> list[Tensor]:  # fmt: skip
-    d = _Description.of(words, numbers, counts)
-    if not y.numel():
-        return [t.new_zeros(t.shape) for t in tensors]
-    solver = d.solver()
-    with torch.autocast(y.device.type, enabled=False):
-        found = solver.adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
-    FailureReport.of(d.report).adjoint(found, grad, solver)
-    pairs = zip(found.by_arg, tensors, strict=True)
-    return [t.new_zeros(t.shape) if g is None else g.contiguous() for g, t in pairs]
-
-
-@_adjoint.register_fake
-def _(
-    grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], words: str,
-    numbers: list[float], counts: list[int],
-) -> list[Tensor]:  # fmt: skip
-    return [t.new_empty(t.shape) for t in tensors]
-
-
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, _, *ctx.plain = inputs  # type: ignore[attr-defined]
-    assert isinstance(tensors, list)
-    ctx.needs = [t.requires_grad for t in tensors]  # type: ignore[attr-defined]
-    ctx.save_for_backward(output[0], *output[5:], *tensors)
-
-
-def _pull(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[object, ...]:
-    y, at, query, lse, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
-    needs, plain = ctx.needs, ctx.plain  # type: ignore[attr-defined]
-    found = _adjoint(grad, y, [at, query, lse], tensors, needs, *plain)
-    return [g if need else None for g, need in zip(found, needs, strict=True)], None, *(None for _ in plain)
-
-
-_forward.register_autograd(_pull, setup_context=_keep)
+_forward, _solve = registered("contraction", _Description.of)

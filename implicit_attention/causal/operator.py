@@ -1,10 +1,5 @@
-"""Forward substitution as a registered operator, so that `torch.compile(fullgraph=True)` compiles a whole layer.
+"""Forward substitution as a registered operator (`equilibrium/operator.py`)."""
 
-The operator runs `ForwardSubstitution` unchanged. The compiler sees its shapes and its gradient only. An operator takes
-tensors and plain values alone, so `_Description` holds a map and its solver in words and numbers.
-"""
-
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +10,7 @@ from implicit_attention.attention.map import AttentionMap, QueryMap, ValueMap
 from implicit_attention.attention.operator import KINDS, make_term
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit
-from implicit_attention.equilibrium.reports import FailureReport
+from implicit_attention.equilibrium.operator import Plain, Results, registered
 from implicit_attention.equilibrium.solvers import Method, Solution
 
 
@@ -72,10 +67,9 @@ class _Description(NamedTuple):
         """The description in an operator's arguments."""
         return cls._make([*words.split(";"), *numbers, *counts])
 
-    def arguments(self) -> tuple[str, list[float], list[int]]:
+    def arguments(self) -> Plain:
         """The same as an operator takes it: words, real numbers and integers."""
-        words, numbers, counts = self[:3], self[3:7], self[7:]
-        return ";".join(words), list(numbers), list(counts)
+        return ";".join(self[:3]), list(self[3:7]), list(self[7:])
 
     def function(self, tensors: list[Tensor]) -> AttentionMap:
         """The map that is described, for its tensors."""
@@ -91,6 +85,24 @@ class _Description(NamedTuple):
     def solver(self) -> ForwardSubstitution:
         """The solver that is described."""
         return ForwardSubstitution(block=self.block, kernel=self.kernel, rtol=self.rtol, atol=self.atol or None)
+
+    def outputs(self, tensors: list[Tensor], dtype: torch.dtype) -> Results:
+        """Empty tensors for what a solve gives, in the order of `Described.outputs`."""
+        named = dict(zip(self.names.split(","), tensors, strict=True))
+        key, groups = named["key"], named["value"].shape[1]
+        batch, heads, n, dim = key.shape
+        wide = torch.promote_types(key.dtype, torch.float32)
+        residual = key.new_empty(batch, n, dtype=wide)
+        return (
+            key.new_empty(batch, n, heads * dim, dtype=dtype),
+            residual,
+            torch.empty_like(residual, dtype=torch.long),
+            torch.empty_like(residual, dtype=torch.bool),
+            torch.empty_like(residual),
+            key.new_empty(batch, n, groups, dim),
+            key.new_empty(batch, heads, n, dtype=wide),
+            key.new_empty((batch, n, groups, 1) if self.normalize else (0,), dtype=wide),
+        )
 
 
 def serves(solver: Method, adjoint: Adjoint, function: AttentionMap) -> bool:
@@ -119,86 +131,7 @@ def solve(
         The solution, whose value carries the gradient.
     """
     described = _Description.of_map(solver, function, *solver.tolerances(dtype), report)
-    value, residual, steps, converged, relative, *memo = _forward(list(args), dtype, *described.arguments())
-    return Solution(value, residual, steps, converged, residual[None], relative[None], memo=tuple(memo))
+    return _solve(described, args, dtype)
 
 
-@torch.library.custom_op("implicit_attention::forward_substitution", mutates_args=())
-def _forward(
-    tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d = _Description.of(words, numbers, counts)
-    if not tensors[d.names.split(",").index("key")].numel():  # an empty batch: nothing to solve
-        return _outputs(tensors, dtype, words, numbers, counts)  # type: ignore[no-any-return]
-    with torch.autocast(tensors[0].device.type, enabled=False):  # the solver chooses its precision itself
-        solver = d.solver()
-        found = solver.equilibrium(d.function(tensors), tuple(tensors), dtype)
-    # What the report keeps is its own: a compiled graph may write over what it no longer needs.
-    kept = {name: getattr(found, name).clone() for name in ("residual", "steps", "converged")}
-    FailureReport.of(d.report)(replace(found, **kept), "equilibrium", solver)
-    query, lse, inverse = found.memo
-    # The trace is cloned: an operator must not return views of its other results.
-    return found.value, found.residual, found.steps, found.converged, found.rel_trace[0].clone(), query, lse, inverse
-
-
-@_forward.register_fake
-def _outputs(
-    tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d = _Description.of(words, numbers, counts)
-    named = dict(zip(d.names.split(","), tensors, strict=True))
-    key, groups = named["key"], named["value"].shape[1]
-    batch, heads, n, dim = key.shape
-    wide = torch.promote_types(key.dtype, torch.float32)
-    residual = key.new_empty(batch, n, dtype=wide)
-    return (
-        key.new_empty(batch, n, heads * dim, dtype=dtype),
-        residual,
-        torch.empty_like(residual, dtype=torch.long),
-        torch.empty_like(residual, dtype=torch.bool),
-        torch.empty_like(residual),
-        key.new_empty(batch, n, groups, dim),
-        key.new_empty(batch, heads, n, dtype=wide),
-        key.new_empty((batch, n, groups, 1) if d.normalize else (0,), dtype=wide),
-    )
-
-
-@torch.library.custom_op("implicit_attention::forward_substitution_adjoint", mutates_args=())
-def _adjoint(
-    grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], words: str,
-    numbers: list[float], counts: list[int],
-) -> list[Tensor]:  # fmt: skip
-    d = _Description.of(words, numbers, counts)._replace(atol=0.0)  # cotangents have no scale of their own
-    if not y.numel():
-        return [t.new_zeros(t.shape) for t in tensors]
-    with torch.autocast(y.device.type, enabled=False):
-        solver = d.solver()
-        found = solver.adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
-    FailureReport.of(d.report).adjoint(found, grad, solver)
-    pairs = zip(found.by_arg, tensors, strict=True)
-    return [t.new_zeros(t.shape) if g is None else g.contiguous() for g, t in pairs]
-
-
-@_adjoint.register_fake
-def _(
-    grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], words: str,
-    numbers: list[float], counts: list[int],
-) -> list[Tensor]:  # fmt: skip
-    return [t.new_empty(t.shape) for t in tensors]
-
-
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, _, *ctx.plain = inputs  # type: ignore[attr-defined]
-    assert isinstance(tensors, list)
-    ctx.needs = [t.requires_grad for t in tensors]  # type: ignore[attr-defined]
-    ctx.save_for_backward(output[0], *output[5:], *tensors)
-
-
-def _pull(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[object, ...]:
-    y, query, lse, inverse, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
-    needs, plain = ctx.needs, ctx.plain  # type: ignore[attr-defined]
-    found = _adjoint(grad, y, [query, lse, inverse], tensors, needs, *plain)
-    return [g if need else None for g, need in zip(found, needs, strict=True)], None, *(None for _ in plain)
-
-
-_forward.register_autograd(_pull, setup_context=_keep)
+_forward, _solve = registered("forward_substitution", _Description.of)

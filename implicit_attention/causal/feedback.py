@@ -116,13 +116,25 @@ class Backward:
         system: CausalSystem,
         engine: Engine | None,
         block: int,
-        solved: State,
+        y: Tensor,
+        memo: tuple[Tensor, ...],
         grad: Tensor,
-        needs: dict[str, bool],
+        needs: tuple[bool, ...],
     ) -> None:
-        self.system, self.needs = system, needs
+        """Prepare.
+
+        Args:
+            system: The map.
+            engine: What solves blocks; None for torch.
+            block: Rows of a block, at least.
+            y: The equilibrium, `[B, N, D]`.
+            memo: That of `Forward.solution`; empty if another solver found the equilibrium.
+            grad: Cotangent, `[B, N, D]`.
+            needs: For each tensor of the map, whether its gradient is needed.
+        """
+        self.system, self.needs = system, dict(zip(system.tensors, needs, strict=True))
         self.block = block if engine is None else engine.block(system, block)
-        self.bias_grad = any(need for name, need in needs.items() if name.startswith("term"))
+        self.bias_grad = any(need for name, need in self.needs.items() if name.startswith("term"))
         new, shape, wide = torch.zeros, (system.batch, system.length), system.wide
         columns = {name: (*shape, system.groups, system.dim) for name in ("d_query", "d_value")}
         sizes = columns | {
@@ -130,7 +142,8 @@ class Backward:
             "d_key": tuple(system.key.shape), "d_own_value": tuple(system.value.shape),
             "own_slope": tuple(system.key.shape[:3]),
         }  # fmt: skip
-        self.state = solved | {"grad": grad} | {
+        grad = grad.view(*shape, system.heads, system.dim)
+        self.state = _solved(system, y, memo) | {"grad": grad} | {
             name: new(*size, dtype=wide, device=grad.device) for name, size in sizes.items()
         }  # fmt: skip
         self.d_terms: list[Tensor | None] = [None] * len(system.terms)
@@ -193,14 +206,8 @@ class Backward:
         return found | {f"term{i}": grad for i, grad in enumerate(self.d_terms)}
 
 
-def solved(system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...]) -> State:
-    """Return the state of a known solution.
-
-    Args:
-        system: The map.
-        y: The equilibrium, `[B, N, D]`.
-        memo: That of `Forward.solution`; empty if another solver found the equilibrium.
-    """
+def _solved(system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...]) -> State:
+    """The state of a known solution."""
     everything = slice(0, system.length)
     y = y.view(*y.shape[:2], system.heads, system.dim).to(system.wide)
     value = Values(system).made(y, everything)

@@ -124,20 +124,21 @@ class ForwardSubstitution(DirectSolver):
             The gradients, and the residual of the adjoint equation.
         """
         system, kernel = self._prepared(function, args)
-        told: dict[str, Any] = {
-            "rtol": self.tolerances(y.dtype, linear=True)[0], "kernel": kernel, "block": self.block
-        }  # fmt: skip
-        found = None
         if system.value_map is not None:
-            engine, named = engines.feedback_engine(kernel), dict(zip(system.tensors, needs, strict=True))
-            at, heads = feedback.solved(system, y, memo), grad.view(*grad.shape[:2], system.heads, system.dim)
-            found = feedback.Backward(system, engine, self.block, at, heads, named).solution()
-        with suppress(Unsettled):
-            found = Backward(system, y, memo, grad, needs, **told).solution() if found is None else found
-        if found is None:
-            found = Backward(system, y, memo, grad, needs, **told, cautious=True).solution()
+            engine = engines.feedback_engine(kernel)
+            found = feedback.Backward(system, engine, self.block, y, memo, grad, needs).solution()
+        else:
+            found = self._adjoint(kernel, system, y, memo, grad, needs)
         by_arg = [None if g is None else g.to(a.dtype) for g, a in zip(found.by_arg, args, strict=True)]
         return replace(found, by_arg=by_arg)
+
+    def _adjoint(self, kernel: str, system: CausalSystem, y: Tensor, *given: Any) -> AdjointSolution:
+        """The adjoint of a map whose values read no outputs; again, with caution, if a trusted block did not settle."""
+        told: dict[str, Any] = {"kernel": kernel, "block": self.block}
+        told["rtol"] = self.tolerances(y.dtype, linear=True)[0]
+        with suppress(Unsettled):
+            return Backward(system, y, *given, **told).solution()
+        return Backward(system, y, *given, **told, cautious=True).solution()
 
     def _prepared(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[CausalSystem, str]:
         """The map's tensors, and the engine. The C++ kernels know nothing narrower than float32."""

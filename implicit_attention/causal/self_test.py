@@ -27,7 +27,7 @@ _LENGTHS = (5, 160)  # one block, and several with attention between them
 
 def path() -> Path:
     """Return the file that holds the verdicts."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "implicit_attention" / "self_tests.json"
 
 
@@ -42,7 +42,10 @@ def verdict(kernel: str, device: torch.device, solve: Solve) -> str | None:
     """
     name, known = _named(kernel, device), _read()
     if name not in known:
-        known[name] = _compared(kernel, device, solve) or ""
+        try:
+            known[name] = _compared(kernel, device, solve) or ""
+        except torch.OutOfMemoryError:  # says nothing of the engine, so the next process tries again
+            return "there was no memory for it"
         _write(known)
     return known[name] or None
 
@@ -69,9 +72,10 @@ def _write(known: dict[str, str]) -> None:
     target = path()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
-            json.dump(known, file, indent=1)
-        os.replace(file.name, target)  # at once: other processes read the old file or the new one
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            whole = Path(folder) / target.name
+            whole.write_text(json.dumps(known, indent=1))
+            os.replace(whole, target)  # at once: other processes read the old file or the new one
     except OSError:  # a home that cannot be written to: the next process tests again
         return
 
@@ -83,6 +87,8 @@ def _compared(kernel: str, device: torch.device, solve: Solve) -> str | None:
         expected = solve("torch", function, args, grad)
         try:
             found = solve(kernel, function, args, grad)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a compiler or a device may raise
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         for name, right, tried in zip(("the output", *function.names), expected, found, strict=True):

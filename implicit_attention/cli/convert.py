@@ -58,7 +58,7 @@ def convert(
             _say(f"Writing {out}.")
             files.write(found.model, model, out, max_shard_size)
         except ConversionError as error:
-            raise _fault(error) from None
+            raise RunError(str(error)) from None
         except OSError as error:
             raise unwritable("--out", out, error) from None
         print(
@@ -70,10 +70,6 @@ def convert(
 def _check(flag: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RunError(f"--{flag}: must be one of {', '.join(choices)}, but is {value}")
-
-
-def _fault(error: ValueError) -> RunError:
-    return RunError(str(error))
 
 
 def _say(sentence: str) -> None:

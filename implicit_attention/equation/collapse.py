@@ -53,14 +53,25 @@ def watch_for_collapse(
         value: Its equilibrium, `[B, N, D]`.
         report: Says it.
     """
-    able = not (settings.is_causal or settings.query_input or positions is not None or inputs.attn_mask is not None)
-    if not able or start.shape[1] == 1 or not start.numel() or maps.transforms_active():
+    apart = positions is not None or inputs.attn_mask is not None
+    if not can_collapse(settings, start, apart) or not start.numel() or maps.transforms_active():
         return
     padding, sentence = inputs.key_padding_mask if inputs.context is None else None, _COLLAPSED[settings.rows_are_keys]
     look: Callable[..., None] = _look
     if torch.compiler.is_compiling():  # these solves are no part of a compiled graph either
         look = torch.compiler.disable(_look)  # type: ignore[no-untyped-call]
     look(start, value, padding, sentence, report)
+
+
+def can_collapse(settings: Settings, start: Tensor, apart: bool) -> bool:
+    """Return whether equal outputs mean equal queries, so that the outputs of a layer can become one vector.
+
+    Args:
+        settings: Of the layer.
+        start: The values of its tokens, `[B, N, D]`.
+        apart: Whether positions or a mask set tokens apart.
+    """
+    return start.shape[1] > 1 and not (settings.is_causal or settings.query_input or apart)
 
 
 def _look(start: Tensor, value: Tensor, padding: Tensor | None, sentence: str, report: FailureReport) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from implicit_attention.attention.map import AttentionMap
 from implicit_attention.equation import Equation
-from implicit_attention.equation.collapse import collapsed
+from implicit_attention.equation.collapse import can_collapse, collapsed
 from implicit_attention.equilibrium.adjoints import Implicit
 from implicit_attention.equilibrium.fixed_point import fixed_point
 from implicit_attention.equilibrium.reports import FailureReport, SolveRecord
@@ -67,21 +67,15 @@ def measure(layer: ImplicitQueryAttention, name: str, equation: Equation, iterat
         method=found.method,
         other_start=_other_start(equation, layer.solver, y, iterations).cpu(),
         adjoint_residual=None if record is None else float(record.residual.max()),
-        collapsed=_watched(layer, equation) and bool(solution.converged.all()) and collapsed(start, y, None),
+        collapsed=can_collapse(layer.settings, start, layer.positions is not None or bool(function.spec.terms))
+        and bool(solution.converged.all())
+        and collapsed(start, y, None),
         iterations=kept,
         maps=maps.cpu(),
         settled_map=settled_map.cpu(),
     )
     adjoint_missed = record is not None and not bool(record.converged.all())
     return replace(report, troubles=troubles(report, layer.settings, float(y.abs().max()), adjoint_missed))
-
-
-def _watched(layer: ImplicitQueryAttention, equation: Equation) -> bool:
-    """Whether equal outputs mean equal queries, so that a layer can collapse."""
-    settings, function = layer.settings, equation.function
-    assert isinstance(function, AttentionMap)
-    shapes = settings.is_causal or settings.query_input or layer.positions is not None or function.spec.terms
-    return equation.start.shape[1] > 1 and not shapes
 
 
 def _own_solution(layer: ImplicitQueryAttention, equation: Equation) -> tuple[Solution, SolveRecord | None]:

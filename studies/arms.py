@@ -20,7 +20,7 @@ from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.recommended import MAX_GAIN
 from implicit_attention.tasks.task import Task
 from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
-from studies.mixers import GRU, Convolved, Implicit, Ordinary
+from studies.mixers import GRU, Convolved, GatedDeltaNet, Implicit, Ordinary
 from studies.names import known
 
 MARGIN = 0.02  # largest relative difference between the numbers of parameters of two arms of a table
@@ -93,10 +93,11 @@ class Arm:
     free_only: bool = False
 
 
-def _attention(task: Task, sizes: Sizes) -> Ordinary:
+def _attention(task: Task, sizes: Sizes, taps: int = 0) -> Ordinary:
     return Ordinary(
-        sizes.embed_dim, sizes.num_heads, is_causal=task.is_causal, qk_norm=sizes.qk_norm, positions=_positions(sizes)
-    )
+        sizes.embed_dim, sizes.num_heads, is_causal=task.is_causal, qk_norm=sizes.qk_norm,
+        positions=_positions(sizes), taps=taps,
+    )  # fmt: skip
 
 
 def _ordinary(task: Task, sizes: Sizes, width: int) -> Block:
@@ -111,11 +112,11 @@ def _gru(task: Task, sizes: Sizes, width: int) -> Block:
     return ParallelBlock(GRU(sizes.embed_dim), sizes.embed_dim, width)
 
 
-def _implicit(task: Task, sizes: Sizes, width: int) -> Block:
+def _implicit(task: Task, sizes: Sizes, width: int) -> ParallelBlock:
     return _equilibrium(task, sizes, width)
 
 
-def _strict(task: Task, sizes: Sizes, width: int) -> Block:
+def _strict(task: Task, sizes: Sizes, width: int) -> ParallelBlock:
     return _equilibrium(task, sizes, width, self_query="input")
 
 
@@ -131,8 +132,20 @@ def _feedback_alone(task: Task, sizes: Sizes, width: int) -> Block:
     return _equilibrium(task, sizes, width, self_query="input", values="feedback", query_output=False)
 
 
+def _keys(taps: int) -> Callable[[Task, Sizes, int], Block]:
+    return lambda task, sizes, width: ParallelBlock(_attention(task, sizes, taps), sizes.embed_dim, width)
+
+
 def _convolved(task: Task, sizes: Sizes, width: int) -> Block:
     return ParallelBlock(Convolved(_attention(task, sizes), sizes.embed_dim), sizes.embed_dim, width)
+
+
+def _strict_convolved(task: Task, sizes: Sizes, width: int) -> Block:
+    return ParallelBlock(Convolved(_strict(task, sizes, width).mixer, sizes.embed_dim), sizes.embed_dim, width)
+
+
+def _delta(task: Task, sizes: Sizes, width: int) -> Block:
+    return ParallelBlock(GatedDeltaNet(sizes.embed_dim, sizes.num_heads), sizes.embed_dim, width)
 
 
 def _hopfield(task: Task, sizes: Sizes, width: int) -> Block:
@@ -146,10 +159,10 @@ def _bounded(task: Task, sizes: Sizes, width: int) -> Block:
 def _equilibrium(
     task: Task, sizes: Sizes, width: int, *, self_query: str = "output", normalize_over: str = "queries",
     max_gain: float | None = None, **options: Any,
-) -> Block:  # fmt: skip
+) -> ParallelBlock:  # fmt: skip
     exact = task.is_causal and normalize_over == "queries"
     rtol = atol = sizes.tolerance
-    iterative = Anderson(rtol=rtol, atol=atol, max_steps=MOST_STEPS) if max_gain is None else Contraction(rtol=rtol)
+    iterative = Anderson(rtol=rtol, atol=atol, max_steps=MOST_STEPS) if max_gain is None else Contraction()
     layer = ImplicitQueryAttention(
         sizes.embed_dim,
         sizes.num_heads,
@@ -185,7 +198,16 @@ ARMS = {
         Arm("hopfield", 'implicit, `normalize_over="keys"`', _hopfield),
         Arm("recurrent", "keys and values of its own outputs, row by row", _recurrent, causal_only=True),
         Arm("gru", "GRU", _gru, causal_only=True),
-        Arm("convolved", "ordinary attention behind a convolution", _convolved, causal_only=True),
+        Arm("keys-2", "ordinary attention, 2-tap convolution on keys", _keys(2), causal_only=True),
+        Arm("keys-4", "ordinary attention, 4-tap convolution on keys", _keys(4), causal_only=True),
+        Arm("convolved", "ordinary attention behind a 4-tap convolution", _convolved, causal_only=True),
+        Arm(
+            "strict-convolved",
+            'implicit, `self_query="input"`, behind a 4-tap convolution',
+            _strict_convolved,
+            causal_only=True,
+        ),
+        Arm("delta", "Gated DeltaNet", _delta, causal_only=True),
         Arm("feedback", 'implicit, `values="feedback"`', _feedback, causal_only=True),
         Arm("feedback-plain", "the same, `feedback_norm=False`", _feedback_plain, causal_only=True),
         Arm("feedback-alone", "the same, `query_output=False`", _feedback_alone, causal_only=True),

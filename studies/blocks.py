@@ -82,7 +82,7 @@ class RecurrentBlock(Block):
     def apply_to(self, x: Tensor, *, gains: bool = False) -> tuple[Tensor, None]:
         """Return the block's output and None."""
         attention, normed, dim = self.attention, self.norm_mixer(x), self.attention.head_dim
-        query = attention.heads(normed, attention.W_Q) * attention.scale  # [B, H, N, d]
+        query = attention.heads(attention.W_Q(normed)) * attention.scale  # [B, H, N, d]
         own = self._columns(normed)
         bias = attention.bias(slice(0, x.shape[1]), slice(0, x.shape[1]))
         own_score = (query * own[..., :dim]).sum(-1) + bias.diagonal(dim1=-2, dim2=-1)  # [B, H, N]

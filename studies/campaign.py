@@ -50,31 +50,44 @@ def perform(
         RuntimeError: If a run failed.
     """
     choices = {row: table.rate_runs(row) for row in rows}
-    trials = [run for runs in choices.values() if len(runs) > 1 for run in runs]
-    count = len(trials) + len(rows) * len(seeds)
-    before = sum(records.finished(directory, run) is not None for run in trials)
+    trials = [run for runs in choices.values() if _rates(runs) > 1 for run in runs]
     planned = [table.run(row, seed, table.training.rates[0]) for row in rows for seed in seeds]
-    watch.total(table, count, before + sum(records.path(directory, run).exists() for run in planned))
-    _perform(trials, directory, workers, environment, watch)
+    tried = {(run.row, run.seed) for run in trials}
+    further = [run for run in planned if (run.row, run.seed) not in tried]
+    before = sum(records.finished(directory, run, trial=True) is not None for run in trials)
+    before += sum(records.path(directory, run).exists() for run in further)
+    watch.total(table, len(trials) + len(further), before)
+    _perform(trials, directory, workers, environment, watch, trial=True)
     rates = {row: _choose(runs, directory) for row, runs in choices.items()}
     counted = [table.run(row, seed, rates[row]) for row in rows for seed in seeds]
-    _perform(counted, directory, workers, environment, watch)
+    for run in counted:  # a trial of the chosen rate counts, if its seed is asked for
+        if (record := records.finished(directory, run, trial=True)) is not None:
+            records.write(records.path(directory, run), record)
+    _perform(counted, directory, workers, environment, watch, trial=False)
 
 
-def _perform(runs: list[Run], directory: Path, workers: int, environment: Mapping[str, object], watch: Watch) -> None:
-    missing = [run for run in runs if records.finished(directory, run) is None]
+def _perform(
+    runs: list[Run], directory: Path, workers: int, environment: Mapping[str, object], watch: Watch, *, trial: bool
+) -> None:
+    missing = [run for run in runs if records.finished(directory, run, trial=trial) is None]
     for run, record in pool.records(missing, workers, watch.progress):
-        records.write(records.path(directory, run), {**record, "environment": environment})
+        records.write(records.path(directory, run, trial=trial), {**record, "environment": environment})
         watch.done(run, record)
 
 
 def _choose(runs: list[Run], directory: Path) -> float:
     """The learning rate of a row, from the runs that try several; the only one if there is no choice."""
-    if len(runs) == 1:
+    if _rates(runs) == 1:
         return runs[0].rate
-    tried = [records.read(records.path(directory, run)) for run in runs]
+    tried = [records.read(records.path(directory, run, trial=True)) for run in runs]
     rate = records.best_rate(tried)
-    outcome = {f"{r['settings']['rate']:g}": {key: r[key] for key in ("score", "solved_at", "end")} for r in tried}
-    choice = {"chosen": rate, "seed": runs[0].seed, "tried": outcome}
-    records.write(records.path(directory, runs[0]).with_name(records.CHOICE), choice)
+    outcome: dict[str, list[Record]] = {}
+    for record in tried:
+        shown = {key: record[key] for key in ("score", "solved_at", "end")}
+        outcome.setdefault(f"{record['settings']['rate']:g}", []).append({"seed": record["settings"]["seed"], **shown})
+    records.write(records.path(directory, runs[0]).with_name(records.CHOICE), {"chosen": rate, "tried": outcome})
     return rate
+
+
+def _rates(runs: list[Run]) -> int:
+    return len({run.rate for run in runs})

@@ -27,8 +27,8 @@ class Choice:
 CHOICES = (
     Choice(
         "self_query",
-        ("recall-64", "recall-128", "recall-256", "khop-48", "khop-100", "parity", "words-s3", "words-a5", "bytes-1",
-         "bytes-2", "bytes-4"),
+        ("recall-64", "recall-128", "recall-256", "gaps", "gaps-keys", "chains", "khop-48", "khop-100", "words-a5",
+         "bytes-1", "bytes-2", "bytes-4"),
         {'"output"': "implicit", '"input"': "strict"},
     ),
     Choice("qk_norm", ("qk-norm",), {"True": "implicit", "False": "implicit-no-norm"}),

@@ -14,7 +14,7 @@ from torch import nn
 
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
-from studies.mixers import GRU, Convolved, Implicit, Mixer, Ordinary
+from studies.mixers import GRU, Convolution, Convolved, GatedDeltaNet, Implicit, Mixer, Ordinary
 
 BACKWARD = 2  # of the forward pass's operations
 
@@ -47,12 +47,15 @@ def _block(block: nn.Module, length: int, steps: Iterator[float]) -> float:
 def _mixer(mixer: Mixer, length: int, steps: Iterator[float]) -> float:
     if isinstance(mixer, Ordinary):
         width = mixer.W_Q.out_features
-        return length * _linear(mixer) + _attend(_pairs(length, mixer.is_causal), width)
+        return length * (_linear(mixer) + _taps(mixer)) + _attend(_pairs(length, mixer.is_causal), width)
     if isinstance(mixer, GRU):
         weights = sum(p.numel() for name, p in mixer.cells.named_parameters() if name.startswith("weight"))
         return length * (2 * weights + _linear(mixer.out_proj))
+    if isinstance(mixer, GatedDeltaNet):
+        state = 3 * mixer.gate.out_features**2 // mixer.num_heads  # decay and two products with the state
+        return length * (_linear(mixer) + _taps(mixer) + 2 * state)
     if isinstance(mixer, Convolved):
-        return length * 2 * mixer.taps.numel() + _mixer(mixer.mixer, length, steps)
+        return length * _taps(mixer.convolution) + _mixer(mixer.mixer, length, steps)
     assert isinstance(mixer, Implicit)
     layer = mixer.layer
     pairs = _pairs(length, layer.is_causal)
@@ -77,3 +80,8 @@ def _pairs(length: int, is_causal: bool) -> float:
 def _linear(module: nn.Module) -> int:
     """Operations of a module's linear maps for one token."""
     return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def _taps(module: nn.Module) -> int:
+    """Operations of a module's convolutions for one token."""
+    return sum(2 * part.taps.numel() for part in module.modules() if isinstance(part, Convolution))

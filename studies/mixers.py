@@ -33,11 +33,29 @@ class Mixer(nn.Module, ABC):
         """
 
 
+class Convolution(nn.Module):
+    """`x` plus a causal convolution over its last tokens, feature by feature, zero at the start.
+
+    Reference:
+        So, Manke, Liu, Dai, Shazeer and Le, "Primer", arXiv 2109.08668; Allen-Zhu, "Canon layers", arXiv 2512.17351.
+    """
+
+    def __init__(self, embed_dim: int, taps: int) -> None:
+        """Make it over the last `taps` tokens of size `embed_dim`."""
+        super().__init__()
+        self.taps = nn.Parameter(torch.zeros(embed_dim, 1, taps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[B, N, D]` of `[B, N, D]`."""
+        dim, _, taps = self.taps.shape
+        return x + F.conv1d(F.pad(x.mT, (taps - 1, 0)), self.taps, groups=dim).mT
+
+
 class Ordinary(Mixer):
     """Softmax self-attention with queries, keys and values of its input, and a learned relative bias."""
 
     def __init__(
-        self, embed_dim: int, num_heads: int, *, is_causal: bool, qk_norm: bool, positions: RelativeBias
+        self, embed_dim: int, num_heads: int, *, is_causal: bool, qk_norm: bool, positions: RelativeBias, taps: int = 0
     ) -> None:
         """Make the layer.
 
@@ -47,6 +65,7 @@ class Ordinary(Mixer):
             is_causal: Token i sees tokens j <= i.
             qk_norm: RMS norm of queries and keys, one learned temperature per head.
             positions: The bias on the scores.
+            taps: Tokens of a causal convolution on the keys; 0 for none.
         """
         super().__init__()
         self.num_heads, self.head_dim, self.is_causal = num_heads, embed_dim // num_heads, is_causal
@@ -57,15 +76,16 @@ class Ordinary(Mixer):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=False)
         self.temperature = nn.Parameter(torch.ones(num_heads)) if qk_norm else None
         self.positions = positions
+        self.convolution = Convolution(embed_dim, taps) if taps else nn.Identity()
 
-    def heads(self, x: Tensor, weight: nn.Linear) -> Tensor:
+    def heads(self, projected: Tensor) -> Tensor:
         """Return `[B, H, N, d]` of `[B, N, D]`, normed where the layer norms; values go through `split_heads`."""
-        projected = split_heads(weight(x), self.num_heads)
-        return projected if self.temperature is None else rms_norm(projected)
+        split = split_heads(projected, self.num_heads)
+        return split if self.temperature is None else rms_norm(split)
 
     def keys(self, x: Tensor) -> Tensor:
         """Return the keys, `[B, H, N, d]`, with the temperature in them."""
-        keys = self.heads(x, self.W_K)
+        keys = self.heads(self.convolution(self.W_K(x)))
         return keys if self.temperature is None else keys * self.temperature[:, None, None]
 
     def bias(self, rows: slice, cols: slice) -> Tensor:
@@ -81,7 +101,7 @@ class Ordinary(Mixer):
         if self.is_causal:
             later = torch.ones(bias.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
             bias = bias.masked_fill(later, -torch.inf)
-        query, value = self.heads(x, self.W_Q), split_heads(self.W_V(x), self.num_heads)
+        query, value = self.heads(self.W_Q(x)), split_heads(self.W_V(x), self.num_heads)
         mixed = F.scaled_dot_product_attention(query, self.keys(x), value, attn_mask=bias, scale=self.scale)
         return self.out_proj(merge_heads(mixed)), None
 
@@ -102,23 +122,16 @@ class Implicit(Mixer):
 
 
 class Convolved(Mixer):
-    """Another mixer behind a causal convolution over some tokens, feature by feature, zero at the start.
-
-    Reference:
-        So, Manke, Liu, Dai, Shazeer and Le, "Primer", arXiv 2109.08668, convolve queries, keys and values so.
-    """
+    """Another mixer behind a causal convolution of its input."""
 
     def __init__(self, mixer: Mixer, embed_dim: int, taps: int = 4) -> None:
         """Put it before `mixer`, over the last `taps` tokens of size `embed_dim`."""
         super().__init__()
-        self.mixer = mixer
-        self.taps = nn.Parameter(torch.zeros(embed_dim, 1, taps))
+        self.mixer, self.convolution = mixer, Convolution(embed_dim, taps)
 
     def mix(self, x: Tensor, *, gains: bool = False) -> Mixed:
         """Return what the mixer makes of x and its convolution."""
-        dim, _, taps = self.taps.shape
-        before = F.pad(x.mT, (taps - 1, 0))
-        return self.mixer.mix(x + F.conv1d(before, self.taps, groups=dim).mT, gains=gains)
+        return self.mixer.mix(self.convolution(x), gains=gains)
 
 
 class GRU(Mixer):
@@ -133,3 +146,61 @@ class GRU(Mixer):
     def mix(self, x: Tensor, *, gains: bool = False) -> Mixed:
         """Return the projected states, and None."""
         return self.out_proj(self.cells(x)[0]), None
+
+
+class GatedDeltaNet(Mixer):
+    """A matrix of keys and values that decays, and from which each token takes back what its key had.
+
+    With the state `S`, `[d, d]` per head: `S <- a S + b k (v - k^T a S)^T`, `o = q^T S`, where `a` in (0, 1) and `b` in
+    (0, 2) come from the token. Above `b = 1` the state's transition has a negative eigenvalue. Keys and queries have
+    length 1; they and the values pass a convolution and SiLU; the output is normed, gated and projected.
+
+    Reference:
+        Yang, Kautz and Hatamizadeh 2024, "Gated delta networks", arXiv 2412.06464; negative eigenvalues: Grazzi et al.
+        2024, "Unlocking state-tracking in linear RNNs", arXiv 2411.12537. Its plain recurrence, token by token.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, taps: int = 4) -> None:
+        """Make it.
+
+        Args:
+            embed_dim: D.
+            num_heads: H.
+            taps: Tokens of the convolutions.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.projections = nn.ModuleList(nn.Linear(embed_dim, embed_dim, bias=False) for _ in range(3))  # q, k, v
+        self.convolutions = nn.ModuleList(Convolution(embed_dim, taps) for _ in range(3))
+        self.write, self.decay = nn.Linear(embed_dim, num_heads), nn.Linear(embed_dim, num_heads)
+        self.log_speed = nn.Parameter(torch.linspace(-4.0, 0.0, num_heads))  # of the decay: memories of many lengths
+        self.gate = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.norm = nn.RMSNorm(embed_dim // num_heads)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+
+    def mix(self, x: Tensor, *, gains: bool = False) -> Mixed:
+        """Return the mixed tokens, and None."""
+        query, key, value = (
+            split_heads(F.silu(convolution(projection(x))), self.num_heads).flatten(0, 1)  # [B H, N, d]
+            for projection, convolution in zip(self.projections, self.convolutions, strict=True)
+        )
+        write = 2 * self.write(x).sigmoid().mT.flatten(0, 1)[..., None, None]  # [B H, N, 1, 1]
+        keep = (-self.log_speed.exp() * F.softplus(self.decay(x))).exp().mT.flatten(0, 1)[..., None, None]
+        read = _delta_rule(F.normalize(query, dim=-1), F.normalize(key, dim=-1), value, write, keep)
+        mixed = self.norm(read).unflatten(0, (len(x), self.num_heads))
+        return self.out_proj(merge_heads(mixed) * F.silu(self.gate(x))), None
+
+
+def _delta_rule(query: Tensor, key: Tensor, value: Tensor, write: Tensor, keep: Tensor) -> Tensor:
+    """What each token reads from the state, `[B H, N, d]`."""
+    state = key.new_zeros(len(key), key.shape[-1], value.shape[-1])
+    read = []
+    # Split once: the gradient of every slice is a tensor as large as the whole.
+    rows = zip(
+        *(t.unbind(1) for t in (query[:, :, None], key[:, :, None], value[:, :, None], write, keep)), strict=True
+    )
+    for q, k, v, b, a in rows:
+        state = a * state
+        state = torch.baddbmm(state, k.mT, b * (v - k @ state))
+        read.append(q @ state)
+    return torch.cat(read, 1)

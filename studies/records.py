@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,32 @@ from studies.suite import RATE_SEED
 CHOICE = "rate.json"
 
 
-def path(directory: Path, run: Run) -> Path:
-    """Return where the record of a run is kept."""
-    name = f"rate-{run.rate:g}.json" if run.seed == RATE_SEED else f"seed-{run.seed}.json"
+def path(directory: Path, run: Run, *, trial: bool = False) -> Path:
+    """Return where the record of a run is kept.
+
+    Args:
+        directory: Where records are kept.
+        run: The run.
+        trial: Whether it is one of those that choose the learning rate.
+    """
+    name = f"seed-{run.seed}.json"
+    if trial:
+        name = f"rate-{run.rate:g}.json" if run.seed == RATE_SEED else f"rate-{run.rate:g}-seed-{run.seed}.json"
     return directory / run.table / run.row / name
 
 
-def finished(directory: Path, run: Run) -> Record | None:
+def finished(directory: Path, run: Run, *, trial: bool = False) -> Record | None:
     """Return the record of a finished run, None if there is none.
 
     Args:
         directory: Where records are kept.
         run: The run.
+        trial: As in `path`.
 
     Raises:
         ValueError: If the record has other settings, or the file is not a record.
     """
-    file = path(directory, run)
+    file = path(directory, run, trial=trial)
     if not file.exists():
         return None
     record = read(file)
@@ -93,22 +103,23 @@ def _finite(value: Any) -> Any:
 
 
 def best_rate(records: list[Record]) -> float:
-    """Return the best learning rate: solved soonest, else highest score; the smaller if equal.
+    """Return the best learning rate: most seeds solved, then solved soonest, then highest score; the smaller if equal.
 
     Args:
-        records: The runs, one for each rate.
+        records: The runs, one or more for each rate.
     """
 
-    def merit(record: Record) -> tuple[float, float, float]:
-        solved = -math.inf if record["solved_at"] is None else -record["solved_at"]
-        score = -math.inf if record["score"] is None else record["score"]
-        return solved, score, -record["settings"]["rate"]
+    def merit(rate: float) -> tuple[float, float, float, float]:
+        runs = [record for record in records if record["settings"]["rate"] == rate]
+        solved = [-record["solved_at"] for record in runs if record["solved_at"] is not None]
+        scores = [-math.inf if record["score"] is None else record["score"] for record in runs]
+        return len(solved), statistics.median(solved) if solved else -math.inf, statistics.mean(scores), -rate
 
-    return float(max(records, key=merit)["settings"]["rate"])
+    return float(max({record["settings"]["rate"] for record in records}, key=merit))
 
 
 def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
-    """Return the records of the seeds, by table, row and seed.
+    """Return the records of the seeds, by table, row and seed, each with the choice of its learning rate.
 
     Args:
         directory: Where records are kept.
@@ -119,6 +130,8 @@ def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
     found: dict[str, dict[str, list[Record]]] = {}
     for file in sorted(directory.glob("*/*/seed-*.json")):
         record = read(file)
+        choice = file.with_name(CHOICE)
+        record["choice"] = read(choice) if choice.exists() else None
         found.setdefault(file.parent.parent.name, {}).setdefault(file.parent.name, []).append(record)
     for rows in found.values():
         for runs in rows.values():

@@ -36,7 +36,7 @@ class Training:
         held_out: Held-out sequences of each kind.
         solved: The score of the hardest kind at which the task counts as solved; None if there is none.
         rates: Learning rates to choose from.
-        rate_steps: Steps of the runs that choose.
+        rate_steps: Steps of the runs that choose, on a seed of their own; 0 if the whole runs of all seeds choose.
         gradients: Whether gradients are compared at each evaluation.
     """
 
@@ -114,7 +114,8 @@ def perform(run: Run, tell: Tell = lambda done: None) -> Record:
         The record: "settings", "parameters", "flops" of a step, "seconds" of training (of the processor: what the clock
         shows on a core that does nothing else), "wall_seconds" of all, "curve", "score" and "scores" at the end,
         "solved_at" (the step of the first of two evaluations in a row that solved it, else None), "end" ("solved",
-        "steps" or "diverged"), "skipped" (steps whose gradient was not finite and not taken), "path_independence".
+        "steps" or "diverged"), "skipped" (steps whose gradient was not finite and not taken), "unsettled" (largest
+        share of systems above tolerance in a training step), "path_independence".
 
     Raises:
         ValueError: If the arm and the task do not go together.
@@ -142,6 +143,7 @@ class _Course:
         self.curve: list[Record] = []
         self.solver_steps: list[float] = []
         self.length, self.skipped = 0, 0
+        self.unsettled = 0.0
         self.begun = time.perf_counter()
 
     def record(self, tell: Tell) -> Record:
@@ -175,6 +177,7 @@ class _Course:
             return math.nan
         loss.backward()  # type: ignore[no-untyped-call]
         self.solver_steps = [float(s.steps.double().mean()) for s in solutions]
+        self.unsettled = max([self.unsettled, *(float((~s.converged).double().mean()) for s in solutions)])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if bool(norm.isfinite()):
             self.optimizer.step()
@@ -219,6 +222,7 @@ class _Course:
             "end": end,
             "last_step": step,
             "skipped": self.skipped,
+            "unsettled": self.unsettled,
             "seconds": seconds,
             "wall_seconds": time.perf_counter() - self.begun,
             "solved_at": self._solved_at() if end == "solved" else None,

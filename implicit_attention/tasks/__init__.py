@@ -1,9 +1,13 @@
 """Tasks and data that need no download, and small models to learn them."""
 
 from implicit_attention.tasks.byte_text import ByteText
+from implicit_attention.tasks.chains import Chains
+from implicit_attention.tasks.digit_classes import DigitClasses
 from implicit_attention.tasks.digits import Digits
+from implicit_attention.tasks.gapped_recall import GappedRecall
 from implicit_attention.tasks.group_words import GroupWords
 from implicit_attention.tasks.khop import KHop
+from implicit_attention.tasks.masked_bytes import MaskedBytes
 from implicit_attention.tasks.models import OrdinaryAttention, TokenModel
 from implicit_attention.tasks.mqar import MQAR
 from implicit_attention.tasks.parity import Parity
@@ -17,9 +21,13 @@ __all__ = [
     "MQAR",
     "Batch",
     "ByteText",
+    "Chains",
+    "DigitClasses",
     "Digits",
+    "GappedRecall",
     "GroupWords",
     "KHop",
+    "MaskedBytes",
     "OrdinaryAttention",
     "Parity",
     "Recall",

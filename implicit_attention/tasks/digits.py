@@ -13,7 +13,7 @@ from implicit_attention.errors import bad_value, check_positive
 from implicit_attention.tasks.judging import asked_logits, held_out_stream
 from implicit_attention.tasks.task import Batch
 
-_PIXELS, _WHITE = 64, 16.0  # 8 x 8, in whole numbers from 0 to 16
+PIXELS, _WHITE = 64, 16.0  # 8 x 8, in whole numbers from 0 to 16
 _HELD_OUT = 5  # one image of this many
 
 
@@ -42,14 +42,14 @@ class Digits:
     is_causal: ClassVar[bool] = False
     inputs: ClassVar[int] = 2
     outputs: ClassVar[int] = 1
-    length: ClassVar[int] = _PIXELS
+    length: ClassVar[int] = PIXELS
     score: ClassVar[str] = "-squared_error"
 
     def __post_init__(self) -> None:
         """Refuse more pixels than an image has."""
         check_positive("masked", self.masked, integer=True)
-        if self.masked > _PIXELS:
-            raise bad_value("masked", f"at most {_PIXELS}, the pixels of an image", self.masked)
+        if self.masked > PIXELS:
+            raise bad_value("masked", f"at most {PIXELS}, the pixels of an image", self.masked)
 
     def batch(self, size: int, generator: Generator) -> Batch:
         """Draw training images with replacement, each with its own mask.
@@ -136,10 +136,14 @@ class Split(NamedTuple):
     Attributes:
         training: `[n, 64]`, float32, from 0 to 1.
         held_out: `[m, 64]`, the same.
+        training_labels: `[n]`, int64, the digits that the images show.
+        held_out_labels: `[m]`, the same.
     """
 
     training: Tensor
     held_out: Tensor
+    training_labels: Tensor
+    held_out_labels: Tensor
 
 
 @functools.cache
@@ -156,7 +160,9 @@ def digits() -> Split:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ImportError("the digits task needs scikit-learn: pip install scikit-learn") from error
-    images = torch.tensor(load_digits().data / _WHITE, dtype=torch.float32)
+    bunch = load_digits()
+    images = torch.tensor(bunch.data / _WHITE, dtype=torch.float32)
+    labels = torch.tensor(bunch.target, dtype=torch.int64)
     hashes = (hashlib.sha256(str(i).encode()).digest() for i in range(len(images)))
     kept = torch.tensor([int.from_bytes(digest, "big") % _HELD_OUT == 0 for digest in hashes])
-    return Split(images[~kept], images[kept])
+    return Split(images[~kept], images[kept], labels[~kept], labels[kept])

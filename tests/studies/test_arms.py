@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from implicit_attention import ImplicitQueryAttention
 from studies import ARMS, BUDGETS, arm_named, build, flops, tables
 from studies.arms import matching_width, parameters
+from studies.mixers import Convolution
 from tests.studies.simple import SIZES, Before
 
 CAUSAL, FREE = Before(), Before(is_causal=False)
@@ -135,3 +137,40 @@ def test_operations_of_an_equilibrium_grow_with_its_steps():
     one, two, three = (flops.training_step(model, 3, 12, [steps]) for steps in (1, 2, 3))
     again = 2 * 12 * 16 * 16 + 4 * 16 * 12 * 13 / 2  # Omega_Q of 12 tokens; 78 pairs, all within one block
     assert two - one == three - two == 3 * 3 * again
+
+
+def test_the_delta_rule_is_its_definition():
+    """In float64, one token and head at a time."""
+    torch.manual_seed(0)
+    (block,) = build(ARMS["delta"], CAUSAL, SIZES, 0).double().blocks
+    mixer, x = block.mixer, torch.randn(2, 6, 16, dtype=torch.float64)
+    for convolution in mixer.convolutions:
+        convolution.taps.data.normal_()
+    expected = torch.zeros(2, 6, 16, dtype=torch.float64)
+    q, k, v = (F.silu(c(w(x))) for w, c in zip(mixer.projections, mixer.convolutions, strict=True))
+    for b in range(2):
+        for h in range(2):
+            part, state = slice(8 * h, 8 * h + 8), torch.zeros(8, 8, dtype=torch.float64)
+            for t in range(6):
+                query, key = (z[b, t, part] / z[b, t, part].norm() for z in (q, k))
+                decay = torch.exp(-mixer.log_speed[h].exp() * F.softplus(mixer.decay(x[b, t])[h]))
+                write = 2 * torch.sigmoid(mixer.write(x[b, t])[h])
+                state = decay * state
+                state = state + write * torch.outer(key, v[b, t, part] - key @ state)
+                expected[b, t, part] = mixer.norm(query @ state)
+    wanted = mixer.out_proj(expected * F.silu(mixer.gate(x)))
+    torch.testing.assert_close(mixer.mix(x)[0], wanted, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+def test_a_convolution_adds_its_last_tokens(taps):
+    convolution, x = Convolution(3, taps), torch.randn(1, 5, 3)
+    torch.testing.assert_close(convolution(x), x)
+    convolution.taps.data.normal_()
+    expected = x.clone()
+    for i in range(5):
+        for back in range(min(taps, i + 1)):
+            expected[0, i] += convolution.taps[:, 0, taps - 1 - back] * x[0, i - back]
+    torch.testing.assert_close(convolution(x), expected)
+    (block,) = build(ARMS[f"keys-{taps}"], CAUSAL, SIZES, 0).blocks
+    assert block.mixer.convolution.taps.shape == (16, 1, taps)

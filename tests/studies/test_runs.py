@@ -108,6 +108,25 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert set(choice["tried"]) == {"0.001", "0.01"}
 
 
+def test_whole_runs_of_all_seeds_choose_the_rate_and_count(tmp_path):
+    shown, done, totals = table(training=replace(TRAINING, rate_steps=0)), [], []
+    watch = campaign.Watch(
+        total=lambda table, runs, before: totals.append((runs, before)),
+        done=lambda run, record: done.append((run.seed, run.rate)),
+    )
+    settings = {"workers": 1, "environment": {}, "watch": watch}
+    campaign.perform(shown, ["ordinary"], [0, 1], tmp_path, **settings)
+    assert sorted(done) == [(0, 1e-3), (0, 1e-2), (1, 1e-3), (1, 1e-2)]
+    campaign.perform(shown, ["ordinary"], [0, 1, 2], tmp_path, **settings)
+    assert [seed for seed, _ in done[4:]] == [2]
+    assert totals == [(4, 0), (5, 4)]
+    found = records.load(tmp_path)["before"]["ordinary"]
+    assert [run["settings"]["seed"] for run in found] == [0, 1, 2]
+    assert len({run["settings"]["rate"] for run in found}) == 1
+    outcomes = found[0]["choice"]["tried"]
+    assert {rate: [run["seed"] for run in runs] for rate, runs in outcomes.items()} == {"0.001": [0, 1], "0.01": [0, 1]}
+
+
 def test_records_of_other_settings_are_refused(tmp_path):
     campaign.perform(table(), ["ordinary"], [0], tmp_path, workers=1, environment={}, watch=NOTHING)
     other = table(training=replace(TRAINING, batch_size=5))
@@ -137,6 +156,8 @@ def test_the_best_rate_solves_soonest_then_scores_highest():
     assert records.best_rate([record(1, 0.5), record(2, 0.7), record(3, None)]) == 2
     assert records.best_rate([record(1, 0.99, 300), record(2, 0.99, 200), record(3, 1.0)]) == 2
     assert records.best_rate([record(1, 0.5), record(2, 0.5)]) == 1
+    both, fast = [record(1, 1.0, 400), record(1, 0.99, 400)], [record(2, 1.0, 100), record(2, 0.9)]
+    assert records.best_rate(both + fast) == 1, "more seeds solved comes first"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -154,7 +175,7 @@ def test_the_seed_of_the_choice_counts_for_nothing():
 
 def test_names_stand_for_tables_and_groups():
     assert [found.name for found in chosen("cpu", "recall")] == ["recall-64", "recall-128", "recall-256"]
-    assert [found.name for found in chosen("cpu", "digits")] == ["digits"]
+    assert [found.name for found in chosen("cpu", "pixels")] == ["pixels"]
     with pytest.raises(ValueError, match="Did you mean 'parity'"):
         chosen("cpu", "parrity")
     with pytest.raises(ValueError, match="`budget` must be one of smoke, cpu,"):

@@ -18,7 +18,7 @@ help: ## show this list
 	@echo
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
-demo: $(KERNELS) ## solve the original example, compare solvers, train two small models; writes demo/ (1 minute; ARGS=--quick: 30 s)
+demo: $(KERNELS) ## solve the original example, compare solvers, train three small models; writes demo/ (1 minute; ARGS=--quick: 30 s)
 	$(BIN)/implicit-attention demo --out demo $(ARGS)
 
 # The tests that find most mistakes for their time: inputs, the map, the solvers, the causal engine against its oracle.

@@ -3,6 +3,7 @@
 All have the same embedding, relative bias and head. The width of the MLPs is chosen so that all have as many weights.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,13 @@ from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.equilibrium.adjoints import Implicit as ImplicitAdjoint
 from implicit_attention.equilibrium.adjoints import Phantom
 from implicit_attention.equilibrium.solvers import Anderson
-from implicit_attention.errors import Came, bad_value
 from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.recommended import MAX_GAIN
 from implicit_attention.tasks.task import Task
-from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
+from studies.blocks import Block, ParallelBlock, RecurrentBlock
 from studies.mixers import GRU, Convolved, GatedDeltaNet, Implicit, Ordinary
 from studies.names import known
 
-MARGIN = 0.02  # largest relative difference between the numbers of parameters of two arms of a table
 ADJOINTS = {"implicit": ImplicitAdjoint(), "phantom": Phantom(), "one step": Phantom(steps=1, damping=1.0)}
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_STEPS = 24  # of an iterative solver: a row that does not settle makes all others wait
@@ -82,6 +81,9 @@ class Arm:
         looped: Whether its blocks are applied `Sizes.loops` times.
         causal_only: Whether it exists only under a causal mask.
         free_only: Whether it exists only without one.
+        ours: Whether it has the library's layer, and is no baseline.
+        every: The mixer is that of the first block and of each `every`-th after it; the others are ordinary attention.
+            0: of the first block alone.
     """
 
     name: str
@@ -91,6 +93,20 @@ class Arm:
     looped: bool = False
     causal_only: bool = False
     free_only: bool = False
+    ours: bool = False
+    every: int = 1
+
+    def block(self, index: int, task: Task, sizes: Sizes, width: int) -> Block:
+        """Return the block at an index, from 0.
+
+        Args:
+            index: Of the block.
+            task: The task.
+            sizes: The sizes of the table.
+            width: Of the MLP.
+        """
+        own = index % self.every == 0 if self.every else index == 0
+        return (self.mixer if own else _ordinary)(task, sizes, width)
 
 
 def _attention(task: Task, sizes: Sizes, taps: int = 0) -> Ordinary:
@@ -186,31 +202,33 @@ def _positions(sizes: Sizes) -> RelativeBias:
     return RelativeBias(sizes.num_heads, sizes.max_distance)
 
 
+_STRICT, _FEEDBACK = 'implicit, `self_query="input"`', 'implicit, `values="feedback"`'
+_baseline = functools.partial(Arm, causal_only=True)
+_ours = functools.partial(Arm, causal_only=True, ours=True)
 ARMS = {
     arm.name: arm
     for arm in (
         Arm("ordinary", "ordinary attention, 1 layer", _ordinary),
         Arm("ordinary-2", "ordinary attention, 2 layers", _ordinary, depth=2),
         Arm("looped", "ordinary attention, looped", _ordinary, looped=True),
-        Arm("strict", 'implicit, `self_query="input"`', _strict, causal_only=True),
-        Arm("implicit", "implicit", _implicit),
-        Arm("bounded", "implicit, `max_gain=0.9`", _bounded, free_only=True),
-        Arm("hopfield", 'implicit, `normalize_over="keys"`', _hopfield),
-        Arm("recurrent", "keys and values of its own outputs, row by row", _recurrent, causal_only=True),
-        Arm("gru", "GRU", _gru, causal_only=True),
-        Arm("keys-2", "ordinary attention, 2-tap convolution on keys", _keys(2), causal_only=True),
-        Arm("keys-4", "ordinary attention, 4-tap convolution on keys", _keys(4), causal_only=True),
-        Arm("convolved", "ordinary attention behind a 4-tap convolution", _convolved, causal_only=True),
-        Arm(
-            "strict-convolved",
-            'implicit, `self_query="input"`, behind a 4-tap convolution',
-            _strict_convolved,
-            causal_only=True,
-        ),
-        Arm("delta", "Gated DeltaNet", _delta, causal_only=True),
-        Arm("feedback", 'implicit, `values="feedback"`', _feedback, causal_only=True),
-        Arm("feedback-plain", "the same, `feedback_norm=False`", _feedback_plain, causal_only=True),
-        Arm("feedback-alone", "the same, `query_output=False`", _feedback_alone, causal_only=True),
+        _baseline("keys-2", "ordinary attention, 2-tap convolution on keys", _keys(2)),
+        _baseline("keys-4", "ordinary attention, 4-tap convolution on keys", _keys(4)),
+        _baseline("convolved", "ordinary attention behind a 4-tap convolution", _convolved),
+        _baseline("recurrent", "keys and values of its own outputs, row by row", _recurrent),
+        _baseline("delta", "Gated DeltaNet", _delta),
+        _baseline("gru", "GRU", _gru),
+        Arm("implicit", "implicit", _implicit, ours=True),
+        Arm("bounded", "implicit, `max_gain=0.9`", _bounded, free_only=True, ours=True),
+        Arm("hopfield", 'implicit, `normalize_over="keys"`', _hopfield, ours=True),
+        _ours("strict", _STRICT, _strict),
+        _ours("strict-one", f"{_STRICT}, in the first block", _strict, every=0),
+        _ours("strict-half", f"{_STRICT}, in every other block", _strict, every=2),
+        _ours("strict-convolved", f"{_STRICT}, behind a 4-tap convolution", _strict_convolved),
+        _ours("feedback", _FEEDBACK, _feedback),
+        _ours("feedback-one", f"{_FEEDBACK}, in the first block", _feedback, every=0),
+        _ours("feedback-half", f"{_FEEDBACK}, in every other block", _feedback, every=2),
+        _ours("feedback-plain", f"{_FEEDBACK}, `feedback_norm=False`", _feedback_plain),
+        _ours("feedback-alone", f"{_FEEDBACK}, `query_output=False`", _feedback_alone),
     )
 }
 REFERENCE = ARMS["ordinary"]
@@ -226,75 +244,3 @@ def arm_named(name: str) -> Arm:
         ValueError: If there is none of that name.
     """
     return ARMS[known("arm", name, ARMS)]
-
-
-def build(arm: Arm, task: Task, sizes: Sizes, seed: int) -> SequenceModel:
-    """Return an arm's model for a task, its weights drawn from a seed.
-
-    Args:
-        arm: The arm.
-        task: The task.
-        sizes: The sizes of the table.
-        seed: Of the weights; arms get the same embedding from the same seed.
-
-    Raises:
-        ValueError: If the arm does not exist with the task's mask, or no width of its MLPs gives it as many parameters
-            as the reference.
-    """
-    if arm.causal_only and not task.is_causal:
-        raise bad_value("arm", "one that exists without a causal mask", arm.name)
-    if arm.free_only and task.is_causal:
-        raise bad_value("arm", "one that exists under a causal mask", arm.name)
-    width = matching_width(arm, task, sizes)
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    model = _model(arm, task, sizes, width)
-    torch.set_rng_state(generator_state)
-    return model
-
-
-def matching_width(arm: Arm, task: Task, sizes: Sizes) -> int:
-    """Return the width of MLPs that gives an arm as many parameters as the reference.
-
-    Args:
-        arm: The arm.
-        task: The task.
-        sizes: The sizes of the table.
-
-    Raises:
-        ValueError: If no width comes within 2 %.
-    """
-    with torch.device("meta"):
-        wanted = parameters(_model(REFERENCE, task, sizes, sizes.mlp))
-        one, two = (parameters(_model(arm, task, sizes, width)) for width in (1, 2))
-        width = max(1, 1 + round((wanted - one) / (two - one)))
-        got = parameters(_model(arm, task, sizes, width))
-    if abs(got - wanted) > MARGIN * wanted:
-        raise bad_value(
-            "mlp", f"so wide that {arm.name} can have {wanted} parameters within {MARGIN:.0%}",
-            Came(f"{sizes.mlp}, with which it has {got} at least"), "Widen it, or use fewer blocks.",
-        )  # fmt: skip
-    return width
-
-
-def parameters(model: torch.nn.Module) -> int:
-    """Return how many numbers a model learns."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def _model(arm: Arm, task: Task, sizes: Sizes, width: int) -> SequenceModel:
-    # The embedding is drawn first: the arms of a seed share it.
-    tokens, loops = takes_tokens(task), sizes.loops if arm.looped else 1
-    model = SequenceModel(
-        task.inputs, task.outputs, [], sizes.embed_dim, tokens=tokens, loops=loops,
-        precision=PRECISIONS[sizes.precision],
-    )  # fmt: skip
-    model.blocks.extend(arm.mixer(task, sizes, width) for _ in range(sizes.blocks * arm.depth))
-    return model
-
-
-def takes_tokens(task: Task) -> bool:
-    """Return whether a task's inputs are tokens, and not features."""
-    with torch.device("cpu"):
-        batch = next(iter(task.held_out(1, 0).values()))
-    return not batch.inputs.is_floating_point()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from studies import pool, records
 from studies.run import Record, Run
-from studies.suite import Table
+from studies.table import Table
 
 
 @dataclass(frozen=True)

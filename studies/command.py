@@ -1,6 +1,7 @@
 """`python -m studies`: train arms on small tasks, and make the page of results."""
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,12 @@ from implicit_attention.training.faults import RunError, unwritable
 
 if TYPE_CHECKING:
     from studies.run import Record
-    from studies.suite import Table
+    from studies.table import Table
 
     Plan = tuple[Table, list[str], list[int]]
 
 RECORDS, DOCS = Path("docs/data/eval"), Path("docs")
+_PAGE_ONLY = {"TFLOPs to solve", "of all rates", "parameters", "GFLOPs a step"}  # a terminal has 80 columns
 
 _TASK = typer.Argument(
     help="A table (recall-64) or a group of them (recall); [bold]list[/bold] shows all.", show_default=False
@@ -148,7 +150,7 @@ def _perform(plans: "list[Plan]", directory: Path, page: Path, budget: str, work
     from studies.display import Display
 
     _prepare(directory)
-    machine, display = environment(), Display(Console(stderr=True), workers)
+    machine, display = {**environment(), "commit": _commit()}, Display(Console(stderr=True), workers)
     try:
         with display.progress:
             for plan in plans:
@@ -163,6 +165,17 @@ def _perform(plans: "list[Plan]", directory: Path, page: Path, budget: str, work
     print(f"page: {page / 'results.md'}; records: {directory}")
 
 
+def _commit() -> str | None:
+    """The commit that is checked out; None outside of a checkout, or with changes that are not committed."""
+    here = Path(__file__).parent
+    try:
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return None
+    return head.stdout.strip() or None if changed.returncode == 0 and not changed.stdout else None
+
+
 def _prepare(directory: Path) -> None:
     try:
         output.prepare(directory, ())
@@ -172,12 +185,14 @@ def _prepare(directory: Path) -> None:
 
 def _show(table: "Table", rows: "dict[str, list[Record]]") -> None:
     """Print the table of the page."""
-    from studies import report
+    from studies.cells import cells
 
-    head, *lines = report.cells(table, rows)
-    grid = Grid(Column(head[0], no_wrap=True), *map(escape, head[1:]), title=escape(table.title), title_justify="left")
+    head, *lines = cells(table, rows)
+    kept = [i for i, name in enumerate(head) if name not in _PAGE_ONLY]
+    columns = [escape(head[i]) for i in kept[1:]]
+    grid = Grid(Column(head[0], no_wrap=True), *columns, title=escape(table.title), title_justify="left")
     for name, line in zip(rows, lines, strict=True):
-        grid.add_row(name, *map(escape, line[1:]))
+        grid.add_row(name, *(escape(line[i]) for i in kept[1:]))
     Console().print(grid)
 
 

@@ -5,7 +5,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from studies.campaign import Watch
 from studies.run import Record, Run
-from studies.suite import RATE_SEED, Table
+from studies.table import RATE_SEED, Table
 
 
 class Display:

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
+from implicit_attention.tasks.models import Convolution
 from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
-from studies.mixers import GRU, Convolution, Convolved, GatedDeltaNet, Implicit, Mixer, Ordinary
+from studies.mixers import GRU, Convolved, GatedDeltaNet, Implicit, Mixer, Ordinary
 
 BACKWARD = 2  # of the forward pass's operations
 

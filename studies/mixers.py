@@ -13,6 +13,7 @@ from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
 from implicit_attention.attention.positions import RelativeBias
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.layer import ImplicitQueryAttention
+from implicit_attention.tasks.models import Convolution
 
 Mixed = tuple[Tensor, Solution | None]
 
@@ -31,24 +32,6 @@ class Mixer(nn.Module, ABC):
         Returns:
             `[B, N, D]`, and the solution, None where nothing is solved.
         """
-
-
-class Convolution(nn.Module):
-    """`x` plus a causal convolution over its last tokens, feature by feature, zero at the start.
-
-    Reference:
-        So, Manke, Liu, Dai, Shazeer and Le, "Primer", arXiv 2109.08668; Allen-Zhu, "Canon layers", arXiv 2512.17351.
-    """
-
-    def __init__(self, embed_dim: int, taps: int) -> None:
-        """Make it over the last `taps` tokens of size `embed_dim`."""
-        super().__init__()
-        self.taps = nn.Parameter(torch.zeros(embed_dim, 1, taps))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `[B, N, D]` of `[B, N, D]`."""
-        dim, _, taps = self.taps.shape
-        return x + F.conv1d(F.pad(x.mT, (taps - 1, 0)), self.taps, groups=dim).mT
 
 
 class Ordinary(Mixer):

@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from studies.run import Record
-from studies.suite import Table
+from studies.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,15 @@ STYLES = {
     "hopfield": ("#CC79A7", "-"),
     "recurrent": ("#009E73", "-"),
     "gru": ("#D55E00", "-"),
+    "keys-2": ("#E69F00", ":"),
+    "keys-4": ("#E69F00", "--"),
+    "convolved": ("#E69F00", "-."),
+    "strict-convolved": ("#56B4E9", "--"),
+    "delta": ("#D55E00", "--"),
+    "feedback": ("#009E73", "--"),
+    "feedback-plain": ("#009E73", ":"),
+    "feedback-alone": ("#CC79A7", "--"),
+    "bounded": ("#56B4E9", "-"),
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from implicit_attention.errors import Came, bad_value
 from studies.run import Record, Run
-from studies.suite import RATE_SEED
+from studies.table import RATE_SEED
 
 CHOICE = "rate.json"
 

@@ -14,8 +14,9 @@ from implicit_attention.attention.positions import RelativeBias
 from implicit_attention.errors import NonFiniteError, check_positive
 from implicit_attention.tasks.task import Batch, Task
 from studies import flops, measures
-from studies.arms import Sizes, arm_named, build, parameters
+from studies.arms import Sizes, arm_named
 from studies.blocks import SequenceModel
+from studies.models import build, parameters
 
 Record = dict[str, Any]
 Tell = Callable[[float], None]

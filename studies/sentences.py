@@ -4,16 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from studies.choices import Choice
 from studies.run import Record
-from studies.suite import RATE_SEED, Table
+from studies.table import RATE_SEED, Table
 
 INTRODUCTION = f"""What one implicit layer learns, next to other layers of the same size, and what it does not learn.
 `implicit-attention eval --all --budget cpu` makes this page from the records in `docs/data/eval/`, and makes the
 records that are not there.
-
-**Read the recall tables with care.** They lack the strongest baselines. In trials that have no records here, one
-ordinary layer with a 2-tap causal convolution on its keys learned all three tables. Two ordinary layers learned the
-first, at a learning rate of 0.003 and with 1000 steps. On this page their rate is 0.01: it was chosen after 250 steps,
-before any of the rates had taught them anything.
 
 How arms are compared:
 
@@ -21,15 +16,20 @@ How arms are compared:
   2 %. An arm whose mixer has more weights has narrower MLPs.
 - The optimiser is AdamW. Gradients are clipped to a norm of 1. The learning rate rises over the first twentieth of the
   steps, then falls along a cosine to a tenth. Relative biases have ten times that rate and no weight decay.
-- Each arm's learning rate is chosen from the same values, on seed {RATE_SEED}, which is used for nothing else.
+- Each arm has its own learning rate in each table: the best of four on whole runs of all seeds, by seeds solved, then
+  steps, then score. *Of all rates* counts the solved runs at every rate. Tables that compare options of the layer, and
+  those of hops and A5, chose among three rates by short runs on seed {RATE_SEED}.
 - Training stops early when the hardest kind of held-out sequences is solved at two evaluations in a row.
 - Scores are mean ± standard deviation over seeds, at the last evaluation.
 - FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps.
 - Times are processor time of one thread, with one run on each core. The same seed gives the same scores again on the
   same machine."""
 
-OVERVIEW = """The deciding score of each table, mean ± standard deviation over seeds. The best arm is the one with the
-most seeds solved, then with the best mean. It may be ahead by less than the spread."""
+OVERVIEW = """The deciding score of each table, mean ± standard deviation over seeds; where a task can be solved, the
+seeds that solved it and their median steps. Each cell shows the best arm of its kind: most seeds solved, then fewest
+seconds, then the best mean. *Ahead* and *behind* mean by more than the sum of both deviations."""
+
+NO_HELP = """Tasks whose strongest baseline is at least as good as every implicit arm:"""
 
 DEFAULTS = """What the tables below recommend for the options of `ImplicitQueryAttention`. One of two rows is *ahead* if
 more of its seeds solved the task. With equally many, it is ahead if the means differ by more than the sum of the two
@@ -100,7 +100,20 @@ def settings(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[str]:
         sentences.append(f"Solved: {training['solved']:g} or more in every kind.")
     if table.group == "bytes":
         sentences.append(
-            "*At equal seconds* is the score at the last evaluation within the training time of the fastest arm. The "
-            "other scores are at equal steps and parameters."
+            "*At equal seconds* is the score at the last evaluation within the training time of the fastest arm, *at "
+            "equal FLOPs* within the operations of the cheapest. The other scores are at equal steps and parameters."
         )
-    return [" ".join(sentences)]
+    if not table.task.is_causal:
+        sentences.append(
+            "*Unsettled, at worst* is the largest share of samples above tolerance in any step of training."
+        )
+    return [" ".join(sentences), origin(table, rows)]
+
+
+def origin(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
+    """Return the command that makes a table again, the commits that made it, and the seconds it took."""
+    every = [run for runs in rows.values() for run in runs]
+    commits = sorted({commit[:7] for run in every if (commit := (run.get("environment") or {}).get("commit"))})
+    seconds = sum(run["wall_seconds"] for run in every)
+    made = f" Made by commit {', '.join(commits)}." if commits else ""
+    return f"`implicit-attention eval {table.name} --budget cpu`: {seconds:,.0f} s for the runs that count.{made}"

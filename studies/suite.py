@@ -1,10 +1,8 @@
 """All tables, with their tasks, rows and sizes, for each budget."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from implicit_attention.errors import bad_value
 from implicit_attention.tasks.byte_text import ByteText
 from implicit_attention.tasks.chains import Chains
 from implicit_attention.tasks.digit_classes import DigitClasses
@@ -15,85 +13,13 @@ from implicit_attention.tasks.khop import KHop
 from implicit_attention.tasks.masked_bytes import MaskedBytes
 from implicit_attention.tasks.mqar import MQAR
 from implicit_attention.tasks.parity import Parity
-from implicit_attention.tasks.task import Task
-from studies.arms import ADJOINTS, ARMS, Sizes
+from studies import options
+from studies.arms import ARMS, Sizes
 from studies.names import known
-from studies.run import Run, Training
+from studies.run import Training
+from studies.table import Row, Table, rows_of
 
-RATE_SEED = 1000  # seed of the runs that choose a learning rate; no other run has it
 BUDGETS = ("smoke", "cpu")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Attributes:
-        arm: Name of the arm.
-        title: Its name on the page.
-        sizes: Sizes of its model.
-    """
-
-    arm: str
-    title: str
-    sizes: Sizes
-
-
-@dataclass(frozen=True)
-class Table:
-    """Runs that are compared with each other.
-
-    Attributes:
-        name: Its name in commands and files.
-        group: Name of the group of tables it belongs to.
-        title: Its heading.
-        task: The task that is learned.
-        rows: Its rows by name.
-        training: How they are trained.
-        seeds: Number of seeds, from 0 on.
-    """
-
-    name: str
-    group: str
-    title: str
-    task: Task
-    rows: Mapping[str, Row]
-    training: Training
-    seeds: int
-
-    def run(self, row: str, seed: int, rate: float) -> Run:
-        """Return a run of the table.
-
-        Args:
-            row: Name of the row.
-            seed: Of the run.
-            rate: The learning rate that was chosen.
-
-        Raises:
-            ValueError: If there is no such row, or the seed is the one that chooses learning rates.
-        """
-        if seed == RATE_SEED:
-            raise bad_value("seed", f"another than {RATE_SEED}", seed, "That seed chooses the learning rate.")
-        return self._run(row, seed, rate, self.training)
-
-    def rate_runs(self, row: str) -> list[Run]:
-        """Return the runs that choose the learning rate of a row: whole ones of all seeds, or short ones of another.
-
-        Args:
-            row: Name of the row.
-
-        Raises:
-            ValueError: If there is no such row.
-        """
-        rates, short = self.training.rates, self.training.rate_steps
-        if not short:
-            return [self._run(row, seed, rate, self.training) for rate in rates for seed in range(self.seeds)]
-        training = replace(self.training, steps=short, gradients=False)
-        return [self._run(row, RATE_SEED, rate, training) for rate in rates]
-
-    def _run(self, row: str, seed: int, rate: float, training: Training) -> Run:
-        entry = self.rows[known("arm", row, self.rows)]
-        return Run(self.name, row, entry.arm, self.task, entry.sizes, training, rate, seed)
 
 
 HOPS = ("ordinary", "ordinary-2", "looped", "strict", "implicit", "hopfield", "recurrent", "gru")
@@ -121,7 +47,7 @@ def tables(budget: str) -> dict[str, Table]:
         ValueError: If there is no such budget.
     """
     known("budget", budget, BUDGETS)
-    found = [*_recall(), *_gapped(), *_hops(), *_states(), *_bytes(), *_bidirectional(), *_studies()]
+    found = [*_recall(), *_gapped(), *_hops(), *_states(), *_bytes(), *_bidirectional(), *options.tables()]
     return {table.name: _sized(table, budget) for table in found}
 
 
@@ -141,10 +67,6 @@ def chosen(budget: str, name: str) -> list[Table]:
     return [table for table in every.values() if name in (table.name, table.group)]
 
 
-def _rows(names: tuple[str, ...], sizes: Sizes) -> dict[str, Row]:
-    return {name: Row(name, ARMS[name].title, sizes) for name in names}
-
-
 _RECALL = Training(steps=1000, batch_size=16, evaluate_every=25, held_out=128, rates=RATES)
 _RECALL_TRAINING = {
     64: _RECALL,
@@ -162,7 +84,7 @@ def _recall() -> list[Table]:
         arms = (*arms, "looped", "recurrent") if length == 64 else arms
         task = MQAR(length, pairs, vocabulary)
         training = _RECALL_TRAINING[length]
-        made.append(Table(name, "recall", title, task, _rows(arms, _RECALL_SIZES), training, 3))
+        made.append(Table(name, "recall", title, task, rows_of(arms, _RECALL_SIZES), training, 3))
     return made
 
 
@@ -172,11 +94,11 @@ def _gapped() -> list[Table]:
     chained = replace(_RECALL, steps=1500, evaluate_every=50)
     return [
         Table("gaps", "gaps", "Recall: 0 to 6 fillers between key and value", GappedRecall(),
-              _rows((*LOOKUP, "looped"), _RECALL_SIZES), training, 3),
+              rows_of((*LOOKUP, "looped"), _RECALL_SIZES), training, 3),
         Table("gaps-keys", "gaps", "Recall: the same with keys of two tokens", GappedRecall(key_tokens=2),
-              _rows((*LOOKUP, "looped"), _RECALL_SIZES), training, 3),
+              rows_of((*LOOKUP, "looped"), _RECALL_SIZES), training, 3),
         Table("chains", "chains", "Chains of assignments, 1 to 16 steps", Chains(),
-              _rows((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8)), chained, 3),
+              rows_of((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8)), chained, 3),
     ]  # fmt: skip
 
 
@@ -184,7 +106,7 @@ def _hops() -> list[Table]:
     sizes = Sizes(num_heads=2, mlp=256, max_distance=64, loops=8)
     training = Training(steps=800, rate_steps=400, batch_size=16, evaluate_every=100, held_out=128)
     return [
-        Table(f"khop-{n}", "khop", f"1 to 8 hops in {n} tokens", KHop(n), _rows(HOPS, sizes), training, 3)
+        Table(f"khop-{n}", "khop", f"1 to 8 hops in {n} tokens", KHop(n), rows_of(HOPS, sizes), training, 3)
         for n in (48, 100)
     ]
 
@@ -192,7 +114,7 @@ def _hops() -> list[Table]:
 def _states() -> list[Table]:
     sizes = Sizes(num_heads=2, mlp=256, max_distance=64, loops=8)
     training = Training(steps=800, batch_size=16, evaluate_every=50, held_out=128, rates=RATES)
-    rows = _rows((*STATE, "recurrent"), sizes)
+    rows = rows_of((*STATE, "recurrent"), sizes)
     for positions in (None, "alibi", "rope"):
         title = f"{ARMS['feedback'].title}, `positions={json.dumps(positions) if positions else None}`"
         rows[f"feedback-{positions or 'none'}"] = Row("feedback", title, replace(sizes, positions=positions))
@@ -201,9 +123,9 @@ def _states() -> list[Table]:
         Table("parity", "parity", "Parity: learned at 40 bits, judged at up to 160", Parity(judged=(40, 80, 160)),
               rows, training, 3),
         Table("words-s3", "words", "Word problem of S3: learned at 32, judged at up to 128", GroupWords(group="S3"),
-              _rows(STATE, sizes), replace(training, steps=2400, evaluate_every=100), 3),
+              rows_of(STATE, sizes), replace(training, steps=2400, evaluate_every=100), 3),
         Table("words-a5", "words", "Word problem of A5: learned at 32, judged at up to 128", GroupWords(group="A5"),
-              _rows(HOPS, sizes), short, 3),
+              rows_of(HOPS, sizes), short, 3),
     ]  # fmt: skip
 
 
@@ -214,16 +136,12 @@ _BYTES_SIZES = Sizes(num_heads=4, mlp=256, loops=2)
 
 
 def _bytes() -> list[Table]:
-    short = replace(_BYTES, steps=500, batch_size=8, rates=(1e-3, 3e-3, 1e-2), rate_steps=200)
-    made = [
-        Table(f"bytes-{blocks}", "bytes", f"Bytes of Python's library: {blocks} block{'s' * (blocks > 1)}",
-              ByteText(), _rows(TEXT, replace(_BYTES_SIZES, blocks=blocks)), _BYTES, 3)
-        for blocks in (1, 2)
-    ]  # fmt: skip
+    deep = ("ordinary", "convolved", "strict", "strict-one", "strict-half", "feedback", "feedback-one", "gru", "delta")
+    arms = {1: TEXT, 2: TEXT, 4: deep, 8: ("ordinary", "convolved", "strict-half", "feedback-half", "feedback-one")}
     return [
-        *made,
-        Table("bytes-4", "bytes", "Bytes of Python's library: 4 blocks", ByteText(),
-              _rows(HOPS, replace(_BYTES_SIZES, blocks=4)), short, 3),
+        Table(f"bytes-{blocks}", "bytes", f"Bytes of Python's library: {blocks} block{'s' * (blocks > 1)}",
+              ByteText(), rows_of(names, replace(_BYTES_SIZES, blocks=blocks)), _BYTES, 3)
+        for blocks, names in arms.items()
     ]  # fmt: skip
 
 
@@ -233,82 +151,16 @@ def _bidirectional() -> list[Table]:
     sizes = Sizes(num_heads=4, mlp=256, qk_norm=False, tolerance=1e-3)
     made = [
         Table(f"digits-{blocks}", "digits", f"Digits: which one, {blocks} block{'s' * (blocks > 1)}", DigitClasses(),
-              _rows(BIDIRECTIONAL, replace(sizes, blocks=blocks)), replace(training, held_out=360), 5)
+              rows_of(BIDIRECTIONAL, replace(sizes, blocks=blocks)), replace(training, held_out=360), 5)
         for blocks in (1, 2)
     ]  # fmt: skip
     return [
         *made,
         Table("pixels", "digits", "Digits: half of the pixels from the other half", Digits(),
-              _rows(BIDIRECTIONAL, sizes), training, 5),
+              rows_of(BIDIRECTIONAL, sizes), training, 5),
         Table("masked-bytes", "digits", "Hidden bytes of Python's library, 2 blocks", MaskedBytes(),
-              _rows(BIDIRECTIONAL, replace(sizes, blocks=2)), replace(training, steps=1000), 3),
+              rows_of(BIDIRECTIONAL, replace(sizes, blocks=2)), replace(training, steps=1000), 3),
     ]  # fmt: skip
-
-
-# Rates of these tables were chosen by short runs on one seed: they compare values of one option.
-_OPTIONS = Training(steps=500, rate_steps=250, batch_size=16, evaluate_every=25)
-_OPTIONS_BYTES = Training(steps=500, rate_steps=200, batch_size=8, evaluate_every=50, held_out=128, solved=None)
-
-
-def _studies() -> list[Table]:
-    task, title = MQAR(64, 4, 128), ARMS["implicit"].title
-    norms = {
-        f"{arm}{'' if norm else '-no-norm'}": Row(
-            arm, f"{ARMS[arm].title}, `qk_norm={norm}`", replace(_RECALL_SIZES, qk_norm=norm)
-        )
-        for arm in ("strict", "implicit")
-        for norm in (True, False)
-    }
-    tolerances = {
-        f"implicit-{tolerance:.0e}": Row(
-            "implicit", f"{title}, tolerance {tolerance:g}", replace(_RECALL_SIZES, tolerance=tolerance)
-        )
-        for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-    }
-    precisions = {  # each at the default tolerance of its dtype; float32 at a larger one
-        f"implicit-{precision}": Row(
-            "implicit",
-            f"{title}, {precision}, tolerance {tolerance:g}",
-            replace(_RECALL_SIZES, precision=precision, tolerance=tolerance),
-        )
-        for precision, tolerance in (("float32", 1e-4), ("float16", 4e-3), ("bfloat16", 3e-2))
-    }
-    gradients = {
-        "implicit": Row("implicit", title, _RECALL_SIZES),
-        "implicit-no-norm": Row("implicit", f"{title}, `qk_norm=False`", replace(_RECALL_SIZES, qk_norm=False)),
-    }
-    positions = {
-        f"implicit-{name or 'none'}": Row(
-            "implicit",
-            f"{title}, `positions={json.dumps(name) if name else None}`",
-            replace(_RECALL_SIZES, positions=name),
-        )
-        for name in (None, "alibi", "rope", "relative")
-    }
-    positions["implicit-relative-one-rate"] = Row(
-        "implicit", f'{title}, `positions="relative"` at one rate with all else', replace(_RECALL_SIZES, bias_rate=1.0)
-    )
-    of_bytes = {
-        name: replace(row, sizes=replace(_BYTES_SIZES, positions=row.sizes.positions, bias_rate=row.sizes.bias_rate))
-        for name, row in positions.items()
-    }
-    adjoints = {
-        f"implicit-{name.replace(' ', '-')}": Row(
-            "implicit", f"{title}, trained by the {name} gradient", replace(_RECALL_SIZES, adjoint=name)
-        )
-        for name in ADJOINTS
-    }
-    fixed = replace(_OPTIONS, rates=(1e-2,))
-    looked_at = replace(fixed, gradients=True)
-    return [
-        Table("qk-norm", "studies", "Norms of queries and keys", task, norms, _OPTIONS, 3),
-        Table("positions", "studies", "Positions: recall", task, positions, _OPTIONS, 3),
-        Table("positions-bytes", "studies", "Positions: bytes", ByteText(), of_bytes, _OPTIONS_BYTES, 3),
-        Table("adjoint", "studies", "Gradients to learn with", task, adjoints, _OPTIONS, 3),
-        Table("tolerance", "studies", "Tolerance against accuracy", task, tolerances, fixed, 3),
-        Table("precision", "studies", "Precision: recall under autocast", task, precisions, fixed, 5),
-        Table("gradients", "studies", "What gradients are worth", task, gradients, looked_at, 3),
-    ]
 
 
 def _sized(table: Table, budget: str) -> Table:

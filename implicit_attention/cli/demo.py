@@ -1,4 +1,4 @@
-"""`implicit-attention demo`: the original example, solvers on real text, and two small models trained live."""
+"""`implicit-attention demo`: the original example, solvers on real text, and three small models trained live."""
 
 import json
 import sys

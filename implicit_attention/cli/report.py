@@ -171,9 +171,10 @@ def _show_race(console: Console, recall: dict[str, Any]) -> None:
     console.print(table)
     implicit = models[stages.IMPLICIT]
     console.print(
-        f"Both: {len(implicit['steps'])} steps of AdamW on the same data. Held out: share of right answers on new "
+        f"All: {len(implicit['steps'])} steps of AdamW on the same data. Held out: share of right answers on new "
         "sequences. Unsettled: share of rows above tolerance in training.\n"
-        "One ordinary layer does not learn recall; two, or one with a convolution on its keys, do.\n"
+        "One ordinary layer does not learn recall; two, or one with a convolution on its keys, do. A convolution binds "
+        "by position only: docs/results.md has tasks where that does not suffice.\n"
         f"{implicit['layer']}",
         style="dim",
         highlight=False,

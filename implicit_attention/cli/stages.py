@@ -1,4 +1,4 @@
-"""The computations of the demo: the original example, solvers on a real text, two models that learn recall."""
+"""The computations of the demo: the original example, solvers on a real text, three models that learn recall."""
 
 import statistics
 import time
@@ -33,6 +33,8 @@ SOLVERS: dict[str, Method] = {
     "Forward substitution": ForwardSubstitution(),
 }
 IMPLICIT, ORDINARY = "implicit-query attention", "ordinary attention"
+CONVOLVED = "ordinary, convolved keys"
+TAPS = 2  # of the convolution
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,11 @@ class Runner:
 
 
 def runners(seed: int, task: Recall) -> dict[str, Runner]:
-    """Make the two models, with the same sizes, options and seed.
+    """Make the models, with the same sizes, options and seed.
 
-    The settings are the recommended ones, but with learned positions, which the ordinary layer has too. The implicit
-    layer has `self_query="input"`: its equilibrium is unique for any weights, and it is solved exactly.
+    The settings are the recommended ones, but with learned positions, which the ordinary layers have too. The implicit
+    layer has `self_query="input"`: its equilibrium is unique for any weights, and it is solved exactly. The convolution
+    on the keys of the third model binds a value to the key before it, which is all that this task needs.
 
     Args:
         seed: Seed of the weights.
@@ -185,9 +188,10 @@ def runners(seed: int, task: Recall) -> dict[str, Runner]:
         The models by name, untrained.
     """
     made = {}
-    for name in (ORDINARY, IMPLICIT):
+    for name in (ORDINARY, CONVOLVED, IMPLICIT):
         torch.manual_seed(seed)
-        layer: nn.Module = OrdinaryAttention(64, num_heads=4, is_causal=True, qk_norm=True)
+        taps = TAPS if name == CONVOLVED else 0
+        layer: nn.Module = OrdinaryAttention(64, num_heads=4, is_causal=True, qk_norm=True, taps=taps)
         if name == IMPLICIT:
             layer = ImplicitQueryAttention.for_causal_lm(64, 4, positions=None, out_proj=False)
         made[name] = Runner(TokenModel(task.vocabulary, task.length, layer))

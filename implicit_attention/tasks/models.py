@@ -10,6 +10,25 @@ from implicit_attention.errors import bad_value, check_positive
 from implicit_attention.layer import ImplicitQueryAttention
 
 
+class Convolution(nn.Module):
+    """`x` plus a causal convolution over its last tokens, feature by feature, zero at the start.
+
+    Reference:
+        So, Manke, Liu, Dai, Shazeer and Le 2021, "Primer", arXiv 2109.08668; Allen-Zhu, "Canon layers", arXiv
+        2512.17351.
+    """
+
+    def __init__(self, embed_dim: int, taps: int) -> None:
+        """Make it over the last `taps` tokens of size `embed_dim`."""
+        super().__init__()
+        self.taps = nn.Parameter(torch.zeros(embed_dim, 1, taps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[B, N, D]` of `[B, N, D]`."""
+        dim, _, taps = self.taps.shape
+        return x + F.conv1d(F.pad(x.mT, (taps - 1, 0)), self.taps, groups=dim).mT
+
+
 class OrdinaryAttention(nn.Module):
     """Softmax self-attention with exactly the parameters of `ImplicitQueryAttention`.
 
@@ -17,7 +36,9 @@ class OrdinaryAttention(nn.Module):
     output. `W_Q` takes the place of `Omega_Q`, `W_V` that of `Omega_V`.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int = 1, *, is_causal: bool = False, qk_norm: bool = False) -> None:
+    def __init__(
+        self, embed_dim: int, num_heads: int = 1, *, is_causal: bool = False, qk_norm: bool = False, taps: int = 0
+    ) -> None:
         """Make the layer.
 
         Args:
@@ -25,6 +46,7 @@ class OrdinaryAttention(nn.Module):
             num_heads: H.
             is_causal: Token i sees tokens j <= i.
             qk_norm: RMS norm of keys and queries over the head dimension, with a learned temperature per head.
+            taps: Tokens of a causal convolution on the keys; 0 for none.
 
         Raises:
             TypeError: If a size is no integer.
@@ -33,6 +55,7 @@ class OrdinaryAttention(nn.Module):
         super().__init__()
         check_positive("embed_dim", embed_dim, integer=True)
         check_positive("num_heads", num_heads, integer=True)
+        check_positive("taps", taps, integer=True, zero=True)
         if embed_dim % num_heads:
             raise bad_value("num_heads", f"a divisor of embed_dim={embed_dim}", num_heads)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
@@ -41,6 +64,7 @@ class OrdinaryAttention(nn.Module):
         self.W_K = nn.Linear(embed_dim, embed_dim, bias=False)
         self.W_V = nn.Linear(embed_dim, embed_dim, bias=False)
         self.temperature = nn.Parameter(torch.ones(num_heads)) if qk_norm else None
+        self.convolution = Convolution(embed_dim, taps) if taps else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output.
@@ -51,7 +75,8 @@ class OrdinaryAttention(nn.Module):
         Returns:
             `[B, N, D]`.
         """
-        query, key, value = (split_heads(w(x), self.num_heads) for w in (self.W_Q, self.W_K, self.W_V))
+        projected = self.W_Q(x), self.convolution(self.W_K(x)), self.W_V(x)
+        query, key, value = (split_heads(t, self.num_heads) for t in projected)
         if self.temperature is not None:
             query, key = rms_norm(query), rms_norm(key) * self.temperature[:, None, None]
         return merge_heads(
@@ -60,8 +85,10 @@ class OrdinaryAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings, for `print`."""
-        qk_norm = self.temperature is not None
-        return f"{self.embed_dim}, num_heads={self.num_heads}, is_causal={self.is_causal}, qk_norm={qk_norm}"
+        shown = f"{self.embed_dim}, num_heads={self.num_heads}, is_causal={self.is_causal}"
+        shown += f", qk_norm={self.temperature is not None}"
+        taps = getattr(self.convolution, "taps", None)
+        return shown if taps is None else f"{shown}, taps={taps.shape[-1]}"
 
 
 class TokenModel(nn.Module):

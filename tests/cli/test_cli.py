@@ -52,7 +52,7 @@ def test_demo_summary_tells_everything(shown):
     assert [[row["solver"] for row in case["solvers"]] for case in summary["text"]] == [SOLVERS, SOLVERS]
     assert all(len(row["steps"]) == 4 for case in summary["text"] for row in case["solvers"])
     models = summary["recall"]["models"]
-    assert set(models) == {stages.IMPLICIT, stages.ORDINARY}
+    assert set(models) == {stages.IMPLICIT, stages.ORDINARY, stages.CONVOLVED}
     assert all([step["step"] for step in model["steps"]] == [1, 2, 3] for model in models.values())
     assert models[stages.IMPLICIT]["steps_with_unconverged_systems"] == 0
     assert models[stages.IMPLICIT]["largest_solver_steps"] > 0

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from implicit_attention import ImplicitQueryAttention
+from implicit_attention.tasks.models import Convolution
 from studies import ARMS, BUDGETS, arm_named, build, flops, tables
-from studies.arms import matching_width, parameters
-from studies.mixers import Convolution
+from studies.models import matching_width, parameters
 from tests.studies.simple import SIZES, Before
 
 CAUSAL, FREE = Before(), Before(is_causal=False)
@@ -174,3 +174,12 @@ def test_a_convolution_adds_its_last_tokens(taps):
     torch.testing.assert_close(convolution(x), expected)
     (block,) = build(ARMS[f"keys-{taps}"], CAUSAL, SIZES, 0).blocks
     assert block.mixer.convolution.taps.shape == (16, 1, taps)
+
+
+@pytest.mark.parametrize(("name", "implicit"), [("strict", 4), ("strict-one", 1), ("strict-half", 2)])
+def test_some_arms_are_implicit_in_some_blocks_only(name, implicit):
+    model = build(ARMS[name], CAUSAL, replace(SIZES, blocks=4), 0)
+    layers = [any(isinstance(m, ImplicitQueryAttention) for m in block.modules()) for block in model.blocks]
+    assert sum(layers) == implicit
+    assert layers[0]
+    assert layers[2] == (name != "strict-one")

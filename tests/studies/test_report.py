@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from studies import campaign, choices, pictures, records, report, tables
+from studies import campaign, cells, choices, pictures, records, report, tables, verdicts
 from studies.sentences import machines
 from tests.studies.simple import TRAINING, table
 
@@ -28,6 +28,7 @@ def run(seed, score, *, solved_at=None, steps=4, seconds=2.0, rate=0.01):
         "end": "steps",
         "last_step": steps,
         "seconds": seconds,
+        "wall_seconds": seconds,
         "solved_at": solved_at,
         "score": score,
         "scores": {"held_out": {"accuracy": score}} if score is not None else {},
@@ -44,7 +45,7 @@ def cell(lines, row, column):
 
 
 def test_figures_are_means_deviations_and_counts():
-    lines = report.cells(table(), {"ordinary": [run(0, 0.5), run(1, 1.0, solved_at=2, seconds=4.0)]})
+    lines = cells.cells(table(), {"ordinary": [run(0, 0.5), run(1, 1.0, solved_at=2, seconds=4.0)]})
     assert cell(lines, 1, "accuracy") == "0.750 ± 0.354"
     assert cell(lines, 1, "seeds solved") == "1 of 2"
     assert cell(lines, 1, "steps to solve") == "2"
@@ -55,9 +56,9 @@ def test_figures_are_means_deviations_and_counts():
 
 
 def test_a_run_without_a_score_is_counted_and_not_hidden():
-    lines = report.cells(table(), {"ordinary": [run(0, 0.5), run(1, None)]})
+    lines = cells.cells(table(), {"ordinary": [run(0, 0.5), run(1, None)]})
     assert cell(lines, 1, "accuracy") == "0.500 (1 without)"
-    assert cell(report.cells(table(), {"ordinary": [run(0, 0.5)], "implicit": [run(0, None)]}), 2, "accuracy") == "none"
+    assert cell(cells.cells(table(), {"ordinary": [run(0, 0.5)], "implicit": [run(0, None)]}), 2, "accuracy") == "none"
 
 
 def test_rows_come_in_the_order_of_the_table():
@@ -67,11 +68,12 @@ def test_rows_come_in_the_order_of_the_table():
 
 def test_equal_seconds_are_those_of_the_fastest_row():
     rows = {"ordinary": [run(0, 0.8, seconds=2.0)], "implicit": [run(0, 1.0, seconds=4.0)]}
-    assert report.equal_seconds(rows) == 2.0
-    assert report.at_equal_seconds(rows["implicit"], 2.0, 1) == [0.5]
-    assert report.at_equal_seconds(rows["implicit"], 1.0, 1) == [None]
+    assert cells.min_spent(rows, cells.seconds_spent) == 2.0
+    assert cells.at_equal(rows["implicit"], 2.0, cells.seconds_spent, 1) == [0.5]
+    assert cells.at_equal(rows["implicit"], 1.0, cells.seconds_spent, 1) == [None]
+    assert cells.at_equal(rows["implicit"], 2.5e9 * 2, cells.flops_spent, 1) == [0.5]
     bytes_table = replace(table(), group="bytes")
-    assert cell(report.cells(bytes_table, rows), 2, "at equal seconds") == "0.500"
+    assert cell(cells.cells(bytes_table, rows), 2, "at equal seconds") == "0.500"
 
 
 def test_a_row_is_ahead_by_seeds_solved_or_by_more_than_the_spread():
@@ -107,14 +109,62 @@ def test_every_choice_names_rows_that_there_are():
             assert set(choice.rows.values()) <= shown[name].rows.keys()
 
 
-def test_the_overview_shows_the_best_arm_of_each_table():
-    shown = replace(table(), group="recall")
-    lines = report.overview([(shown, {"ordinary": [run(0, 0.5)], "implicit": [run(0, 0.75)]})])
-    assert cell(lines, 1, "the best arm") == "implicit: 0.750"
-    assert cell(lines, 1, "ordinary attention, 1 layer") == "0.500"
-    assert cell(lines, 1, "implicit") == "0.750"
-    assert cell(lines, 1, "ordinary attention, 2 layers") == ""
-    assert len(report.overview([(replace(shown, group="studies"), {"ordinary": [run(0, 0.5)]})])) == 1
+def test_the_overview_sets_the_strongest_baseline_beside_the_implicit_arm():
+    shown = replace(table("ordinary", "ordinary-2", "implicit"), group="recall")
+    rows = {
+        "ordinary": [run(0, 0.5)],
+        "ordinary-2": [run(0, 1.0, solved_at=2, seconds=1.0)],
+        "implicit": [run(0, 1.0, solved_at=4, seconds=4.0)],
+    }
+    lines = report.overview([(shown, rows)])
+    assert cell(lines, 1, "strongest baseline") == "ordinary attention, 2 layers: 1.000; 1 of 1 seeds, 2 steps"
+    assert cell(lines, 1, "implicit") == "implicit: 1.000; 1 of 1 seeds, 4 steps"
+    assert cell(lines, 1, "values read outputs") == ""
+    assert cell(lines, 1, "verdict") == "implicit: both solve it; 2 times the steps, 8 times the seconds"
+    (line,) = report.no_help([(shown, rows)])
+    assert "Strongest baseline: ordinary attention, 2 layers. Implicit: both solve it" in line
+    rows["implicit"] = [run(0, 1.0, solved_at=2, seconds=0.5)]
+    assert report.no_help([(shown, rows)]) == []
+    assert len(report.overview([(replace(shown, group="studies"), rows)])) == 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "baseline", "words", "helps"),
+    [
+        ([run(0, 1.0, solved_at=2), run(1, 0.5)], [run(0, 0.5), run(1, 0.5)],
+         "solves 1 of 2 seeds, the baseline 0 of 2", True),
+        ([run(0, 0.5), run(1, 0.5)], [run(0, 1.0, solved_at=2), run(1, 0.5)],
+         "solves 0 of 2 seeds, the baseline 1 of 2", False),
+        ([run(0, 0.5)], [run(0, 0.4)], "neither solves it; ahead", True),
+        ([run(0, 0.4)], [run(0, 0.5)], "neither solves it; behind", False),
+        ([run(0, 0.4), run(1, 0.6)], [run(0, 0.4), run(1, 0.5)], "neither solves it; level, within the spread", False),
+    ],
+)  # fmt: skip
+def test_a_verdict_compares_with_the_strongest_baseline(ours, baseline, words, helps):
+    made = [verdicts.Contender("a row", "its title", runs) for runs in (ours, baseline)]
+    assert verdicts.compare(table(), *made) == verdicts.Verdict(words, helps)
+
+
+def test_seconds_and_operations_to_solve_are_those_at_the_step():
+    one = run(0, 1.0, solved_at=2, seconds=4.0)
+    assert (verdicts.seconds_to_solve(one), verdicts.operations_to_solve(one)) == (2.0, 5e9)
+    assert verdicts.seconds_to_solve(run(0, 0.5)) is None
+    tried = {"tried": {"0.01": [{"solved_at": 2}, {"solved_at": None}], "0.1": [{"solved_at": None}] * 2}}
+    lines = cells.cells(table(), {"ordinary": [one | {"choice": tried}]})
+    assert cell(lines, 1, "seconds to solve") == "2"
+    assert cell(lines, 1, "TFLOPs to solve") == "0.005"
+    assert cell(lines, 1, "of all rates") == "1 of 4"
+    assert cell(cells.cells(table(), {"ordinary": [run(0, 0.5)]}), 1, "steps to solve") == "not within 4"
+
+
+def test_what_did_not_settle_in_training_is_shown_without_a_mask():
+    shown = replace(table("implicit"), task=replace(table().task, is_causal=False))
+    one = run(0, 0.5) | {"unsettled": 0.25}
+    one["curve"][-1]["solver"] = {"held_out": {"steps": 3.0}}
+    assert cells.settled([one]) == "25.0 %"
+    assert cells.settled([run(0, 0.5)]) == ""
+    one["curve"][-1].pop("solver")
+    assert "unsettled, at worst" in cells.cells(shown, {"implicit": [one]})[0]
 
 
 def test_the_page_says_which_runs_are_missing():

@@ -9,7 +9,8 @@ import torch
 
 from studies import ARMS, build, campaign, perform, pool, records, tables
 from studies.run import JUDGED_SEED, parameter_groups, rate_factor
-from studies.suite import RATE_SEED, chosen
+from studies.suite import chosen
+from studies.table import RATE_SEED
 from tests.studies.simple import SIZES, TRAINING, Before, table
 
 NOTHING = campaign.Watch()

@@ -158,7 +158,7 @@ def test_training_reports_solves_that_fail():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])  # the records of docs/results.md have five
-def test_the_implicit_layer_learns_recall_and_the_ordinary_one_does_not(seed):
+def test_the_implicit_layer_and_a_convolution_learn_recall_and_the_ordinary_layer_does_not(seed):
     task = Recall()
     entrants = stages.runners(seed, task)
     for _, step in stages.race(entrants, task, steps=160, seed=seed):
@@ -166,7 +166,9 @@ def test_the_implicit_layer_learns_recall_and_the_ordinary_one_does_not(seed):
     reached = {name: runner.steps[-1].accuracy for name, runner in entrants.items()}
     assert reached[stages.IMPLICIT] >= 0.99
     assert reached[stages.ORDINARY] < 0.30
-    assert len({runner.parameters for runner in entrants.values()}) == 1
+    assert reached[stages.CONVOLVED] >= 0.99
+    weights = {name: runner.parameters for name, runner in entrants.items()}
+    assert weights[stages.IMPLICIT] == weights[stages.ORDINARY] == weights[stages.CONVOLVED] - 64 * stages.TAPS
 
 
 def test_anderson_and_picard_agree_on_a_trained_equilibrium():

@@ -1,0 +1,205 @@
+"""The tables of the page of results: one row an arm, every figure from its records."""
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from studies import verdicts
+from studies.run import Record
+from studies.table import Table
+
+Spent = Callable[[Record, Record], float]  # of a run, up to one of its evaluations
+
+
+def cells(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[list[str]]:
+    """Return the table of scores.
+
+    Args:
+        table: The table.
+        rows: Its records.
+
+    Returns:
+        The head; then for each row mean and standard deviation over seeds of the score of each kind (of one kind, all
+        scores), seeds solved and what that took, learning rate, parameters, operations and milliseconds.
+    """
+    kinds, score = kinds_of(rows), table.task.score
+    shown, sign = (score[1:], -1) if score.startswith("-") else (score, 1)
+    others = other_scores(rows, kinds[0], (score, shown)) if len(kinds) == 1 else []
+    head = ["arm", *(shown if len(kinds) == 1 else f"{shown}, {kind}" for kind in kinds), *others]
+    lines = []
+    for name, runs in rows.items():
+        line = [table.rows[name].title if name in table.rows else name]
+        line += [spread(value(run, kind, score, sign) for run in runs) for kind in kinds]
+        line += [spread(value(run, kinds[0], other, 1) for run in runs) for other in others]
+        if table.training.solved is not None:
+            line += solved(runs)
+        if table.group == "bytes":
+            line += [
+                spread(at_equal(runs, min_spent(rows, spent), spent, sign)) for spent in (seconds_spent, flops_spent)
+            ]
+        if not table.task.is_causal:
+            line.append(settled(runs))
+        lines.append(line + costs(runs))
+    if table.training.solved is not None:
+        head += ["seeds solved", "steps to solve", "TFLOPs to solve", "seconds to solve", "of all rates"]
+    if table.group == "bytes":
+        head += ["at equal seconds", "at equal FLOPs"]
+    if not table.task.is_causal:
+        head.append("unsettled, at worst")
+    head += ["learning rate", "parameters", "GFLOPs a step", "ms a step"]
+    return [[name.replace("_", " ") for name in head], *lines]
+
+
+def kinds_of(rows: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Return the kinds of held-out sequences, in their order."""
+    return list(dict.fromkeys(kind for runs in rows.values() for run in runs for kind in run["scores"]))
+
+
+def other_scores(rows: Mapping[str, Sequence[Record]], kind: str, known: tuple[str, ...]) -> list[str]:
+    """Return the names of the other scores of a kind."""
+    names = (name for runs in rows.values() for run in runs for name in run["scores"].get(kind, {}))
+    return [name for name in dict.fromkeys(names) if name not in known]
+
+
+def value(run: Record, kind: str, score: str, sign: int) -> float | None:
+    """Return a final score, None if the run has none."""
+    found = run["scores"].get(kind, {}).get(score)
+    return None if found is None else sign * found
+
+
+def solved(runs: Sequence[Record]) -> list[str]:
+    """Return how many seeds solved the task, medians of their steps, operations and seconds, and solved runs in all.
+
+    The last is over all learning rates that were tried on whole runs.
+    """
+    count = sum(run["solved_at"] is not None for run in runs)
+    tried = [run for outcomes in ((runs[0].get("choice") or {}).get("tried") or {}).values() for run in whole(outcomes)]
+    every = f"{sum(run['solved_at'] is not None for run in tried)} of {len(tried)}" if tried else ""
+    if not count:
+        return [f"0 of {len(runs)}", f"not within {runs[0]['settings']['training']['steps']}", "", "", every]
+    operations = verdicts.median(runs, verdicts.operations_to_solve)
+    return [
+        f"{count} of {len(runs)}",
+        f"{verdicts.median(runs, lambda run: run['solved_at']):.0f}",
+        f"{operations / 1e12:.3g}",
+        f"{verdicts.median(runs, verdicts.seconds_to_solve):.3g}",
+        every,
+    ]
+
+
+def whole(outcomes: object) -> list[Record]:
+    """Return the outcomes of whole runs at a rate; none if short runs on one seed chose the rate."""
+    return outcomes if isinstance(outcomes, list) else []
+
+
+def settled(runs: Sequence[Record]) -> str:
+    """Return the largest share of systems above tolerance in any training step; empty if nothing is solved."""
+    if not any(entry.get("solver") for run in runs for entry in run["curve"]):
+        return ""
+    return f"{100 * max(run.get('unsettled', 0.0) for run in runs):.1f} %"
+
+
+def costs(runs: Sequence[Record]) -> list[str]:
+    """Return learning rate, parameters, operations and milliseconds of a step."""
+    flops = [run["flops"] for run in runs if run["flops"] is not None]
+    per_step = [1e3 * run["seconds"] / run["last_step"] for run in runs if run["last_step"]]
+    rates = sorted({run["settings"]["rate"] for run in runs})
+    return [
+        ", ".join(f"{rate:g}" for rate in rates),
+        f"{runs[0]['parameters']:,}",
+        f"{statistics.mean(flops) / 1e9:.3g}" if flops else "",
+        f"{statistics.median(per_step):.0f}" if per_step else "",
+    ]
+
+
+def seconds_spent(run: Record, entry: Record) -> float:
+    """Return the seconds of training before an evaluation."""
+    return float(entry["seconds"])
+
+
+def flops_spent(run: Record, entry: Record) -> float:
+    """Return the operations of training before an evaluation; infinity if they are not known."""
+    return float("inf") if run["flops"] is None else float(run["flops"] * entry["step"])
+
+
+def min_spent(rows: Mapping[str, Sequence[Record]], spent: Spent) -> float:
+    """Return what the row that spends least spends (a median over its runs), at which all rows are compared."""
+    return min(
+        statistics.median(spent(run, run["curve"][-1]) for run in runs if run["curve"]) for runs in rows.values()
+    )
+
+
+def at_equal(runs: Sequence[Record], most: float, spent: Spent, sign: int) -> list[float | None]:
+    """Return each run's score at its last evaluation that had spent no more than `most`; None if there is none."""
+    found = []
+    for run in runs:
+        within = [e["score"] for e in run["curve"] if spent(run, e) <= most * 1.02 and e["score"] is not None]
+        found.append(sign * within[-1] if within else None)
+    return found
+
+
+def solver_table(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
+    """Return the table of solver statistics, empty if no row has any."""
+    lines = []
+    for name, runs in rows.items():
+        last = [entry for run in runs if run["curve"] for entry in run["curve"][-1].get("solver", {}).values()]
+        if not last:
+            continue
+        starts = [run["path_independence"] for run in runs if run["path_independence"]]
+        lines.append([
+            table.rows[name].title if name in table.rows else name,
+            f"{statistics.mean(e['steps'] for e in last):.1f}",
+            f"{max(e['most_steps'] for e in last):.0f}",
+            f"{max(_or_inf(e['residual']) for e in last):.0e}",
+            percent([e["unconverged"] for e in last]),
+            f"{max(e['largest_gain'] for e in last):.2f}" if "largest_gain" in last[0] else "",
+            percent([s["arrived"] for s in starts]),
+            percent([s["same"] for s in starts if "same" in s]),
+        ])  # fmt: skip
+    head = ["arm", "steps", "most steps", "largest residual", "above tolerance", "largest gain",
+            "second start arrived", "of these the same"]  # fmt: skip
+    return markdown([head, *lines]) if lines else ""
+
+
+def gradient_table(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
+    """Return the table of cosines between gradients and the exact one, empty if none were measured."""
+    bounds = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, float("inf"))
+    lines = []
+    for name, runs in rows.items():
+        points = [e["gradients"] for run in runs for e in run["curve"] if "gradients" in e]
+        for low, high in itertools.pairwise(bounds):
+            within = [p for p in points if p["radius"] is not None and low <= p["radius"] < high]
+            if within:
+                title = table.rows[name].title if name in table.rows else name
+                cosines = [spread([p[g] for p in within], digits=4) for g in ("implicit", "phantom", "one step")]
+                lines.append([title, f"{low:g} to {high:g}", str(len(within)), *cosines])
+    head = ["arm", "spectral radius", "measured", "implicit", "phantom", "one step"]
+    return markdown([head, *lines]) if lines else ""
+
+
+def spread(values: Iterable[float | None], digits: int = 3) -> str:
+    """Return mean and standard deviation, and how many runs have no figure."""
+    listed = list(values)
+    numbers = [v for v in listed if v is not None]
+    if not numbers:
+        return "none"
+    text = f"{statistics.mean(numbers):.{digits}f}"
+    if len(numbers) > 1:
+        text += f" ± {statistics.stdev(numbers):.{digits}f}"
+    missing = len(listed) - len(numbers)
+    return text if not missing else f"{text} ({missing} without)"
+
+
+def percent(shares: Sequence[float]) -> str:
+    """Return the mean of shares in percent, empty if there are none."""
+    return f"{100 * statistics.mean(shares):.2f} %" if shares else ""
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Return a table in Markdown; the first line is its head."""
+    head, *rest = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])
+
+
+def _or_inf(number: float | None) -> float:
+    return float("inf") if number is None else number

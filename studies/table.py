@@ -1,0 +1,94 @@
+"""A table of the results: runs that are compared with each other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from implicit_attention.errors import bad_value
+from implicit_attention.tasks.task import Task
+from studies.arms import ARMS, Sizes
+from studies.names import known
+from studies.run import Run, Training
+
+RATE_SEED = 1000  # seed of the runs that choose a learning rate; no other run has it
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        arm: Name of the arm.
+        title: Its name on the page.
+        sizes: Sizes of its model.
+    """
+
+    arm: str
+    title: str
+    sizes: Sizes
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs that are compared with each other.
+
+    Attributes:
+        name: Its name in commands and files.
+        group: Name of the group of tables it belongs to.
+        title: Its heading.
+        task: The task that is learned.
+        rows: Its rows by name.
+        training: How they are trained.
+        seeds: Number of seeds, from 0 on.
+    """
+
+    name: str
+    group: str
+    title: str
+    task: Task
+    rows: Mapping[str, Row]
+    training: Training
+    seeds: int
+
+    def run(self, row: str, seed: int, rate: float) -> Run:
+        """Return a run of the table.
+
+        Args:
+            row: Name of the row.
+            seed: Of the run.
+            rate: The learning rate that was chosen.
+
+        Raises:
+            ValueError: If there is no such row, or the seed is the one that chooses learning rates.
+        """
+        if seed == RATE_SEED:
+            raise bad_value("seed", f"another than {RATE_SEED}", seed, "That seed chooses the learning rate.")
+        return self._run(row, seed, rate, self.training)
+
+    def rate_runs(self, row: str) -> list[Run]:
+        """Return the runs that choose the learning rate of a row: whole ones of all seeds, or short ones of another.
+
+        Args:
+            row: Name of the row.
+
+        Raises:
+            ValueError: If there is no such row.
+        """
+        rates, short = self.training.rates, self.training.rate_steps
+        if not short:
+            return [self._run(row, seed, rate, self.training) for rate in rates for seed in range(self.seeds)]
+        training = replace(self.training, steps=short, gradients=False)
+        return [self._run(row, RATE_SEED, rate, training) for rate in rates]
+
+    def _run(self, row: str, seed: int, rate: float, training: Training) -> Run:
+        entry = self.rows[known("arm", row, self.rows)]
+        return Run(self.name, row, entry.arm, self.task, entry.sizes, training, rate, seed)
+
+
+def rows_of(names: tuple[str, ...], sizes: Sizes) -> dict[str, Row]:
+    """Return a row for each arm, all of the same sizes.
+
+    Args:
+        names: Of the arms.
+        sizes: Of their models.
+    """
+    return {name: Row(name, ARMS[name].title, sizes) for name in names}

@@ -1,0 +1,124 @@
+"""What the page says first: the strongest baseline of each table, and how the implicit arms compare with it."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from studies import choices
+from studies.arms import ARMS
+from studies.run import Record
+from studies.table import Table
+
+Runs = Sequence[Record]
+FEEDBACK = "feedback"  # how the names of arms begin whose values read outputs
+
+
+@dataclass(frozen=True)
+class Contender:
+    """The best row of one kind.
+
+    Attributes:
+        name: Of the row.
+        title: Its name on the page.
+        runs: Its records.
+    """
+
+    name: str
+    title: str
+    runs: Runs
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an implicit arm compares with the strongest baseline.
+
+    Attributes:
+        words: The comparison.
+        helps: Whether it is a reason to use the arm.
+    """
+
+    words: str
+    helps: bool
+
+
+def strongest(table: Table, rows: Mapping[str, Runs], kind: str) -> Contender | None:
+    """Return the best row of a kind: most seeds solved, then fewest seconds to solve, then the best score.
+
+    Args:
+        table: The table.
+        rows: Its records.
+        kind: "baseline", "implicit" or "feedback".
+    """
+    found = {name: runs for name, runs in rows.items() if runs and name in table.rows and _kind(table, name) == kind}
+    if not found:
+        return None
+    best = max(found, key=lambda name: merit(found[name]))
+    return Contender(best, table.rows[best].title, found[best])
+
+
+def _kind(table: Table, row: str) -> str:
+    arm = table.rows[row].arm
+    if arm.startswith(FEEDBACK):
+        return FEEDBACK
+    return "implicit" if ARMS[arm].ours else "baseline"
+
+
+def merit(runs: Runs) -> tuple[float, float, float]:
+    """Return the figures that contenders are compared by, larger for better ones."""
+    solved, score = choices.merit(runs)
+    return solved, -median(runs, seconds_to_solve) if solved else 0.0, score
+
+
+def seconds_to_solve(run: Record) -> float | None:
+    """Return the training time at the first of the two evaluations that solved the task, None if nothing did."""
+    if run["solved_at"] is None:
+        return None
+    return float(next(entry["seconds"] for entry in run["curve"] if entry["step"] == run["solved_at"]))
+
+
+def operations_to_solve(run: Record) -> float | None:
+    """Return the operations of training until the task was solved, None if it was not."""
+    return None if run["solved_at"] is None or run["flops"] is None else float(run["flops"] * run["solved_at"])
+
+
+def median(runs: Runs, figure: Callable[[Record], float | None]) -> float:
+    """Return the median of a figure over the runs that have it; infinity if none has."""
+    found = [number for run in runs if (number := figure(run)) is not None]
+    return statistics.median(found) if found else float("inf")
+
+
+def compare(table: Table, ours: Contender, baseline: Contender) -> Verdict:
+    """Return how an implicit arm compares with the strongest baseline.
+
+    Args:
+        table: The table.
+        ours: The best implicit arm.
+        baseline: The best of the others.
+    """
+    if table.training.solved is None:
+        return _by_score(ours.runs, baseline.runs)
+    (mine, _), (theirs, _) = choices.merit(ours.runs), choices.merit(baseline.runs)
+    if mine != theirs:
+        return Verdict(
+            f"solves {_solved(ours.runs)} seeds, the baseline {_solved(baseline.runs)}", helps=mine > theirs
+        )  # fmt: skip
+    if not mine:
+        verdict = _by_score(ours.runs, baseline.runs)
+        return Verdict(f"neither solves it; {verdict.words}", verdict.helps)
+    steps, seconds = (
+        median(ours.runs, figure) / median(baseline.runs, figure)
+        for figure in (lambda run: run["solved_at"], seconds_to_solve)
+    )
+    return Verdict(
+        f"both solve it; {steps:.2g} times the steps, {seconds:.2g} times the seconds", helps=seconds < 1
+    )  # fmt: skip
+
+
+def _by_score(ours: Runs, baseline: Runs) -> Verdict:
+    if choices.ahead(ours, baseline):
+        return Verdict("ahead", helps=True)
+    return Verdict("behind" if choices.ahead(baseline, ours) else "level, within the spread", helps=False)
+
+
+def _solved(runs: Runs) -> str:
+    return f"{sum(run['solved_at'] is not None for run in runs)} of {len(runs)}"

@@ -27,6 +27,7 @@ class Inputs:
         batched: Whether x came with a batch dimension.
         segments: Which document each token belongs to, `[B, N]`, int; None if samples are documents.
         cu_seqlens: The same for a batch of one, as the boundaries of documents, `[docs + 1]`.
+        start: Where iteration begins, `[B, N, H d]`, without a graph; None for the values.
     """
 
     x: Tensor
@@ -38,6 +39,7 @@ class Inputs:
     batched: bool = True
     segments: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    start: Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -67,7 +69,7 @@ class Inputs:
 
     def named(self) -> dict[str, Tensor | None]:
         """The tensors by the names of the arguments."""
-        names = ("x", "context", "attn_mask", "key_padding_mask")
+        names = ("x", "context", "attn_mask", "key_padding_mask", "start")
         return {name: getattr(self, name) for name in names}
 
 
@@ -79,6 +81,7 @@ class InputOptions(TypedDict, total=False):
     cache: Cache | None
     segments: Tensor | None
     cu_seqlens: Tensor | None
+    start: Tensor | None
 
 
 def checked(
@@ -92,6 +95,7 @@ def checked(
     cache: Cache | None = None,
     segments: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Inputs:
     """Return the inputs of a call if they fit.
 
@@ -105,6 +109,7 @@ def checked(
         cache: Likewise.
         segments: Likewise.
         cu_seqlens: Likewise.
+        start: Likewise.
 
     Raises:
         TypeError: If a tensor is of the wrong type.
@@ -112,20 +117,23 @@ def checked(
     """
     check_input("x", x, weight, settings.embed_dim)
     if segments is not None or cu_seqlens is not None:
-        others = {"context": context, "attn_mask": attn_mask, "cache": cache}
+        others = {"context": context, "attn_mask": attn_mask, "cache": cache, "start": start}
         _check_documents(x, segments, cu_seqlens, others)
     if context is not None:
         _check_context(settings, weight, x, context)
+    if start is not None:
+        start = _checked_start(settings, x, start)
     inputs = Inputs(
-        x, context, attn_mask, key_padding_mask, cache, batched=x.dim() == 3, segments=segments, cu_seqlens=cu_seqlens
-    )
+        x, context, attn_mask, key_padding_mask, cache, batched=x.dim() == 3, segments=segments, cu_seqlens=cu_seqlens,
+        start=start,
+    )  # fmt: skip
     if not inputs.batched:
         padding = key_padding_mask
         if isinstance(padding, Tensor) and padding.dim() == 1:
             padding = padding[None]
         context = None if context is None else context[None]
-        segments = None if segments is None else segments[None]
-        inputs = replace(inputs, x=x[None], context=context, key_padding_mask=padding, segments=segments)
+        segments, start = (None if t is None else t[None] for t in (segments, start))
+        inputs = replace(inputs, x=x[None], context=context, key_padding_mask=padding, segments=segments, start=start)
     if cache is not None:
         inputs = replace(inputs, past=_past(settings, inputs, cache))
     return _with_masks(settings, inputs)
@@ -167,6 +175,18 @@ def _check_context(settings: Settings, weight: Tensor | None, x: Tensor, context
                         "Rows and columns are aligned at the first token.")  # fmt: skip
 
 
+def _checked_start(settings: Settings, x: Tensor, start: object) -> Tensor:
+    """A start without its graph, if it fits."""
+    shape = (*x.shape[:-1], settings.inner_dim)
+    if not isinstance(start, Tensor) or not start.is_floating_point():
+        raise bad_type("start", f"a float tensor of shape {shape}", start)
+    if start.shape != shape:
+        raise bad_value("start", f"of shape {shape}", start, "It is an equilibrium before out_proj: solve(...).value.")
+    if start.device != x.device:
+        raise bad_value("start", f"on the device of x, {x.device}", start, "Move it: start.to(x.device).")
+    return start.detach()
+
+
 def _check_documents(
     x: Tensor, segments: Tensor | None, cu_seqlens: Tensor | None, others: Mapping[str, object]
 ) -> None:
@@ -193,6 +213,7 @@ _REMEDIES = {
     "context": "Give every document its own call.",
     "attn_mask": "Documents are kept apart without a mask; key_padding_mask hides tokens within them.",
     "cache": "A cache holds one document per sample: fill it document by document.",
+    "start": "Give every document its own call.",
 }
 
 

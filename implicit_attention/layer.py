@@ -165,6 +165,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         cache: Cache | None = None,
         segments: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        start: Tensor | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
         need_solution: bool = False,
@@ -174,8 +175,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
 
         Args:
             x: Input, `[B, N, D]` or `[N, D]`, of the parameters' dtype and device.
-            context: Where keys and values come from, `[B, M, D]` or `[M, D]`; x if None. Needs
-                `normalize_over="keys"`.
+            context: Source of keys and values, `[B, M, D]` or `[M, D]`; x if None. Needs `normalize_over="keys"`.
             attn_mask: `[N, M]`, `[B * H, N, M]` or `[B, H, N, M]`: bool, **True = hidden**, or float, added to
                 the scores. Rows are output tokens, columns the tokens they see (those in the cache first).
             key_padding_mask: `[B, M]` (or `[M]`): columns hidden from every row; bool or float alike. With a cache
@@ -184,8 +184,10 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                 raises, it stays as it was.
             segments: Packed documents: `[B, N]` (or `[N]`), int32 or int64. Each run of one number is a document (two
                 runs are two), which is an equilibrium of its own: its tokens see no others, its positions begin at 0.
-                Not next to `context`, `attn_mask` or `cache`.
+                Not next to `context`, `attn_mask`, `cache`, `start`.
             cu_seqlens: The same for one sample, as the boundaries of its documents, `[docs + 1]` from 0 to N.
+            start: Where an iterative solver begins, `[B, N, H d]` or `[N, H d]`: `solve(...).value` of inputs like
+                these saves steps. It gets no gradient.
             need_weights: Also return the attention matrix at the equilibrium (the only thing that makes one).
             average_attn_weights: Average it over the heads.
             need_solution: Also return what `solve` returns, for a model that logs it: hooks see this call as any other.
@@ -193,8 +195,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
 
         Returns:
             `[B, N, D]` or `[N, D]`, zeros (before `out_proj`) in rows that see nothing; with `need_weights` also
-            `[B, N, M]`, or `[B, H, N, M]` if not averaged (before dropout). With `need_solution` all three: output,
-            weights (None without `need_weights`) and solution.
+            `[B, N, M]`, or `[B, H, N, M]` if not averaged; with `need_solution` output, weights or None, and solution.
 
         Raises:
             TypeError: If a tensor is of the wrong type.
@@ -206,7 +207,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         self._check_gains(gains)
         inputs = self._inputs(
             x, context, attn_mask=attn_mask, key_padding_mask=key_padding_mask, cache=cache, segments=segments,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=cu_seqlens, start=start,
         )  # fmt: skip
         found = settle(self, self._report, inputs, short=not (need_weights or gains), projected=True)
         out: Any = found.output
@@ -238,7 +239,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                 default, `ForwardSubstitution`, has none.
             gains: Also return `Solution.gain`, how much each row feeds itself, at the cost of no attention pass. Only
                 causal layers whose rows belong to keys have it.
-            **inputs: Masks, cache and packed documents, as in `forward`.
+            **inputs: Masks, cache, packed documents and start, as in `forward`.
 
         Returns:
             The solution: `value` `[B, N, D]`; `residual`, `steps` and `converged` per sample `[B]`, or per row `[B, N]`

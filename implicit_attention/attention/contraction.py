@@ -30,7 +30,7 @@ _TOLERANCE = 1e-2  # of float32 and float16; `Contraction` says what it means
 
 @dataclass(frozen=True, kw_only=True)
 class Contraction(DirectSolver):
-    r"""`y <- F(y)` from the mean of the values, for layers with `max_gain`.
+    r"""`y <- F(y)` from zero, or from the start that the call gives, for layers with `max_gain`.
 
     It stops where an iterate's residual is within `rtol max|F(y)| + atol`, and returns the image of that iterate, whose
     residual is smaller: at most `max_gain` times that (in the norm in which the map contracts), mostly a hundredth of
@@ -85,12 +85,14 @@ class Contraction(DirectSolver):
         """
         passes = _Passes(_contracting(function), args)
         rtol, atol = self.tolerances(dtype)
-        y = at = passes.from_zero()
-        allowed = atol + rtol * passes.size(y) + passes.rounding()
-        done, steps = torch.zeros_like(allowed, dtype=torch.bool), torch.ones_like(allowed, dtype=torch.long)
-        for count in range(2, (self.steps or passes.most()) + 1):
-            at = y if self.steps or count == 2 else torch.where(passes.by_system(done), at, y)
+        first, y = (2, passes.from_zero()) if passes.start is None else (1, passes.start.clone())
+        at, size = y, passes.size(y)
+        done, steps = torch.zeros_like(size, dtype=torch.bool), torch.zeros_like(size, dtype=torch.long)
+        for count in range(first, (self.steps or passes.most()) + 1):
+            at = y if self.steps or count == first else torch.where(passes.by_system(done), at, y)
             query, y, lse = passes.forward(at)
+            if count == first:  # a given start may have any size
+                allowed = atol + rtol * passes.size(y) + passes.rounding()
             residual = passes.size(y - at)
             steps, done = torch.where(done, steps, count), done | (residual <= allowed)
             if self.steps is None and _settled(residual, allowed):
@@ -169,6 +171,8 @@ class _Passes:
         self.base = sum(parts[1:], parts[0]) if parts else None  # what queries are made of besides y
         self.terms = tuple(t[f"term{i}"] for i in range(len(function.spec.terms)))
         self.seeds = t.get("seeds")
+        start = t.get("start")
+        self.start = None if start is None else start.to(self.value.dtype)
         self.tokens = t["key"].shape[-2] if function.rows_are_keys else t["added"].shape[1]
 
     def from_zero(self) -> Tensor:

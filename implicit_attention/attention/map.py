@@ -127,6 +127,7 @@ class AttentionMap:
     - Optional, of the value map: `feedback`, `feedback_bias`.
     - Optional, columns before the first row: `past_column` and `past_value` `[B, G, P, d]`.
     - Optional: `self_score` `[B, H, N]`, `seeds` `[B]`, and `term0`, `term1`, ... of the bias terms.
+    - Optional: `start` `[B, N, D]`, where a solver of contractions begins; F does not depend on it.
 
     Attributes:
         spec: Scale, causality, bias terms and dropout.
@@ -173,6 +174,10 @@ class AttentionMap:
         t = dict(zip(self.names, tensors, strict=True))
         row, column = self._sides(y, t)
         return weights(self._spec(t), (row, column, None, t.get("self_score"), *self._terms(t)))
+
+    def values(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return the values of the tokens, `[B, M, G d]`."""
+        return merge_heads(tensors[self.names.index("value")])
 
     def columns(self, y: Tensor, *tensors: Tensor) -> Tensor:
         """Return the column side of the scores, `[B, G, N, d]`: what a cache keeps beside the values."""

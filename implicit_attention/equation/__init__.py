@@ -41,7 +41,7 @@ class Equation(NamedTuple):
     Attributes:
         function: The map; that of packed documents is a `PackedMap`.
         args: Its tensors, differentiable in the layer's parameters and inputs.
-        start: Where solvers start, the values `[B, N, D]`.
+        start: Where iterative solvers start, `[B, N, D]`: the values, or what the call gave.
     """
 
     function: AttentionMap | PackedMap
@@ -143,6 +143,9 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     if settings.self_query == "input":
         queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
         tensors["self_score"] = (key * _repeated(queries, heads // groups)).sum(-1) * settings.scale
+    if inputs.start is not None:
+        start = inputs.start.to(start.dtype)
+        tensors["start"] = start
     terms = _terms(layer, inputs, dtype)
     tensors |= {f"term{i}": tensor for i, (_, tensor) in enumerate(terms)}
     dropout = settings.dropout if layer.training else 0.0

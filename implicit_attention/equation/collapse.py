@@ -29,7 +29,8 @@ def watch(layer: Layer, inputs: Inputs, equation: Equation, value: Tensor, repor
     """
     function = equation.function
     if not isinstance(function, PackedMap):
-        watch_for_collapse(layer.settings, layer.positions, inputs, equation.start, value, report)
+        tokens = equation.start if inputs.start is None else function.values(equation.args)
+        watch_for_collapse(layer.settings, layer.positions, inputs, tokens, value, report)
         return
     starts, values = function.packing.unpack(equation.start), function.packing.unpack(value)
     for own, start, found in zip(function.packing.unpack_inputs(inputs), starts, values, strict=True):

@@ -12,6 +12,7 @@ import torch
 
 from implicit_attention import (
     Anderson,
+    CollapseWarning,
     Contraction,
     ConvergenceError,
     Implicit,
@@ -331,3 +332,56 @@ def test_a_free_layer_that_fails_names_the_remedy():
     layer = make(torch.float32, gain=20.0, max_gain=None, solver=Anderson(max_steps=3), on_failure="raise")
     with pytest.raises(ConvergenceError, match=r"stop contracting as weights grow: max_gain=0.9"):
         layer(torch.randn(2, 9, 16))
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_start_saves_steps_and_changes_nothing_else(cross):
+    torch.manual_seed(0)
+    options = {"normalize_over": "keys"} if cross else {}
+    layer = ImplicitQueryAttention(16, 2, query_input=True, max_gain=0.9, out_proj=True, dtype=torch.float64, **options)
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    context = (torch.randn(2, 5, 16, dtype=torch.float64),) if cross else ()
+    plain = layer.solve(x, *context)
+    (wanted,) = torch.autograd.grad(plain.value.square().sum(), x)
+    for start in (plain.value, plain.value.detach().float(), 1e6 * torch.randn_like(plain.value)):
+        found = layer.solve(x, *context, start=start)
+        assert found.converged.all()
+        torch.testing.assert_close(found.value, plain.value, atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(torch.autograd.grad(found.value.square().sum(), x)[0], wanted, atol=1e-7, rtol=1e-7)
+    assert layer.solve(x, *context, start=plain.value).evaluations == 1
+    torch.testing.assert_close(layer(x, *context, start=plain.value), layer(x, *context), atol=1e-8, rtol=1e-8)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(x, *context, start=plain.value.detach()), layer(x, *context), atol=1e-8, rtol=1e-8
+    )
+
+
+def test_iterative_solvers_begin_where_the_call_says():
+    torch.manual_seed(0)
+    layer, x = ImplicitQueryAttention(16, 2, query_input=True), torch.randn(9, 16)
+    plain = layer.solve(x)
+    assert plain.evaluations > 2
+    assert layer.solve(x, start=plain.value).evaluations == 1
+    assert torch.equal(layer.equation(x, start=plain.value).start[0], plain.value)
+
+
+def test_a_layer_that_collapses_says_so_from_any_start():
+    torch.manual_seed(0)
+    layer, x = ImplicitQueryAttention(16, 2), torch.randn(1, 9, 16)
+    with pytest.warns(CollapseWarning):
+        layer.solve(x, start=layer.Omega_V(x).mean(1, keepdim=True).expand(1, 9, 16))
+
+
+def test_a_start_that_cannot_be_used_is_refused():
+    layer, x = ImplicitQueryAttention(16, 2, query_input=True, max_gain=0.9), torch.randn(2, 9, 16)
+    with pytest.raises(ValueError, match=r"`start` must be of shape \(2, 9, 16\)"):
+        layer(x, start=x[:1])
+    with pytest.raises(TypeError, match="`start` must be a float tensor"):
+        layer(x, start=[0.0])
+    with pytest.raises(ValueError, match="`start`"):
+        layer(x, start=x * float("nan"))
+    with pytest.raises(ValueError, match="`start` must be None next to segments"):
+        layer(x, start=x, segments=torch.zeros(2, 9, dtype=torch.int64))
+    causal = ImplicitQueryAttention(16, 2, is_causal=True)
+    with pytest.raises(ValueError, match="`start` must be None with ForwardSubstitution"):
+        causal(x, start=x)

@@ -25,6 +25,7 @@ from studies.names import known
 
 ADJOINTS = {"implicit": ImplicitAdjoint(), "phantom": Phantom(), "one step": Phantom(steps=1, damping=1.0)}
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONTRACTIONS = (1e-1, 1e-2, 1e-3, 1e-4)  # tolerances of `Contraction` that are compared
 MOST_STEPS = 24  # of an iterative solver: a row that does not settle makes all others wait
 
 
@@ -168,17 +169,19 @@ def _hopfield(task: Task, sizes: Sizes, width: int) -> Block:
     return _equilibrium(task, sizes, width, normalize_over="keys")
 
 
-def _bounded(task: Task, sizes: Sizes, width: int) -> Block:
-    return _equilibrium(task, sizes, width, max_gain=MAX_GAIN)
+def _bounded(rtol: float | None = None) -> Callable[[Task, Sizes, int], Block]:
+    return lambda task, sizes, width: _equilibrium(task, sizes, width, max_gain=MAX_GAIN, contraction=rtol)
 
 
 def _equilibrium(
     task: Task, sizes: Sizes, width: int, *, self_query: str = "output", normalize_over: str = "queries",
-    max_gain: float | None = None, **options: Any,
+    max_gain: float | None = None, contraction: float | None = None, **options: Any,
 ) -> ParallelBlock:  # fmt: skip
     exact = task.is_causal and normalize_over == "queries"
     rtol = atol = sizes.tolerance
-    iterative = Anderson(rtol=rtol, atol=atol, max_steps=MOST_STEPS) if max_gain is None else Contraction()
+    iterative = (
+        Anderson(rtol=rtol, atol=atol, max_steps=MOST_STEPS) if max_gain is None else Contraction(rtol=contraction)
+    )
     layer = ImplicitQueryAttention(
         sizes.embed_dim,
         sizes.num_heads,
@@ -202,6 +205,7 @@ def _positions(sizes: Sizes) -> RelativeBias:
     return RelativeBias(sizes.num_heads, sizes.max_distance)
 
 
+_BOUNDED = "implicit, `max_gain=0.9`"
 _STRICT, _FEEDBACK = 'implicit, `self_query="input"`', 'implicit, `values="feedback"`'
 _baseline = functools.partial(Arm, causal_only=True)
 _ours = functools.partial(Arm, causal_only=True, ours=True)
@@ -218,7 +222,11 @@ ARMS = {
         _baseline("delta", "Gated DeltaNet", _delta),
         _baseline("gru", "GRU", _gru),
         Arm("implicit", "implicit", _implicit, ours=True),
-        Arm("bounded", "implicit, `max_gain=0.9`", _bounded, free_only=True, ours=True),
+        Arm("bounded", _BOUNDED, _bounded(), free_only=True, ours=True),
+        *(
+            Arm(f"bounded-{rtol:.0e}", f"{_BOUNDED}, tolerance {rtol:g}", _bounded(rtol), free_only=True, ours=True)
+            for rtol in CONTRACTIONS
+        ),
         Arm("hopfield", 'implicit, `normalize_over="keys"`', _hopfield, ours=True),
         _ours("strict", _STRICT, _strict),
         _ours("strict-one", f"{_STRICT}, in the first block", _strict, every=0),

@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 
 from implicit_attention.tasks.byte_text import ByteText
+from implicit_attention.tasks.digit_classes import DigitClasses
 from implicit_attention.tasks.mqar import MQAR
-from studies.arms import ADJOINTS, ARMS, Sizes
+from studies.arms import ADJOINTS, ARMS, CONTRACTIONS, Sizes
 from studies.run import Training
-from studies.table import Row, Table
+from studies.table import Row, Table, rows_of
 
 _RECALL = Training(steps=500, rate_steps=250, batch_size=16, evaluate_every=25)
 _BYTES = Training(steps=500, rate_steps=200, batch_size=8, evaluate_every=50, held_out=128, solved=None)
@@ -64,6 +65,11 @@ def tables() -> list[Table]:
         )
         for name in ADJOINTS
     }
+    contractions = rows_of(
+        tuple(f"bounded-{rtol:.0e}" for rtol in CONTRACTIONS),
+        Sizes(num_heads=4, mlp=256, qk_norm=False, tolerance=1e-3),
+    )
+    digits = Training(steps=600, batch_size=16, evaluate_every=50, held_out=360, solved=None, rates=(3e-3,))
     fixed = replace(_RECALL, rates=(1e-2,))
     looked_at = replace(fixed, gradients=True)
     return [
@@ -72,6 +78,9 @@ def tables() -> list[Table]:
         Table("positions-bytes", "studies", "Positions: bytes", ByteText(), of_bytes, _BYTES, 3),
         Table("adjoint", "studies", "Gradients to learn with", task, adjoints, _RECALL, 3),
         Table("tolerance", "studies", "Tolerance against accuracy", task, tolerances, fixed, 3),
+        Table(
+            "contraction", "studies", "Tolerance without a mask: which digit", DigitClasses(), contractions, digits, 5
+        ),
         Table("precision", "studies", "Precision: recall under autocast", task, precisions, fixed, 5),
         Table("gradients", "studies", "What gradients are worth", task, gradients, looked_at, 3),
     ]

@@ -11,7 +11,7 @@ KERNELS := .venv/.kernels
 CPU := implicit_attention/causal/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test kernels sanitize lint types bench gpu constraints clean
+.PHONY: help demo check test docs kernels sanitize lint types bench gpu constraints clean
 
 help: ## show this list
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -31,6 +31,11 @@ check: $(KERNELS) lint types ## lint, types, and a quick part of the tests (2 mi
 # One thread per worker: the workers fill the cores, and threads of torch's own would compete with them.
 test: $(KERNELS) lint types ## lint, types, every test, and coverage (15 to 20 minutes; ARGS='-k picard --no-cov': a part of them)
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov $(ARGS)
+
+# The tests build it too (tests/test_site.py), so that CI needs no step of its own.
+docs: $(KERNELS) ## the documentation site, in build/site: tutorials run, warnings are errors (1 minute)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -j $(WORKERS) -c docs -d build/doctrees . build/site $(ARGS)
+	@echo 'Open build/site/index.html'
 
 # Minutes of interpreter for each change of a few files: apart, so that `make test` stays short.
 kernels: $(KERNELS) ## Triton's sweeps in the interpreter, every access to memory checked, kernels compiled (15 minutes)

@@ -25,7 +25,7 @@ from tests.test_scaffold import ORDER
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TRANSFORMERS = ROOT / "docs" / "transformers.md"  # tests/hf/test_hf_docs.py runs its Python
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += sorted((ROOT / "implicit_attention").rglob("README.md"))
 
 

@@ -264,7 +264,7 @@ class Reporting(nn.Module):
 
     @property
     def on_failure(self) -> str:
-        """What happens when a solve misses its tolerance: "warn", "raise" or "ignore"."""
+        """What a solve that misses its tolerance does, one of "warn", "raise" and "ignore"."""
         return self._report.on_failure
 
     @property

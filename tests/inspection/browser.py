@@ -30,13 +30,18 @@ def chromium():
 
 
 def look(browser, path, *, width=1400, height=1000, theme="light"):
-    """Open a page, and wait until it is drawn."""
+    """Open a report, and wait until it is drawn."""
+    show(browser, path, width=width, height=height, theme=theme)
+    wait(lambda: browser.execute_script("return document.documentElement.dataset.ready === 'true'"))
+
+
+def show(browser, path, *, width=1400, height=1000, theme="light"):
+    """Open a page on a screen of that size."""
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     feature = {"name": "prefers-color-scheme", "value": theme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     browser.get(path.as_uri())
-    wait(lambda: browser.execute_script("return document.documentElement.dataset.ready === 'true'"))
 
 
 def wait(done, seconds=60):

@@ -34,7 +34,7 @@ test: $(KERNELS) lint types ## lint, types, every test, and coverage (15 to 20 m
 
 # The tests build it too (tests/test_site.py), so that CI needs no step of its own.
 docs: $(KERNELS) ## the documentation site, in build/site: tutorials run, warnings are errors (1 minute)
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -j $(WORKERS) -c docs -d build/doctrees . build/site $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -E -W --keep-going -j $(WORKERS) -c docs -d build/doctrees . build/site $(ARGS)
 	@echo 'Open build/site/index.html'
 
 # Minutes of interpreter for each change of a few files: apart, so that `make test` stays short.

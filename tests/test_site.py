@@ -175,7 +175,7 @@ def test_tutorials_ran_and_drew(pages, site, tutorial):
 
 def test_the_extra_has_what_the_settings_name():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    listed = {re.split(r"[>=\[]", name)[0].replace("-", "_") for name in extras["docs"]}
+    listed = {re.split(r"[>=\[]", name)[0].replace("-", "_").lower() for name in extras["docs"]}
     settings = (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
     used = re.search(r"^extensions = \[(.*?)\]", settings, flags=re.M | re.S)
     assert used

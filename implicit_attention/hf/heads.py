@@ -84,7 +84,6 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
         position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_gains: bool | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImplicitCausalLMOutput:
         """Return logits, and the loss if labels are given.
@@ -100,9 +99,8 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
             position_ids: As there.
             logits_to_keep: How many of the last tokens get logits, all if 0; or which.
             output_gains: As there.
-            shift_labels: Labels that are shifted already, in the place of `labels`.
-            **kwargs: As there; `num_items_in_batch` is what the summed loss is divided by, if not by the number of
-                labels here.
+            **kwargs: As there; `shift_labels` are labels that are shifted already, in the place of `labels`;
+                `num_items_in_batch` is what the summed loss is divided by, if not by the number of labels here.
 
         Returns:
             Output with `loss`, `logits` `[B, n, vocab_size]` and `solver_stats`.
@@ -111,6 +109,8 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
+        # Not named above: Trainer takes every argument called label for one that its batches have to hold.
+        shift_labels = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
         out = self.read(
             input_ids, attention_mask, cache, inputs_embeds, use_cache=use_cache, output_gains=output_gains,
             position_ids=position_ids, **kwargs,

@@ -12,7 +12,14 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, TrainingArguments
 
-from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionForCausalLM
+from implicit_attention.hf import (
+    ImplicitAttentionConfig,
+    ImplicitAttentionForCausalLM,
+    ImplicitAttentionForMaskedLM,
+    ImplicitAttentionForQuestionAnswering,
+    ImplicitAttentionForSequenceClassification,
+    ImplicitAttentionForTokenClassification,
+)
 from tests.hf import tiny
 
 # Of peft and trl, which lag behind transformers' names.
@@ -57,6 +64,30 @@ def test_label_smoothing_predicts_the_next_token(tmp_path, wrapped):
     log_p = model(tokens).logits[:, :-1].log_softmax(-1)
     hit = -log_p.gather(-1, tokens[:, 1:, None]).mean()
     torch.testing.assert_close(found, (1 - epsilon) * hit - epsilon * log_p.mean())
+
+
+@pytest.mark.parametrize(
+    ("cls", "labels"),
+    [
+        (ImplicitAttentionForCausalLM, ["labels"]),
+        (ImplicitAttentionForMaskedLM, ["labels"]),
+        (ImplicitAttentionForSequenceClassification, ["labels"]),
+        (ImplicitAttentionForTokenClassification, ["labels"]),
+        (ImplicitAttentionForQuestionAnswering, ["start_positions", "end_positions"]),
+    ],
+)
+def test_trainer_evaluates(tmp_path, cls, labels):
+    """Without every argument that is called a label, Trainer leaves out loss and metrics, and says nothing."""
+    causal = {} if cls is ImplicitAttentionForCausalLM else {"is_causal": False}
+    model = tiny.make(cls, num_labels=2, **MIXED | causal)
+    one = cls in (ImplicitAttentionForSequenceClassification, ImplicitAttentionForQuestionAnswering)
+    rows = [{"input_ids": row} | dict.fromkeys(labels, torch.tensor(1) if one else row % 2) for row in tiny.tokens(4)]
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments, eval_dataset=rows, compute_metrics=lambda found: {"seen": len(found.label_ids)})
+    found, batch = trainer.evaluate(), torch.utils.data.default_collate(rows)
+    assert found["eval_loss"] == pytest.approx(float(model(**batch).loss), rel=1e-5)
+    assert found["eval_seen"] == (4 if len(labels) == 1 else 2)
+    assert trainer.predict(rows).label_ids is not None
 
 
 def test_trainer_keeps_the_columns_that_models_read(tmp_path):

@@ -203,7 +203,8 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
                             "model.gradient_checkpointing_disable(), or call without a cache.")  # fmt: skip
         if checkpointing:
             return None
-        return DynamicCache(config=self.config) if cache is None and either(use_cache, wanted) else cache
+        new = cache is None and self.config.is_causal and either(use_cache, wanted)
+        return DynamicCache(config=self.config) if new else cache
 
     def _check_room(self, cache: Cache | None, new: int) -> None:
         """Refuse a static cache that is too small; in a graph its own writing does."""

@@ -18,7 +18,7 @@ def tokenizer():
     )
 
 
-def test_generated_text_of_a_batch_is_that_of_each_text:
+def test_generated_text_of_a_batch_is_that_of_each_text():
     model = tiny.make(dtype=torch.float32, pad_token_id=0)
     made = pipeline("text-generation", model=model, tokenizer=tokenizer(), device="cpu")
     settings = {"max_new_tokens": 4, "do_sample": False}

@@ -72,7 +72,7 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
     continuous_batching_context_manager = init_continuous_batching
     generate_batch = init_continuous_batching
 
-    def forward(
+    def forward(  # type: ignore[misc] # as in `ImplicitAttentionModel`
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -110,7 +110,7 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
             ValueError: If inputs are missing, doubled, or do not fit.
         """
         # Not named above: Trainer takes every argument called label for one that its batches have to hold.
-        shift_labels = kwargs.pop("shift_labels", None)  # type: ignore[typeddict-item]
+        shift_labels = kwargs.pop("shift_labels", None)
         out = self.read(
             input_ids, attention_mask, cache, inputs_embeds, use_cache=use_cache, output_gains=output_gains,
             position_ids=position_ids, **kwargs,
@@ -149,7 +149,7 @@ class ImplicitAttentionForMaskedLM(Headed):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # as in `ImplicitAttentionModel`
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

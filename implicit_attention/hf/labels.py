@@ -31,7 +31,7 @@ class ImplicitAttentionForSequenceClassification(Headed):
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # as in `ImplicitAttentionModel`
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -100,7 +100,7 @@ class ImplicitAttentionForTokenClassification(Headed):
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # as in `ImplicitAttentionModel`
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -149,7 +149,7 @@ class ImplicitAttentionForQuestionAnswering(Headed):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # as in `ImplicitAttentionModel`
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 
-from implicit_attention import Anderson, NewtonKrylov, fixed_point
+from implicit_attention import Anderson, ImplicitQueryAttention, NewtonKrylov, Unrolled, fixed_point
 from tests.bridge import array, close, make_layer
 
 TOL = 1e-10  # both sides are solved to 1e-13
@@ -123,3 +123,20 @@ def test_fixed_point_under_transforms(solver):
     close(vmap(solve)(a), array(1 / (1 - a)), TOL)
     close(vmap(grad(solve))(a), array((1 - a) ** -2), TOL)
     close(vmap(grad(grad(solve)))(a), array(2 * (1 - a) ** -3), TOL)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"query_input": True}], ids=["direct", "iterative"])
+def test_derivatives_that_a_solve_cannot_give_are_refused_by_name(options):
+    layer, x = ImplicitQueryAttention(8, 2, **options, dtype=torch.float64), torch.randn(1, 3, 8, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .* Use reverse mode"):
+        torch.func.jvp(layer, (x,), (x,))
+    with pytest.raises(NotImplementedError, match=r"vectorize=True.* Use torch.func.jacrev"):
+        torch.autograd.functional.jacobian(layer, x, vectorize=True)
+    expected = torch.autograd.functional.jacobian(layer, x)
+    torch.testing.assert_close(torch.func.jacrev(layer)(x), expected)
+
+
+def test_an_unrolled_solve_has_forward_mode_derivatives():
+    layer = ImplicitQueryAttention(8, 2, query_input=True, adjoint=Unrolled(), dtype=torch.float64)
+    x = torch.randn(1, 3, 8, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.jacfwd(layer)(x), torch.func.jacrev(layer)(x))

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -354,6 +354,17 @@ def _poisoned(grad: Tensor | None, arg: Tensor, broken: Tensor) -> Tensor | None
     return torch.full_like(grad, torch.nan)
 
 
+def _refuse_old_batching(grad: Tensor) -> None:
+    """Refuse torch.autograd's own mapping over cotangents: its tensors know too few operations for a solve."""
+    try:
+        grad.flatten(-1)  # changes nothing, and is one of them
+    except RuntimeError as error:
+        raise NotImplementedError(
+            "An implicit solve cannot take cotangents that torch.autograd batches (`is_grads_batched=True`, "
+            "`jacobian(..., vectorize=True)`). Use torch.func.jacrev, or torch.func.vmap of torch.func.vjp."
+        ) from error
+
+
 class _ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def forward(run: _Run, y0: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
@@ -373,9 +384,17 @@ class _ImplicitFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return tuple(None for _ in ctx.needs_input_grad)
+        _refuse_old_batching(grad)
         y, *saved = ctx.saved_tensors
         args, memo = tuple(saved[: ctx.count]), tuple(saved[ctx.count :])
         return (None, None, *ctx.run.backward(y, args, memo, grad))
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor | None) -> NoReturn:
+        raise NotImplementedError(
+            "An implicit solve has no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad). Use "
+            "reverse mode (torch.func.vjp, jacrev), or adjoint=Unrolled(), whose steps autograd sees."
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], run: _Run, y0: Tensor, *args: Tensor) -> Any:

@@ -51,6 +51,9 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
             return attention_mask
         return F.pad(attention_mask, (0, cache.get_max_length() - attention_mask.shape[1]), value=1)
 
+    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+        """Let `generate` make no `position_ids`: they would say again what the mask says, and cost a hidden column."""
+
     def init_continuous_batching(self, *arguments: Any, **options: Any) -> Any:
         """Refuse continuous batching: a paged cache holds parts of columns, and a row's equation needs all of them.
 
@@ -69,7 +72,7 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
     continuous_batching_context_manager = init_continuous_batching
     generate_batch = init_continuous_batching
 
-    def forward(
+    def forward(  # type: ignore[misc] # as in `ImplicitAttentionModel`
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -78,9 +81,9 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         *,
+        position_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_gains: bool | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImplicitCausalLMOutput:
         """Return logits, and the loss if labels are given.
@@ -93,11 +96,11 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
             labels: Tokens `[B, n]` to be predicted, each from those before it (they are shifted here); -100 counts
                 for nothing.
             use_cache: As there.
+            position_ids: As there.
             logits_to_keep: How many of the last tokens get logits, all if 0; or which.
             output_gains: As there.
-            shift_labels: Labels that are shifted already, in the place of `labels`.
-            **kwargs: As there; `num_items_in_batch` is what the summed loss is divided by, if not by the number of
-                labels here.
+            **kwargs: As there; `shift_labels` are labels that are shifted already, in the place of `labels`;
+                `num_items_in_batch` is what the summed loss is divided by, if not by the number of labels here.
 
         Returns:
             Output with `loss`, `logits` `[B, n, vocab_size]` and `solver_stats`.
@@ -106,9 +109,12 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
+        # Not named above: Trainer takes every argument called label for one that its batches have to hold.
+        shift_labels = kwargs.pop("shift_labels", None)
         out = self.read(
-            input_ids, attention_mask, cache, inputs_embeds, use_cache=use_cache, output_gains=output_gains, **kwargs
-        )
+            input_ids, attention_mask, cache, inputs_embeds, use_cache=use_cache, output_gains=output_gains,
+            position_ids=position_ids, **kwargs,
+        )  # fmt: skip
         logits = scaled(self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep)), self.config)
         loss = None
         if labels is not None or shift_labels is not None:
@@ -143,12 +149,14 @@ class ImplicitAttentionForMaskedLM(Headed):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # as in `ImplicitAttentionModel`
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImplicitMaskedLMOutput:
         """Return logits, and the loss if labels are given.
@@ -158,6 +166,7 @@ class ImplicitAttentionForMaskedLM(Headed):
             attention_mask: As there.
             inputs_embeds: As there.
             labels: `[B, n]`, the tokens that were masked, -100 elsewhere.
+            position_ids: As there.
             **kwargs: As there; `num_items_in_batch` is what the summed loss is divided by, if not by the number of
                 labels here.
 
@@ -168,7 +177,7 @@ class ImplicitAttentionForMaskedLM(Headed):
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
-        out = self.read(input_ids, attention_mask, None, inputs_embeds, **kwargs)
+        out = self.read(input_ids, attention_mask, None, inputs_embeds, position_ids=position_ids, **kwargs)
         logits, loss = scaled(self.lm_head(out.last_hidden_state), self.config), None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")

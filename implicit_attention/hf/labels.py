@@ -31,7 +31,7 @@ class ImplicitAttentionForSequenceClassification(Headed):
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # as in `ImplicitAttentionModel`
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -40,6 +40,7 @@ class ImplicitAttentionForSequenceClassification(Headed):
         *,
         cache: Cache | None = None,
         use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImplicitClassifierOutput:
         """Return scores, and the loss if labels are given.
@@ -51,6 +52,7 @@ class ImplicitAttentionForSequenceClassification(Headed):
             labels: `[B]` int64, or as `config.problem_type` says.
             cache: As there.
             use_cache: As there, but False if None.
+            position_ids: As there.
             **kwargs: As there; `num_items_in_batch` is not used: the loss is the mean over the batch, as of
                 transformers' own models.
 
@@ -63,7 +65,10 @@ class ImplicitAttentionForSequenceClassification(Headed):
         """
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = _inner(input_ids != self.config.pad_token_id)
-        out = self.read(input_ids, attention_mask, cache, inputs_embeds, use_cache=bool(use_cache), **kwargs)
+        out = self.read(
+            input_ids, attention_mask, cache, inputs_embeds, use_cache=bool(use_cache), position_ids=position_ids,
+            **kwargs,
+        )  # fmt: skip
         logits = self.score(self._pool(out.last_hidden_state, attention_mask))
         loss = None
         if labels is not None:
@@ -95,12 +100,14 @@ class ImplicitAttentionForTokenClassification(Headed):
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # as in `ImplicitAttentionModel`
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImplicitTokenClassifierOutput:
         """Return scores, and the loss if labels are given.
@@ -110,6 +117,7 @@ class ImplicitAttentionForTokenClassification(Headed):
             attention_mask: As there.
             inputs_embeds: As there.
             labels: `[B, n]` int64; -100 counts for nothing.
+            position_ids: As there.
             **kwargs: As there; `num_items_in_batch` is what the summed loss is divided by, if not by the number of
                 labels here.
 
@@ -120,7 +128,7 @@ class ImplicitAttentionForTokenClassification(Headed):
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
-        out = self.read(input_ids, attention_mask, None, inputs_embeds, **kwargs)
+        out = self.read(input_ids, attention_mask, None, inputs_embeds, position_ids=position_ids, **kwargs)
         logits, loss = self.score(out.last_hidden_state), None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")
@@ -141,13 +149,15 @@ class ImplicitAttentionForQuestionAnswering(Headed):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
-    def forward(
+    def forward(  # type: ignore[misc] # as in `ImplicitAttentionModel`
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImplicitSpanOutput:
         """Return scores, and the loss if both positions are given.
@@ -158,6 +168,7 @@ class ImplicitAttentionForQuestionAnswering(Headed):
             inputs_embeds: As there.
             start_positions: `[B]` int64, the answer's first token; outside the text it counts for nothing.
             end_positions: `[B]` int64, its last token.
+            position_ids: As there.
             **kwargs: As there; `num_items_in_batch` is not used: the loss is the mean over the batch, as of
                 transformers' own models.
 
@@ -168,7 +179,7 @@ class ImplicitAttentionForQuestionAnswering(Headed):
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
-        out = self.read(input_ids, attention_mask, None, inputs_embeds, **kwargs)
+        out = self.read(input_ids, attention_mask, None, inputs_embeds, position_ids=position_ids, **kwargs)
         start, end = (t.contiguous() for t in self.qa_outputs(out.last_hidden_state).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:

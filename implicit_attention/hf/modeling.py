@@ -15,12 +15,12 @@ from transformers.masking_utils import (
 )
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import selected_hidden_states
 
 from implicit_attention import ImplicitQueryAttention, RelativeBias
 from implicit_attention.errors import Came, bad_value
 from implicit_attention.hf.block import ImplicitAttentionBlock
 from implicit_attention.hf.calls import check_others, check_positions, take_cache
+from implicit_attention.hf.capturing import Shown, captured, register
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.ordinary import OrdinaryAttention
 from implicit_attention.hf.outputs import (
@@ -45,11 +45,13 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["cache"]
+    _can_record_outputs = {"hidden_states": ImplicitAttentionBlock, "attentions": ImplicitAttentionBlock}
     accepts_loss_kwargs = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let every forward take `return_dict`, and leave the cache of a call that raises as it was."""
         super().__init_subclass__(**kwargs)
+        register(cls, cls._can_record_outputs)
         if "forward" in vars(cls):
             cls.forward = transactional(can_return_tuple(cls.forward))
 
@@ -97,6 +99,8 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
 class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
     """Token embedding, blocks and a last norm, without a head."""
 
+    _output_capturing_hooks_installed = True  # none are needed: see `Shown`
+
     def __init__(self, config: ImplicitAttentionConfig) -> None:
         """Make the model with new weights.
 
@@ -110,6 +114,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @captured
     def forward(  # type: ignore[misc] # keywords of transformers that have a place of their own here
         self,
         input_ids: Tensor | None = None,
@@ -118,8 +123,6 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         *,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
         output_gains: bool | None = None,
         position_ids: Tensor | None = None,
         cache_position: Tensor | None = None,
@@ -134,14 +137,14 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             cache: What is kept of the P tokens before; `past_key_values` is the same.
             inputs_embeds: `[B, n, D]`, in the place of `input_ids`.
             use_cache: Whether to return a cache; the configuration's `use_cache` if None.
-            output_attentions: Whether to return the attention matrices at the equilibria.
-            output_hidden_states: Whether to return what every block is given; or which of them.
             output_gains: Whether to measure `solver_stats.gain`; the configuration's `output_gains` if None.
             position_ids: Where each token stands, `[B, n]`, int64. Without a mask and a cache, positions that restart
                 are packed documents: each is an equilibrium of its own.
             cache_position: Slots of the new tokens, P to P + n - 1. It is checked alone.
-            **kwargs: What transformers' models know: `cu_seq_lens_q`, `seq_idx` for packed documents; others must be
-                what they are without them. With `return_dict=False` the output is a tuple of what is not None.
+            **kwargs: What transformers' models know: `output_attentions` for the attention matrices at the equilibria,
+                `output_hidden_states` for what every block is given, or for those that it names by their numbers;
+                `cu_seq_lens_q`, `seq_idx` for packed documents; others must be what they are without them. With
+                `return_dict=False` the output is a tuple of what is not None.
 
         Returns:
             Output with `last_hidden_state` `[B, n, D]` and `solver_stats`.
@@ -165,24 +168,21 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         self._check_room(cache, x.shape[1])
         tokens = describe(self.config, x, cache, attention_mask, position_ids, segments)
         mask = self._ordinary_mask(x, cache, attention_mask, segments)
-        show_weights = either(output_attentions, self.config.output_attentions)
-        states: list[Tensor] = [x]
-        weights, stats = [], []
-        gains = either(output_gains, self.config.output_gains)
-        for block in self.layers[: self.config.num_hidden_layers]:
-            x, block_weights, block_stats = block(
-                x, tokens, mask, cache=cache, output_attentions=show_weights, output_gains=gains
+        gains, shown, stats = either(output_gains, self.config.output_gains), Shown(), []
+        shown.add(x)
+        blocks = self.layers[: self.config.num_hidden_layers]
+        for i, block in enumerate(blocks, 1):
+            x, weights, block_stats = block(
+                x, tokens, mask, cache=cache, output_attentions=shown.attentions_wanted, output_gains=gains
             )
-            states.append(x)
-            weights.append(block_weights)
+            x = self.norm(x) if i == len(blocks) else x
+            shown.add(x, weights)
             stats += [] if block_stats is None else [block_stats]
-        states[-1] = x = self.norm(x)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return ImplicitModelOutput(
             last_hidden_state=x,
             cache=cache,
-            hidden_states=_selected(states, wanted),  # type: ignore[arg-type] # None in the place of those not asked for
-            attentions=tuple(weights) if show_weights else None,
+            hidden_states=shown.hidden_states,  # type: ignore[arg-type] # None in the place of those not asked for
+            attentions=shown.attentions,  # type: ignore[arg-type]
             solver_stats=stack_stats(stats),
         )
 
@@ -203,7 +203,8 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
                             "model.gradient_checkpointing_disable(), or call without a cache.")  # fmt: skip
         if checkpointing:
             return None
-        return DynamicCache(config=self.config) if cache is None and either(use_cache, wanted) else cache
+        new = cache is None and self.config.is_causal and either(use_cache, wanted)
+        return DynamicCache(config=self.config) if new else cache
 
     def _check_room(self, cache: Cache | None, new: int) -> None:
         """Refuse a static cache that is too small; in a graph its own writing does."""
@@ -271,17 +272,6 @@ class _MaskSettings:
         self._attn_implementation = implementation
         self.is_causal = is_causal
         self.sliding_window = window
-
-
-def _selected(states: list[Tensor], wanted: bool | int | list[int] | None) -> tuple[Tensor | None, ...] | None:
-    """The hidden states that are asked for, all or some; None in the place of others."""
-    if wanted is None or wanted is False:
-        return None
-    indices = selected_hidden_states(wanted)
-    if indices is None:
-        return tuple(states)
-    kept = {i % len(states) for i in indices if -len(states) <= i < len(states)}
-    return tuple(state if i in kept else None for i, state in enumerate(states))
 
 
 def either(value: bool | None, default: bool | None) -> bool:

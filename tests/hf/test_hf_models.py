@@ -236,3 +236,10 @@ def test_heads_refuse_the_wrong_mask():
         ImplicitAttentionForCausalLM(tiny.config(is_causal=False))
     with pytest.raises(ValueError, match="`is_causal` must be False"):
         ImplicitAttentionForMaskedLM(tiny.config())
+
+
+@torch.no_grad()
+def test_an_encoder_returns_no_cache():
+    """It would be refused in the next call."""
+    model = tiny.make(ImplicitAttentionModel, is_causal=False)
+    assert model(tiny.tokens(), use_cache=True).cache is None

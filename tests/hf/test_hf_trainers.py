@@ -12,7 +12,14 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Trainer, TrainingArguments
 
-from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionForCausalLM
+from implicit_attention.hf import (
+    ImplicitAttentionConfig,
+    ImplicitAttentionForCausalLM,
+    ImplicitAttentionForMaskedLM,
+    ImplicitAttentionForQuestionAnswering,
+    ImplicitAttentionForSequenceClassification,
+    ImplicitAttentionForTokenClassification,
+)
 from tests.hf import tiny
 
 # Of peft and trl, which lag behind transformers' names.
@@ -44,6 +51,55 @@ def test_trainer_resumes(tmp_path):
     resumed = trained(4, True, tmp_path / "parts")
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(resumed.get_parameter(name), parameter, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "adapter"])
+def test_label_smoothing_predicts_the_next_token(tmp_path, wrapped):
+    """Trainer takes the logits itself, and shifts labels only for models that it knows as language models."""
+    model, epsilon, tokens = tiny.make(**MIXED), 0.1, tiny.tokens()
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["W_K"]))
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=epsilon, use_cpu=True, report_to="none")
+    found = Trainer(model, arguments).compute_loss(model, {"input_ids": tokens, "labels": tokens})
+    log_p = model(tokens).logits[:, :-1].log_softmax(-1)
+    hit = -log_p.gather(-1, tokens[:, 1:, None]).mean()
+    torch.testing.assert_close(found, (1 - epsilon) * hit - epsilon * log_p.mean())
+
+
+@pytest.mark.parametrize(
+    ("cls", "labels"),
+    [
+        (ImplicitAttentionForCausalLM, ["labels"]),
+        (ImplicitAttentionForMaskedLM, ["labels"]),
+        (ImplicitAttentionForSequenceClassification, ["labels"]),
+        (ImplicitAttentionForTokenClassification, ["labels"]),
+        (ImplicitAttentionForQuestionAnswering, ["start_positions", "end_positions"]),
+    ],
+)
+def test_trainer_evaluates(tmp_path, cls, labels):
+    """Without every argument that is called a label, Trainer leaves out loss and metrics, and says nothing."""
+    causal = {} if cls is ImplicitAttentionForCausalLM else {"is_causal": False}
+    model = tiny.make(cls, num_labels=2, **MIXED | causal)
+    one = cls in (ImplicitAttentionForSequenceClassification, ImplicitAttentionForQuestionAnswering)
+    rows = [{"input_ids": row} | dict.fromkeys(labels, torch.tensor(1) if one else row % 2) for row in tiny.tokens(4)]
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    trainer = Trainer(model, arguments, eval_dataset=rows, compute_metrics=lambda found: {"seen": len(found.label_ids)})
+    found, batch = trainer.evaluate(), torch.utils.data.default_collate(rows)
+    assert found["eval_loss"] == pytest.approx(float(model(**batch).loss), rel=1e-5)
+    assert found["eval_seen"] == (4 if len(labels) == 1 else 2)
+    assert trainer.predict(rows).label_ids is not None
+
+
+def test_trainer_keeps_the_columns_that_models_read(tmp_path):
+    """Trainer drops what `forward` does not name, and `position_ids` say where packed documents begin."""
+    ids, positions = tiny.tokens(1, 8)[0].tolist(), [0, 1, 2, 3, 4, 0, 1, 2]
+    rows = datasets.Dataset.from_list([{"input_ids": ids, "labels": ids, "position_ids": positions, "source": "a"}] * 2)
+    model = tiny.make(**MIXED)
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to="none", per_device_train_batch_size=2)
+    batch = next(iter(Trainer(model, arguments, train_dataset=rows).get_train_dataloader()))
+    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    alone = [model(batch["input_ids"][:1, part]).logits for part in (slice(0, 5), slice(5, 8))]
+    torch.testing.assert_close(model(**batch).logits[:1], torch.cat(alone, 1), atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_saved_is_a_configuration_of_transformers(tmp_path):

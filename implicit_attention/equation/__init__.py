@@ -12,6 +12,7 @@ from implicit_attention.attention.map import AttentionMap, QueryMap, ValueMap, m
 from implicit_attention.attention.masks import mask_terms
 from implicit_attention.attention.positions import Positions, rotate
 from implicit_attention.attention.spec import BiasTerm
+from implicit_attention.equation.own_scores import own_scores
 from implicit_attention.equation.packing import PackedMap, Packing
 from implicit_attention.equilibrium.solvers import DirectSolver, Method
 from implicit_attention.inputs import Inputs
@@ -121,7 +122,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     value = split_heads(projected.value, groups)
     key = normed_keys(layer, key)
     tensors = _query_tensors(layer, inputs, projected)
-    rotation = _rotation(layer, inputs, source, dtype)
+    rotation, turned = _rotation(layer, inputs, source, dtype), key
     if rotation is not None:
         key = rotate(key, rotation)
     if settings.max_gain is not None:
@@ -141,8 +142,11 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     normalize = bool(settings.qk_norm) and not _norm_apart(settings)
     query_map = QueryMap(groups if by_keys else heads, normalize, settings.query_output)
     if settings.self_query == "input":
-        queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
-        tensors["self_score"] = (key * _repeated(queries, heads // groups)).sum(-1) * settings.scale
+        own_key = key if tensors.get("weight") is None and query_map.reads_output else turned
+        made = query_map.linear(start, *(tensors.get(n) for n in ("weight", "bias", "added")))
+        weight = tensors.get("norm_weight")
+        own_key = own_key if weight is None else own_key * weight
+        tensors["self_score"] = own_scores(own_key, made, settings.scale, normalize=normalize)
     terms = _terms(layer, inputs, dtype)
     tensors |= {f"term{i}": tensor for i, (_, tensor) in enumerate(terms)}
     dropout = settings.dropout if layer.training else 0.0

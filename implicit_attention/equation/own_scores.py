@@ -1,7 +1,7 @@
 """Scores of tokens with queries that are made from their own start, in few passes over memory.
 
-With `made` what the query map makes of a token's values before its norm, and `r = 1 / sqrt(mean(made^2) + eps)`, the score
-is `s = scale r (k . made)`. Its gradient needs no sum over features that the score has not taken already:
+`made` is what the query map makes of a token's values before its norm, and `r = 1 / sqrt(mean(made^2) + eps)`. The
+score is `s = scale r (k . made)`. Its gradient needs no sum over features that the score has not taken already:
 
     ds/dk = scale r made      ds/dmade = scale r k - r^2 (s / d) made
 """
@@ -65,10 +65,12 @@ class _OwnScores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         key, made, score, inverse = ctx.saved_tensors
         if torch.is_grad_enabled() or maps.transforms_active():  # to be differentiated again
+            needed = ctx.needs_input_grad[:2]
             with torch.enable_grad():
                 score = _scores(key, made, ctx.scale, ctx.normalize)[0].to(key.dtype)
-                d_key, d_made = torch.autograd.grad(score, (key, made), grad, create_graph=True)
-            return d_key, d_made, None, None
+                given = [t for t, need in zip((key, made), needed, strict=True) if need]
+                found = iter(torch.autograd.grad(score, given, grad, create_graph=True))
+            return *(next(found) if need else None for need in needed), None, None
         wide = score.dtype
         slope = _grouped(grad.to(wide), made) * ctx.scale  # [B, N, G, H / G]
         slope = slope if inverse is None else slope * inverse

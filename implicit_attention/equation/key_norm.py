@@ -25,10 +25,15 @@ def normed_by_head(key: Tensor, temperature: Tensor) -> Tensor:
     Returns:
         `[B, H, N, d]`, in the dtype of the keys.
     """
-    if torch.compiler.is_compiling() or maps.transforms_active():  # those fuse, or differentiate, plain operations
+    if plain_operations():
         return _normed(key, temperature)[0]
     found: Tensor = _NormedByHead.apply(key, temperature)  # type: ignore[no-untyped-call]
     return found
+
+
+def plain_operations() -> bool:
+    """Return whether compilers or transforms want plain operations, or nobody wants a gradient."""
+    return not torch.is_grad_enabled() or torch.compiler.is_compiling() or maps.transforms_active()
 
 
 def _normed(key: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:

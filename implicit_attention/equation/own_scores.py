@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit_attention.attention.map import NORM_EPS
+from implicit_attention.equation.key_norm import plain_operations
 from implicit_attention.equilibrium import maps
 
 
@@ -30,7 +31,7 @@ def own_scores(key: Tensor, made: Tensor, scale: float, *, normalize: bool) -> T
         The scores, `[B, H, N]`.
     """
     made = made.unflatten(-1, (-1, key.shape[-1]))
-    if torch.compiler.is_compiling() or maps.transforms_active():  # those fuse, or differentiate, plain operations
+    if plain_operations():
         return _scores(key, made, scale, normalize)[0].to(key.dtype)
     found: Tensor = _OwnScores.apply(key, made, scale, normalize)  # type: ignore[no-untyped-call]
     return found

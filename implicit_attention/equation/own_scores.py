@@ -30,7 +30,7 @@ def own_scores(key: Tensor, made: Tensor, scale: float, *, normalize: bool) -> T
     Returns:
         The scores, `[B, H, N]`.
     """
-    made = made.unflatten(-1, (-1, key.shape[-1]))
+    made = made.reshape(*made.shape[:-1], -1, key.shape[-1])
     if plain_operations():
         return _scores(key, made, scale, normalize)[0].to(key.dtype)
     found: Tensor = _OwnScores.apply(key, made, scale, normalize)  # type: ignore[no-untyped-call]
@@ -51,7 +51,8 @@ def _scores(key: Tensor, made: Tensor, scale: float, normalize: bool) -> tuple[T
 
 def _grouped(t: Tensor, made: Tensor) -> Tensor:
     """`[B, H, N, ...] -> [B, N, G, H / G, ...]`."""
-    return t.transpose(1, 2).unflatten(2, (made.shape[2], -1))
+    t = t.transpose(1, 2)
+    return t.view(*t.shape[:2], made.shape[2], -1, *t.shape[3:])
 
 
 class _OwnScores(torch.autograd.Function):

@@ -1,22 +1,24 @@
 """Causal: the equilibrium against one attention pass on the same shapes, and against everything else that iterates.
 
 First every contestant has to be right (`benchmarks.gate`). Then time and added peak memory are measured in one process,
-in turn. Ratios are to one pass of `scaled_dot_product_attention(is_causal=True)`.
+in turn. Ratios are to one pass of `scaled_dot_product_attention(is_causal=True)`. Beside this figure, of the solve,
+stands that of whole layers (`benchmarks.layer`), projections included. Everybody's first pass is a figure of its own.
 """
 
 import argparse
 import math
+import time
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks import measure
+from benchmarks import layer, measure
 from benchmarks.gate import Gate, reached
 from benchmarks.peers import CONTESTANTS, NEAR_SINGULAR, OURS, OURS_ALL, SDPA, Case, Entrant, available
 from benchmarks.report import PASSES, add_layer_arguments, described, target, tell, verdict
-from implicit_attention import ImplicitQueryAttention
+from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
 
 TOLERANCE = 1e-4
 LENGTHS = (256, 1024, 4096, 16384)
@@ -74,6 +76,9 @@ def run(
     shapes = [measure_shape(layers, names, length, repeats or repeats_at(length)) for length in lengths]
     found = targets(shapes)
     wrong = [f"{n} at N = {s['length']}" for s in shapes for n, row in s["rows"].items() if unsettled(n, row)]
+    wrong += [
+        f"{n} at N = {s['length']}" for s in shapes for n, row in s["layers"].items() if not row.get("correct", True)
+    ]
     said = f"WRONG: tolerance missed by {', '.join(wrong)}." if wrong else verdict(found)
     return result | {"shapes": shapes, "targets": found, "correct": not wrong, "verdict": said}
 
@@ -132,6 +137,7 @@ def measure_shape(
         n: CONTESTANTS[n].enter(cases[CONTESTANTS[n].self_query], TOLERANCE) for n in names if n not in left_out
     }
     runs = {(n, p): partial(perform, entrant, p) for n, entrant in entrants.items() for p in PASSES}
+    first_call = {key: first_seconds(run) for key, run in runs.items()}
     first = {key: measure.peak_and_seconds(run) for key, run in runs.items()}
     slow = {key for key, (_, seconds) in first.items() if seconds > SLOW_SECONDS}
     seconds = measure.interleaved_seconds({k: r for k, r in runs.items() if k not in slow}, repeats, warm=True)
@@ -139,6 +145,7 @@ def measure_shape(
     rows: dict[str, dict[str, Any]] = {n: {} for n in entrants}
     for n, p in runs:
         figures = measure.timing(seconds[n, p]) | {"added_peak_bytes": first[n, p][0]}
+        figures["first_call_seconds"] = first_call[n, p]
         figures["once_because_slow"] = (n, p) in slow
         rows[n][p] = figures
     for n, row in rows.items():
@@ -148,7 +155,26 @@ def measure_shape(
         if n != SDPA:
             row |= reached(entrants[n].case, entrants[n].forward(), TOLERANCE) | {"failures": entrants[n].failures}
     result = {"length": length, "batch": batch, "repeats": repeats, "left_out": left_out, "rows": rows}
+    result["layers"] = whole_layers(layers["output"], batch, length, repeats) if OURS in rows else {}
     return result | ({"memory_by_tolerance": memory_by_tolerance(cases["output"])} if OURS in rows else {})
+
+
+def first_seconds(run: measure.Run) -> float:
+    """How long the first pass takes: of the shape, and for the first shape of the process."""
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def whole_layers(of: ImplicitQueryAttention, batch: int, length: int, repeats: int) -> dict[str, Any]:
+    """The figures of whole layers with nothing named, tolerance included, against an ordinary one."""
+    tell(f"N = {length}: layers")
+    rtol, atol = ForwardSubstitution().tolerances(torch.float32)
+    names = [name for name in layer.LAYERS if "torch" not in name]
+    rows: dict[str, Any] = layer.measured((batch, length, of.embed_dim, of.num_heads), repeats, rtol, atol, names)[
+        "rows"
+    ]
+    return rows
 
 
 def perform(entrant: Entrant, name: str) -> object:

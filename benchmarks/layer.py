@@ -1,13 +1,14 @@
 """The layer against an ordinary attention layer of the same shapes: what a user pays, projections included.
 
 Every layer is made with the options of a quickstart and nothing else named. One more has `kernel="torch"`: what is left
-where the C++ kernels are missing. Before anything is timed, outputs are put through one application of the equation in
-plain PyTorch. The first call of each layer, in a process that has called none before, is a figure of its own.
+where the C++ kernels are missing. Outputs are put through one application of the equation in plain PyTorch. The first
+forward and backward pass of each layer is a figure of its own; that of the first shape is the first in the process.
 """
 
 import argparse
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,47 +42,74 @@ COMMON = {"is_causal": True, "qk_norm": True, "out_proj": True, "on_failure": "r
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of them; default: all")
+    parser.add_argument(
+        "--shape", type=int, nargs=4, action="append", metavar=("B", "N", "D", "H"), dest="shapes",
+        help="batch, tokens, width, heads; may be given again; default: those of the README",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", nargs="+", choices=LAYERS, default=list(LAYERS), help="next to the ordinary one; default: all"
+    )
+    parser.add_argument(
+        "--processor-time", action="store_true", help="count processor time, of all threads: for a busy machine"
+    )
 
 
-def run(*, repeats: int = 7, threads: int = 1, shapes: int = len(SHAPES)) -> dict[str, Any]:
+def run(
+    *,
+    repeats: int = 7,
+    threads: int = 1,
+    shapes: Sequence[Sequence[int]] | None = None,
+    layers: Sequence[str] = tuple(LAYERS),
+    processor_time: bool = False,
+) -> dict[str, Any]:
     """Check, measure, and return everything for the JSON."""
     torch.set_num_threads(threads)
+    clock = time.process_time if processor_time else time.perf_counter
     rtol, atol = ForwardSubstitution().tolerances(torch.float32)
     result = described("layer", 0, 0)
     del result["embed_dim"], result["num_heads"]  # they differ from shape to shape
     result |= {"options": {**COMMON}, "rtol": rtol, "atol": atol, "shapes": [], "correct": True}
-    for shape in SHAPES[:shapes]:
-        tell(f"layer: {shape}")
-        found = measured(shape, repeats, rtol, atol)
+    result["clock"] = "processor" if processor_time else "wall"
+    for shape in SHAPES if shapes is None else shapes:
+        tell(f"layer: {tuple(shape)}")
+        found = measured(shape, repeats, rtol, atol, layers, clock)
         result["shapes"].append(found)
         result["correct"] &= all(row.get("correct", True) for row in found["rows"].values())
     return result | {"verdict": "All outputs solve the equation." if result["correct"] else "WRONG outputs."}
 
 
-def made(embed_dim: int, num_heads: int) -> dict[str, nn.Module]:
-    """All layers of one size, the ordinary one first."""
+def made(embed_dim: int, num_heads: int, names: Sequence[str] = tuple(LAYERS)) -> dict[str, nn.Module]:
+    """Layers of one size, the ordinary one first."""
     attention = OrdinaryAttention(embed_dim, num_heads, is_causal=True, qk_norm=True)
     layers: dict[str, nn.Module] = {ORDINARY: nn.Sequential(attention, nn.Linear(embed_dim, embed_dim, bias=False))}
     return layers | {
-        name: ImplicitQueryAttention(embed_dim, num_heads, **COMMON, **options) for name, options in LAYERS.items()
+        name: ImplicitQueryAttention(embed_dim, num_heads, **COMMON, **LAYERS[name]) for name in LAYERS if name in names
     }
 
 
-def measured(shape: tuple[int, int, int, int], repeats: int, rtol: float, atol: float) -> dict[str, Any]:
+def measured(
+    shape: Sequence[int],
+    repeats: int,
+    rtol: float,
+    atol: float,
+    names: Sequence[str] = tuple(LAYERS),
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Residuals, seconds, and ratios to the ordinary layer, of one shape."""
     torch.manual_seed(0)
     batch, length, embed_dim, num_heads = shape
     x, cotangent = torch.randn(2, batch, length, embed_dim).unbind()
-    layers = made(embed_dim, num_heads)
+    layers = made(embed_dim, num_heads, [n for n in names if "torch" not in n or length <= TORCH_UP_TO])
     rows: dict[str, dict[str, Any]] = {name: {} for name in layers}
-    if length > TORCH_UP_TO:
-        del layers['kernel="torch"'], rows['kernel="torch"']
+    for name, module in layers.items():
+        begun = clock()
+        forward_backward(module, x, cotangent)()
+        rows[name]["first_call_seconds"] = clock() - begun
     for name in rows.keys() & LAYERS.keys():
         rows[name] |= check(layers[name], x, rtol, atol)
     for name, make in {"forward": forward, "forward_backward": forward_backward}.items():
         passes = {layer: make(module, x, cotangent) for layer, module in layers.items()}
-        times = measure.interleaved_seconds(passes, repeats)
+        times = measure.interleaved_seconds(passes, repeats, apart=True, clock=clock)
         for layer, seconds in times.items():
             rows[layer][name] = measure.timing(seconds) | {"time_ratio": ratio(seconds, times[ORDINARY])}
     return {"batch": batch, "length": length, "embed_dim": embed_dim, "num_heads": num_heads, "repeats": repeats,

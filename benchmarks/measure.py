@@ -12,15 +12,24 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def interleaved_seconds(
-    runs: Mapping[Key, Run], repeats: int, *, warm: bool = False, clock: Callable[[], float] = time.perf_counter
+    runs: Mapping[Key, Run],
+    repeats: int,
+    *,
+    warm: bool = False,
+    apart: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, list[float]]:
     """Time every run in turn, again and again: what else the machine does then hits all of them alike.
 
-    One untimed round goes first, unless the runs are warm already.
+    One untimed round goes first, unless the runs are warm already. With `apart` every timed run follows an untimed one
+    of its own: memory that the C library gave back after another's run has to be faulted in again, which can cost a
+    short run a tenth of its time.
     """
     seconds: dict[Key, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + (not warm)):
         for name, run in runs.items():
+            if apart:
+                run()
             begun = clock()
             run()
             if warm or round_:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 TITLES = {"causal": "Time and memory", "decode": "Decoding", "hard": "Hard weights"}
 START, END = "<!-- figures: made by `python -m benchmarks.page` -->\n", "<!-- end of figures -->\n"  # in training.md
+LAYERS_HEAD = ["whole layer, tolerance of its own", "forward", "forward + backward", "first call, both"]
 HELD = {True: "holds", False: "**missed**"}
 Result = dict[str, Any]
 
@@ -61,11 +62,14 @@ def section(name: str, result: Result | None) -> list[str]:
 
 def causal_section(result: Result) -> list[str]:
     parts = ["![Time and memory against the number of tokens](images/causal.png)"]
-    head = ["contestant", "forward", "forward + backward", "memory, forward", "memory, both", "largest residual"]
+    head = ["contestant", "forward", "forward + backward", "memory, forward", "memory, both", "first call, both"]
+    head.append("largest residual")
     for shape in result["shapes"]:
         parts.append(f"**N = {shape['length']}, batch {shape['batch']}** (medians of {shape['repeats']})")
         parts.append(table(head, [causal_row(name, row) for name, row in shape["rows"].items()]))
         parts += [f"Not run: {CONTESTANTS[name].label}; {why}." for name, why in shape["left_out"].items()]
+        if shape.get("layers"):
+            parts.append(table(LAYERS_HEAD, [layer_row(name, row) for name, row in shape["layers"].items()]))
         if "memory_by_tolerance" in shape:
             parts.append(tolerance_sentence(shape["memory_by_tolerance"]))
     parts += [f"Not run: {CONTESTANTS[name].label}; {why}" for name, why in result["absent"].items()]
@@ -87,7 +91,13 @@ def causal_row(name: str, row: Result) -> list[str]:
     residual = f"{row['largest_residual']:.1e}" if "largest_residual" in row else ""
     if not row.get("reached_tolerance", True):
         residual = f"**{residual}**"
-    return [CONTESTANTS[name].label, *times, *memory, residual]
+    first = row["forward_backward"].get("first_call_seconds")
+    return [CONTESTANTS[name].label, *times, *memory, "" if first is None else f"{first:.2f} s", residual]
+
+
+def layer_row(name: str, row: Result) -> list[str]:
+    """A whole layer, as times an ordinary one."""
+    return [name, *(f"{row[p]['time_ratio']:.2f}" for p in PASSES), f"{row['first_call_seconds']:.2f} s"]
 
 
 def tolerance_sentence(figures: dict[str, dict[str, int]]) -> str:

@@ -77,17 +77,18 @@ class QueryMap:
             norm_weight: What multiplies normed queries, `[d]`.
             gate: Factor on y, `[B, 1, 1]`.
         """
-        if self.reads_output:
-            y = y if gate is None else gate * y
-            q = y if weight is None else F.linear(y, weight, bias)
-            q = q if added is None else q + added
-        else:
-            assert added is not None
-            q = added
-        q = split_heads(q, self.num_heads)
+        q = split_heads(self.linear(y if gate is None else gate * y, weight, bias, added), self.num_heads)
         if self.normalize:
             q = rms_norm(q) if norm_weight is None else rms_norm(q) * norm_weight
         return q if rotation is None else rotate(q, rotation)
+
+    def linear(self, y: Tensor, weight: Tensor | None, bias: Tensor | None, added: Tensor | None) -> Tensor:
+        """Return queries before their norm and rotation, `[B, N, G d]`; arguments as of a call."""
+        if not self.reads_output:
+            assert added is not None
+            return added
+        q = y if weight is None else F.linear(y, weight, bias)
+        return q if added is None else q + added
 
 
 @dataclass(frozen=True)

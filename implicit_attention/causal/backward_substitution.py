@@ -1,5 +1,6 @@
 """The adjoint of a causal map, block by block from the last to the first: `forward_substitution` in reverse order."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,8 +82,6 @@ class Backward:
         where: dict[str, Any] = {"dtype": system.wide, "device": y.device}
         self.d_query = new(*shape, system.groups, system.dim, **where)
         self.lam = self.d_query if system.groups == system.heads else new(*self.grad.shape, **where)
-        self.d_key = new(system.key.shape, **where)
-        self.d_value = new(system.value.shape, **where)
         parts = {n: t for n, t in system.tensors.items() if n in ("weight", "bias", "added", "self_score")}
         self.rest = {n: new(t.shape, **where) for n, t in parts.items() if self.needs[n]}
         self.d_terms: list[Tensor | None] = [None] * len(system.terms)
@@ -112,6 +111,16 @@ class Backward:
             self.swept = sweeps.AdjointSweeps(
                 system, at, self.grad, into, self.allowed, self.rtol, self.widest, cautious=cautious
             )
+
+    @cached_property
+    def d_key(self) -> Tensor:
+        """The gradient of the keys. One block that takes all rows needs no sum."""
+        return torch.zeros_like(self.system.key, dtype=self.system.wide, memory_format=torch.contiguous_format)
+
+    @cached_property
+    def d_value(self) -> Tensor:
+        """The gradient of the values."""
+        return torch.zeros_like(self.system.value, dtype=self.system.wide, memory_format=torch.contiguous_format)
 
     def descend(self, low: int, high: int, block: int) -> None:
         """Solve some rows, in blocks of at most so many."""

@@ -237,9 +237,9 @@ class _Forward:
     ) -> None:  # fmt: skip
         self.system, (self.rtol, self.atol) = system, solver.tolerances(dtype)
         new, shape = system.key.new_zeros, (system.batch, system.length)
-        self.query = new(*shape, system.groups, system.dim)
+        self.query = system.key.new_empty(*shape, system.groups, system.dim)
         normed = system.function.query_map.normalize
-        self.inverse = new(*shape, system.groups, 1, dtype=system.wide) if normed else new(0)
+        self.inverse = system.key.new_empty(*shape, system.groups, 1, dtype=system.wide) if normed else new(0)
         self.residual, self.size = new(*shape, dtype=system.wide), new(*shape, dtype=system.wide)
         self.sweeps = new(*shape, dtype=torch.long)
         if system.past:

@@ -12,6 +12,8 @@ from implicit_attention.attention.map import AttentionMap, QueryMap, ValueMap, m
 from implicit_attention.attention.masks import mask_terms
 from implicit_attention.attention.positions import Positions, rotate
 from implicit_attention.attention.spec import BiasTerm
+from implicit_attention.equation.key_norm import normed_by_head
+from implicit_attention.equation.own_scores import own_scores
 from implicit_attention.equation.packing import PackedMap, Packing
 from implicit_attention.equilibrium.solvers import DirectSolver, Method
 from implicit_attention.inputs import Inputs
@@ -121,7 +123,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     value = split_heads(projected.value, groups)
     key = normed_keys(layer, key)
     tensors = _query_tensors(layer, inputs, projected)
-    rotation = _rotation(layer, inputs, source, dtype)
+    rotation, turned = _rotation(layer, inputs, source, dtype), key
     if rotation is not None:
         key = rotate(key, rotation)
     if settings.max_gain is not None:
@@ -135,14 +137,18 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
         tensors |= {n: t for n, t in zip(ValueMap.names, projected.value_map, strict=True) if t is not None}
     if past is not None:
         tensors |= {"past_column": past.column.to(dtype), "past_value": past.value.to(dtype)}
-    # A start of its own: torch.compile rebuilds outputs that are views of each other wrongly.
     own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
-    start = merge_heads(_repeated(own, heads // groups)).clone()
+    start = merge_heads(_repeated(own, heads // groups))
+    if torch.compiler.is_compiling():
+        start = start.clone()  # torch.compile rebuilds outputs that are views of each other wrongly
     normalize = bool(settings.qk_norm) and not _norm_apart(settings)
     query_map = QueryMap(groups if by_keys else heads, normalize, settings.query_output)
     if settings.self_query == "input":
-        queries = query_map(start, *(tensors.get(n) for n in QueryMap.names))
-        tensors["self_score"] = (key * _repeated(queries, heads // groups)).sum(-1) * settings.scale
+        own_key = key if tensors.get("weight") is None and query_map.reads_output else turned
+        made = query_map.linear(start, *(tensors.get(n) for n in ("weight", "bias", "added")))
+        weight = tensors.get("norm_weight")
+        own_key = own_key if weight is None else own_key * weight
+        tensors["self_score"] = own_scores(own_key, made, settings.scale, normalize=normalize)
     if inputs.start is not None:
         start = inputs.start.to(start.dtype)
         tensors["start"] = start
@@ -198,7 +204,7 @@ def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equat
 def normed_keys(layer: Layer, key: Tensor) -> Tensor:
     """Return keys `[B, H, M, d]`, normed where the layer norms them, before their rotation."""
     if layer.temperature is not None:
-        return rms_norm(key) * layer.temperature[:, None, None].to(key.dtype)
+        return normed_by_head(key, layer.temperature)
     return key if layer.key_norm is None else rms_norm(key) * layer.key_norm.to(key.dtype)
 
 

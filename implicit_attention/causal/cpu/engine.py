@@ -131,7 +131,7 @@ class AdjointKernel:
             slopes: Whether the cotangents of all scores are wanted, for the gradients of biases.
         """
         self.system, self._slopes = system, slopes
-        norm = 1.0 if system.weight is None else float(system.weight.detach().norm(dim=0).max())
+        norm = 1.0 if system.weight is None else float(system.weight.detach().square().sum(0).max().sqrt())
         self._call = call = Kernel(
             "adjoint", library.AdjointArguments(), system, norm=norm, near_singular=NEAR_SINGULAR
         )

@@ -30,7 +30,7 @@ def own_scores(key: Tensor, made: Tensor, scale: float, *, normalize: bool) -> T
     Returns:
         The scores, `[B, H, N]`.
     """
-    made = made.reshape(*made.shape[:-1], -1, key.shape[-1])
+    made = made.reshape(*made.shape[:-1], made.shape[-1] // key.shape[-1], key.shape[-1])
     if plain_operations():
         return _scores(key, made, scale, normalize)[0].to(key.dtype)
     found: Tensor = _OwnScores.apply(key, made, scale, normalize)  # type: ignore[no-untyped-call]

@@ -52,7 +52,7 @@ def _scores(key: Tensor, made: Tensor, scale: float, normalize: bool) -> tuple[T
 def _grouped(t: Tensor, made: Tensor) -> Tensor:
     """`[B, H, N, ...] -> [B, N, G, H / G, ...]`."""
     t = t.transpose(1, 2)
-    return t.view(*t.shape[:2], made.shape[2], -1, *t.shape[3:])
+    return t.view(*t.shape[:2], made.shape[2], t.shape[2] // made.shape[2], *t.shape[3:])
 
 
 class _OwnScores(torch.autograd.Function):

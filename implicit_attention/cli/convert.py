@@ -10,7 +10,8 @@ from implicit_attention.cli.faults import one_line
 from implicit_attention.training.faults import RunError, unwritable
 
 _AUTO = "auto"
-SELF_QUERIES, DTYPES = ("input", "output"), (_AUTO, "float32", "bfloat16", "float16")
+SELF_QUERIES, VALUES = ("input", "output"), ("linear", "feedback")
+DTYPES = (_AUTO, "float32", "bfloat16", "float16")
 
 
 def _one_of(choices: tuple[str, ...]) -> str:
@@ -31,6 +32,14 @@ def convert(
             metavar=_one_of(SELF_QUERIES),
         ),
     ] = "input",
+    values: Annotated[
+        str,
+        typer.Option(
+            help="What values are made from. With [bold]feedback[/bold] later tokens see the outputs too, by a map "
+            "that is zero at first.",
+            metavar=_one_of(VALUES),
+        ),
+    ] = "linear",
     dtype: Annotated[
         str, typer.Option(help="Of the weights; auto: as they were saved.", metavar=_one_of(DTYPES))
     ] = _AUTO,
@@ -49,12 +58,13 @@ def convert(
     """
     with one_line("convert"):
         _check("self-query", self_query, SELF_QUERIES)
+        _check("values", values, VALUES)
         _check("dtype", dtype, DTYPES)
         from implicit_attention.hf.conversion import ConversionError, converted, files
 
         try:
             files.check_out(out)
-            found = converted(model, layers, self_query=self_query, dtype=dtype, say=_say)
+            found = converted(model, layers, self_query=self_query, values=values, dtype=dtype, say=_say)
             _say(f"Writing {out}.")
             files.write(found.model, model, out, max_shard_size)
         except ConversionError as error:

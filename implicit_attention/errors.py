@@ -92,7 +92,7 @@ def first_non_finite(named: dict[str, Tensor | None]) -> str | None:
 
 def all_finite(tensor: Tensor) -> bool:
     """Return whether a tensor holds neither NaN nor Inf. A finite sum shows it in one pass; an infinite one may not."""
-    return isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def require(holds: Tensor, message: str) -> None:

@@ -1,6 +1,7 @@
 """Recall in context: a text of random tokens, something else, the same text again. How well is it said again?"""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def texts(vocabulary: int, gap: int, seed: int) -> Tensor:
     return torch.cat([said, between, said], 1)
 
 
-def _loss(model: torch.nn.Module, gap: int, seed: int) -> float:
+def _loss(model: Any, gap: int, seed: int) -> float:
     tokens = texts(model.config.vocab_size, gap, seed)
     logits = model(tokens, use_cache=False).logits[:, -_COPY:-1]
     return float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1 - _COPY :].flatten()))

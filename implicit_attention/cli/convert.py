@@ -1,6 +1,8 @@
 """`implicit-attention convert`: a trained decoder becomes one with implicit blocks, with the same outputs."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -60,21 +62,30 @@ def convert(
         _check("self-query", self_query, SELF_QUERIES)
         _check("values", values, VALUES)
         _check("dtype", dtype, DTYPES)
-        from implicit_attention.hf.conversion import ConversionError, converted, files
+        from implicit_attention.hf.conversion import converted, files
 
-        try:
+        with _explained(out):
             files.check_out(out)
             found = converted(model, layers, self_query=self_query, values=values, dtype=dtype, say=_say)
             _say(f"Writing {out}.")
             files.write(found.model, model, out, max_shard_size)
-        except ConversionError as error:
-            raise RunError(str(error)) from None
-        except OSError as error:
-            raise unwritable("--out", out, error) from None
         print(
             f"{out}: {len(found.layers)} of {found.model.config.num_hidden_layers} layers are implicit; the largest "
             f"difference of a logit is {found.difference:.2g}, and the largest logit is {found.largest:.3g}"
         )
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Turn what can go wrong into one line."""
+    from implicit_attention.hf.conversion import ConversionError
+
+    try:
+        yield
+    except ConversionError as error:
+        raise RunError(str(error)) from None
+    except OSError as error:
+        raise unwritable("--out", out, error) from None
 
 
 def _check(flag: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 _MAPS = re.compile(r".*\.attention\.(W_Q|W_K|W_V|Omega_V|out_proj)")
-_FACTOR = 2.0  # on the change
+_FACTOR = 2  # on the change
 _NAME = "default"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -173,6 +173,7 @@ def make_trainer(
     """
     training: Text = text.training
     held_out: Text = text.held_out
+    tokenizer: PreTrainedTokenizerBase
     if settings.source is None:
         model, tokenizer = build(settings), byte_tokenizer(settings.length)
     else:

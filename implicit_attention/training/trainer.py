@@ -51,6 +51,7 @@ class TextTrainer(Trainer):
     model: PreTrainedModel
     optimizer: Optimizer
     lr_scheduler: LambdaLR
+    eval_dataset: HeldOutWindows
     processing_class: PreTrainedTokenizerBase
 
     def __init__(
@@ -139,7 +140,7 @@ class TextTrainer(Trainer):
         for group in list(made.param_groups):
             own = [parameter for parameter in group["params"] if rates[parameter] is not None]
             group["params"] = [parameter for parameter in group["params"] if rates[parameter] is None]
-            for rate in sorted({rates[parameter] for parameter in own}):
+            for rate in dict.fromkeys(rates[parameter] for parameter in own):
                 alike = [parameter for parameter in own if rates[parameter] == rate]
                 made.add_param_group({**group, "params": alike, "lr": rate})
         made.param_groups[:] = [group for group in made.param_groups if group["params"]]

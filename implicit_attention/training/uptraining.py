@@ -42,7 +42,7 @@ def check(settings: Settings) -> None:
         try:
             import peft  # noqa: F401
         except ModuleNotFoundError:
-            raise RunError("train: lora needs the package peft: pip install peft") from None
+            raise RunError("train: lora needs the package peft: pip install 'implicit-attention[lora]'") from None
     config = _config(settings, settings.source)
     if settings.train == "query-map" and not _implicit(config):
         raise RunError(

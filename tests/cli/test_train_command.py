@@ -94,7 +94,7 @@ def test_help_shows_every_setting_with_its_default():
         "learns the source of Python's standard library, in minutes on two CPU cores.",
         "--resume --out DIR",
         "torchrun --nproc-per-node 8 -m implicit_attention.cli train",
-        "[default: 0.003, 0.001 with small, 0.0006 with base]",
+        "[default: 0.003, 0.001 with small, 0.0006 with base, 0.0001 with --from]",
         "[default: runs/PRESET-ATTENTION-seedSEED]",
         "tiny|small|base",
     ):

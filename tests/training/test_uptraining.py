@@ -196,7 +196,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(trained, tmp_path,
     refuse(source, tmp_path, "has implicit layers already: leave it out", layers="1")
     refuse(source, tmp_path, "values: the model of --from was converted with linear", values="feedback")
     monkeypatch.setitem(sys.modules, "peft", None)
-    refuse(trained, tmp_path, "train: lora needs the package peft: pip install peft", train="lora")
+    refuse(
+        trained, tmp_path, "train: lora needs the package peft: pip install 'implicit-attention.lora.'", train="lora"
+    )
 
 
 def test_a_model_without_a_tokenizer_is_refused(trained, tmp_path):

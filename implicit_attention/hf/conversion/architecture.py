@@ -167,7 +167,8 @@ def _own(source: PreTrainedConfig, layers: list[int]) -> dict[str, Any]:
             "transformers_version", "model_type", "architectures", "layer_types", "_name_or_path")  # fmt: skip
     found = {name: value for name, value in source.to_dict().items() if name not in kept}
     with torch.device("meta"):
-        widths = {block.mlp.up.out_features for block in ImplicitAttentionModel(source).layers}
+        blocks: Any = ImplicitAttentionModel(source).layers  # type: ignore[arg-type]  # its type was looked at
+        widths = {block.mlp.up.out_features for block in blocks}
     (width,) = widths  # ordinary blocks alike
     kinds = ["implicit" if i in layers else "full_attention" for i in range(count)]
     return found | {

@@ -156,7 +156,9 @@ def _place(path: str | PathLike[str]) -> tuple[str, dict[str, str]]:
     try:
         import gguf  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
     except ModuleNotFoundError:
-        raise ConversionError("A model in GGUF format needs the package gguf: pip install gguf.") from None
+        raise ConversionError(
+            "A model in GGUF format needs the package gguf: pip install 'implicit-attention[gguf]'."
+        ) from None
     return str(found.parent), {"gguf_file": found.name}
 
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from implicit_attention.training import checkpoint as storage
+from implicit_attention.training import rates
 from implicit_attention.training.faults import RunError, unwritable
 from implicit_attention.training.health import Health
 from implicit_attention.training.lora import merged
@@ -136,14 +137,7 @@ class TextTrainer(Trainer):
             model: As in `Trainer`.
         """
         made: Optimizer = super().create_optimizer(model)
-        rates = {parameter: self._rate(name) for name, parameter in self.model.named_parameters()}
-        for group in list(made.param_groups):
-            own = [parameter for parameter in group["params"] if rates[parameter] is not None]
-            group["params"] = [parameter for parameter in group["params"] if rates[parameter] is None]
-            for rate in dict.fromkeys(rates[parameter] for parameter in own):
-                alike = [parameter for parameter in own if rates[parameter] == rate]
-                made.add_param_group({**group, "params": alike, "lr": rate})
-        made.param_groups[:] = [group for group in made.param_groups if group["params"]]
+        rates.split(made, self.model, self._rate)
         return made
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -268,11 +262,11 @@ class TextTrainer(Trainer):
         path = Path(checkpoint, storage.OPTIMIZER)
         load_optimizer_tensors(self.model, self.optimizer, storage.load_tensors(path), str(path))
         scheduler, step = self.lr_scheduler, self.state.global_step
-        rates = [rate * shape(step) for rate, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        scheduled = [rate * shape(step) for rate, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, scheduled, strict=True):
             group["lr"] = rate
         scheduler.load_state_dict(
-            {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+            {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": scheduled}
         )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
-from small_run import curve, text
+from small_run import curve, make_trained, text
 from test_training_run import Cut, CutAfter
 
 from implicit_attention.hf import ImplicitAttentionForCausalLM, convert
@@ -27,17 +27,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny decoder of transformers with a tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "trained"
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, eos_token_id=None, pad_token_id=0,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    tf.LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer(64).save_pretrained(folder)
-    return folder
+    return make_trained(tmp_path_factory.mktemp("models") / "trained")
 
 
 def train(folder, source, *, resume=False, callbacks=(), **changes):

@@ -23,12 +23,13 @@ from implicit_attention.attention import AttentionSpec, chunked
 from implicit_attention.attention.map import NORM_EPS, ValueMap, by_read_head, split_heads
 from implicit_attention.attention.masks import AdditiveMask
 from implicit_attention.attention.operation import stock
-from implicit_attention.attention.positions import rotate
+from implicit_attention.attention.positions import rotate_few
 from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.causal import engines
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.equation import Layer, Projected, norm_weight, normed_keys
 from implicit_attention.equilibrium.solvers import Solution
+from implicit_attention.errors import all_finite
 from implicit_attention.inputs import Inputs
 
 _MOST_STEPS = 20
@@ -64,7 +65,7 @@ class _Root(NamedTuple):
 
     p: Tensor  # [B, H, 1]
     query: Tensor  # before its rotation, [B, G, 1, d]
-    moved: Tensor | None  # by how much a further step would move p, [B, H, 1]; None: not at all
+    moved: Tensor  # by how much a further step would move p, [B, H, 1]
     steps: int
 
 
@@ -94,11 +95,12 @@ def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None
     assert isinstance(layer.solver, ForwardSubstitution)
     rotation = None if layer.positions is None else layer.positions.rotation(1, x, past.position)
     made, value = projected.key, split_heads(projected.value, settings.num_kv_heads)
-    past = past._replace(column=past.column.to(made.dtype), value=past.value.to(made.dtype))
+    past = past._replace(column=_in(past.column, made.dtype), value=_in(past.value, made.dtype))
     fits = settings.self_query == "output" and layer.query_norm is None
     kernels = engines.token_kernels(layer.solver.kernel, x) if fits else None
     if kernels is None:
-        found = _in_torch(layer, projected, value, past, rotation)
+        find = _explicit if settings.self_query == "input" else _in_torch
+        found = find(layer, projected, value, past, rotation)
         if found is None:
             return None
         if projected.value_map is not None:
@@ -115,13 +117,14 @@ def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None
 
 def _solution(found: _Found, like: Tensor) -> Solution:
     batch, device = len(like), like.device
+    trace = found.residual[None]
     return Solution(
-        value=found.y.to(like.dtype),
+        value=_in(found.y, like.dtype),
         residual=found.residual,
         steps=torch.full((batch, 1), found.steps, device=device),
         converged=torch.ones(batch, 1, dtype=torch.bool, device=device),
-        abs_trace=found.residual[None],
-        rel_trace=found.relative[None],
+        abs_trace=trace,
+        rel_trace=trace if found.relative is found.residual else found.relative[None],
         evaluations=found.steps,
     )
 
@@ -166,6 +169,7 @@ def _in_few(
         made.view(*made.shape[:2], layer.settings.num_heads, -1), temperature, rotation, layer.settings.scale, NORM_EPS
     )
     a, lse = _attend(layer, key, past)
+    a, lse = a.reshape(key.shape), lse.reshape(key.shape[:-1])
     fixed = None if bias is None else bias[None]
     fixed = fixed if projected.added is None else projected.added[:, 0]
     by_head = by_read_head(weight, layer.settings.num_heads)
@@ -180,22 +184,16 @@ def _in_torch(layer: Layer, projected: Projected, value: Tensor, past: Past, rot
     """In torch's operations."""
     token = _prepare(layer, projected.key, value, past, rotation)
     tolerance = layer.solver.tolerances(projected.key.dtype)
-    root = _given(layer, projected, value, token) if layer.settings.self_query == "input" else None
-    root = _iterate(layer, projected, token, tolerance) if root is None else root
+    root = _iterate(layer, projected, token, tolerance)
     if root is None:
         return None
     y = torch.addcmul(token.a, root.p, token.step).flatten(1)[:, None]
-    ends = [y.abs().amax((1, 2))]
-    if root.moved is not None:
-        ends.append((root.moved * token.step).abs_().amax((1, 2)))
-    sizes, *judged = torch.stack(ends).tolist()  # one look at the device
-    residuals = judged[0] if judged else [0.0] * len(sizes)
+    ends = [y.abs().amax((1, 2)), (root.moved * token.step).abs_().amax((1, 2))]
+    sizes, residuals = torch.stack(ends).tolist()  # one look at the device
     # Written so that NaN is not within tolerance: the solver will say what is wrong.
     if not all(r <= tolerance[0] * size + tolerance[1] < inf for r, size in zip(residuals, sizes, strict=True)):
         return None
-    weight = norm_weight(layer, root.query.dtype)
-    column = root.query if weight is None else root.query * weight
-    column = column if rotation is None else rotate(column, rotation)
+    column = _column(layer, root.query, rotation)
     tiny = torch.finfo(y.dtype).tiny
     relative = [r / max(size, tiny) for r, size in zip(residuals, sizes, strict=True)]
     residual, ratio = torch.tensor([residuals, relative], dtype=y.dtype, device=y.device)[..., None]  # each [B, 1]
@@ -206,7 +204,8 @@ def _prepare(layer: Layer, made: Tensor, value: Tensor, past: Past, rotation: Te
     heads, key = layer.settings.num_heads, split_heads(made, layer.settings.num_heads)
     wide = torch.promote_types(key.dtype, torch.float32)
     key = normed_keys(layer, key)
-    a, lse = _attend(layer, key if rotation is None else rotate(key, rotation), past)
+    a, lse = _attend(layer, key if rotation is None else rotate_few(key, rotation), past)
+    a, lse = a.reshape(key.shape), lse.reshape(key.shape[:-1])
     weight = norm_weight(layer, wide)
     key = key if weight is None else key * weight  # of queries, seen from the key: they are normed alone here
     a = a[:, :, 0].to(wide)
@@ -215,7 +214,7 @@ def _prepare(layer: Layer, made: Tensor, value: Tensor, past: Past, rotation: Te
 
 
 def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
-    """Attend the new rows `[B, H, 1, d]` to the columns before; also their log-sum-exp `[B, H, 1]`."""
+    """Attend the new rows `[B, H, 1, d]` to the columns before, `[B, G, H / G, d]`; also their log-sum-exp."""
     column, value, hidden = past.column, past.value, past.hidden
     if layer.settings.window is not None:
         first = max(0, column.shape[2] + 1 - layer.settings.window)
@@ -223,33 +222,57 @@ def _attend(layer: Layer, key: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         hidden = None if hidden is None else hidden[:, first:]
     spec = AttentionSpec(layer.settings.scale)
     terms: tuple[Tensor, ...] = ()
-    query = key.reshape(len(key), column.shape[1], -1, key.shape[-1])  # the heads of a group as more rows
+    query = key.reshape(key.shape[0], column.shape[1], -1, key.shape[-1])  # the heads of a group as more rows
     if hidden is not None:
         spec, terms = AttentionSpec(layer.settings.scale, terms=(AdditiveMask(),)), (hidden[:, None, None, :],)
     kernel, inputs = stock(query, value, spec), (query, column, value, None, *terms)
-    out, lse = chunked.forward(spec, None, inputs) if kernel is None else kernel.forward(spec, inputs)
-    return out.reshape(key.shape), lse.reshape(key.shape[:-1])
+    return chunked.forward(spec, None, inputs) if kernel is None else kernel.forward(spec, inputs)
 
 
-def _given(layer: Layer, projected: Projected, value: Tensor, token: _Token) -> _Root:
+def _explicit(layer: Layer, projected: Projected, value: Tensor, past: Past, rotation: Tensor | None) -> _Found | None:
     """With `self_query="input"` the own score is that of the start, and nothing is left to be solved."""
-    start = _per_head(value, layer.settings.num_heads)
-    own = (token.key * _per_head(_phi(layer, projected, start)[:, :, 0], layer.settings.num_heads)).sum(-1)
-    p = torch.sigmoid(own - token.lse)[..., None]
-    return _Root(p, _phi(layer, projected, torch.addcmul(token.a, p, token.step)), None, 1)
+    heads, dim = layer.settings.num_heads, layer.settings.head_dim
+    key = normed_keys(layer, split_heads(projected.key, heads))
+    a, lse = _attend(layer, key if rotation is None else rotate_few(key, rotation), past)
+    wide, batch, by_group = lse.dtype, len(value), (value.shape[0] * value.shape[1], -1, dim)
+    weight = norm_weight(layer, wide)
+    key = key if weight is None else key * weight
+    a = _in(a, wide).reshape(by_group)
+    start = _in(value, wide).reshape(by_group).expand_as(a)
+    query = _in(_phi(layer, projected, start.reshape(batch, -1)), wide).view(-1, dim, 1)
+    # A group's heads are rows of one product.
+    less, rows = lse.reshape(a.shape[0], -1, 1), _in(key, wide).reshape(by_group)
+    own = torch.baddbmm(less, rows, query, beta=-1, alpha=layer.settings.scale)
+    y = torch.addcmul(a, own.sigmoid_(), start - a).view(batch, -1)
+    if not all_finite(y):
+        return None
+    column = _column(layer, _phi(layer, projected, y), rotation)
+    nothing = y.new_zeros(batch, 1)
+    return _Found(y[:, None], column, nothing, nothing, 1)
+
+
+def _in(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a dtype. A step is made of small operations, and `to` is one even where it does nothing."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _phi(layer: Layer, projected: Projected, y: Tensor) -> Tensor:
-    """The queries made from outputs `[B, H, d]`, before their rotation, `[B, G, 1, d]`, in the dtype of `token`."""
+    """The queries made from outputs `[B, H d]`, before their rotation, `[B, G, 1, d]`."""
     made = None if projected.added is None else projected.added[:, 0]
     if projected.query_map is not None:
         weight, bias = projected.query_map
-        read = F.linear(y.flatten(1).to(weight.dtype), weight, bias)
-        made = read if made is None else read + made
+        read = _in(y, weight.dtype)
+        made = F.linear(read, weight, bias) if made is None else torch.addmm(made, read, weight.mT)
     assert made is not None
     made = made.view(len(y), layer.settings.num_kv_heads, 1, layer.settings.head_dim)
-    made = made.to(torch.promote_types(made.dtype, torch.float32))
-    return _normed(made) if layer.settings.qk_norm else made
+    return _normed(made.to(torch.promote_types(made.dtype, torch.float32))) if layer.settings.qk_norm else made
+
+
+def _column(layer: Layer, query: Tensor, rotation: Tensor | None) -> Tensor:
+    """What stands for a token in the scores of later ones: its query, weighed and rotated."""
+    weight = norm_weight(layer, query.dtype)
+    query = query if weight is None else query * weight
+    return query if rotation is None else rotate_few(query, rotation)
 
 
 def _iterate(layer: Layer, projected: Projected, token: _Token, tolerance: tuple[float, float]) -> _Root | None:

@@ -3,6 +3,7 @@
 A message names the argument, what was expected, what came, and what to do.
 """
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def first_non_finite(named: dict[str, Tensor | None]) -> str | None:
 
 def all_finite(tensor: Tensor) -> bool:
     """Return whether a tensor holds neither NaN nor Inf. A finite sum shows it in one pass; an infinite one may not."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def require(holds: Tensor, message: str) -> None:

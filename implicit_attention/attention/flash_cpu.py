@@ -4,6 +4,8 @@ Dao, Fu, Ermon, Rudra and Re, "FlashAttention", arXiv 2205.14135 (2022). The bac
 and log-sum-exp. So a softmax can be computed, merged and differentiated in parts.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from implicit_attention.attention.spec import AttentionSpec, Inputs
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+_FEW = 64  # rows
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -133,13 +137,20 @@ def _visible(
     PyTorch's kernel returns zeros for such rows, as for rows whose columns are all hidden. One visible column with a
     score and a value of 0 gives zeros too.
     """
-    broken = ~torch.isfinite(lse) | (lse == 0)
-    if bool(broken.any()):
+    if not _all_plain(lse):
+        broken = ~torch.isfinite(lse) | (lse == 0)
         broken = broken & ((lse != 0) | ((out == 0).all(-1) & _may_overflow(query, key, scale)))
         if bias is not None:
             broken = (broken | torch.isnan(bias).any(-1) | torch.isposinf(bias).any(-1)) & ~torch.isneginf(bias).all(-1)
         out, lse = out.masked_fill(broken[..., None], torch.nan), lse.masked_fill(broken, torch.nan)
     return out, lse
+
+
+def _all_plain(lse: Tensor) -> bool:
+    """Whether no number is 0, Inf or NaN."""
+    if lse.numel() <= _FEW:  # a decode step: looking at numbers is quicker than more operations
+        return all(number != 0 and math.isfinite(number) for number in lse.flatten().tolist())
+    return not bool((~torch.isfinite(lse) | (lse == 0)).any())
 
 
 def _may_overflow(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -90,6 +91,21 @@ def rotate(t: Tensor, rotation: Tensor) -> Tensor:
     cos, sin = rotation.unbind(0)
     a, b = t.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(t.dtype)
+
+
+def rotate_few(t: Tensor, rotation: Tensor) -> Tensor:
+    """Do what `rotate` does in fewer operations, without gradients: for a decode step, which is made of small ones."""
+    cos, signed_sin = _by_halves(rotation)
+    halves = t.view(*t.shape[:-1], 2, -1)
+    turned = torch.addcmul(halves * cos, halves.flip(-2), signed_sin).view(t.shape)
+    return turned if turned.dtype is t.dtype else turned.to(t.dtype)
+
+
+@lru_cache(maxsize=4)
+def _by_halves(rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines `[..., 1, d / 2]`, and `-sin` and `sin`, `[..., 2, d / 2]`: the layers of a model share a rotation."""
+    cos, sin = rotation.unbind(0)
+    return cos[..., None, :], torch.stack([-sin, sin], -2)
 
 
 def unrotate(t: Tensor, rotation: Tensor) -> Tensor:

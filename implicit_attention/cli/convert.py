@@ -1,6 +1,8 @@
 """`implicit-attention convert`: a trained decoder becomes one with implicit blocks, with the same outputs."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,8 @@ from implicit_attention.cli.faults import one_line
 from implicit_attention.training.faults import RunError, unwritable
 
 _AUTO = "auto"
-SELF_QUERIES, DTYPES = ("input", "output"), (_AUTO, "float32", "bfloat16", "float16")
+SELF_QUERIES, VALUES = ("input", "output"), ("linear", "feedback")
+DTYPES = (_AUTO, "float32", "bfloat16", "float16")
 
 
 def _one_of(choices: tuple[str, ...]) -> str:
@@ -31,6 +34,14 @@ def convert(
             metavar=_one_of(SELF_QUERIES),
         ),
     ] = "input",
+    values: Annotated[
+        str,
+        typer.Option(
+            help="What values are made from. With [bold]feedback[/bold] later tokens see the outputs too, by a map "
+            "that is zero at first.",
+            metavar=_one_of(VALUES),
+        ),
+    ] = "linear",
     dtype: Annotated[
         str, typer.Option(help="Of the weights; auto: as they were saved.", metavar=_one_of(DTYPES))
     ] = _AUTO,
@@ -49,22 +60,32 @@ def convert(
     """
     with one_line("convert"):
         _check("self-query", self_query, SELF_QUERIES)
+        _check("values", values, VALUES)
         _check("dtype", dtype, DTYPES)
-        from implicit_attention.hf.conversion import ConversionError, converted, files
+        from implicit_attention.hf.conversion import converted, files
 
-        try:
+        with _explained(out):
             files.check_out(out)
-            found = converted(model, layers, self_query=self_query, dtype=dtype, say=_say)
+            found = converted(model, layers, self_query=self_query, values=values, dtype=dtype, say=_say)
             _say(f"Writing {out}.")
             files.write(found.model, model, out, max_shard_size)
-        except ConversionError as error:
-            raise RunError(str(error)) from None
-        except OSError as error:
-            raise unwritable("--out", out, error) from None
         print(
             f"{out}: {len(found.layers)} of {found.model.config.num_hidden_layers} layers are implicit; the largest "
             f"difference of a logit is {found.difference:.2g}, and the largest logit is {found.largest:.3g}"
         )
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Turn what can go wrong into one line."""
+    from implicit_attention.hf.conversion import ConversionError
+
+    try:
+        yield
+    except ConversionError as error:
+        raise RunError(str(error)) from None
+    except OSError as error:
+        raise unwritable("--out", out, error) from None
 
 
 def _check(flag: str, value: str, choices: tuple[str, ...]) -> None:

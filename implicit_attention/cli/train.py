@@ -17,7 +17,8 @@ from implicit_attention.cli.environment import environment
 from implicit_attention.cli.faults import first_process, one_line
 from implicit_attention.inspection import plots
 from implicit_attention.training.faults import unwritable
-from implicit_attention.training.settings import FIELDS, PRESETS, Settings, plain_type, read_yaml
+from implicit_attention.training.resolving import read_yaml
+from implicit_attention.training.settings import FIELDS, PRESETS, UPTRAINING, Settings, flag, plain_type
 
 if TYPE_CHECKING:
     from implicit_attention.training.run import Result
@@ -37,6 +38,9 @@ def train(*, config: Path | None, resume: bool, **flags: Any) -> None:
     The directory of the run gets checkpoints, TensorBoard logs, loss.png, summary.json and the model. Load the model
     with [bold]implicit-attention generate[/bold] or with transformers' from_pretrained. To continue a run that was
     interrupted, use [bold]--resume --out DIR[/bold].
+
+    With [bold]--from DIR[/bold] a model that is trained already learns on: an ordinary decoder is converted first (see
+    [bold]implicit-attention convert[/bold]). [bold]--layers none --train lora[/bold] is the model to compare with.
 
     On several devices, run [bold]torchrun --nproc-per-node 8 -m implicit_attention.cli train ...[/bold], or use
     accelerate launch. --fsdp shards the weights. Press Ctrl-C to stop.
@@ -96,7 +100,7 @@ def _report(settings: Settings, result: "Result") -> None:
     except OSError as error:
         raise unwritable("--out", directory, error) from None
     print(
-        f"held out: {result.bits_per_byte:.4f} bits per byte ({settings.attention}, {settings.preset}, "
+        f"held out: {result.bits_per_byte:.4f} bits per byte ({settings.kind}, "
         f"{settings.steps} steps, seed {settings.seed}, {result.parameters:,} weights, "
         f"{result.held_out_bytes:,} bytes); the model is in {directory}"
     )
@@ -110,9 +114,9 @@ def _option(name: str) -> inspect.Parameter:
     """One flag, made from the metadata of its setting. Its default is None: not given."""
     field = FIELDS[name]
     kind, words = plain_type(name)
-    flag = f"--{name.replace('_', '-')}"
+    spelled = flag(name)
     option = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        f"{spelled}/--no-{spelled[2:]}" if kind is bool else spelled,
         help=field.metadata["help"] + escape(f" [default: {_defaults(name)}]"),
         rich_help_panel=field.metadata["panel"],
         show_default=False,
@@ -127,6 +131,8 @@ def _defaults(name: str) -> str:
     """A default for the help page, with those of the presets where they differ."""
     default = FIELDS[name].default
     others = {preset: values[name] for preset, values in PRESETS.items() if values.get(name, default) != default}
+    if UPTRAINING.get(name, default) != default:
+        others["--from"] = UPTRAINING[name]
     if name == "out":
         return "runs/PRESET-ATTENTION-seedSEED"
     shown = {False: "no", True: "yes"}.get(default, default) if isinstance(default, bool) else default

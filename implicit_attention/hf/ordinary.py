@@ -43,7 +43,7 @@ class OrdinaryAttention(nn.Module):
         shared, inner, bias = self.num_kv_heads * self.head_dim, self.num_heads * self.head_dim, bool(config.bias)
         self.W_Q = nn.Linear(size, inner, bias=bias)
         self.W_K = nn.Linear(size, shared, bias=bias)
-        self.W_V = nn.Linear(size, shared, bias=bias) if config.values == "linear" else None
+        self.W_V = nn.Linear(size, shared, bias=bias) if config.values != "identity" else None
         weights, normed = config.qk_norm == "weights", bool(config.qk_norm)
         self.temperature = nn.Parameter(torch.ones(self.num_heads)) if normed and not weights else None
         self.query_norm = nn.Parameter(torch.ones(self.head_dim)) if weights else None

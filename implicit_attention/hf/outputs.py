@@ -115,9 +115,14 @@ def layer_stats(solution: Solution) -> Stats:
     found: Stats = {
         "steps": _largest(solution.steps),
         "residual": _largest(solution.residual).detach(),
-        "unconverged": (~solution.converged).float().sum() / max(1, solution.converged.numel()),
+        "unconverged": _share(solution.converged),
     }
     return found if solution.gain is None else found | {"gain": _largest(solution.gain).detach()}
+
+
+def _share(converged: Tensor) -> Tensor:
+    """The share that is not converged, 0 in an empty batch."""
+    return 1 - converged.float().mean() if converged.numel() else converged.new_zeros((), dtype=torch.float32)
 
 
 def _largest(figures: Tensor) -> Tensor:

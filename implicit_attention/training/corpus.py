@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from implicit_attention.tasks.text import HELD_OUT, held_out_files, name_hash, standard_library_files
 from implicit_attention.training.faults import RunError, unreadable
@@ -78,12 +77,14 @@ class Corpus:
         training: `[n]`, uint8. A single file is read where it is used.
         held_out: `[m]`, uint8, likewise.
         fingerprint: Differs when the text does.
+        sizes: Bytes of each document, of the training text and of the held-out text.
     """
 
     name: str
     training: "Tensor | FilePart"
     held_out: "Tensor | FilePart"
     fingerprint: str
+    sizes: tuple[list[int], list[int]]
 
 
 def read(data: str) -> Corpus:
@@ -138,7 +139,7 @@ def _files_in(directory: Path) -> list[Path]:
 
 def _from_files(name: str, root: Path, files: list[Path]) -> Corpus:
     held_out = held_out_files(root, files)
-    parts = bytearray(), bytearray()
+    parts, sizes = (bytearray(), bytearray()), ([], [])  # type: tuple[bytearray, bytearray], tuple[list[int], list[int]]
     fingerprint = hashlib.sha256()
     for path in files:
         try:
@@ -146,9 +147,10 @@ def _from_files(name: str, root: Path, files: list[Path]) -> Corpus:
         except OSError as error:
             raise unreadable("--data", path, error) from None
         parts[path in held_out].extend(content)
+        sizes[path in held_out].append(len(content))
         fingerprint.update(name_hash(root, path) + hashlib.sha256(content).digest())
     training, kept = (torch.frombuffer(part, dtype=torch.uint8) if part else _NOTHING for part in parts)
-    return Corpus(name, training, kept, fingerprint.hexdigest())
+    return Corpus(name, training, kept, fingerprint.hexdigest(), sizes)
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
@@ -167,74 +169,5 @@ def _from_file(name: str, path: Path) -> Corpus:
     for start in range(0, size, max(_SAMPLE, size // _SAMPLES)):
         fingerprint.update(text.read(start, min(start + _SAMPLE, size)))
     border = size - max(1, size // HELD_OUT)
-    return Corpus(name, FilePart(path, 0, border), FilePart(path, border, size), fingerprint.hexdigest())
-
-
-class RandomWindows(Dataset[dict[str, Tensor]]):
-    """Windows at random places. The i-th depends only on the seed and on i."""
-
-    def __init__(self, text: Tensor | FilePart, length: int, *, count: int, seed: int) -> None:
-        """Make the data set.
-
-        Args:
-            text: `[n]`, uint8, at least `length` bytes.
-            length: Bytes in a window, N.
-            count: Number of windows.
-            seed: Seed of the places.
-
-        Raises:
-            RunError: If the text is shorter than a window.
-        """
-        _check_length("learn from", text, length)
-        self.text, self.length, self.count, self.seed = text, length, count, seed
-
-    def __len__(self) -> int:
-        """Return the number of windows."""
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return a window: `input_ids` and `labels`, both `[N]`, int64."""
-        digest = hashlib.blake2b(f"{self.seed}:{index}".encode(), digest_size=8).digest()
-        return _item(self.text, int.from_bytes(digest, "little") % (len(self.text) - self.length + 1), self.length)
-
-
-class HeldOutWindows(Dataset[dict[str, Tensor]]):
-    """Consecutive windows that overlap by one byte, so that every byte but the first is predicted once."""
-
-    def __init__(self, text: Tensor | FilePart, length: int, *, limit: int) -> None:
-        """Make the data set.
-
-        Args:
-            text: `[n]`, uint8, at least `length` bytes.
-            length: Bytes in a window, N.
-            limit: Most windows to use. If there are more, windows at even distances are used.
-
-        Raises:
-            RunError: If the text is shorter than a window.
-        """
-        _check_length("hold out", text, length)
-        self.text, self.length = text, length
-        available = (len(text) - 1) // (length - 1)
-        count = min(available, limit)
-        self.starts = [i * available // count * (length - 1) for i in range(count)]
-
-    def __len__(self) -> int:
-        """Return the number of windows."""
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return a window: `input_ids` and `labels`, both `[N]`, int64."""
-        return _item(self.text, self.starts[index], self.length)
-
-
-def _item(text: Tensor | FilePart, start: int, length: int) -> dict[str, Tensor]:
-    window = text[start : start + length].long()
-    return {"input_ids": window, "labels": window}
-
-
-def _check_length(purpose: str, text: Tensor | FilePart, length: int) -> None:
-    if len(text) < length:
-        raise RunError(
-            f"--data has too little text: {len(text)} bytes to {purpose}, but a sequence has {length}: "
-            "give it more text, or shorten the sequences with --length"
-        )
+    parts = FilePart(path, 0, border), FilePart(path, border, size)
+    return Corpus(name, *parts, fingerprint.hexdigest(), ([border], [size - border]))

@@ -16,6 +16,7 @@ def build(settings: Settings) -> ImplicitAttentionForCausalLM:
     Returns:
         The model, on the CPU.
     """
+    assert isinstance(settings.layers, int)  # the settings have looked
     kind = {"implicit": "implicit", "ordinary": "attention"}[settings.attention]
     config = ImplicitAttentionConfig(
         vocab_size=VOCABULARY,

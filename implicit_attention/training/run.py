@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from implicit_attention.errors import ConvergenceWarning, NonFiniteError
 from implicit_attention.training import checkpoint as storage
-from implicit_attention.training import corpus, files
+from implicit_attention.training import corpus, files, uptraining
 from implicit_attention.training.faults import RunError, reason, unwritable
 from implicit_attention.training.model import build
-from implicit_attention.training.settings import Settings, resolve
+from implicit_attention.training.packed import pack
+from implicit_attention.training.resolving import check_kind, resolve
+from implicit_attention.training.settings import Settings
 from implicit_attention.training.tensorboard import TensorBoard
 from implicit_attention.training.tokenizer import byte_tokenizer
-from implicit_attention.training.trainer import ByteTrainer, Checkpoints
-
-SAMPLE, FINAL = 512, 4096  # most held-out windows: in an evaluation during training, and in the last one
+from implicit_attention.training.trainer import Checkpoints, TextTrainer
+from implicit_attention.training.windows import HeldOutWindows, RandomWindows, Text
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Result:
         bits_per_byte: On held-out text.
         held_out_bytes: How many bytes that was measured on.
         parameters: Weights of the model.
+        learning: Those that learn.
         history: The log entries, as transformers keeps them.
         data: Where the text came from.
         training_bytes: Bytes of training text.
@@ -59,6 +61,7 @@ class Result:
     bits_per_byte: float
     held_out_bytes: int
     parameters: int
+    learning: int
     history: Sequence[Mapping[str, Any]]
     data: str
     training_bytes: int
@@ -90,6 +93,9 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
                 f"--out {settings.directory} has a run already ({found[-1].name}): continue it with --resume, or "
                 "choose another --out"
             )
+        check_kind({**file, **flags}, settings.source)
+        if settings.source is not None:
+            uptraining.check(settings)
         return Plan(settings)
     if not found:
         raise RunError(
@@ -97,6 +103,7 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
         )
     content = storage.load_run(found[-1])
     settings = resolve({**flags, "out": str(settings.directory)}, file, content["settings"])
+    check_kind({**file, **flags}, settings.source)
     if settings.steps < content["done"]:
         raise RunError(
             f"steps: the run in {settings.directory} is at step {content['done']} already, beyond {settings.steps}"
@@ -132,7 +139,7 @@ def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[T
     with _explained(settings), warnings.catch_warnings(), ExitStack() as stack:
         # `health` reports missed tolerances, with the step and a remedy.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        trainer = _trainer(settings, text, say)
+        trainer = make_trainer(settings, text, say, plan.resumed)
         trainer.add_callback(Checkpoints(trainer, fresh=plan.resumed is None))
         if first:
             files.remove_unfinished(settings.directory)
@@ -141,38 +148,63 @@ def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[T
                 trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(plan.resumed) if plan.resumed else None)
         trainer.save_result()
-        held_out = corpus.HeldOutWindows(text.held_out, settings.length, limit=FINAL)
+        held_out = HeldOutWindows(trainer.eval_dataset.text, settings.length, limit=settings.final_windows)
         metrics = trainer.evaluate(held_out, metric_key_prefix="final")
     parameters = sum(int(parameter.numel()) for parameter in trainer.model.parameters())
+    learning = uptraining.learning(trainer.model)
     history, figures = trainer.state.log_history, (metrics["final_bits_per_byte"], int(metrics["final_bytes"]))
     trainer.end()
-    return Result(*figures, parameters, history, text.name, len(text.training)) if first else None
+    return Result(*figures, parameters, learning, history, text.name, len(text.training)) if first else None
 
 
-def _trainer(settings: Settings, text: corpus.Corpus, say: Callable[[str], None]) -> ByteTrainer:
-    windows = corpus.RandomWindows(
-        text.training, settings.length, count=settings.steps * settings.batch_size, seed=settings.seed
-    )
-    trainer = ByteTrainer(
-        build(settings),
-        arguments(settings),
+def make_trainer(
+    settings: Settings, text: corpus.Corpus, say: Callable[[str], None] = print, resumed: Path | None = None
+) -> TextTrainer:
+    """Return the Trainer of a run.
+
+    Args:
+        settings: The settings of the run.
+        text: What it learns from.
+        say: Prints a sentence for the user.
+        resumed: The checkpoint that it goes on from, if there is one.
+
+    Raises:
+        RunError: If the settings do not fit, or the model of `source` cannot be read.
+    """
+    training: Text = text.training
+    held_out: Text = text.held_out
+    tokenizer: PreTrainedTokenizerBase
+    if settings.source is None:
+        model, tokenizer = build(settings), byte_tokenizer(settings.length)
+    else:
+        model, tokenizer = uptraining.start(settings, resumed)
+        training, held_out = pack(text, tokenizer, model.config.vocab_size)
+        say(f"{uptraining.learning(model):,} of {model.num_parameters():,} weights learn.")
+    trainer = TextTrainer(
+        model,
+        arguments(settings, measured_first=settings.source is not None and resumed is None),
         fsdp=settings.fsdp,
         keep=settings.keep,
         run={"settings": asdict(settings), "fingerprint": text.fingerprint},
         say=say,
-        train_dataset=windows,
-        eval_dataset=corpus.HeldOutWindows(text.held_out, settings.length, limit=SAMPLE),
-        processing_class=byte_tokenizer(settings.length),
+        rate=lambda name: settings.map_rate if settings.source and uptraining.query_map(name) else None,
+        gains=settings.source is not None and model.config.self_query == "output",
+        train_dataset=RandomWindows(
+            training, settings.length, count=settings.steps * settings.batch_size, seed=settings.seed
+        ),
+        eval_dataset=HeldOutWindows(held_out, settings.length, limit=settings.eval_windows),
+        processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def arguments(settings: Settings) -> TrainingArguments:
+def arguments(settings: Settings, *, measured_first: bool = False) -> TrainingArguments:
     """Return the arguments of transformers' Trainer for a run.
 
     Args:
         settings: The settings of the run.
+        measured_first: Whether to evaluate before the first step.
 
     Returns:
         The arguments of a `Trainer`.
@@ -213,6 +245,7 @@ def arguments(settings: Settings) -> TrainingArguments:
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
+        eval_on_start=measured_first,
         save_strategy="steps",
         save_steps=settings.save_every,
         seed=settings.seed,

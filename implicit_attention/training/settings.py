@@ -1,13 +1,8 @@
-"""The settings of a run: one list of names for flags, the YAML file and checkpoints.
-
-A setting comes from the first of these that has it: the flag, the YAML file, the run that is resumed, the preset, the
-default.
-"""
+"""The settings of a run: one list of names for flags, the YAML file and checkpoints."""
 
 import contextlib
 import dataclasses
 import difflib
-import os
 import sys
 import types
 from collections.abc import Mapping
@@ -16,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from implicit_attention import recommended
-from implicit_attention.training.faults import RunError, reason, unreadable
+from implicit_attention.training.faults import RunError
 
 
 def _setting(
@@ -28,9 +23,12 @@ def _setting(
     high: float | None = None,
     fixed: bool = False,
     metavar: str | None = None,
+    flag: str | None = None,
 ) -> Any:
-    """A setting: its default, help text, panel of the help page, range, and whether a resumed run must keep it."""
-    metadata = {"help": text, "panel": panel, "low": low, "high": high, "fixed": fixed, "metavar": metavar}
+    """A setting: default, help text, panel of the help page, range, whether a resumed run must keep it, its flag."""
+    metadata = {
+        "help": text, "panel": panel, "low": low, "high": high, "fixed": fixed, "metavar": metavar, "flag": flag,
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -65,14 +63,49 @@ class Settings:
         "Model",
         fixed=True,
     )
-    length: int = _setting(128, "Longest sequence in bytes, N.", "Model", low=2, fixed=True)
+    length: int = _setting(128, "Longest sequence in bytes, with --from in tokens, N.", "Model", low=2, fixed=True)
     embed_dim: int = _setting(128, "Width of a token, D.", "Model", low=1, fixed=True)
-    layers: int = _setting(1, "Number of blocks.", "Model", low=1, fixed=True)
+    layers: int | str = _setting(
+        1,
+        "Number of blocks. With --from: which layers become implicit, [bold]all[/bold], [bold]none[/bold], or such as "
+        "0,4,8-16, counted from 0; all of a model that has no implicit layer yet.",
+        "Model",
+        low=0,
+        fixed=True,
+        metavar="NUMBER|WHICH",
+    )
     heads: int = _setting(4, "Attention heads, a divisor of embed-dim.", "Model", low=1, fixed=True)
+    source: str | None = _setting(
+        None,
+        "Train on a model that is trained already: a directory of transformers, converted or not, or a GGUF file. Text "
+        "then goes through its own tokenizer.",
+        "Train on (with --from)",
+        fixed=True,
+        metavar="DIR",
+        flag="from",
+    )
+    train: Literal["query-map", "lora", "all"] = _setting(
+        "query-map",
+        "Which weights learn: [bold]query-map[/bold], those that read outputs (Omega_Q, Psi_V); [bold]lora[/bold], "
+        "these and low-rank changes of the attention's other maps; [bold]all[/bold].",
+        "Train on (with --from)",
+        fixed=True,
+    )
+    map_rate: float = _setting(
+        1e-3, "Largest learning rate of the weights that read outputs.", "Train on (with --from)", low=0
+    )
+    lora_weights: int = _setting(
+        0,
+        "With lora: about how many weights the low-rank changes have. 0 means as many as those that read outputs, with "
+        "--layers none as many as those of all layers would be.",
+        "Train on (with --from)",
+        low=0,
+        fixed=True,
+    )
     data: str = _setting(
         "default",
         "Text to learn: a file, a directory of files, or [bold]default[/bold], the source of Python's standard "
-        "library. It is read as bytes, in any encoding.",
+        "library. It is read as bytes, in any encoding; with --from as UTF-8.",
         "Training",
         fixed=True,
         metavar="FILE|DIR|default",
@@ -96,6 +129,10 @@ class Settings:
     out: str | None = _setting(None, "Directory of the run, for checkpoints, logs and the model.", "Run", metavar="DIR")
     log_every: int = _setting(10, "Steps between log entries.", "Run", low=1)
     eval_every: int = _setting(250, "Steps between evaluations on a sample of the held-out text.", "Run", low=1)
+    eval_windows: int = _setting(
+        512, "Most held-out sequences in an evaluation during training, at even distances.", "Run", low=1
+    )
+    final_windows: int = _setting(4096, "Most held-out sequences in the last evaluation.", "Run", low=1)
     save_every: int = _setting(250, "Steps between checkpoints.", "Run", low=1)
     keep: int = _setting(2, "Number of newest checkpoints to keep.", "Run", low=1)
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Device to compute on.", "Run")
@@ -115,7 +152,9 @@ class Settings:
     def __post_init__(self) -> None:
         """Raise a `RunError` about the first setting that is invalid."""
         for name in FIELDS:
-            _check(name, getattr(self, name))
+            check(name, getattr(self, name))
+        if self.source is None and not (isinstance(self.layers, int) and self.layers > 0):
+            raise RunError(f"layers: must be an integer of at least 1 without --from, but is {self.layers!r}.")
         if self.embed_dim % (2 * self.heads):
             raise RunError(
                 f"heads: must divide embed_dim into parts of even size, but embed_dim is {self.embed_dim} and heads "
@@ -132,7 +171,15 @@ class Settings:
     @property
     def directory(self) -> Path:
         """The directory of the run's files."""
-        return Path(self.out or f"runs/{self.preset}-{self.attention}-seed{self.seed}")
+        name = f"{self.preset}-{self.attention}" if self.source is None else f"{Path(self.source).stem}-{self.train}"
+        return Path(self.out or f"runs/{name}-seed{self.seed}")
+
+    @property
+    def kind(self) -> str:
+        """What is trained, in a few words."""
+        if self.source is None:
+            return f"{self.attention}, {self.preset}"
+        return f"{Path(self.source).name}, layers {self.layers}, {self.train}"
 
 
 FIELDS: Mapping[str, "dataclasses.Field[Any]"] = {f.name: f for f in dataclasses.fields(Settings)}
@@ -150,84 +197,37 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "eval_every": 1000, "save_every": 1000,
     },
 }  # fmt: skip
+# What replaces a preset with --from. Its model has its own sizes.
+UPTRAINING: Mapping[str, Any] = {
+    "layers": "auto", "length": 512, "steps": 500, "batch_size": 8, "learning_rate": 1e-4, "warmup": 50,
+    "weight_decay": 0.0, "eval_every": 100, "save_every": 100,
+    "eval_windows": 64, "final_windows": 256,
+}  # fmt: skip
+OF_A_NEW_MODEL, OF_A_TRAINED_MODEL = (
+    ("preset", "attention", "embed_dim", "heads"),
+    ("train", "map_rate", "lora_weights"),
+)
+FLAGS: Mapping[str, str] = {f.metadata["flag"]: name for name, f in FIELDS.items() if f.metadata["flag"]}
 
 
-def resolve(
-    flags: Mapping[str, Any], file: Mapping[str, Any] | None = None, run: Mapping[str, Any] | None = None
-) -> Settings:
-    """Return the settings of a run.
-
-    Args:
-        flags: Settings of the command line.
-        file: Settings of the YAML file.
-        run: Settings of the run that is resumed, if there is one.
-
-    Returns:
-        The settings.
-
-    Raises:
-        RunError: If a setting is unknown or invalid, or contradicts the run that is resumed.
-    """
-    said = {**(file or {}), **flags}
-    for name, value in said.items():
-        _known(name)
-        said[name] = _check(name, value)
-    if said.get("data", "default") != "default":
-        said["data"] = os.path.abspath(said["data"])  # a run may be resumed from another directory
-    if run is not None:
-        _check_agreement(said, run)
-    known = {name: value for name, value in (run or {}).items() if name in FIELDS}
-    layers = {**known, **said}
-    preset = _check("preset", layers.get("preset", FIELDS["preset"].default))
-    settings = Settings(**{**PRESETS[preset], **layers})
-    if "warmup" not in layers and settings.steps <= settings.warmup:  # the learning rate would never be reached
-        return dataclasses.replace(settings, warmup=settings.steps // 10)
-    return settings
-
-
-def _check_agreement(said: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    for name, value in said.items():
-        if FIELDS[name].metadata["fixed"] and name in run and run[name] != value:
-            raise RunError(
-                f"{name}: {value} contradicts the run that is resumed, which has {run[name]}: "
-                "leave it out, or choose another --out for a new run."
-            )
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read settings from a YAML file. Tags that build objects are refused.
+def flag(name: str) -> str:
+    """Return the flag of a setting, such as `--learning-rate`.
 
     Args:
-        path: A file with a mapping of settings, such as `learning_rate: 0.001`. `-` and `_` mean the same in a name.
+        name: The setting.
+    """
+    return f"--{FIELDS[name].metadata['flag'] or name}".replace("_", "-")
 
-    Returns:
-        The settings in the file.
+
+def known(name: str) -> str:
+    """Return the name of a setting.
+
+    Args:
+        name: What may be one.
 
     Raises:
-        RunError: If the file cannot be read, has another content, or names an unknown setting.
+        RunError: If it is none.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise unreadable("--config", path, error) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: invalid UTF-8, invalid dates
-        raise RunError(f"--config {path} is not a YAML file of settings: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise RunError(
-            f"--config {path} must hold a mapping from settings to values, but holds {type(content).__name__}."
-        )
-    try:
-        settings = {name.replace("-", "_"): value for name, value in content.items()}
-        return {_known(name): _check(name, value) for name, value in settings.items()}
-    except RunError as fault:
-        raise RunError(f"--config {path}: {reason(fault)}") from None
-
-
-def _known(name: str) -> str:
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
         raise RunError(f"unknown setting {name!r}: did you mean {near[0]!r}?")
@@ -241,21 +241,33 @@ def plain_type(name: str) -> tuple[Any, tuple[str, ...]]:
         name: The setting.
 
     Returns:
-        `int`, `float`, `bool` or `str`; and the words.
+        `int`, `float`, `bool` or `str` (of several, the last); and the words.
     """
     kind = TYPES[name]
     if get_origin(kind) in (Union, types.UnionType):
-        (kind,) = (part for part in get_args(kind) if part is not type(None))
+        kind = [part for part in get_args(kind) if part is not type(None)][-1]
     if get_origin(kind) is Literal:
         return str, get_args(kind)
     return kind, ()
 
 
-def _check(name: str, value: Any) -> Any:
-    """Return a value in its setting's type, or raise a `RunError`."""
+def check(name: str, value: Any) -> Any:
+    """Return a value in its setting's type.
+
+    Args:
+        name: The setting.
+        value: What it is to be.
+
+    Raises:
+        RunError: If it cannot be that.
+    """
     if value is None and FIELDS[name].default is None:
         return None
     kind, words = plain_type(name)
+    if TYPES[name] == int | str:  # a number, however it is written, or else words
+        with contextlib.suppress(TypeError, ValueError):
+            value = value if isinstance(value, (bool, float)) else int(value)
+        kind = int if type(value) is not str else str
     if kind is float and not isinstance(value, bool):
         # PyYAML reads YAML 1.1, in which 3e-3 is a string.
         with contextlib.suppress(TypeError, ValueError):

@@ -81,11 +81,11 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
         RunError: If they belong to another model.
     """
     parameters = dict(_parameters(model))
-    known: dict[str, set[str]] = {name: set() for name in parameters}
+    known: dict[str, set[str]] = {name: set() for name, parameter in parameters.items() if parameter.requires_grad}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(_SEPARATOR)
         parameter = parameters.get(name)
-        if parameter is None or (tensor.dim() and tensor.shape != parameter.shape):
+        if parameter is None or name not in known or (tensor.dim() and tensor.shape != parameter.shape):
             raise RunError(f"{source} is of another model: it has {full_name} of shape {tuple(tensor.shape)}")
         known[name].add(key)
         # A count of steps stays on the CPU, as torch keeps it by default.

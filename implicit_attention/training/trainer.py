@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from implicit_attention.training import checkpoint as storage
-from implicit_attention.training.corpus import HeldOutWindows
+from implicit_attention.training import rates
 from implicit_attention.training.faults import RunError, unwritable
 from implicit_attention.training.health import Health
+from implicit_attention.training.lora import merged
 from implicit_attention.training.sharding import shard
 from implicit_attention.training.tensors import (
     load_model_tensors,
@@ -34,12 +35,13 @@ from implicit_attention.training.tensors import (
     model_tensors,
     optimizer_tensors,
 )
+from implicit_attention.training.windows import HeldOutWindows
 
 LOG_2 = math.log(2)
 
 
-class ByteTrainer(Trainer):
-    """Trains a model on bytes.
+class TextTrainer(Trainer):
+    """Trains a model on text, in bytes or in tokens.
 
     It also logs bits per byte, tokens per second and solver statistics. It stops before a step whose gradient is not
     finite. Its checkpoints are those of `training.checkpoint`, which one process, several processes and sharded weights
@@ -50,6 +52,7 @@ class ByteTrainer(Trainer):
     model: PreTrainedModel
     optimizer: Optimizer
     lr_scheduler: LambdaLR
+    eval_dataset: HeldOutWindows
     processing_class: PreTrainedTokenizerBase
 
     def __init__(
@@ -61,6 +64,8 @@ class ByteTrainer(Trainer):
         keep: int,
         run: Mapping[str, Any],
         say: Callable[[str], None],
+        rate: Callable[[str], float | None] = lambda name: None,
+        gains: bool = False,
         **others: Any,
     ) -> None:
         """Make the Trainer.
@@ -72,12 +77,16 @@ class ByteTrainer(Trainer):
             keep: Checkpoints kept.
             run: Stored in each checkpoint.
             say: Prints a sentence for the user.
+            rate: The largest learning rate of a parameter with this name; None for that of `args`.
+            gains: Measure how much each row feeds itself.
             **others: `train_dataset`, `eval_dataset`, `processing_class` and `callbacks`, as for `Trainer`.
         """
         super().__init__(model, args, **others)
         self.health = Health()
         self._keep, self._run, self._say = keep, run, say
         self._tokens, self._since = 0, 0.0
+        self._rate, self._gains = rate, gains
+        self._byte = LOG_2 * self.eval_dataset.bytes_per_token  # nats per token over this are bits per byte
         if fsdp:
             shard(self.model, bf16=args.bf16)
             # Tells Trainer that the model is sharded, so that it does not wrap or shard it again.
@@ -95,6 +104,7 @@ class ByteTrainer(Trainer):
         """Return the loss, and collect solver statistics."""
         if not self._tokens:
             self._since = time.perf_counter()
+        inputs = {**inputs, "output_gains": True} if self._gains else inputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.health.add(outputs)
         self._tokens += inputs["input_ids"].numel() * self.args.world_size
@@ -104,7 +114,7 @@ class ByteTrainer(Trainer):
         """Log figures. Training steps also log bits per byte, speed and solver statistics."""
         if "loss" in logs:
             seconds = time.perf_counter() - self._since
-            logs |= {"bits_per_byte": logs["loss"] / LOG_2, "tokens_per_second": self._tokens / seconds}
+            logs |= {"bits_per_byte": logs["loss"] / self._byte, "tokens_per_second": self._tokens / seconds}
             figures = self._everyones(self.health.figures())
             logs |= figures
             for sentence in self.health.warnings(figures, self.state.global_step):
@@ -119,6 +129,16 @@ class ByteTrainer(Trainer):
         mine = torch.tensor(list(figures.values()), device=self.args.device)
         largest = self.accelerator.gather(mine[None]).amax(0)
         return dict(zip(figures, largest.tolist(), strict=True))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Return the optimizer. Parameters with a learning rate of their own have groups of their own.
+
+        Args:
+            model: As in `Trainer`.
+        """
+        made: Optimizer = super().create_optimizer(model)
+        rates.split(made, self.model, self._rate)
+        return made
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the gradient's norm, the same on every process. Raise if it is not finite."""
@@ -149,8 +169,8 @@ class ByteTrainer(Trainer):
         total, count = self._sum_losses(windows)
         metrics = {
             f"{metric_key_prefix}_loss": total / count,
-            f"{metric_key_prefix}_bits_per_byte": total / count / LOG_2,
-            f"{metric_key_prefix}_bytes": count,
+            f"{metric_key_prefix}_bits_per_byte": total / count / self._byte,
+            f"{metric_key_prefix}_bytes": round(count * windows.bytes_per_token),
         }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -158,22 +178,25 @@ class ByteTrainer(Trainer):
 
     @torch.no_grad()
     def _sum_losses(self, windows: HeldOutWindows) -> tuple[float, int]:
-        """The sum of the losses of all bytes that are predicted, in nats, and their number."""
+        """The sum of the losses of all tokens that are predicted, in nats, and their number."""
         size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         # All processes gather sharded weights together, so each must run as many batches; the last may be a dummy.
         batches = range(0, len(windows), size)
         mine = [batches[i] if i < len(batches) else None for i in range(rank, -(-len(batches) // world) * world, world)]
-        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        total, count = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         for start in mine:
             chosen = range(start, min(start + size, len(windows))) if start is not None else range(1)
-            tokens = torch.stack([windows[i]["input_ids"] for i in chosen]).to(self.args.device)
-            logits = self.model(input_ids=tokens, use_cache=False).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+            items = [windows[i] for i in chosen]
+            inputs = {name: torch.stack([item[name] for item in items]).to(self.args.device) for name in items[0]}
+            labels = inputs.pop("labels")[:, 1:].flatten()
+            logits = self.model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            loss = F.cross_entropy(logits, labels, reduction="none")  # 0 where a label counts for nothing
             if start is not None:
                 total += loss.double().sum()
+                count += (labels >= 0).sum()
         self.model.train()
-        return float(self.accelerator.reduce(total, "sum")), len(windows) * (windows.length - 1)
+        return float(self.accelerator.reduce(total, "sum")), int(self.accelerator.reduce(count, "sum"))
 
     # Checkpoints
 
@@ -195,7 +218,7 @@ class ByteTrainer(Trainer):
         Raises:
             RunError: If it cannot be written.
         """
-        weights = model_tensors(self.model)
+        weights = merged(model_tensors(self.model))
         self.on_first_process(lambda directory: storage.save_model(
             directory, self.model, self.processing_class, weights
         ))  # fmt: skip
@@ -239,11 +262,11 @@ class ByteTrainer(Trainer):
         path = Path(checkpoint, storage.OPTIMIZER)
         load_optimizer_tensors(self.model, self.optimizer, storage.load_tensors(path), str(path))
         scheduler, step = self.lr_scheduler, self.state.global_step
-        rates = [rate * shape(step) for rate, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        scheduled = [rate * shape(step) for rate, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, scheduled, strict=True):
             group["lr"] = rate
         scheduler.load_state_dict(
-            {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+            {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": scheduled}
         )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -261,7 +284,7 @@ class ByteTrainer(Trainer):
 class Checkpoints(TrainerCallback):
     """Writes a checkpoint before the first step, and logs at every checkpoint."""
 
-    def __init__(self, trainer: ByteTrainer, *, fresh: bool) -> None:
+    def __init__(self, trainer: TextTrainer, *, fresh: bool) -> None:
         """Make it.
 
         Args:

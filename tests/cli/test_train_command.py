@@ -14,7 +14,7 @@ from implicit_attention.cli import faults
 from implicit_attention.cli import train as command
 from implicit_attention.cli.app import app
 from implicit_attention.training import run
-from implicit_attention.training.settings import FIELDS
+from implicit_attention.training.settings import FIELDS, flag
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*pin_memory.*:UserWarning")
 ROOT = Path(__file__).parents[2]
@@ -88,13 +88,13 @@ def test_settings_come_from_a_yaml_file_too(text, tmp_path):
 def test_help_shows_every_setting_with_its_default():
     page = invoke("train", "--help", env={"COLUMNS": "100"}).stdout
     for name in FIELDS:
-        assert f"--{name.replace('_', '-')}" in page
+        assert flag(name) in page
     words = " ".join(page.replace("│", " ").split())
     for sentence in (
         "learns the source of Python's standard library, in minutes on two CPU cores.",
         "--resume --out DIR",
         "torchrun --nproc-per-node 8 -m implicit_attention.cli train",
-        "[default: 0.003, 0.001 with small, 0.0006 with base]",
+        "[default: 0.003, 0.001 with small, 0.0006 with base, 0.0001 with --from]",
         "[default: runs/PRESET-ATTENTION-seedSEED]",
         "tiny|small|base",
     ):

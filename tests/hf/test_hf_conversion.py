@@ -6,7 +6,13 @@ import transformers as tf
 from torch import nn
 
 from implicit_attention import ImplicitQueryAttention
-from implicit_attention.hf import ConversionError, ImplicitAttentionForCausalLM, ImplicitAttentionModel, convert
+from implicit_attention.hf import (
+    ConversionError,
+    ImplicitAttentionConfig,
+    ImplicitAttentionForCausalLM,
+    ImplicitAttentionModel,
+    convert,
+)
 from implicit_attention.hf.conversion.architecture import chosen_layers
 from implicit_attention.hf.settings import make_solver
 
@@ -201,6 +207,47 @@ def test_a_difference_above_tolerance_is_an_error():
     with pytest.raises(ConversionError, match="The model is not converted"):
         convert(source)
     convert(source, tolerance=0.01)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_values_that_read_outputs_begin_at_zero_and_learn(dtype):
+    source = trained("llama", dtype)
+    model = convert(source, layers=[0, 2], values="feedback")
+    ids = torch.randint(1, 60, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert off(model(ids).logits.detach(), source(ids).logits.detach()) < TOLERANCES[dtype]
+    model(ids, labels=ids).loss.backward()
+    grads = [block.attention.Psi_V.weight.grad for block in model.model.layers if hasattr(block.attention, "Psi_V")]
+    assert len(grads) == 2
+    assert all(grad.abs().max() > 0 for grad in grads)
+    for options in ({"values": "feedback", "self_query": "output"}, {"values": "identity"}):
+        with pytest.raises(ConversionError, match="`values"):
+            convert(source, **options)
+
+
+@pytest.mark.parametrize("layers", ["all", [1]], ids=str)
+@pytest.mark.parametrize("norm", [True, False, "weights"])
+@torch.no_grad()
+def test_ordinary_blocks_of_this_library_are_converted(layers, norm, tmp_path):
+    torch.manual_seed(0)
+    config = ImplicitAttentionConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        block_types=["attention"] * 2, qk_norm=norm, initializer_range=0.2, bias=True,
+    )  # fmt: skip
+    source = ImplicitAttentionForCausalLM(config).double().eval()
+    for block in source.model.layers:
+        for factors in (block.attention.temperature, block.attention.query_norm, block.attention.key_norm):
+            if factors is not None:
+                factors.uniform_(0.5, 2.0)
+    source.save_pretrained(tmp_path)
+    ids = torch.randint(1, 60, (2, 20), generator=torch.Generator().manual_seed(0))
+    for given in (source, tmp_path):
+        model = convert(given, layers=layers)
+        assert sum(isinstance(b.attention, ImplicitQueryAttention) for b in model.model.layers) == len(
+            chosen_layers(layers, 2)
+        )
+        assert off(model(ids).logits, source(ids).logits) < 1e-10
+    with pytest.raises(ConversionError, match="has implicit layers already"):
+        convert(model)
 
 
 @pytest.mark.parametrize(

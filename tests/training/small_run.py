@@ -4,8 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from implicit_attention.training import checkpoint, run
 from implicit_attention.training.settings import Settings
+from implicit_attention.training.tokenizer import byte_tokenizer
 
 TEXT = b"".join(b"line %d of %d\n" % (i, 7 * i) for i in range(400))
 # While the learning rate still rises it does not depend on the number of steps.
@@ -20,6 +24,19 @@ def text(folder: Path) -> Path:
     path = folder / "text"
     path.write_bytes(TEXT)
     return path
+
+
+def make_trained(folder: Path) -> Path:
+    """Write a tiny decoder of transformers, with a tokenizer whose tokens are bytes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, eos_token_id=None, pad_token_id=0,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer(64).save_pretrained(folder)
+    return folder
 
 
 def settings(folder: Path, **changes) -> Settings:

@@ -9,8 +9,8 @@ import torch
 
 from implicit_attention.tasks import standard_library, standard_library_files
 from implicit_attention.training import corpus
-from implicit_attention.training.corpus import HeldOutWindows, RandomWindows
 from implicit_attention.training.faults import RunError
+from implicit_attention.training.windows import HeldOutWindows, RandomWindows
 
 
 def content(tensor: torch.Tensor) -> bytes:

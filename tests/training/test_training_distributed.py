@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from small_run import SETTINGS, curve, settings, train
+from small_run import SETTINGS, curve, make_trained, settings, text, train
+from typer.testing import CliRunner
 
+from implicit_attention.cli.app import app
 from implicit_attention.training import checkpoint, run
 
 ROOT = Path(__file__).parents[2]
@@ -89,3 +91,20 @@ def test_a_fault_ends_all_processes_with_one_line(tmp_path):
         result.stderr.count("implicit-attention train: batch_size: must be a multiple of accumulate x processes") == 1
     )
     assert "exitcode  : 2" in result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--train", "lora"]], ids=["query-map", "lora"])
+@pytest.mark.parametrize("fsdp", ["--fsdp", "--no-fsdp"])
+def test_a_trained_model_goes_on_as_in_one_process(tmp_path, options, fsdp):
+    source = make_trained(tmp_path / "trained")
+    flags = ["--from", source, "--data", text(tmp_path), "--length", 16, "--batch-size", 4, "--steps", 3, "--warmup", 0,
+             "--learning-rate", 0.01, "--map-rate", 0.1, "--log-every", 1, "--save-every", 2, "--device", "cpu",
+             "--layers", 1, *options]  # fmt: skip
+    launch(*flags, "--out", tmp_path / "two", fsdp)
+    result = CliRunner().invoke(app, ["train", *map(str, flags), "--out", str(tmp_path / "one")])
+    assert result.exit_code == 0, result.output
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text())["history"] for name in ("one", "two"))
+    same(curve(two), curve(one))
+    weights = [load_file(tmp_path / name / checkpoint.WEIGHTS) for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    assert max(float((weights[0][key] - weights[1][key]).abs().max()) for key in weights[0]) < 1e-4

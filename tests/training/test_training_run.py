@@ -343,7 +343,7 @@ def test_out_of_memory_is_one_line_with_what_to_do(tmp_path, monkeypatch):
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
 
-    monkeypatch.setattr(trainer.ByteTrainer, "evaluate", no_memory)
+    monkeypatch.setattr(trainer.TextTrainer, "evaluate", no_memory)
     with pytest.raises(
         RunError, match=r"^out of memory \(CUDA out of memory. Tried\): raise --accumulate, or use --bf16"
     ):
@@ -355,7 +355,7 @@ def test_evaluation_is_the_same_for_any_size_of_batch(tmp_path):
     for batch_size in (1, 5, 64):
         chosen = settings(tmp_path, batch_size=batch_size, steps=1, out=str(tmp_path / str(batch_size)))
         text = corpus.read(chosen.data)
-        made = run._trainer(chosen, text, print)
+        made = run.make_trainer(chosen, text)
         losses.append(made.evaluate()["eval_loss"])
         assert json.dumps(made.evaluate()["eval_bytes"]) == str(15 * len(made.eval_dataset))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)

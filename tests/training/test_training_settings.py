@@ -6,7 +6,8 @@ import pytest
 
 from implicit_attention.training import model
 from implicit_attention.training.faults import RunError
-from implicit_attention.training.settings import FIELDS, PRESETS, Settings, read_yaml, resolve
+from implicit_attention.training.resolving import read_yaml, resolve
+from implicit_attention.training.settings import FIELDS, PRESETS, Settings
 
 
 def test_flags_win_over_the_file_the_run_the_preset_and_the_default():

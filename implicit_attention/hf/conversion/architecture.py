@@ -4,11 +4,14 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
+from implicit_attention.hf.modeling import ImplicitAttentionModel
 from implicit_attention.hf.rotary import ROPE_TYPES
 
-ARCHITECTURES = ("granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+OWN = "implicit_attention"  # its ordinary blocks
+ARCHITECTURES = ("granite", OWN, "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 # Names that both configurations share, with the same meaning.
 _SAME = (
@@ -17,6 +20,8 @@ _SAME = (
     "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "problem_type", "id2label", "label2id",
 )  # fmt: skip
 _SAME_IF_THERE = ("mlp_bias", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+# What the trained model does not have, of an implicit layer.
+NEW = ("Omega_Q.weight", "Psi_V.weight", "Psi_V.bias")
 _NORM_EPS = 1e-6  # of the norms of queries and keys: the layer has this one alone
 
 # Modules of a block, ours by theirs. In an implicit block rows belong to keys, so queries and keys change places.
@@ -42,6 +47,9 @@ _ORDINARY = {
     "self_attn.q_norm.weight": "attention.query_norm",
     "self_attn.k_norm.weight": "attention.key_norm",
 }
+_BECOMES = {"W_Q": "attention.W_K", "W_K": "attention.W_Q", "W_V": "attention.Omega_V",
+            "query_norm": "attention.key_norm", "key_norm": "attention.query_norm"}  # fmt: skip
+_OWN = re.compile(rf"^attention\.({'|'.join(_BECOMES)})\b")
 _IN_BLOCK = re.compile(r"(.*\blayers\.)(\d+)\.(.+)")
 
 
@@ -100,6 +108,22 @@ def check_source(source: PreTrainedConfig) -> None:
                               "convert the model that was quantised.")  # fmt: skip
 
 
+def check_new(values: str, self_query: str) -> None:
+    """Refuse values that cannot begin as those of the trained model.
+
+    Args:
+        values: As in `ImplicitQueryAttention`.
+        self_query: As there.
+
+    Raises:
+        ConversionError: If they cannot.
+    """
+    if values not in ("linear", "feedback"):
+        raise ConversionError(f'`values` must be "linear" or "feedback", but got {values!r}.')
+    if values == "feedback" and self_query != "input":
+        raise ConversionError('`values="feedback"` needs `self_query="input"`: else an equation may have no solution.')
+
+
 def described(source: PreTrainedConfig, layers: list[int]) -> dict[str, Any]:
     """Return the options of an `ImplicitAttentionConfig` for the same model.
 
@@ -110,6 +134,8 @@ def described(source: PreTrainedConfig, layers: list[int]) -> dict[str, Any]:
     Raises:
         ConversionError: If the model has something that they cannot say.
     """
+    if source.model_type == OWN:
+        return _own(source, layers)
     found = {name: getattr(source, name) for name in _SAME}
     found |= {name: getattr(source, name) for name in _SAME_IF_THERE if hasattr(source, name)}
     head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
@@ -128,6 +154,27 @@ def described(source: PreTrainedConfig, layers: list[int]) -> dict[str, Any]:
         "window": _window(source),
         "positions": _positions(source),
     }
+
+
+def _own(source: PreTrainedConfig, layers: list[int]) -> dict[str, Any]:
+    """The options of a model of ordinary blocks, where some become implicit."""
+    count = source.num_hidden_layers
+    if any(kind == "implicit" for kind in source.block_types[:count]):
+        raise ConversionError("It has implicit layers already: train it as it is.")
+    if not (source.is_causal and source.values == "linear" and source.out_proj):
+        raise ConversionError('Its ordinary blocks must have is_causal=True, values="linear" and out_proj=True.')
+    kept = ("self_query", "values", "solver", "adjoint", "on_failure", "equal_weights", "block_types", "dtype",
+            "transformers_version", "model_type", "architectures", "layer_types", "_name_or_path")  # fmt: skip
+    found = {name: value for name, value in source.to_dict().items() if name not in kept}
+    with torch.device("meta"):
+        blocks: Any = ImplicitAttentionModel(source).layers  # type: ignore[arg-type]  # its type was looked at
+        widths = {block.mlp.up.out_features for block in blocks}
+    (width,) = widths  # ordinary blocks alike
+    kinds = ["implicit" if i in layers else "full_attention" for i in range(count)]
+    return found | {
+        "intermediate_size": width, "equal_weights": False, "block_types": kinds, "query_input": True,
+        "query_output": True,
+    }  # fmt: skip
 
 
 def _norms(source: PreTrainedConfig) -> bool | str:
@@ -170,12 +217,13 @@ def _positions(source: PreTrainedConfig) -> Any:
     return [made if turns else None for turns in turning]
 
 
-def renamed(name: str, layers: list[int]) -> str:
+def renamed(name: str, layers: list[int], *, own: bool = False) -> str:
     """Return our name of a weight.
 
     Args:
         name: Its name in the trained model.
         layers: Which blocks are implicit.
+        own: Whether the trained model has the ordinary blocks of this library.
 
     Raises:
         ConversionError: If it has no place here.
@@ -184,6 +232,8 @@ def renamed(name: str, layers: list[int]) -> str:
     if in_block is None:
         return name
     prefix, index, rest = in_block.groups()
+    if own:
+        return f"{prefix}{index}.{_OWN.sub(lambda found: _BECOMES[found[1]], rest)}" if int(index) in layers else name
     table = _BLOCK | (_IMPLICIT if int(index) in layers else _ORDINARY)
     module, _, last = rest.rpartition(".")
     if rest in table:

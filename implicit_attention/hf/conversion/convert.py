@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.conversion.architecture import (
+    NEW,
+    OWN,
     ConversionError,
+    check_new,
     check_source,
     chosen_layers,
     described,
@@ -79,6 +82,7 @@ def converted(
     layers: Layers = "all",
     *,
     self_query: str = "input",
+    values: str = "linear",
     solver: str | dict[str, Any] = "auto",
     adjoint: str | dict[str, Any] = "implicit",
     on_failure: str = "warn",
@@ -92,6 +96,7 @@ def converted(
         model_or_dir: As in `convert`.
         layers: As in `convert`.
         self_query: As in `ImplicitQueryAttention`.
+        values: "linear", or "feedback": values read outputs too, by a `Psi_V` that is zero at first.
         solver: As in `ImplicitAttentionConfig`.
         adjoint: As there.
         on_failure: As there.
@@ -106,12 +111,9 @@ def converted(
         ConversionError: If the model cannot be converted exactly, or the outputs differ.
     """
     live = isinstance(model_or_dir, PreTrainedModel)
-    config = model_or_dir.config if isinstance(model_or_dir, PreTrainedModel) else _read_config(model_or_dir)
-    check_source(config)
-    wanted = chosen_layers(layers, config.num_hidden_layers)
-    options = described(config, wanted)  # refuses before any weight is read
-    target_config = ImplicitAttentionConfig(
-        **options, self_query=self_query, solver=solver, adjoint=adjoint, on_failure=on_failure
+    config = model_or_dir.config if isinstance(model_or_dir, PreTrainedModel) else read_config(model_or_dir)
+    target_config, wanted = target(
+        config, layers, self_query=self_query, values=values, solver=solver, adjoint=adjoint, on_failure=on_failure
     )
     if isinstance(model_or_dir, PreTrainedModel):
         source = model_or_dir
@@ -124,6 +126,28 @@ def converted(
     return _compared(model, wanted, before, tolerance, say)
 
 
+def target(
+    source: PreTrainedConfig, layers: Layers, *, self_query: str, values: str, **options: Any
+) -> tuple[ImplicitAttentionConfig, list[int]]:
+    """Return the configuration that a model gets, and which of its layers become implicit. No weight is read.
+
+    Args:
+        source: Its own configuration.
+        layers: As in `convert`.
+        self_query: As in `converted`.
+        values: As there.
+        **options: The others of `converted` that a configuration has.
+
+    Raises:
+        ConversionError: If the model cannot be converted exactly.
+    """
+    check_source(source)
+    check_new(values, self_query)
+    wanted = chosen_layers(layers, source.num_hidden_layers)
+    found = described(source, wanted)
+    return ImplicitAttentionConfig(**found, self_query=self_query, values=values, **options), wanted
+
+
 def _place(path: str | PathLike[str]) -> tuple[str, dict[str, str]]:
     """Where `from_pretrained` finds a model, with the name of its file where that is in GGUF format."""
     found = Path(fspath(path))
@@ -132,11 +156,21 @@ def _place(path: str | PathLike[str]) -> tuple[str, dict[str, str]]:
     try:
         import gguf  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
     except ModuleNotFoundError:
-        raise ConversionError("A model in GGUF format needs the package gguf: pip install gguf.") from None
+        raise ConversionError(
+            "A model in GGUF format needs the package gguf: pip install 'implicit-attention[gguf]'."
+        ) from None
     return str(found.parent), {"gguf_file": found.name}
 
 
-def _read_config(path: str | PathLike[str]) -> PreTrainedConfig:
+def read_config(path: str | PathLike[str]) -> PreTrainedConfig:
+    """Return the configuration of a model.
+
+    Args:
+        path: Its directory, or its file in GGUF format.
+
+    Raises:
+        ConversionError: If there is none, or it cannot be read.
+    """
     folder, options = _place(path)
     if not Path(folder).is_dir() or not (Path(folder) / options.get("gguf_file", "config.json")).exists():
         raise ConversionError(f"{fspath(path)} is no directory of a model: it has no config.json.")
@@ -150,11 +184,15 @@ def _read_config(path: str | PathLike[str]) -> PreTrainedConfig:
 def _read(path: str | PathLike[str], config: PreTrainedConfig, dtype: str | torch.dtype) -> PreTrainedModel:
     folder, options = _place(path)
     names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
+    own = {cls.__name__: cls for cls in _HEADS.values()}
+    cls: Any = AutoModelForCausalLM if options else None
+    if cls is None and names:
+        cls = own.get(names[0], getattr(transformers, names[0], None))
     if cls is None:
         raise ConversionError(f"{fspath(path)} does not say of which class of transformers the model is "
                               f"(`architectures` is {names!r}).")  # fmt: skip
-    _head(cls.__name__)
+    if not options:  # a file in GGUF format names no class, and has a language model
+        _head(cls.__name__)
     try:
         found: PreTrainedModel = cls.from_pretrained(
             folder, dtype=dtype, use_safetensors=None if options else True, **options
@@ -184,11 +222,12 @@ def _with_weights(
     with torch.device("meta"):
         model = cls(config)
     given: dict[str, Tensor] = {}
+    own = source.config.model_type == OWN
     for name, tensor in source.state_dict().items():
-        given[renamed(name, layers)] = tensor.clone() if copied else tensor
+        given[renamed(name, layers, own=own)] = tensor.clone() if copied else tensor
     like: Tensor = source.get_input_embeddings().weight  # type: ignore[assignment]
     for name, tensor in model.state_dict().items():
-        if name.endswith("Omega_Q.weight"):
+        if name.rpartition(".attention.")[2] in NEW:
             given[name] = torch.zeros(tensor.shape, dtype=like.dtype, device=like.device)
     try:
         model.load_state_dict(given, assign=True)

@@ -5,7 +5,9 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from implicit_attention.hf.conversion.architecture import ConversionError
 
 # What tokenizers of transformers write, and their templates; they are copied as they are.
 _TOKENIZER = (
@@ -42,6 +44,7 @@ def write(model: PreTrainedModel, source: Path, out: Path, max_shard_size: str =
 
     Raises:
         OSError: If there is no room, or something cannot be written; nothing is left then.
+        ConversionError: If the tokenizer in a GGUF file cannot be read; likewise.
     """
     check_out(out)
     out = out.absolute()
@@ -58,7 +61,16 @@ def write(model: PreTrainedModel, source: Path, out: Path, max_shard_size: str =
         for path in tokenizer:
             shutil.copyfile(path, part / path.name)
         if source.suffix == ".gguf":
-            AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(part)
+            _tokenizer_in(source).save_pretrained(part)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _tokenizer_in(source: Path) -> PreTrainedTokenizerBase:
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    except Exception as error:  # of many kinds, the tokenizers' own among them
+        reason = str(error).strip().partition("\n")[0]
+        raise ConversionError(f"The tokenizer in {source} cannot be read: {reason}") from None
+    return found

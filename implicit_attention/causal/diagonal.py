@@ -1,8 +1,8 @@
 """Diagonal blocks of a causal equilibrium: sweeps over the rows of a block until they settle.
 
-A sweep evaluates the map for all rows of a block at once. If a row's weight on its own column hardly depends on its
-output, sweeps settle the row. Otherwise its row equation is solved exactly (`rows`). After t exact sweeps the first t
-rows are final, for any weights; usually all rows are.
+A sweep evaluates the map for all rows of a block at once, and corrects each row's weights on its own column by a step
+of Newton's iteration. If this does not settle a row, or may settle it at another root than the wanted one, its row
+equation is solved exactly (`rows`). After t exact sweeps the first t rows are final, for any weights; usually all are.
 """
 
 from dataclasses import dataclass

@@ -274,7 +274,7 @@ def rows_of_block(name: str, system: CausalSystem, block: int) -> int:
         block: The most rows.
     """
     if name == "torch" and system.key.device.type == "cpu":
-        block = min(block, max(16, 64 // max(1, system.batch)))
+        block = min(block, max(16, 128 // max(1, system.batch)))
     return min(block, system.length)
 
 

@@ -154,7 +154,8 @@ class _OwnColumns:
     def solve(self, f: Tensor) -> Tensor:
         """Solve for lam, `[B, n, H, d]`."""
         along = (self.u * f).sum(-1).movedim(2, 0)  # [H, B, n]
-        return f + (self.response * along[..., None, None]).sum(0)
+        lam: Tensor = f + (self.response * along[..., None, None]).sum(0)
+        return lam
 
 
 def near_singular(matrices: Tensor) -> int:

@@ -21,7 +21,8 @@ def own_slopes(system: CausalSystem, rows: slice, queries: Queries) -> Tensor:
     key = system.key[:, :, rows].to(system.wide).transpose(1, 2) * system.spec.scale  # [B, n, H, d]
     shared = system.heads // system.groups
     if shared > 1:
-        queries = Queries(*(None if t is None else t.repeat_interleave(shared, 2) for t in queries))
+        of_heads = [None if t is None else t.repeat_interleave(shared, 2) for t in queries]
+        queries = Queries(queries.query.repeat_interleave(shared, 2), *of_heads[1:])
     made = system.before_map(key, queries, rows)  # [B, n, H d]
     if system.weight is None:  # one head, whose key has absorbed Omega_Q
         return made.view(1, *key.shape)
@@ -83,4 +84,5 @@ class NewtonStep:
         """Return the weights after the step, `[B, H, n]`, for `change = f - y`, `[B, n, H, d]`."""
         right = (self.slopes * change.flatten(-2)).sum(-1).movedim(0, 2)[..., None] * self.share
         delta = (self.inverse @ right)[..., 0].transpose(1, 2)
-        return (p + delta).clamp_(0.0, 1.0)
+        after: Tensor = (p + delta).clamp_(0.0, 1.0)
+        return after

@@ -98,7 +98,7 @@ def test_failures_are_reported_from_compiled_code(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled(x)  # the second of ten
-    strict, x = make(options | {"on_failure": "raise"})
+    strict, x = make(options | {"on_failure": "raise"}, gain=20.0)
     with pytest.raises(ConvergenceError):
         torch.compile(strict, fullgraph=True, backend="aot_eager")(x)
 

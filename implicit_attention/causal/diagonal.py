@@ -29,6 +29,8 @@ RELINEARIZED = 3
 PATIENCE = 12
 # Sweeps before a residual as small as rounding, which no longer falls, counts as final.
 STEADY = 16
+# Sweeps without Newton's step before that: it amplifies rounding where a row is close to a fold.
+PLAIN = 24
 # Ratio of residuals between two sweeps that counts as slow: at 0.7 a digit takes 6.5 sweeps.
 SLOW = 0.7
 # Sweeps that solve all hard row equations by the curve. Later ones do so only for rows whose earlier rows are final.
@@ -119,6 +121,7 @@ class BlockSolver(DiagonalBlock):
         samples, device = (system.batch,), self.key.device
         self.given_up = torch.zeros(*samples, self.n, dtype=torch.bool, device=device)
         self.slow = torch.zeros_like(self.given_up)
+        self.plain = torch.zeros_like(self.given_up)  # rows that rounding keeps from their tolerance
         self.solved = torch.zeros_like(self.given_up)  # rows whose row equation was solved in some sweep
         self.jumps = torch.zeros(*samples, self.n, dtype=torch.long, device=device)
         self.deep = torch.full(samples, DEEP, device=device)
@@ -131,8 +134,7 @@ class BlockSolver(DiagonalBlock):
         as the rounding of its scores allows. Or all rows before it are final and its own equation cannot be solved.
 
         A sample whose rows are all final waits, unchanged, for the others. Then the rows that may be at another root
-        than the wanted one are solved anew, in all samples at once. Samples in which a row moves go on. So the result
-        of a sample does not depend on other samples.
+        than the wanted one are solved anew, in all samples at once. Samples in which a row moves go on.
 
         Args:
             rtol: Relative tolerance.
@@ -169,12 +171,15 @@ class BlockSolver(DiagonalBlock):
                 falls = residual <= SLOW * before
                 # After n exact sweeps all rows would be final: rows that are not by then need their equations.
                 self.slow |= (sweeps > PATIENCE) & ~final & ~(falls & (sweeps <= self.n))
-                final |= (sweeps > STEADY) & ~falls & (residual <= self._noise(queries.query, size))
+                rounded = residual <= self._noise(queries.query, size)
+                self.plain |= (sweeps > STEADY) & rounded
+                final |= (sweeps > STEADY + PLAIN) & ~falls & rounded
             before = residual
             waits |= final.all(1)
             everyone = bool(waits.all())
             if start is not None:  # otherwise own weights do not depend on outputs, and there is one root
-                f = self._newton(sweep, queries, (a, p), f, change)
+                corrected = self._newton(sweep, queries, (a, p), f, change)
+                f = corrected if sweep <= STEADY else torch.where(self.plain[..., None, None], f, corrected)
                 if everyone or sweep > PATIENCE:
                     # Of weights, whose error the distance from a to v multiplies.
                     reach = (self.value - a).abs_().amax((2, 3)).clamp_min_(1.0)

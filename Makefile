@@ -42,11 +42,17 @@ kernels: $(KERNELS) ## Triton's sweeps in the interpreter, every access to memor
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --no-cov -m kernels $(ARGS)
 
 # Torch itself leaks on purpose. One thread: the sanitizers' own work is enough for a core.
-sanitize: $(KERNELS) ## the C++ kernels under AddressSanitizer and UBSan (5 minutes; CI runs a part)
-	$(BIN)/python $(CPU)/build.py build/sanitized --sanitize
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	  IMPLICIT_ATTENTION_CPU_LIBRARY=build/sanitized/libimplicit_attention_cpu.so \
-	  $(BIN)/python -m pytest -q --no-cov -p no:cacheprovider tests/causal/cpu/test_forward_and_adjoint.py $(ARGS)
+SETS ?= $(if $(filter x86_64,$(shell uname -m)),baseline avx2) native
+WATCHED := tests/causal/cpu/test_forward_and_adjoint.py tests/causal/test_feedback.py \
+	-k '(edges and (N17 or N65) and not H8) or (every_option and N70) or edges_of_blocks or biases or given_up or hard_weights'
+sanitize: $(KERNELS) ## the C++ kernels under AddressSanitizer and UBSan, by instruction set (3 minutes; SETS=native: 1)
+	@command -v '$(CXX)' >/dev/null || { echo 'make sanitize needs a C++ compiler (CXX=$(CXX) is not found).' >&2; exit 1; }
+	@set -e; for set in $(SETS); do echo "instruction set: $$set"; \
+	  $(BIN)/python $(CPU)/build.py "build/sanitized/$$set" "--sanitize=$$set"; \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	    IMPLICIT_ATTENTION_CPU_LIBRARY="build/sanitized/$$set/libimplicit_attention_cpu.so" \
+	    $(BIN)/python -m pytest -q --no-cov -p no:cacheprovider $(WATCHED) $(ARGS); \
+	done
 
 lint: $(INSTALLED) ## ruff: rules and formatting
 	$(BIN)/ruff check .

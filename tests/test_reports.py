@@ -34,8 +34,11 @@ from tests.bridge import make_layer
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(3))
 
 
-def failing(**options):
-    return ImplicitQueryAttention(8, 2, is_causal=True, **{"solver": Picard(max_steps=1)} | options)
+def failing(gain=1.0, **options):
+    layer = ImplicitQueryAttention(8, 2, is_causal=True, **{"solver": Picard(max_steps=1)} | options)
+    with torch.no_grad():
+        layer.Omega_Q.weight *= gain
+    return layer
 
 
 def said(call, times=1):
@@ -197,7 +200,7 @@ def test_a_call_of_fixed_point_has_no_layer():
     ids=str,
 )  # fmt: skip
 def test_advice_exists_for_the_solver(solver, wanted, absent):
-    ((_, text),) = said(lambda: failing(solver=solver)(X))
+    ((_, text),) = said(lambda: failing(gain=20.0, solver=solver)(X))
     assert all(part in text for part in wanted)
     assert not [part for part in absent if part in text]
 
@@ -386,6 +389,6 @@ def test_near_singular_rows_are_counted(monkeypatch):
 def test_failures_in_compiled_code_are_counted(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(diagonal, "MOST_SWEEPS", 1)
-    layer = failing(solver=ForwardSubstitution(rtol=1e-30, atol=1e-30, kernel="torch"))
+    layer = failing(gain=20.0, solver=ForwardSubstitution(rtol=1e-30, atol=1e-30, kernel="torch"))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert [i for i, _ in said(lambda: compiled(X), 11)] == [1, 10]

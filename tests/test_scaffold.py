@@ -46,6 +46,7 @@ CAUSAL = [
     "curve",
     "rows",
     "system",
+    "own_columns",
     "diagonal",
     "diagonal_adjoint",
     "feedback_rows",

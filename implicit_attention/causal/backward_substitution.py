@@ -92,7 +92,7 @@ class Backward:
         self.compiled: engines.AdjointKernel | None = None
         at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
         at |= {"normed": self.at.normed} if self.at.normed.numel() else {}
-        self.block = self.widest = min(block, system.length)
+        self.block = self.widest = engines.rows_of_block(kernel, system, block)
         if engine is not None and (engine.KEEPS_SLOPES or not self.bias_grad):
             self.compiled = engine.AdjointKernel(
                 system, at, self.grad, self.d_query, self.allowed, self.block, slopes=self.bias_grad

@@ -1,8 +1,8 @@
 """Diagonal blocks of a causal equilibrium: sweeps over the rows of a block until they settle.
 
-A sweep evaluates the map for all rows of a block at once. If a row's weight on its own column hardly depends on its
-output, sweeps settle the row. Otherwise its row equation is solved exactly (`rows`). After t exact sweeps the first t
-rows are final, for any weights; usually all rows are.
+A sweep evaluates the map for all rows of a block at once, and corrects each row's weights on its own column by a step
+of Newton's iteration. If this does not settle a row, or may settle it at another root than the wanted one, its row
+equation is solved exactly (`rows`). After t exact sweeps the first t rows are final, for any weights; usually all are.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicit_attention.causal.own_columns import NewtonStep
 from implicit_attention.causal.rows import RowProblem, solve_rows
 from implicit_attention.causal.system import CausalSystem, Queries
 from implicit_attention.errors import NonFiniteError
@@ -20,8 +21,16 @@ from implicit_attention.errors import NonFiniteError
 FAR = 0.25
 # Sweeps until the block is halved. Larger: hard blocks lose more work. Smaller: blocks that would settle are halved.
 MOST_SWEEPS = 24
+# Sweeps that are added then, as long as a quarter as many rows become final in them.
+MORE_SWEEPS = 8
+# Sweeps that share a linearisation of the own weights. More: cheaper sweeps, and more of them.
+RELINEARIZED = 3
 # Sweeps before slow rows are solved exactly. Most blocks settle in fewer, and a sweep is cheaper than row equations.
-PATIENCE = 8
+PATIENCE = 12
+# Sweeps before a residual as small as rounding, which no longer falls, counts as final.
+STEADY = 16
+# Sweeps without Newton's step before that: it amplifies rounding where a row is close to a fold.
+PLAIN = 24
 # Ratio of residuals between two sweeps that counts as slow: at 0.7 a digit takes 6.5 sweeps.
 SLOW = 0.7
 # Sweeps that solve all hard row equations by the curve. Later ones do so only for rows whose earlier rows are final.
@@ -103,17 +112,20 @@ class BlockSolver(DiagonalBlock):
         Args:
             system: The map.
             rows: The rows of the block.
-            before: Attention over the columns before the block, `[B, H, n, d]`.
+            before: Attention over the columns before the block, `[B, n, H, d]`.
             before_lse: Its log-sum-exp `[B, H, n]`.
         """
         super().__init__(system, rows)
-        self.before, self.before_lse = before.contiguous(), before_lse.contiguous()
-        self.deep = DEEP
-        self.given_up = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
-        self.jumps = torch.zeros(system.batch, self.n, dtype=torch.long, device=self.key.device)
-        self.slow = torch.zeros(system.batch, self.n, dtype=torch.bool, device=self.key.device)
-        self.solved = torch.zeros_like(self.slow)  # rows whose row equation was solved in some sweep
-        self.roots = torch.full((system.batch, self.n, system.heads), torch.nan, dtype=system.wide).to(self.key.device)
+        self.before, self.before_lse = before.transpose(1, 2).contiguous(), before_lse.contiguous()
+        self.value = self.own_value.transpose(1, 2).contiguous()  # [B, n, H, d]
+        samples, device = (system.batch,), self.key.device
+        self.given_up = torch.zeros(*samples, self.n, dtype=torch.bool, device=device)
+        self.slow = torch.zeros_like(self.given_up)
+        self.plain = torch.zeros_like(self.given_up)  # rows that rounding keeps from their tolerance
+        self.solved = torch.zeros_like(self.given_up)  # rows whose row equation was solved in some sweep
+        self.jumps = torch.zeros(*samples, self.n, dtype=torch.long, device=device)
+        self.deep = torch.full(samples, DEEP, device=device)
+        self.roots = torch.full((*samples, self.n, system.heads), torch.nan, dtype=system.wide, device=device)
 
     def settle(self, rtol: float, atol: float) -> Block:
         """Sweep until every row's residual is within `atol + rtol max|F(y)|`, or too few rows become final.
@@ -121,7 +133,8 @@ class BlockSolver(DiagonalBlock):
         A row also counts as final in two cases, and its residual says so. Its residual no longer falls and is as small
         as the rounding of its scores allows. Or all rows before it are final and its own equation cannot be solved.
 
-        Each sample stops for itself: its result does not depend on other samples.
+        A sample whose rows are all final waits, unchanged, for the others. Then the rows that may be at another root
+        than the wanted one are solved anew, in all samples at once. Samples in which a row moves go on.
 
         Args:
             rtol: Relative tolerance.
@@ -133,76 +146,75 @@ class BlockSolver(DiagonalBlock):
         Raises:
             NonFiniteError: If the map returns NaN or Inf.
         """
-        system = self.system
         limit = MOST_SWEEPS if self.n > 1 else 2 * MOST_SWEEPS  # a single row cannot be halved
         start = self._start()
         # Attention to earlier columns is usually closest to the output; a row without any starts from its value.
-        y = torch.where(torch.isneginf(self.before_lse)[..., None], self.own_value, self.before)
-        before = y.new_full((system.batch, self.n), torch.inf)
-        done = torch.zeros(system.batch, dtype=torch.bool, device=y.device)
+        alone = torch.isneginf(self.before_lse).transpose(1, 2)[..., None]
+        y = torch.where(alone, self.value, self.before.transpose(1, 2))
+        waits = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+        sweeps = torch.zeros(len(y), 1, dtype=torch.long, device=y.device)  # of each sample, while it does not wait
+        before = y.new_full((len(y), self.n), torch.inf)
         asked = max(1, MOST_SWEEPS // 6)  # rows that must be final by then
-        for sweep in range(1, limit + 3 * PATIENCE * self.n):
-            queries = system.phi(y.transpose(1, 2), self.rows)
+        for sweep in range(1, limit + 3 * MOST_SWEEPS * self.n):
+            queries = self.system.phi(y, self.rows)
             a, lse, own = self.attend(queries.query)
             p = self.own_weight(own, lse)
-            f = torch.lerp(a, self.own_value, p[..., None])
-            residual = (f - y).abs_().amax((1, 3))
-            size = f.abs().amax((1, 3))
-            allowed = size * rtol + atol
+            f = _mixed(a, self.value, p)
+            change = f - y
+            residual, size = change.abs().amax((2, 3)), f.abs().amax((2, 3))
             if sweep == 1 and not bool(torch.isfinite(residual).all()):
                 raise NonFiniteError("the map gave NaN or Inf")
-            within = residual <= allowed
             held = self.given_up
-            final = within | held
-            if sweep > 2 * PATIENCE and not bool(within.all()):
-                noise = self._noise(queries.query, size)
-                final |= (residual <= noise) & (residual > SLOW * before)
-            ready = final.all(1) & ~done
-            if start is not None:  # otherwise own weights do not depend on outputs, and there is one root
-                far = ((self.own_weight(start, lse) - p).abs_() > FAR).any(1)
-                if sweep > PATIENCE:
-                    # After n exact sweeps all rows would be final: rows that are not by then need their equations.
-                    self.slow |= ~within & (residual > SLOW * before) if sweep <= self.n else ~within
-                # Slow rows; rows that just became far; and, before a sample is accepted, all rows that could be at
-                # another root.
-                marked = self.slow & ~done[:, None] | far & ~self.solved | (far | self.solved) & ready[:, None]
-                marked &= ~held
-                if bool(marked.any()):
-                    # Of p, whose error the distance from a to v multiplies.
-                    reach = (self.own_value - a).abs_().amax((1, 3)).clamp_min_(1.0)
-                    tolerance = 0.1 * float((allowed / reach).min())
-                    front = final[:, :-1].long().cumprod(1).bool()
-                    next_ones = torch.cat([torch.ones_like(final[:, :1]), front], 1)
-                    deep = torch.zeros_like(marked)
-                    if sweep > PATIENCE or bool(ready.any()):  # before, rows may still become easier
-                        deep = marked & next_ones if self.deep == 0 else marked
-                        self.deep = max(0, self.deep - 1)
-                    f, jumped = self._solve_own(marked, deep, next_ones, (a, lse, p, f), tolerance)
-                    jumped &= ready[:, None]
-                    self.jumps += jumped
-                    ready &= ~(jumped & (self.jumps <= MOST_JUMPS)).any(1)  # at the root that is wanted
+            final = (residual <= size * rtol + atol) | held
+            sweeps += ~waits[:, None]
+            if sweep > PATIENCE:
+                falls = residual <= SLOW * before
+                # After n exact sweeps all rows would be final: rows that are not by then need their equations.
+                self.slow |= (sweeps > PATIENCE) & ~final & ~(falls & (sweeps <= self.n))
+                rounded = residual <= self._noise(queries.query, size)
+                self.plain |= (sweeps > STEADY) & rounded
+                final |= (sweeps > STEADY + PLAIN) & ~falls & rounded
             before = residual
-            done |= ready
-            if bool(done.all()):
+            waits |= final.all(1)
+            everyone = bool(waits.all())
+            if start is not None:  # otherwise own weights do not depend on outputs, and there is one root
+                corrected = self._newton(sweep, queries, (a, p), f, change)
+                f = corrected if sweep <= STEADY else torch.where(self.plain[..., None, None], f, corrected)
+                if everyone or sweep > PATIENCE:
+                    # Of weights, whose error the distance from a to v multiplies.
+                    reach = (self.value - a).abs_().amax((2, 3)).clamp_min_(1.0)
+                    tolerance = 0.1 * float(((size * rtol + atol) / reach).min())
+                    f, moved = self._at_their_roots(start, (a, lse, p, f), final, waits, tolerance)
+                    waits &= ~moved
+                    everyone = everyone and not bool(moved.any())
+            if everyone:
                 break
             if sweep == limit:
-                reached = int((final | done[:, None]).long().cumprod(1).sum(1).min())
+                reached = int((final | waits[:, None]).long().cumprod(1).sum(1).min())
                 if reached < asked:
                     break
-                limit, asked = limit + PATIENCE, reached + PATIENCE // 4
-            y = torch.where((done[:, None] | held)[:, None, :, None], y, f)
+                limit, asked = limit + MORE_SWEEPS, reached + MORE_SWEEPS // 4
+            moves = ~(waits[:, None] | held)
+            y = torch.lerp(y, f, moves[..., None, None].to(y.dtype))
         total = torch.logaddexp(lse, own)
-        return Block(y.transpose(1, 2), queries, total, residual, size, sweep, bool(done.all()))
+        return Block(y, queries, total, residual, size, sweep, everyone)
 
     def own_score(self, query: Tensor) -> Tensor:
         """Scores of the own column, `[B, H, n]`, for queries `[B, n, G, d]`."""
         return self._biased((self.key * self.system.per_head(query.transpose(1, 2))).sum(-1))
 
     def attend(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return attention over all columns except a row's own, its log-sum-exp, and the score of the own column."""
+        """Attend to all columns except a row's own.
+
+        Args:
+            query: Queries of the block, `[B, n, G, d]`.
+
+        Returns:
+            Attention `[B, n, H, d]`, its log-sum-exp and the score of the own column, both `[B, H, n]`.
+        """
         own = self.given_own
         if self.n == 1:  # as in decoding: all other columns are before the block
-            return self.before, self.before_lse, self.own_score(query) if own is None else own
+            return self.before.transpose(1, 2), self.before_lse, self.own_score(query) if own is None else own
         scores = self.scores(query)
         if own is None:
             own = self._biased(scores.diagonal(dim1=-2, dim2=-1)).clone()
@@ -217,7 +229,7 @@ class BlockSolver(DiagonalBlock):
         a = torch.bmm(weights.view(len(self.folded_key), -1, self.n), self.folded_value)
         a = a.view(*self.shape, -1).addcmul_(old[..., None], self.before)
         a /= total.clamp_min(torch.finfo(total.dtype).tiny)[..., None]
-        return a, total.log_().add_(peak), own
+        return a.transpose(1, 2).contiguous(), total.log_().add_(peak), own
 
     def own_weight(self, own: Tensor, lse: Tensor) -> Tensor:
         """The weight of the own column, `[B, H, n]`; 0 if the own column is hidden."""
@@ -225,10 +237,58 @@ class BlockSolver(DiagonalBlock):
         return p if self.own_bias is None else p.masked_fill_(torch.isneginf(own), 0.0)
 
     def _start(self) -> Tensor | None:
-        """Scores of the own column at the start y = v, `[B, H, n]`; None if scores of own columns are given."""
-        if self.given_own is not None:
+        """Scores of the own column at the start y = v, `[B, H, n]`; None if they do not depend on outputs."""
+        if self.given_own is not None or not self.system.reads_output:
             return None
-        return self.own_score(self.system.phi(self.own_value.transpose(1, 2), self.rows).query)
+        return self.own_score(self.system.phi(self.value, self.rows).query)
+
+    def _newton(self, sweep: int, queries: Queries, now: tuple[Tensor, Tensor], f: Tensor, change: Tensor) -> Tensor:
+        """Return F(y) with own weights that are corrected by a step of Newton's iteration, from the second sweep on.
+
+        Args:
+            sweep: Number of the sweep.
+            queries: Queries of y.
+            now: Attention over the other columns and the own weights.
+            f: F(y).
+            change: F(y) - y.
+        """
+        a, p = now
+        if sweep == 1:
+            return f
+        if (sweep - 2) % RELINEARIZED == 0:
+            self.step = NewtonStep(self.system, self.rows, queries, self.value - a, p)
+        return _mixed(a, self.value, self.step.weights(p, change))
+
+    def _at_their_roots(
+        self, start: Tensor, now: tuple[Tensor, ...], final: Tensor, waits: Tensor, tolerance: float
+    ) -> tuple[Tensor, Tensor]:
+        """Solve the equations of slow rows; and, if all samples wait, of rows that may be at another root.
+
+        Args:
+            start: Scores of the own column at y = v, `[B, H, n]`.
+            now: Attention over the other columns, its log-sum-exp, the own weight and F(y), of all rows.
+            final: Rows that are final, `[B, n]`.
+            waits: Samples whose rows are all final, `[B]`.
+            tolerance: Of weights.
+
+        Returns:
+            F(y) with these rows' own solutions, and the samples in which a final row moves to another root, `[B]`.
+        """
+        _, lse, p, f = now
+        marked = self.slow & ~waits[:, None]
+        if bool(waits.all()):
+            marked = ((self.own_weight(start, lse) - p).abs_() > FAR).any(1) | self.solved
+        marked &= ~self.given_up
+        if not bool(marked.any()):
+            return f, torch.zeros_like(waits)
+        front = final[:, :-1].long().cumprod(1).bool()
+        next_ones = torch.cat([torch.ones_like(final[:, :1]), front], 1)
+        deep = marked & (next_ones | (self.deep > 0)[:, None])
+        self.deep -= marked.any(1).long()
+        f, jumped = self._solve_own(marked, deep, next_ones, now, tolerance)
+        jumped &= waits[:, None]
+        self.jumps += jumped
+        return f, (jumped & (self.jumps <= MOST_JUMPS)).any(1)
 
     def _solve_own(
         self, marked: Tensor, deep: Tensor, next_ones: Tensor, now: tuple[Tensor, ...], tolerance: float
@@ -262,8 +322,7 @@ class BlockSolver(DiagonalBlock):
             self.roots[samples[solved], positions[solved]] = found.p[solved]
             self.solved[samples[solved], positions[solved]] = True
             samples, positions, root = samples[used], positions[used], found.p[used]
-            rows_a = a.transpose(1, 2)[samples, positions]
-            out.transpose(1, 2)[samples, positions] = torch.lerp(rows_a, value[used], root[..., None])
+            out[samples, positions] = torch.lerp(a[samples, positions], value[used], root[..., None])
             moved = (root - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
             jumped[samples, positions] = moved > SAME_ROOT + 4.0 * noise
         return out, jumped
@@ -286,7 +345,7 @@ class BlockSolver(DiagonalBlock):
         if self.keep is not None:
             keep = self.keep.diagonal(dim1=-2, dim2=-1).transpose(1, 2)[samples, positions]
         key, value, constant = system.row(samples, self.rows.start + positions, keep)
-        made = system.contributions(a.transpose(1, 2)[samples, positions])  # [R, G, H, d]
+        made = system.contributions(a[samples, positions])  # [R, G, H, d]
         base = made.sum(2) if constant is None else made.sum(2) + constant
         query = torch.cat([base[:, :, None], system.contributions(value) - made], 2)  # q(p) = query (1, p)
         score = (system.per_head(query) @ key[..., None])[..., 0]  # [R, H, 1 + H]
@@ -300,6 +359,11 @@ class BlockSolver(DiagonalBlock):
             gram[..., 0, 0] += system.function.query_map.eps
             gram = system.per_head(gram)
         return RowProblem(score[..., 0], score[..., 1:], offset, gram), value
+
+
+def _mixed(a: Tensor, value: Tensor, p: Tensor) -> Tensor:
+    """`a + p (value - a)`, `[B, n, H, d]`, for weights `[B, H, n]`."""
+    return torch.lerp(a, value, p.transpose(1, 2)[..., None])
 
 
 def hand_back(into: dict[str, Tensor], y: Tensor, lse: Tensor, rows: slice, done: list[int]) -> int:

@@ -262,6 +262,22 @@ def states(solve: self_test.Solve) -> dict[str, str]:
     return found
 
 
+def rows_of_block(name: str, system: CausalSystem, block: int) -> int:
+    """Return how many rows a diagonal block has, at most `block`.
+
+    Fewer rows settle in fewer sweeps, of which each starts as many operations. On a CPU those of a large batch are long
+    enough to hide it.
+
+    Args:
+        name: An engine that `chosen` has named.
+        system: The map.
+        block: The most rows.
+    """
+    if name == "torch" and system.key.device.type == "cpu":
+        block = min(block, max(16, 128 // max(1, system.batch)))
+    return min(block, system.length)
+
+
 def sweeper(name: str, system: CausalSystem, block: int) -> tuple[Any, int]:
     """Return the module that sweeps over blocks of many rows, and the rows of the first blocks.
 

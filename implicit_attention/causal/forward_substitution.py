@@ -17,7 +17,7 @@ from implicit_attention.attention.map import AttentionMap
 from implicit_attention.causal import engines, feedback
 from implicit_attention.causal.backward_substitution import At, Backward
 from implicit_attention.causal.diagonal import BlockSolver, Unsettled
-from implicit_attention.causal.diagonal_adjoint import own_jacobian
+from implicit_attention.causal.own_columns import own_jacobian
 from implicit_attention.causal.row_problem import gelfand_radius
 from implicit_attention.causal.system import CausalSystem, halves
 from implicit_attention.equilibrium.solvers import NewtonKrylov, Solution, Solver
@@ -34,8 +34,8 @@ class ForwardSubstitution(DirectSolver):
     """The exact solver of causal maps, for any weights: about one attention pass plus the diagonal blocks.
 
     Attributes:
-        block: Rows of a diagonal block. A block that does not settle is halved, down to single rows. Compiled kernels
-            take wider blocks.
+        block: Most rows of a diagonal block in torch. On a CPU a large batch gets smaller ones, down to 16 rows. A
+            block that does not settle is halved, down to single rows. Compiled kernels take wider blocks.
         kernel: What computes the diagonal blocks. "auto" takes the C++ kernels on a CPU, Triton's on a CUDA device
             where they pass a self-test, and torch elsewhere. "cpp" is the C++ kernels, part of the package. "triton"
             (the extra `gpu`) is for CUDA devices, without dropout. "torch" serves everywhere, several times slower.
@@ -250,8 +250,8 @@ class _Forward:
             self.y = new(*shape, system.heads, system.dim, dtype=system.wide)
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
         engine = engines.engine(kernel)
-        self.block = min(solver.block, system.length)
-        sweeps, self.widest = engines.sweeper(kernel, system, solver.block)
+        self.block = engines.rows_of_block(kernel, system, solver.block)
+        sweeps, self.widest = engines.sweeper(kernel, system, self.block)
         self.compiled: engines.ForwardKernel | None = None
         into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
         if engine is not None:
@@ -321,7 +321,7 @@ class _Forward:
         n = rows.stop - rows.start
         if n == 0:
             return
-        before, lse = self.y[:, rows].transpose(1, 2), self.lse[:, :, rows]
+        before, lse = self.y[:, rows], self.lse[:, :, rows]
         found = BlockSolver(self.system, rows, before, lse).settle(self.rtol, self.atol)
         if not found.settled and n > 1:
             compiled, self.compiled = self.compiled, None  # a hard block stays in torch

@@ -7,7 +7,7 @@ equations are coupled.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -87,9 +87,11 @@ class RowProblem:
         return RowProblem(self.alpha[index], self.beta[index], self.offset[index], gram)
 
     def double(self) -> "RowProblem":
-        """Return the problems in float64."""
-        gram = None if self.gram is None else self.gram.double()
-        return RowProblem(self.alpha.double(), self.beta.double(), self.offset.double(), gram)
+        """Return the problems in float64; on the CPU if their device has none (MPS, some XPU)."""
+        parts = [self.alpha, self.beta, self.offset] + ([] if self.gram is None else [self.gram])
+        if not _has_float64(self.alpha.device):
+            parts = [part.cpu() for part in parts]
+        return RowProblem(*(part.double() for part in parts))
 
     @cached_property
     def _constant(self) -> Tensor:
@@ -102,6 +104,15 @@ class RowProblem:
         half = torch.bmm(self.gram.flatten(1, 2), one_p[..., None]).view(self.gram.shape[:-1])
         inverse = (half * one_p[:, None]).sum(-1).rsqrt()
         return _affine(self.alpha, self.beta, p) * inverse, inverse, half
+
+
+@cache
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).add_(1.0)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def _affine(constant: Tensor, matrix: Tensor, p: Tensor) -> Tensor:

@@ -116,11 +116,12 @@ def _finish(found: _Found, problem: RowProblem, tolerance: float) -> _Found:
     curves: list[_Method] = [partial(_curve, pace=BRISK), partial(_curve, pace=CAREFUL)]
     plain: list[_Method] = [_iterate]
     for rows, methods in ((worth, curves), (~worth, plain)):
-        some = rows.nonzero()[:, 0]
+        some = rows.nonzero()[:, 0].to(done.device)
         if len(some):
             done[some] = _improve((done[some], rest[some]), hard.rows(some), aim, methods)[0]
-    p[left] = done.to(p.dtype)
-    residual[left] = _size(hard.target(p[left].double()) - p[left]).to(p.dtype)
+    rounded = done.to(p.dtype)  # `hard` may be on another device than p
+    p[left] = rounded.to(p.device)
+    residual[left] = _size(hard.target(rounded.double()) - rounded).to(p)
     return p, residual
 
 
@@ -256,4 +257,4 @@ def _largest_root(problem: RowProblem, tolerance: float) -> _Found:
         trusted = (step >= low) & (step <= high) & (size <= 0.5 * before)  # otherwise halve the bracket
         p, before = torch.where(going, torch.where(trusted, step, 0.5 * (low + high)), p), size
     root = p[:, None].to(problem.alpha.dtype)
-    return root, _size(wide.target(root.double()) - root).to(root.dtype)
+    return root.to(problem.alpha.device), _size(wide.target(root.double()) - root).to(problem.alpha)

@@ -8,8 +8,8 @@ from torch import Tensor
 from implicit_attention.attention.gain import gain, hidden_columns
 from implicit_attention.attention.map import AttentionMap
 from implicit_attention.attention.operation import log_sum_exp
-from implicit_attention.causal.diagonal_adjoint import own_jacobian
 from implicit_attention.causal.forward_substitution import radius
+from implicit_attention.causal.own_columns import own_jacobian
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.equation import Equation
 from implicit_attention.equation.packing import PackedMap

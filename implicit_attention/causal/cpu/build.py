@@ -1,4 +1,7 @@
-"""Compiles the library of kernels: `python build.py [FOLDER] [--sanitize]`. It needs a C++17 compiler, not torch."""
+"""Compiles the library of kernels: `python build.py [FOLDER] [--sanitize[=SET]]`. It needs a C++17 compiler, not torch.
+
+SET is one of `CAPABILITIES`, or "native": this processor's.
+"""
 
 import os
 import platform
@@ -16,10 +19,10 @@ FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra",
     "-fno-math-errno", "-fno-trapping-math",  # neither changes what NaN and Inf mean
 )  # fmt: skip
-# Watched by sanitizers: one set of instructions, with vectors as wide as this processor's, compiled in less time.
+# Watched by sanitizers: one set of instructions, compiled in less time.
 SANITIZERS = (
     "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1",
-    "-march=native", "-DONE_CAPABILITY",
+    "-DONE_CAPABILITY",
 )  # fmt: skip
 CAPABILITIES: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -36,14 +39,14 @@ def find_compiler(compiler: str | None = None) -> str | None:
     return next((found for name in wanted if name and (found := shutil.which(name))), None)
 
 
-def compile_library(out_dir: Path, compiler: str | None = None, *, sanitize: bool = False) -> Path | None:
+def compile_library(out_dir: Path, compiler: str | None = None, *, sanitize: str | None = None) -> Path | None:
     """Compile the kernels, once for each instruction set, and link them into one library.
 
     Args:
         out_dir: Where the library goes.
         compiler: Name or path; `find_compiler` chooses if None.
-        sanitize: Whether AddressSanitizer and UBSan watch, over one set of instructions; the process that loads the
-            library must have their runtime.
+        sanitize: The one set of instructions over which AddressSanitizer and UBSan watch; the process that loads the
+            library must have their runtime. None for all sets, unwatched.
 
     Returns:
         The library; None without a compiler, after a line that says so.
@@ -58,7 +61,10 @@ def compile_library(out_dir: Path, compiler: str | None = None, *, sanitize: boo
             f"implicit-attention: no C++ compiler ({names}) on the PATH; the CPU kernels are left out.", file=sys.stderr
         )
         return None
-    extra, capabilities = (SANITIZERS, {"baseline": ()}) if sanitize else ((), CAPABILITIES)
+    extra: tuple[str, ...] = ()
+    capabilities = CAPABILITIES
+    if sanitize is not None:
+        extra, capabilities = SANITIZERS, {"baseline": (CAPABILITIES | {"native": ("-march=native",)})[sanitize]}
     units: dict[str, tuple[str, tuple[str, ...]]] = {  # source and flags, by name of the object
         f"kernels_{name}": ("kernels.cpp", (*flags, f"-DCAPABILITY={name}")) for name, flags in capabilities.items()
     }
@@ -89,4 +95,5 @@ def _run(*command: str) -> None:
 
 if __name__ == "__main__":
     folders = [Path(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
-    print(compile_library(folders[0] if folders else Path(__file__).parent, sanitize="--sanitize" in sys.argv))
+    sets = [argument.partition("=")[2] or "native" for argument in sys.argv[1:] if argument.startswith("--sanitize")]
+    print(compile_library(folders[0] if folders else Path(__file__).parent, sanitize=sets[0] if sets else None))

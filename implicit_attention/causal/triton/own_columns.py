@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, near_singular, own_jacobian
+from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, near_singular
+from implicit_attention.causal.own_columns import own_jacobian
 from implicit_attention.causal.system import Queries
 from implicit_attention.causal.triton.call import AT_ONCE
 from implicit_attention.causal.triton.kernels import sweep_adjoint

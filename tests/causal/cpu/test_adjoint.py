@@ -13,8 +13,8 @@ from implicit_attention.causal.diagonal_adjoint import (
     NEAR_SINGULAR,
     BlockAdjointSolver,
     near_singular,
-    own_jacobian,
 )
+from implicit_attention.causal.own_columns import own_jacobian
 from implicit_attention.causal.system import CausalSystem
 from tests.bridge import array, close, make_layer, oracle_gradients, problem_of
 
@@ -76,7 +76,8 @@ class Block:
         wide.function, wide.y = self.function, self.y.double()
         wide.args = tuple(a.double() if a.is_floating_point() else a for a in self.args)
         solver, lam = wide.at().block(slice(0, self.n)), lam.double()
-        again = solver._pulled(self.grad.double(), self.later.double(), solver._slope(lam), False)
+        d_query = solver._d_query(solver._slope(lam, solver.weights))
+        again = solver._pulled(self.grad.double(), self.later.double() + d_query)
         return (again - lam).abs().amax((1, 2, 3))
 
     def gains(self):

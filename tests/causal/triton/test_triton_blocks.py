@@ -14,8 +14,9 @@ from implicit_attention.causal import engines, self_test
 from implicit_attention.causal import forward_substitution as substitution
 from implicit_attention.causal.backward_substitution import At
 from implicit_attention.causal.diagonal import BlockSolver
-from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjointSolver, own_jacobian
+from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjointSolver
 from implicit_attention.causal.forward_substitution import solved_with
+from implicit_attention.causal.own_columns import own_jacobian
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.causal.triton.engine import AdjointKernel, ForwardKernel
 

@@ -24,7 +24,7 @@ class ConvergenceError(RuntimeError):
 
 
 class NonFiniteError(ValueError):
-    """The map returned NaN or Inf at the first iterate. The cause is in its inputs or parameters, not in the solver."""
+    """A map or a layer gave NaN or Inf. The cause is in its inputs or parameters, not in the solver."""
 
 
 def describe(value: object) -> str:

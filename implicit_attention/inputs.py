@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from implicit_attention.cache import Cache, DecodeCache, Past
-from implicit_attention.errors import Came, bad_type, bad_value, first_non_finite
+from implicit_attention.errors import Came, NonFiniteError, bad_type, bad_value, first_non_finite
 from implicit_attention.settings import Settings
 
 
@@ -320,7 +320,7 @@ SCORES_OVERFLOW = (
 )
 
 
-def non_finite(named: dict[str, Tensor | None], otherwise: str = SCORES_OVERFLOW) -> ValueError:
+def non_finite(named: dict[str, Tensor | None], otherwise: str = SCORES_OVERFLOW) -> NonFiniteError:
     """Return the error for an output that is not finite, naming the input or parameter to blame.
 
     Args:
@@ -329,5 +329,5 @@ def non_finite(named: dict[str, Tensor | None], otherwise: str = SCORES_OVERFLOW
     """
     found = first_non_finite(named)
     if found is None:
-        return ValueError(otherwise)
-    return ValueError(f"{found}: an equilibrium cannot be solved from it. Check what made it.")
+        return NonFiniteError(otherwise)
+    return NonFiniteError(f"{found}: an equilibrium cannot be solved from it. Check what made it.")

@@ -15,7 +15,7 @@ from implicit_attention import (
     RelativeBias,
     Rotary,
 )
-from implicit_attention.errors import all_finite
+from implicit_attention.errors import NonFiniteError, all_finite
 
 D, H, B, N = 4, 2, 2, 3
 NAN, INF = float("nan"), float("inf")
@@ -250,7 +250,7 @@ def test_weights_that_are_not_finite(name, bad):
         parameter[128 if name == "positions.table" else 0] = bad  # the table's entry for i = j
     late = torch.zeros(N, N).masked_fill(torch.ones(N, N).triu(1) > 0, -INF)  # whose -Inf are not to blame
     for masks in ({}, {"attn_mask": late}):
-        with refused(ValueError, name, "holds 1 NaN or Inf"):
+        with refused(NonFiniteError, name, "holds 1 NaN or Inf"):
             made(x(), **masks)
 
 
@@ -259,7 +259,7 @@ def test_seed_weights_that_are_not_finite(name):
     made = ImplicitQueryAttentionLinearV(D)
     with torch.no_grad():
         made.get_parameter(name)[0, 0] = NAN
-    with refused(ValueError, name, "holds 1 NaN or Inf"):
+    with refused(NonFiniteError, name, "holds 1 NaN or Inf"):
         made(x())
 
 
@@ -267,7 +267,7 @@ def test_out_proj_that_is_not_finite():
     made = layer(out_proj=True)
     with torch.no_grad():
         made.out_proj.weight[0, 0] = NAN
-    with refused(ValueError, "out_proj.weight", "holds 1 NaN or Inf"):
+    with refused(NonFiniteError, "out_proj.weight", "holds 1 NaN or Inf"):
         made(x())
 
 
@@ -278,7 +278,7 @@ def test_infinite_scores_do_not_pass_for_hidden_ones():
         made.W_K.weight.fill_(INF)
         made.Omega_Q.weight.fill_(-1.0)
         made.Omega_V.weight.fill_(1.0)
-    with refused(ValueError, "W_K.weight", "NaN or Inf"):
+    with refused(NonFiniteError, "W_K.weight", "NaN or Inf"):
         made(torch.ones(1, 2, 1))
 
 

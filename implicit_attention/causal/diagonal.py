@@ -20,7 +20,7 @@ from implicit_attention.errors import NonFiniteError
 # a row may settle at a root that iteration from y = v does not reach. Several roots need a slope p (1 - p) beta > 1.
 FAR = 0.25
 # Sweeps until the block is halved. Larger: hard blocks lose more work. Smaller: blocks that would settle are halved.
-MOST_SWEEPS = 24
+MOST_SWEEPS = 32
 # Sweeps that are added then, as long as a quarter as many rows become final in them.
 MORE_SWEEPS = 8
 # Sweeps that share a linearisation of the own weights. More: cheaper sweeps, and more of them.
@@ -30,7 +30,7 @@ PATIENCE = 12
 # Sweeps before a residual as small as rounding, which no longer falls, counts as final.
 STEADY = 16
 # Sweeps without Newton's step before that: it amplifies rounding where a row is close to a fold.
-PLAIN = 24
+PLAIN = 14
 # Ratio of residuals between two sweeps that counts as slow: at 0.7 a digit takes 6.5 sweeps.
 SLOW = 0.7
 # Sweeps that solve all hard row equations by the curve. Later ones do so only for rows whose earlier rows are final.
@@ -172,7 +172,7 @@ class BlockSolver(DiagonalBlock):
                 # After n exact sweeps all rows would be final: rows that are not by then need their equations.
                 self.slow |= (sweeps > PATIENCE) & ~final & ~(falls & (sweeps <= self.n))
                 rounded = residual <= self._noise(queries.query, size)
-                self.plain |= (sweeps > STEADY) & rounded
+                self.plain |= (sweeps > STEADY) & ~falls & rounded
                 final |= (sweeps > STEADY + PLAIN) & ~falls & rounded
             before = residual
             waits |= final.all(1)

@@ -271,9 +271,7 @@ def _explained(settings: Settings) -> Iterator[None]:
         if str(fault).startswith("step "):
             raise RunError(f"{fault}. {_last_good(settings)}") from None
         raise
-    except ValueError as error:
-        if not isinstance(error.__cause__, NonFiniteError):
-            raise
+    except NonFiniteError as error:
         raise RunError(f"the weights are no longer finite: {reason(error)} {_last_good(settings)}") from None
     except OSError as error:
         raise unwritable("--out", settings.directory, error) from None

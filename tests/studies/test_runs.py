@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from implicit_attention import ImplicitQueryAttention
 from studies import ARMS, build, campaign, perform, pool, records, tables
+from studies.blocks import SequenceModel
 from studies.run import JUDGED_SEED, parameter_groups, rate_factor
 from studies.suite import chosen
 from studies.table import RATE_SEED
@@ -191,3 +193,21 @@ def test_every_row_of_every_table_runs(found, row):
     record = perform(found.run(row, 0, found.training.rates[0]))
     assert record["end"] == "steps"
     assert record["score"] is not None
+
+
+def test_weights_that_overflow_in_a_layer_are_recorded_as_diverged(monkeypatch):
+    """Without the norm, values that read outputs may grow beyond all bounds."""
+    run = table("feedback-plain").run("feedback-plain", 0, 1e-2)
+    monkeypatch.setattr("studies.run.judge", lambda *_: pytest.fail("a run that diverged is judged"))
+    steps = []
+
+    def grow(model, inputs):
+        steps.append(inputs)
+        (layer,) = (m for m in model.modules() if isinstance(m, ImplicitQueryAttention))
+        layer.Psi_V.weight.data.fill_(1e30)
+        return solve(model, inputs)
+
+    solve = SequenceModel.solve
+    monkeypatch.setattr(SequenceModel, "solve", grow)
+    record = perform(run)
+    assert (record["end"], record["score"], len(steps)) == ("diverged", None, 1)

@@ -6,7 +6,7 @@ before its norm, so the query map is applied to a and v alone, and the iteration
 works on H numbers. From p = 1, the start `y = v`, it is Picard's; where each of its steps is at most half as long as
 the one before, its limit is the root that `rows.solve_rows` returns. Any other token is left to the solver.
 
-With `kernel="triton"` all that is no product of matrices and no attention is three launches (`kernels/triton/token`),
+With `kernel="triton"` all that is no product of matrices and no attention is three launches (`causal/triton/token`),
 and the device is looked at once a step.
 """
 
@@ -242,7 +242,8 @@ def _explicit(layer: Layer, projected: Projected, value: Tensor, past: Past, rot
     query = _in(_phi(layer, projected, start.reshape(batch, -1)), wide).view(-1, dim, 1)
     # A group's heads are rows of one product.
     less, rows = lse.reshape(a.shape[0], -1, 1), _in(key, wide).reshape(by_group)
-    own = torch.baddbmm(less, rows, query, beta=-1, alpha=layer.settings.scale)
+    with torch.autocast(a.device.type, enabled=False):  # scores and their sums stay as wide as they are
+        own = torch.baddbmm(less, rows, query, beta=-1, alpha=layer.settings.scale)
     y = torch.addcmul(a, own.sigmoid_(), start - a).view(batch, -1)
     if not all_finite(y):
         return None

@@ -240,14 +240,14 @@ def settle(
 
 
 def _settle(layer: SolvedLayer, report: FailureReport, inputs: Inputs, history: bool, short: bool) -> Found:
+    if inputs.start is not None and isinstance(layer.solver, ForwardSubstitution):
+        raise bad_value("start", "None with ForwardSubstitution, which solves row by row", inputs.start,
+                        "Leave it out, or give the layer an iterative solver such as Anderson().")  # fmt: skip
     projected = project(layer, inputs) if short and serves(layer, inputs) else None
     decoded = None if projected is None else decode(layer, inputs, projected)
     if decoded is not None:
         report.keep(decoded.solution)
         return Found(replace(decoded.solution, unique=layer.settings.unique), None, decoded)
-    if inputs.start is not None and isinstance(layer.solver, ForwardSubstitution):
-        raise bad_value("start", "None with ForwardSubstitution, which solves row by row", inputs.start,
-                        "Leave it out, or give the layer an iterative solver such as Anderson().")  # fmt: skip
     equation = prepare(layer, inputs, projected)
     if not torch.compiler.is_compiling():
         report.advice = "" if layer.settings.is_causal or layer.settings.unique else _MAY_NOT_CONTRACT

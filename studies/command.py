@@ -66,7 +66,7 @@ def evaluate(
     """Train small models that differ only in their attention, and compare what they learn.
 
     [bold]implicit-attention eval recall-64 --arm ordinary --arm implicit --seeds 0-4[/bold] compares two arms on
-    looking up 4 pairs in 64 tokens. Each arm's learning rate is chosen first, on a separate seed.
+    looking up 4 pairs in 64 tokens. Each arm's learning rate is the best of several; the page says how it is chosen.
 
     Every run writes a JSON record, OUT/TABLE/ARM/seed-N.json: settings, versions, parameters, FLOPs, seconds, solver
     statistics and the whole curve. Finished runs are not repeated, so the same command continues one that was stopped.

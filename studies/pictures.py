@@ -32,6 +32,13 @@ STYLES = {
     "feedback-plain": ("#009E73", ":"),
     "feedback-alone": ("#CC79A7", "--"),
     "bounded": ("#56B4E9", "-"),
+    "strict-one": ("#56B4E9", ":"),
+    "strict-half": ("#56B4E9", "-."),
+    "feedback-one": ("#009E73", "-."),
+    "feedback-half": ("#CC79A7", "-."),
+    "feedback-none": ("#CC79A7", ":"),
+    "feedback-alibi": ("#0072B2", "--"),
+    "feedback-rope": ("#0072B2", ":"),
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -73,12 +80,10 @@ def table(shown: Table, rows: Rows) -> "Figure":
 
 
 def _styles(rows: Rows) -> dict[str, dict[str, Any]]:
-    known = all(name in STYLES for name in rows)
-    colours = cycle(COLOURS)
-    return {
-        name: {"color": STYLES[name][0], "linestyle": STYLES[name][1]} if known else {"color": next(colours)}
-        for name in rows
-    }
+    known = any(name in STYLES for name in rows)  # rows of arms; others are values of an option
+    others = ((colour, line) for line in cycle(("-", "--", ":")) for colour in COLOURS)
+    found = {name: STYLES[name] if known and name in STYLES else next(others) for name in rows}
+    return {name: {"color": colour, "linestyle": line} for name, (colour, line) in found.items()}
 
 
 def _scores(axes: "Axes", shown: Table, rows: Rows, styles: Mapping[str, dict[str, Any]]) -> None:

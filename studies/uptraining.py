@@ -65,7 +65,7 @@ def uptrain(
     map_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
     windows: Annotated[int, typer.Option(min=1, help="Held-out sequences to measure on.")] = 128,
     data: Annotated[str, typer.Option(help="As in implicit-attention train.")] = "default",
-    probe: Annotated[bool, typer.Option(help="Also measure recall in context before and after.")] = True,
+    probe: Annotated[bool, typer.Option(help="Also measure recall in context after it.")] = True,
 ) -> None:
     """Compare implicit layers with low-rank changes of as many weights, from the same trained model."""
     with one_line("uptraining"):
@@ -74,17 +74,25 @@ def uptrain(
             "map_rate": map_rate, "data": data, "warmup": max(1, steps // 10), "eval_every": max(1, steps // 4),
             "save_every": steps, "keep": 1, "device": "cpu", "eval_windows": windows, "final_windows": windows,
         }  # fmt: skip
-        numbers = [int(seed) for seed in seeds.split(",")]
+        numbers = _integers("--seeds", seeds)
         count = _layers(model.format(seed=numbers[0]))
-        known = arms(count, [int(layer) for layer in few.split(",")])
+        known = arms(count, _integers("--few", few))
         wanted = arm or list(known)
         for name in wanted:
             if name not in known:
                 raise RunError(f"--arm: must be one of {', '.join(known)}, but is {name}")
         for seed in numbers:
             for name in wanted:
-                _finish(out, name, {**settings, **known[name], "source": model.format(seed=seed), "seed": seed}, probe)
+                chosen = {**settings, **known[name], "source": model.format(seed=seed), "seed": seed}
+                _finish(out, name, chosen, probe)
         report(out)
+
+
+def _integers(flag: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RunError(f"{flag}: must be integers such as 0,1,2, but is {text}") from None
 
 
 def _layers(model: str) -> int:
@@ -97,8 +105,12 @@ def _finish(out: Path, arm: str, settings: dict[str, Any], probe: bool) -> None:
     """Make a run unless its record is there."""
     file = out / arm / f"seed-{settings['seed']}.json"
     if file.exists():
-        if records.read(file)["settings"] != json.loads(json.dumps(settings)):
-            raise RunError(f"--out: {file} is of a run with other settings: remove it, or choose another directory")
+        record = records.read(file)
+        if record["settings"] != json.loads(json.dumps(settings)) or (probe and record["recall"] is None):
+            raise RunError(
+                f"--out: {file} is of a run with other settings or without the probe: remove it, or choose another "
+                "directory"
+            )
         return
     print(f"{arm}, seed {settings['seed']}", file=sys.stderr)
     records.write(file, _record(out / arm / f"run-{settings['seed']}", settings, probe))
@@ -110,7 +122,9 @@ def _record(directory: Path, settings: dict[str, Any], probe: bool) -> dict[str,
     from studies.recall_probe import measure
 
     shutil.rmtree(directory, ignore_errors=True)  # of a run that was stopped
-    flags = {name: value for name, value in settings.items() if name != "like"} | {"out": str(directory)}
+    idle = {"like", "learning_rate" if settings.get("train", "query-map") == "query-map" else ""}
+    idle |= {"map_rate"} if settings.get("layers") == "none" else set()
+    flags = {name: value for name, value in settings.items() if name not in idle} | {"out": str(directory)}
     if "like" in settings:
         flags["lora_weights"] = settings["like"] * uptraining.query_map_weights(read_config(settings["source"]))
     plan = run.plan(flags, {}, resume=False)

@@ -140,3 +140,18 @@ def test_an_unrolled_solve_has_forward_mode_derivatives():
     layer = ImplicitQueryAttention(8, 2, query_input=True, adjoint=Unrolled(), dtype=torch.float64)
     x = torch.randn(1, 3, 8, dtype=torch.float64)
     torch.testing.assert_close(torch.func.jacfwd(layer)(x), torch.func.jacrev(layer)(x))
+
+
+def test_forward_mode_of_an_unrolled_layer_with_norms():
+    """What the refusal of forward mode recommends has to work, with everything that the layer norms."""
+    torch.manual_seed(0)
+    layer = ImplicitQueryAttention(
+        8, 2, is_causal=True, self_query="input", qk_norm=True, adjoint=Unrolled(), dtype=torch.float64
+    )
+    x, direction = torch.randn(2, 1, 5, 8, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+    step = 1e-6 * direction
+    expected = (layer(x + step) - layer(x - step)) / 2e-6
+    torch.testing.assert_close(tangent, expected.detach(), atol=1e-6, rtol=1e-6)

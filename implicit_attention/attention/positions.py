@@ -95,15 +95,17 @@ def rotate(t: Tensor, rotation: Tensor) -> Tensor:
 
 def rotate_few(t: Tensor, rotation: Tensor) -> Tensor:
     """Do what `rotate` does in fewer operations, without gradients: for a decode step, which is made of small ones."""
-    cos, signed_sin = _by_halves(rotation)
+    # In place its angles may change; inference tensors do not count that.
+    found = _by_halves.__wrapped__(rotation, 0) if rotation.is_inference() else _by_halves(rotation, rotation._version)
+    cos, signed_sin = found
     halves = t.view(*t.shape[:-1], 2, -1)
     turned = torch.addcmul(halves * cos, halves.flip(-2), signed_sin).view(t.shape)
     return turned if turned.dtype is t.dtype else turned.to(t.dtype)
 
 
 @lru_cache(maxsize=4)
-def _by_halves(rotation: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines `[..., 1, d / 2]`, and `-sin` and `sin`, `[..., 2, d / 2]`: the layers of a model share a rotation."""
+def _by_halves(rotation: Tensor, version: int) -> tuple[Tensor, Tensor]:
+    """Cosines `[..., 1, d / 2]`, and `-sin` and `sin`, `[..., 2, d / 2]`, kept for layers that share a rotation."""
     cos, sin = rotation.unbind(0)
     return cos[..., None, :], torch.stack([-sin, sin], -2)
 

@@ -27,9 +27,10 @@ MORE_SWEEPS = 8
 RELINEARIZED = 3
 # Sweeps before slow rows are solved exactly. Most blocks settle in fewer, and a sweep is cheaper than row equations.
 PATIENCE = 12
-# Sweeps before a residual as small as rounding, which no longer falls, counts as final.
+# Sweeps after which a row whose residual is as small as rounding, and no longer falls, goes on without Newton's step:
+# that amplifies rounding where a row is close to a fold.
 STEADY = 16
-# Sweeps without Newton's step before that: it amplifies rounding where a row is close to a fold.
+# Such sweeps before the row counts as final. Below MOST_SWEEPS together, so that no block is halved for it.
 PLAIN = 14
 # Ratio of residuals between two sweeps that counts as slow: at 0.7 a digit takes 6.5 sweeps.
 SLOW = 0.7
@@ -120,6 +121,7 @@ class BlockSolver(DiagonalBlock):
         self.value = self.own_value.transpose(1, 2).contiguous()  # [B, n, H, d]
         samples, device = (system.batch,), self.key.device
         self.given_up = torch.zeros(*samples, self.n, dtype=torch.bool, device=device)
+        self.step: NewtonStep | None = None
         self.slow = torch.zeros_like(self.given_up)
         self.plain = torch.zeros_like(self.given_up)  # rows that rounding keeps from their tolerance
         self.solved = torch.zeros_like(self.given_up)  # rows whose row equation was solved in some sweep
@@ -255,7 +257,7 @@ class BlockSolver(DiagonalBlock):
         a, p = now
         if sweep == 1:
             return f
-        if (sweep - 2) % RELINEARIZED == 0:
+        if self.step is None or (sweep - 2) % RELINEARIZED == 0:
             self.step = NewtonStep(self.system, self.rows, queries, self.value - a, p)
         return _mixed(a, self.value, self.step.weights(p, change))
 

@@ -21,8 +21,9 @@ def own_slopes(system: CausalSystem, rows: slice, queries: Queries) -> Tensor:
     key = system.key[:, :, rows].to(system.wide).transpose(1, 2) * system.spec.scale  # [B, n, H, d]
     shared = system.heads // system.groups
     if shared > 1:
-        of_heads = [None if t is None else t.repeat_interleave(shared, 2) for t in queries]
-        queries = Queries(queries.query.repeat_interleave(shared, 2), *of_heads[1:])
+        query, *others = (None if t is None else t.repeat_interleave(shared, 2) for t in queries)
+        assert query is not None
+        queries = Queries(query, *others)
     made = system.before_map(key, queries, rows)  # [B, n, H d]
     if system.weight is None:  # one head, whose key has absorbed Omega_Q
         return made.view(1, *key.shape)
@@ -77,7 +78,8 @@ class NewtonStep:
         self.share = (p * (1.0 - p)).transpose(1, 2)[..., None]  # [B, n, H, 1]
         matrix = self.share * (slopes * along).sum(-1).movedim(0, 2)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        self.inverse = torch.linalg.inv_ex(eye - matrix)[0]  # [B, n, H, H]
+        inverse, singular = torch.linalg.inv_ex(eye - matrix)  # [B, n, H, H]
+        self.inverse = inverse.masked_fill(singular.bool()[..., None, None], 0.0)  # no step where there is none
         self.slopes = slopes.flatten(-2)
 
     def weights(self, p: Tensor, change: Tensor) -> Tensor:

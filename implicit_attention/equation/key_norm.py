@@ -33,7 +33,8 @@ def normed_by_head(key: Tensor, temperature: Tensor) -> Tensor:
 
 def plain_operations() -> bool:
     """Return whether compilers or transforms want plain operations, or nobody wants a gradient."""
-    return not torch.is_grad_enabled() or torch.compiler.is_compiling() or maps.transforms_active()
+    plain = not torch.is_grad_enabled() or torch.compiler.is_compiling() or maps.transforms_active()
+    return plain or torch.autograd.forward_ad._current_level >= 0  # a function of our own has no forward mode
 
 
 def _normed(key: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:

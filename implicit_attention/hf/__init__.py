@@ -7,7 +7,7 @@ except ImportError as error:
         "implicit_attention.hf needs transformers, which is not installed: pip install 'implicit-attention[hf]'."
     ) from error
 
-from transformers.models.auto import modeling_auto as known
+from transformers.models.auto import modeling_auto as _known
 
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.conversion import ConversionError, convert
@@ -22,14 +22,14 @@ from implicit_attention.hf.outputs import SolverStats
 
 transformers.AutoConfig.register(ImplicitAttentionConfig.model_type, ImplicitAttentionConfig, exist_ok=True)
 for _auto, _names, _model in (
-    (transformers.AutoModel, known.MODEL_MAPPING_NAMES, ImplicitAttentionModel),
-    (transformers.AutoModelForCausalLM, known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ImplicitAttentionForCausalLM),
-    (transformers.AutoModelForMaskedLM, known.MODEL_FOR_MASKED_LM_MAPPING_NAMES, ImplicitAttentionForMaskedLM),
-    (transformers.AutoModelForSequenceClassification, known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    (transformers.AutoModel, _known.MODEL_MAPPING_NAMES, ImplicitAttentionModel),
+    (transformers.AutoModelForCausalLM, _known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ImplicitAttentionForCausalLM),
+    (transformers.AutoModelForMaskedLM, _known.MODEL_FOR_MASKED_LM_MAPPING_NAMES, ImplicitAttentionForMaskedLM),
+    (transformers.AutoModelForSequenceClassification, _known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
      ImplicitAttentionForSequenceClassification),
-    (transformers.AutoModelForTokenClassification, known.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    (transformers.AutoModelForTokenClassification, _known.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
      ImplicitAttentionForTokenClassification),
-    (transformers.AutoModelForQuestionAnswering, known.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    (transformers.AutoModelForQuestionAnswering, _known.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
      ImplicitAttentionForQuestionAnswering),
 ):  # fmt: skip
     _auto.register(ImplicitAttentionConfig, _model, exist_ok=True)

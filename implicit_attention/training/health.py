@@ -16,9 +16,11 @@ class Health:
     """The statistics of the forward passes since `figures` was last called.
 
     Attributes:
+        rate_flag: The flag of the learning rate, for advice.
         warned: How often each thing was wrong so far. It is reported the 1st, 10th, 100th ... time.
     """
 
+    rate_flag: str = "--learning-rate"
     warned: dict[str, int] = field(default_factory=dict)
     _worst: dict[str, Tensor] = field(default_factory=dict)
 
@@ -63,14 +65,14 @@ class Health:
             found["unconverged"] = (
                 f"step {step}: up to {figures['unconverged']:.2%} of a layer's rows missed the solver's tolerance "
                 f"(largest residual {figures['residual']:.1e}), so their gradients are not exact. If this continues, "
-                "lower --learning-rate, raise --weight-decay, or train with --self-query input, which always has a "
+                f"lower {self.rate_flag}, raise --weight-decay, or train with --self-query input, which always has a "
                 "solution."
             )
         gain = figures.get("gain", 0)
         if not gain < NEAR_ONE:
             found["gain"] = (
                 f"step {step}: the largest gain of a row's equation is {gain:.3f}. At 1 the equilibrium has no "
-                "gradient; near 1 gradients are large and noisy. If the loss becomes unstable, lower --learning-rate "
+                f"gradient; near 1 gradients are large and noisy. If the loss becomes unstable, lower {self.rate_flag} "
                 "or --clip, or train with --self-query input, where every gain is 0."
             )
         said = []

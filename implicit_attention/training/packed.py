@@ -21,7 +21,7 @@ class Packed:
     Attributes:
         ids: `[n]`, int32.
         starts: Where each document begins, `[documents]`, int64, increasing from 0.
-        bytes_per_token: Mean over the text.
+        bytes_per_token: Mean over the tokens that are predicted.
     """
 
     ids: Tensor
@@ -78,17 +78,30 @@ def pack(text: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> t
 
 def _packed(text: Tensor | FilePart, sizes: list[int], tokenizer: PreTrainedTokenizerBase) -> Packed:
     found: list[Tensor] = []
+    kept: list[int] = []  # bytes of the documents that have tokens
     documents = list(_documents(text, sizes))
     for first in range(0, len(documents), _TOGETHER):
         read = tokenizer(documents[first : first + _TOGETHER], verbose=False)["input_ids"]
         found += [torch.tensor(ids, dtype=torch.int32) for ids in read if ids]
+        kept += [size for ids, size in zip(read, sizes[first : first + _TOGETHER], strict=True) if ids]
     lengths = torch.tensor([0, *map(len, found)])
     ids = torch.cat(found) if found else torch.empty(0, dtype=torch.int32)
-    return Packed(ids, lengths.cumsum(0)[:-1], sum(sizes) / max(1, len(ids)))
+    return Packed(ids, lengths.cumsum(0)[:-1], _bytes_per_token(found, kept, tokenizer.bos_token_id))
+
+
+def _bytes_per_token(documents: list[Tensor], sizes: list[int], begin: int | None) -> float:
+    """Bytes of a token that is predicted: of all but the first in a document, which has none if it is `begin`."""
+    predicted = sum(max(0, len(ids) - 1) for ids in documents)
+    covered = sum(
+        size if int(ids[0]) == begin else size * (len(ids) - 1) / len(ids)
+        for ids, size in zip(documents, sizes, strict=True)
+        if len(ids) > 1
+    )
+    return covered / predicted if predicted else 1.0
 
 
 def _documents(text: Tensor | FilePart, sizes: list[int]) -> Iterator[str]:
     first = 0
     for size in sizes:
-        yield bytes(text[first : first + size].tolist()).decode("utf-8", errors="replace")
+        yield text[first : first + size].numpy().tobytes().decode("utf-8", errors="replace")
         first += size

@@ -76,6 +76,26 @@ def check_kind(said: Mapping[str, Any], source: str | None) -> None:
             raise RunError(f"{name}: {end}: leave it out.")
 
 
+def check_effect(said: Mapping[str, Any], settings: Settings) -> None:
+    """Refuse settings that have no effect on what is trained of a model that is trained already.
+
+    Args:
+        said: Settings that the user gave.
+        settings: All settings, with a `source`.
+
+    Raises:
+        RunError: If there is one.
+    """
+    useless = {
+        "learning_rate": (settings.train == "query-map", "with --train query-map all that learns has --map-rate"),
+        "lora_weights": (settings.train != "lora", "only acts with --train lora"),
+        "map_rate": (settings.layers == "none", "only acts where layers are implicit, and --layers is none"),
+    }
+    for name, (ignored, why) in useless.items():
+        if ignored and said.get(name) is not None:
+            raise RunError(f"{name}: {why}: leave it out.")
+
+
 def _check_agreement(said: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     for name, value in said.items():
         if FIELDS[name].metadata["fixed"] and name in run and run[name] != value:

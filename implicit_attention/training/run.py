@@ -19,12 +19,14 @@ from implicit_attention.training import corpus, files, uptraining
 from implicit_attention.training.faults import RunError, reason, unwritable
 from implicit_attention.training.model import build
 from implicit_attention.training.packed import pack
-from implicit_attention.training.resolving import check_kind, resolve
+from implicit_attention.training.resolving import check_effect, check_kind, resolve
 from implicit_attention.training.settings import Settings
 from implicit_attention.training.tensorboard import TensorBoard
 from implicit_attention.training.tokenizer import byte_tokenizer
 from implicit_attention.training.trainer import Checkpoints, TextTrainer
 from implicit_attention.training.windows import HeldOutWindows, RandomWindows, Text
+
+NAMING = {"out", "source", "train", "preset", "attention", "seed"}  # settings that name the directory of a run
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
     """
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
         flags = {"fsdp": True, **flags}  # `training.sharding` does it instead of accelerate, on every device
-    settings = resolve(flags, file)
+    # What names the directory; the run in it has the rest.
+    naming = {name: flags[name] for name in flags if name in NAMING} if resume else flags
+    settings = resolve(naming, file)
     found = storage.checkpoints(settings.directory)
     if not resume:
         if found:
@@ -95,7 +99,8 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
             )
         check_kind({**file, **flags}, settings.source)
         if settings.source is not None:
-            uptraining.check(settings)
+            check_effect({**file, **flags}, settings)
+            uptraining.check(settings, {**file, **flags})
         return Plan(settings)
     if not found:
         raise RunError(
@@ -139,7 +144,7 @@ def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[T
     with _explained(settings), warnings.catch_warnings(), ExitStack() as stack:
         # `health` reports missed tolerances, with the step and a remedy.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        trainer = make_trainer(settings, text, say, plan.resumed)
+        trainer = make_trainer(settings, text, say, plan.resumed, done=plan.done)
         trainer.add_callback(Checkpoints(trainer, fresh=plan.resumed is None))
         if first:
             files.remove_unfinished(settings.directory)
@@ -158,7 +163,12 @@ def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[T
 
 
 def make_trainer(
-    settings: Settings, text: corpus.Corpus, say: Callable[[str], None] = print, resumed: Path | None = None
+    settings: Settings,
+    text: corpus.Corpus,
+    say: Callable[[str], None] = print,
+    resumed: Path | None = None,
+    *,
+    done: int = 0,
 ) -> TextTrainer:
     """Return the Trainer of a run.
 
@@ -167,6 +177,7 @@ def make_trainer(
         text: What it learns from.
         say: Prints a sentence for the user.
         resumed: The checkpoint that it goes on from, if there is one.
+        done: Steps of that checkpoint.
 
     Raises:
         RunError: If the settings do not fit, or the model of `source` cannot be read.
@@ -182,7 +193,7 @@ def make_trainer(
         say(f"{uptraining.learning(model):,} of {model.num_parameters():,} weights learn.")
     trainer = TextTrainer(
         model,
-        arguments(settings, measured_first=settings.source is not None and resumed is None),
+        arguments(settings, measured_first=settings.source is not None and not done),
         fsdp=settings.fsdp,
         keep=settings.keep,
         run={"settings": asdict(settings), "fingerprint": text.fingerprint},
@@ -195,6 +206,7 @@ def make_trainer(
         eval_dataset=HeldOutWindows(held_out, settings.length, limit=settings.eval_windows),
         processing_class=tokenizer,
     )
+    trainer.health.rate_flag = settings.rate_flag
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -285,4 +297,5 @@ def _explained(settings: Settings) -> Iterator[None]:
 def _last_good(settings: Settings) -> str:
     found = storage.checkpoints(settings.directory)
     kept = f"{found[-1]} is the last good checkpoint: continue with --resume and a" if found else "Start again with a"
-    return f"{kept} --learning-rate below {settings.learning_rate:g}"
+    rate = getattr(settings, settings.rate_flag.removeprefix("--").replace("-", "_"))
+    return f"{kept} {settings.rate_flag} below {rate:g}"

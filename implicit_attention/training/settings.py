@@ -171,8 +171,14 @@ class Settings:
     @property
     def directory(self) -> Path:
         """The directory of the run's files."""
-        name = f"{self.preset}-{self.attention}" if self.source is None else f"{Path(self.source).stem}-{self.train}"
+        source = "" if self.source is None else Path(self.source).name.removesuffix(".gguf")
+        name = f"{self.preset}-{self.attention}" if self.source is None else f"{source}-{self.train}"
         return Path(self.out or f"runs/{name}-seed{self.seed}")
+
+    @property
+    def rate_flag(self) -> str:
+        """The flag of the learning rate that all weights have, or those that learn."""
+        return "--map-rate" if self.source is not None and self.train == "query-map" else "--learning-rate"
 
     @property
     def kind(self) -> str:

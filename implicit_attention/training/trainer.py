@@ -35,7 +35,7 @@ from implicit_attention.training.tensors import (
     model_tensors,
     optimizer_tensors,
 )
-from implicit_attention.training.windows import HeldOutWindows
+from implicit_attention.training.windows import HeldOutWindows, RandomWindows
 
 LOG_2 = math.log(2)
 
@@ -52,6 +52,7 @@ class TextTrainer(Trainer):
     model: PreTrainedModel
     optimizer: Optimizer
     lr_scheduler: LambdaLR
+    train_dataset: RandomWindows
     eval_dataset: HeldOutWindows
     processing_class: PreTrainedTokenizerBase
 
@@ -86,7 +87,9 @@ class TextTrainer(Trainer):
         self._keep, self._run, self._say = keep, run, say
         self._tokens, self._since = 0, 0.0
         self._rate, self._gains = rate, gains
-        self._byte = LOG_2 * self.eval_dataset.bytes_per_token  # nats per token over this are bits per byte
+        # Nats per token over these are bits per byte.
+        self._byte = LOG_2 * self.eval_dataset.bytes_per_token
+        self._learned_byte = LOG_2 * self.train_dataset.bytes_per_token
         if fsdp:
             shard(self.model, bf16=args.bf16)
             # Tells Trainer that the model is sharded, so that it does not wrap or shard it again.
@@ -114,7 +117,7 @@ class TextTrainer(Trainer):
         """Log figures. Training steps also log bits per byte, speed and solver statistics."""
         if "loss" in logs:
             seconds = time.perf_counter() - self._since
-            logs |= {"bits_per_byte": logs["loss"] / self._byte, "tokens_per_second": self._tokens / seconds}
+            logs |= {"bits_per_byte": logs["loss"] / self._learned_byte, "tokens_per_second": self._tokens / seconds}
             figures = self._everyones(self.health.figures())
             logs |= figures
             for sentence in self.health.warnings(figures, self.state.global_step):

@@ -1,7 +1,8 @@
 """A model that is trained already, as the start of a run: read, converted, and told which of its weights learn."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,11 +29,12 @@ class Start(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, said: Mapping[str, Any]) -> None:
     """Refuse a model that cannot be trained as the settings say, before any of its weights are read.
 
     Args:
         settings: Settings with a `source`.
+        said: Those that the user gave.
 
     Raises:
         RunError: If it cannot.
@@ -43,7 +45,7 @@ def check(settings: Settings) -> None:
             import peft  # noqa: F401
         except ModuleNotFoundError:
             raise RunError("train: lora needs the package peft: pip install 'implicit-attention[lora]'") from None
-    config = _config(settings, settings.source)
+    config = _config(settings, settings.source, said)
     if settings.train == "query-map" and not _implicit(config):
         raise RunError(
             "train: no layer is implicit, so there is no query map to learn: name --layers, or use --train lora or all"
@@ -68,8 +70,8 @@ def start(settings: Settings, checkpoint: Path | None) -> Start:
     """
     assert settings.source is not None
     set_seed(settings.seed)
-    model = _from_source(settings, settings.source) if checkpoint is None else _from_checkpoint(checkpoint)
-    model.config.solver = {"name": "forward_substitution", "kernel": settings.kernel}
+    solver = {"name": "forward_substitution", "kernel": settings.kernel}
+    model = _from_source(settings, solver) if checkpoint is None else _from_checkpoint(checkpoint, solver)
     _choose(model, settings)
     return Start(model, _tokenizer(Path(settings.source) if checkpoint is None else checkpoint))
 
@@ -83,12 +85,15 @@ def query_map(name: str) -> bool:
     return name.rpartition(".attention.")[2] in NEW
 
 
-def _config(settings: Settings, source: str) -> ImplicitAttentionConfig:
+def _config(settings: Settings, source: str, said: Mapping[str, Any] | None = None) -> ImplicitAttentionConfig:
     """The configuration of the model that is to be trained."""
     try:
         found = read_config(source)
+        kinds = found.architectures or []
+        if found.model_type == OWN and kinds and not any(kind.endswith("ForCausalLM") for kind in kinds):
+            raise RunError(f"from: {source} is no causal language model, but {', '.join(kinds)}.")
         if found.model_type == OWN and _implicit(found):
-            _check_converted(settings, found)
+            _check_converted(settings, found, said or {})
             assert isinstance(found, ImplicitAttentionConfig)
             return found
         layers = "all" if settings.layers == "auto" else settings.layers
@@ -97,12 +102,12 @@ def _config(settings: Settings, source: str) -> ImplicitAttentionConfig:
         raise RunError(f"from: {error}") from None
 
 
-def _check_converted(settings: Settings, config: PreTrainedConfig) -> None:
+def _check_converted(settings: Settings, config: PreTrainedConfig, said: Mapping[str, Any]) -> None:
     if settings.layers != "auto":
         raise RunError("layers: the model of --from has implicit layers already: leave it out.")
     for name in ("self_query", "values"):
-        wanted, has = getattr(settings, name), getattr(config, name)
-        if wanted not in (has, Settings.__dataclass_fields__[name].default):
+        wanted, has = said.get(name), getattr(config, name)
+        if wanted not in (has, None):
             raise RunError(f"{name}: the model of --from was converted with {has}: convert it with {wanted}.")
 
 
@@ -110,17 +115,17 @@ def _implicit(config: PreTrainedConfig) -> list[int]:
     return [i for i in range(config.num_hidden_layers) if config.block_types[i] == "implicit"]
 
 
-def _from_source(settings: Settings, source: str) -> ImplicitAttentionForCausalLM:
-    kernel = {"name": "forward_substitution", "kernel": settings.kernel}
+def _from_source(settings: Settings, solver: dict[str, str]) -> ImplicitAttentionForCausalLM:
+    source = str(settings.source)
     config = _config(settings, source)
     try:
         found = read_config(source)
         if found.model_type == OWN and _implicit(found):
             return ImplicitAttentionForCausalLM.from_pretrained(
-                source, solver=kernel, dtype=torch.float32, local_files_only=True
+                source, solver=solver, dtype=torch.float32, local_files_only=True
             )
         model = converted(
-            source, _implicit(config), self_query=settings.self_query, values=settings.values, solver=kernel,
+            source, _implicit(config), self_query=settings.self_query, values=settings.values, solver=solver,
             dtype=torch.float32,
         ).model  # fmt: skip
     except ConversionError as error:
@@ -132,9 +137,9 @@ def _from_source(settings: Settings, source: str) -> ImplicitAttentionForCausalL
     return model
 
 
-def _from_checkpoint(path: Path) -> ImplicitAttentionForCausalLM:
+def _from_checkpoint(path: Path, solver: dict[str, str]) -> ImplicitAttentionForCausalLM:
     """A model of the same structure, without its weights."""
-    config = ImplicitAttentionConfig.from_pretrained(path, local_files_only=True)
+    config = ImplicitAttentionConfig.from_pretrained(path, local_files_only=True, solver=solver)
     model = ImplicitAttentionForCausalLM(config)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)

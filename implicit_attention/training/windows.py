@@ -12,7 +12,18 @@ from implicit_attention.training.packed import Packed
 Text = Tensor | FilePart | Packed  # of bytes, `[n]`, uint8; or of tokens
 
 
-class RandomWindows(Dataset[dict[str, Tensor]]):
+class Windows(Dataset[dict[str, Tensor]]):
+    """Base: windows of a text."""
+
+    text: Text
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that a predicted token stands for, in the mean."""
+        return self.text.bytes_per_token if isinstance(self.text, Packed) else 1.0
+
+
+class RandomWindows(Windows):
     """Windows at random places. The i-th depends only on the seed and on i."""
 
     def __init__(self, text: Text, length: int, *, count: int, seed: int) -> None:
@@ -40,7 +51,7 @@ class RandomWindows(Dataset[dict[str, Tensor]]):
         return _item(self.text, int.from_bytes(digest, "little") % (len(self.text) - self.length + 1), self.length)
 
 
-class HeldOutWindows(Dataset[dict[str, Tensor]]):
+class HeldOutWindows(Windows):
     """Consecutive windows that overlap by one, so that every byte or token but the first is predicted once."""
 
     def __init__(self, text: Text, length: int, *, limit: int) -> None:
@@ -63,11 +74,6 @@ class HeldOutWindows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         """Return the number of windows."""
         return len(self.starts)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes that a token stands for, in the mean."""
-        return self.text.bytes_per_token if isinstance(self.text, Packed) else 1.0
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return a window: `input_ids` and `labels`, both `[N]`, int64; of packed tokens `position_ids` too."""

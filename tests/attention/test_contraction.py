@@ -385,3 +385,9 @@ def test_a_start_that_cannot_be_used_is_refused():
     causal = ImplicitQueryAttention(16, 2, is_causal=True)
     with pytest.raises(ValueError, match="`start` must be None with ForwardSubstitution"):
         causal(x, start=x)
+    cache = causal.make_cache(2, 10)
+    with torch.no_grad():
+        causal(x, cache=cache)
+        with pytest.raises(ValueError, match="`start` must be None with ForwardSubstitution"):
+            causal(x[:, :1], cache=cache, start=x[:, :1])
+    assert cache.lengths.tolist() == [9, 9]

@@ -10,17 +10,19 @@ from safetensors.torch import load_file
 from small_run import curve, make_trained, text
 from test_training_run import Cut, CutAfter
 
-from implicit_attention.hf import ImplicitAttentionForCausalLM, convert
+from implicit_attention import ImplicitQueryAttention
+from implicit_attention.hf import ImplicitAttentionForCausalLM, ImplicitAttentionForSequenceClassification, convert
 from implicit_attention.hf.conversion import files
 from implicit_attention.training import checkpoint, corpus, run, uptraining
 from implicit_attention.training.faults import RunError
-from implicit_attention.training.packed import Packed, pack
+from implicit_attention.training.packed import Packed, _bytes_per_token, pack
+from implicit_attention.training.settings import Settings
 from implicit_attention.training.tokenizer import byte_tokenizer
 from implicit_attention.training.windows import HeldOutWindows
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*pin_memory.*:UserWarning")
 SETTINGS = {
-    "length": 16, "batch_size": 4, "steps": 6, "warmup": 50, "learning_rate": 0.1, "map_rate": 0.5, "log_every": 1,
+    "length": 16, "batch_size": 4, "steps": 6, "warmup": 50, "log_every": 1,
     "eval_every": 3, "save_every": 2, "device": "cpu",
 }  # fmt: skip
 
@@ -35,7 +37,9 @@ def train(folder, source, *, resume=False, callbacks=(), **changes):
     if resume:
         flags = {"out": str(folder / "run"), **changes}
     else:
-        flags = {"source": str(source), "data": str(text(folder)), "out": str(folder / "run"), **SETTINGS, **changes}
+        rates = {"map_rate": 0.5} if changes.get("layers") != "none" else {}
+        named = {"source": str(source), "data": str(text(folder)), "out": str(folder / "run")}
+        flags = {**named, **SETTINGS, **rates, **changes}
     plan = run.plan(flags, {}, resume=resume)
     plan.settings.directory.mkdir(parents=True, exist_ok=True)
     return run.run(plan, say=lambda sentence: None, callbacks=callbacks)
@@ -119,7 +123,16 @@ def test_values_that_read_outputs_learn_too(trained, tmp_path):
 
 def test_the_query_map_has_its_own_learning_rate(trained, tmp_path):
     settings = run.plan(
-        {"source": str(trained), "data": str(text(tmp_path)), "train": "all", **SETTINGS}, {}, resume=False
+        {
+            "source": str(trained),
+            "data": str(text(tmp_path)),
+            "train": "all",
+            "learning_rate": 0.1,
+            "map_rate": 0.5,
+            **SETTINGS,
+        },
+        {},
+        resume=False,
     ).settings
     made = run.make_trainer(settings, corpus.read(settings.data))
     names = {parameter: name for name, parameter in made.model.named_parameters()}
@@ -185,10 +198,47 @@ def test_what_cannot_be_is_refused_before_anything_is_written(trained, tmp_path,
     source = converted(tmp_path, trained)
     refuse(source, tmp_path, "has implicit layers already: leave it out", layers="1")
     refuse(source, tmp_path, "values: the model of --from was converted with linear", values="feedback")
+    (tmp_path / "second").mkdir()
+    refuse(converted(tmp_path / "second", trained, values="feedback"), tmp_path, "was converted with feedback",
+           values="linear")  # fmt: skip
     monkeypatch.setitem(sys.modules, "peft", None)
     refuse(
         trained, tmp_path, "train: lora needs the package peft: pip install 'implicit-attention.lora.'", train="lora"
     )
+
+
+def test_rates_and_weights_without_effect_are_refused(trained, tmp_path):
+    refuse(trained, tmp_path, "learning_rate: with --train query-map all that learns has --map-rate", learning_rate=0.1)
+    refuse(trained, tmp_path, "lora_weights: only acts with --train lora", lora_weights=100)
+    refuse(trained, tmp_path, "map_rate: only acts where layers are implicit", layers="none", train="all", map_rate=0.1)
+
+
+def test_a_model_of_another_kind_is_refused(trained, tmp_path):
+    model = ImplicitAttentionForSequenceClassification.from_pretrained(converted(tmp_path, trained))
+    model.save_pretrained(tmp_path / "classifier")
+    refuse(tmp_path / "classifier", tmp_path, "is no causal language model")
+
+
+def test_a_resumed_run_takes_another_kernel_and_its_own_flags_again(trained, tmp_path):
+    with pytest.raises(Cut):
+        train(tmp_path, trained, layers="0,2", callbacks=[CutAfter(3)])
+    plan = run.plan({"out": str(tmp_path / "run"), "layers": "0,2", "kernel": "torch"}, {}, resume=True)
+    made = run.make_trainer(plan.settings, corpus.read(plan.settings.data), resumed=plan.resumed, done=plan.done)
+    layers = [m for m in made.model.modules() if isinstance(m, ImplicitQueryAttention)]
+    assert {layer.solver.kernel for layer in layers} == {"torch"}
+    assert len(layers) == 2
+
+
+def test_runs_of_models_with_points_in_their_names_have_folders_of_their_own():
+    names = {Settings(source=f"models/{name}").directory.name for name in ("Llama-3.1-8B", "Llama-3.2-1B", "a.gguf")}
+    assert names == {"Llama-3.1-8B-query-map-seed0", "Llama-3.2-1B-query-map-seed0", "a-query-map-seed0"}
+
+
+def test_bytes_of_a_token_are_those_of_tokens_that_are_predicted():
+    documents = [torch.tensor([1, 7, 8]), torch.tensor([5, 6])]
+    assert _bytes_per_token(documents, [10, 4], begin=1) == (10 + 4 * 1 / 2) / 3
+    assert _bytes_per_token(documents, [9, 4], begin=None) == (9 * 2 / 3 + 2) / 3
+    assert _bytes_per_token([torch.tensor([1])], [3], begin=None) == 1.0
 
 
 def test_a_model_without_a_tokenizer_is_refused(trained, tmp_path):
@@ -206,7 +256,9 @@ def test_documents_are_packed_and_kept_apart(tmp_path):
     training, held_out = pack(read, byte_tokenizer(64), 258)
     assert len(training.starts) + len(held_out.starts) == 30
     assert len(training) == len(read.training) + 2 * len(training.starts), "what is no UTF-8 became three bytes"
-    assert training.bytes_per_token == pytest.approx(len(read.training) / len(training))
+    lengths = torch.cat([training.starts, torch.tensor([len(training)])]).diff().double()
+    predicted = ((lengths - 2) * (lengths - 1) / lengths).sum() / (lengths - 1).sum()
+    assert training.bytes_per_token == pytest.approx(float(predicted))
     assert all(training.ids[start] == ord("a") for start in training.starts)
     with pytest.raises(RunError, match=r"makes token .*, but the model has 100 tokens"):
         pack(read, byte_tokenizer(64), 100)

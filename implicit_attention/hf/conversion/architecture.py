@@ -169,7 +169,9 @@ def _own(source: PreTrainedConfig, layers: list[int]) -> dict[str, Any]:
     with torch.device("meta"):
         blocks: Any = ImplicitAttentionModel(source).layers  # type: ignore[arg-type]  # its type was looked at
         widths = {block.mlp.up.out_features for block in blocks}
-    (width,) = widths  # ordinary blocks alike
+    if len(widths) > 1:
+        raise ConversionError(f"Its MLPs must be equally wide, but have widths {sorted(widths)}.")
+    (width,) = widths
     kinds = ["implicit" if i in layers else "full_attention" for i in range(count)]
     return found | {
         "intermediate_size": width, "equal_weights": False, "block_types": kinds, "query_input": True,

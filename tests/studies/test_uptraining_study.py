@@ -57,7 +57,10 @@ def test_bad_input_is_one_line(folder):
     invoke(folder, "--arm", "few")
     result = invoke(folder, "--arm", "few", "--steps", "5")
     assert result.exit_code == 2
-    assert "is of a run with other settings: remove it" in result.stderr
+    assert "is of a run with other settings or without the probe: remove it" in result.stderr
+    result = invoke(folder, "--arm", "few", "--seeds", "0-2")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "--seeds: must be integers such as 0,1,2, but is 0-2" in result.stderr
 
 
 def test_what_is_said_again_is_what_was_said():

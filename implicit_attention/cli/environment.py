@@ -19,7 +19,7 @@ def environment() -> dict[str, Any]:
             "torch": torch.__version__,
             **{name: _version(name) for name in ("triton", "transformers", "matplotlib")},
         },
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "threads": torch.get_num_threads(),
     }

@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from implicit_attention.errors import bad_value, check_positive
-from implicit_attention.tasks.judging import accuracy, cross_entropy, held_out_stream
+from implicit_attention.tasks.judging import Answers, held_out_stream
 from implicit_attention.tasks.task import IGNORED, Batch
 
 
 @dataclass(frozen=True)
-class Chains:
+class Chains(Answers):
     """Predict the value of each variable of a program of assignments.
 
     Line j is *source, name*: the variable `name` gets the value of `source`. The first `chains` lines have a value as
@@ -41,9 +40,6 @@ class Chains:
     chains: int = 4
     judged: tuple[int, ...] = (1, 2, 4, 8, 16)
     values: int = 16
-
-    is_causal: ClassVar[bool] = True
-    score: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         """Refuse invalid sizes."""
@@ -134,21 +130,3 @@ class Chains:
         order = (chain * (self.lines + 1) + depth).argsort(1)  # lines of a chain together, in their order
         before = torch.empty_like(order).scatter_(1, order, order.roll(1, 1))
         return torch.where(depth == 1, torch.arange(self.lines), before)
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the values of the names, in nats.
-
-        Args:
-            logits: `[B, 2 lines, values]`.
-            batch: The batch they answer.
-        """
-        return cross_entropy(logits, batch)
-
-    def scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        """Return the share of names whose value is right, as "accuracy".
-
-        Args:
-            logits: `[B, 2 lines, values]`.
-            batch: The batch they answer.
-        """
-        return {"accuracy": accuracy(logits, batch)}

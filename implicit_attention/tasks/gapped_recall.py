@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from implicit_attention.errors import bad_value, check_positive
-from implicit_attention.tasks.judging import accuracy, cross_entropy, held_out_stream
+from implicit_attention.tasks.judging import Answers, held_out_stream
 from implicit_attention.tasks.task import IGNORED, Batch
 
 
 @dataclass(frozen=True)
-class GappedRecall:
+class GappedRecall(Answers):
     """Predict the value that belongs to a key, where fillers stand between the two.
 
     A sequence is `pairs` times *key, fillers, value*, then all keys again in random order. Each pair has its own number
@@ -42,9 +41,6 @@ class GappedRecall:
     fillers: int = 6
     key_tokens: int = 1
     alphabet: int = 32
-
-    is_causal: ClassVar[bool] = True
-    score: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         """Refuse invalid sizes."""
@@ -138,21 +134,3 @@ class GappedRecall:
         while few**self.key_tokens < 2 * self.pairs:
             few += 1
         return few
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the answers, in nats.
-
-        Args:
-            logits: `[B, length, alphabet]`.
-            batch: The batch they answer.
-        """
-        return cross_entropy(logits, batch)
-
-    def scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        """Return the share of returning keys whose value is right, as "accuracy".
-
-        Args:
-            logits: `[B, length, alphabet]`.
-            batch: The batch they answer.
-        """
-        return {"accuracy": accuracy(logits, batch)}

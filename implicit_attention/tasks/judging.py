@@ -1,6 +1,7 @@
 """Evaluation that tasks share: random streams that training never uses, and the loss and accuracy of classes."""
 
 import hashlib
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -87,3 +88,28 @@ def asked_logits(logits: Tensor, asked: Tensor) -> Tensor:
         raise bad_value("logits", f"of shape [B, N, outputs] with [B, N] = {list(asked.shape)}", logits)
     chosen: Tensor = logits[asked]
     return chosen
+
+
+class Answers:
+    """Base of causal tasks whose targets are classes, judged by the share of right ones."""
+
+    is_causal: ClassVar[bool] = True
+    score: ClassVar[str] = "accuracy"
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy over the positions that have a target, in nats.
+
+        Args:
+            logits: `[B, N, outputs]`.
+            batch: The batch they answer.
+        """
+        return cross_entropy(logits, batch)
+
+    def scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
+        """Return the share of right answers, as "accuracy".
+
+        Args:
+            logits: `[B, N, outputs]`.
+            batch: The batch they answer.
+        """
+        return {"accuracy": accuracy(logits, batch)}

@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from implicit_attention.errors import bad_type, bad_value, check_positive
-from implicit_attention.tasks.judging import accuracy, cross_entropy, held_out_stream
+from implicit_attention.tasks.judging import Answers, held_out_stream
 from implicit_attention.tasks.task import IGNORED, Batch
 
 
 @dataclass(frozen=True)
-class MQAR:
+class MQAR(Answers):
     """Predict the value that came after a key, at each position where a key comes back.
 
     A sequence begins with `k1 v1 k2 v2 ...`. Keys are distinct tokens of 1 to V/2 - 1, values are distinct tokens of
@@ -46,9 +45,6 @@ class MQAR:
     vocabulary: int = 512
     power_a: float = 0.01
     random_fill: bool = True
-
-    is_causal: ClassVar[bool] = True
-    score: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         """Refuse invalid sizes."""
@@ -122,24 +118,6 @@ class MQAR:
             ValueError: If `size` is not positive, or `seed` negative.
         """
         return {"held_out": self.batch(size, held_out_stream(seed, "mqar"))}
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the answers to the queries, in nats.
-
-        Args:
-            logits: `[B, length, vocabulary]`.
-            batch: The batch they answer.
-        """
-        return cross_entropy(logits, batch)
-
-    def scores(self, logits: Tensor, batch: Batch) -> dict[str, float]:
-        """Return the share of queries answered right, as "accuracy".
-
-        Args:
-            logits: `[B, length, vocabulary]`.
-            batch: The batch they answer.
-        """
-        return {"accuracy": accuracy(logits, batch)}
 
 
 def _distinct(size: int, count: int, choices: int, generator: Generator) -> Tensor:

@@ -16,71 +16,85 @@ _RECALL_SIZES = Sizes(num_heads=2, mlp=256, max_distance=64)
 _BYTES_SIZES = Sizes(num_heads=4, mlp=256, loops=2)
 
 
+_FIXED = replace(_RECALL, rates=(1e-2,))
+_TITLE = ARMS["implicit"].title
+
+
 def tables() -> list[Table]:
     """Return them."""
-    task, title = MQAR(64, 4, 128), ARMS["implicit"].title
-    norms = {
+    task, looked_at = MQAR(64, 4, 128), replace(_FIXED, gradients=True)
+    digits = Training(steps=600, batch_size=16, evaluate_every=50, held_out=360, solved=None, rates=(3e-3,))
+    return [
+        Table("qk-norm", "studies", "Norms of queries and keys", task, _norms(), _RECALL, 3),
+        Table("positions", "studies", "Positions: recall", task, _positions(_RECALL_SIZES), _RECALL, 3),
+        Table("positions-bytes", "studies", "Positions: bytes", ByteText(), _positions(_BYTES_SIZES), _BYTES, 3),
+        Table("adjoint", "studies", "Gradients to learn with", task, _adjoints(), _RECALL, 3),
+        Table("tolerance", "studies", "Tolerance against accuracy", task, _tolerances(), _FIXED, 3),
+        Table("contraction", "studies", "Tolerance without a mask: which digit", DigitClasses(), _contractions(),
+              digits, 5),
+        Table("precision", "studies", "Precision: recall under autocast", task, _precisions(), _FIXED, 5),
+        Table("gradients", "studies", "What gradients are worth", task, _gradients(), looked_at, 3),
+    ]  # fmt: skip
+
+
+def _norms() -> dict[str, Row]:
+    return {
         f"{arm}{'' if norm else '-no-norm'}": Row(
             arm, f"{ARMS[arm].title}, `qk_norm={norm}`", replace(_RECALL_SIZES, qk_norm=norm)
         )
         for arm in ("strict", "implicit")
         for norm in (True, False)
     }
-    tolerances = {
+
+
+def _tolerances() -> dict[str, Row]:
+    return {
         f"implicit-{tolerance:.0e}": Row(
-            "implicit", f"{title}, tolerance {tolerance:g}", replace(_RECALL_SIZES, tolerance=tolerance)
+            "implicit", f"{_TITLE}, tolerance {tolerance:g}", replace(_RECALL_SIZES, tolerance=tolerance)
         )
         for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     }
-    precisions = {  # each at the default tolerance of its dtype; float32 at a larger one
+
+
+def _precisions() -> dict[str, Row]:
+    """Each at the default tolerance of its dtype; float32 at a larger one."""
+    return {
         f"implicit-{precision}": Row(
             "implicit",
-            f"{title}, {precision}, tolerance {tolerance:g}",
+            f"{_TITLE}, {precision}, tolerance {tolerance:g}",
             replace(_RECALL_SIZES, precision=precision, tolerance=tolerance),
         )
         for precision, tolerance in (("float32", 1e-4), ("float16", 4e-3), ("bfloat16", 3e-2))
     }
-    gradients = {
-        "implicit": Row("implicit", title, _RECALL_SIZES),
-        "implicit-no-norm": Row("implicit", f"{title}, `qk_norm=False`", replace(_RECALL_SIZES, qk_norm=False)),
+
+
+def _gradients() -> dict[str, Row]:
+    return {
+        "implicit": Row("implicit", _TITLE, _RECALL_SIZES),
+        "implicit-no-norm": Row("implicit", f"{_TITLE}, `qk_norm=False`", replace(_RECALL_SIZES, qk_norm=False)),
     }
-    positions = {
+
+
+def _positions(sizes: Sizes) -> dict[str, Row]:
+    found = {
         f"implicit-{name or 'none'}": Row(
-            "implicit",
-            f"{title}, `positions={json.dumps(name) if name else None}`",
-            replace(_RECALL_SIZES, positions=name),
+            "implicit", f"{_TITLE}, `positions={json.dumps(name) if name else None}`", replace(sizes, positions=name)
         )
         for name in (None, "alibi", "rope", "relative")
     }
-    positions["implicit-relative-one-rate"] = Row(
-        "implicit", f'{title}, `positions="relative"` at one rate with all else', replace(_RECALL_SIZES, bias_rate=1.0)
-    )
-    of_bytes = {
-        name: replace(row, sizes=replace(_BYTES_SIZES, positions=row.sizes.positions, bias_rate=row.sizes.bias_rate))
-        for name, row in positions.items()
-    }
-    adjoints = {
+    title = f'{_TITLE}, `positions="relative"` at one rate with all else'
+    return found | {"implicit-relative-one-rate": Row("implicit", title, replace(sizes, bias_rate=1.0))}
+
+
+def _adjoints() -> dict[str, Row]:
+    return {
         f"implicit-{name.replace(' ', '-')}": Row(
-            "implicit", f"{title}, trained by the {name} gradient", replace(_RECALL_SIZES, adjoint=name)
+            "implicit", f"{_TITLE}, trained by the {name} gradient", replace(_RECALL_SIZES, adjoint=name)
         )
         for name in ADJOINTS
     }
-    contractions = rows_of(
-        tuple(f"bounded-{rtol:.0e}" for rtol in CONTRACTIONS),
-        Sizes(num_heads=4, mlp=256, qk_norm=False, tolerance=1e-3),
-    )
-    digits = Training(steps=600, batch_size=16, evaluate_every=50, held_out=360, solved=None, rates=(3e-3,))
-    fixed = replace(_RECALL, rates=(1e-2,))
-    looked_at = replace(fixed, gradients=True)
-    return [
-        Table("qk-norm", "studies", "Norms of queries and keys", task, norms, _RECALL, 3),
-        Table("positions", "studies", "Positions: recall", task, positions, _RECALL, 3),
-        Table("positions-bytes", "studies", "Positions: bytes", ByteText(), of_bytes, _BYTES, 3),
-        Table("adjoint", "studies", "Gradients to learn with", task, adjoints, _RECALL, 3),
-        Table("tolerance", "studies", "Tolerance against accuracy", task, tolerances, fixed, 3),
-        Table(
-            "contraction", "studies", "Tolerance without a mask: which digit", DigitClasses(), contractions, digits, 5
-        ),
-        Table("precision", "studies", "Precision: recall under autocast", task, precisions, fixed, 5),
-        Table("gradients", "studies", "What gradients are worth", task, gradients, looked_at, 3),
-    ]
+
+
+def _contractions() -> dict[str, Row]:
+    names = tuple(f"bounded-{rtol:.0e}" for rtol in CONTRACTIONS)
+    return rows_of(names, Sizes(num_heads=4, mlp=256, qk_norm=False, tolerance=1e-3))

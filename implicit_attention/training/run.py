@@ -206,7 +206,7 @@ def make_trainer(
         eval_dataset=HeldOutWindows(held_out, settings.length, limit=settings.eval_windows),
         processing_class=tokenizer,
     )
-    trainer.health.rate_flag = settings.rate_flag
+    trainer.health.rate_flag = settings.rate[0]
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -297,5 +297,5 @@ def _explained(settings: Settings) -> Iterator[None]:
 def _last_good(settings: Settings) -> str:
     found = storage.checkpoints(settings.directory)
     kept = f"{found[-1]} is the last good checkpoint: continue with --resume and a" if found else "Start again with a"
-    rate = getattr(settings, settings.rate_flag.removeprefix("--").replace("-", "_"))
-    return f"{kept} {settings.rate_flag} below {rate:g}"
+    flag, rate = settings.rate
+    return f"{kept} {flag} below {rate:g}"

@@ -176,9 +176,11 @@ class Settings:
         return Path(self.out or f"runs/{name}-seed{self.seed}")
 
     @property
-    def rate_flag(self) -> str:
-        """The flag of the learning rate that all weights have, or those that learn."""
-        return "--map-rate" if self.source is not None and self.train == "query-map" else "--learning-rate"
+    def rate(self) -> tuple[str, float]:
+        """The flag and the value of the learning rate of all weights, or of those that learn."""
+        if self.source is not None and self.train == "query-map":
+            return "--map-rate", self.map_rate
+        return "--learning-rate", self.learning_rate
 
     @property
     def kind(self) -> str:

@@ -173,8 +173,8 @@ def _show_race(console: Console, recall: dict[str, Any]) -> None:
     console.print(
         f"All: {len(implicit['steps'])} steps of AdamW on the same data. Held out: share of right answers on new "
         "sequences. Unsettled: share of rows above tolerance in training.\n"
-        "One ordinary layer does not learn recall; two, or one with a convolution on its keys, do. A convolution binds "
-        "by position only: docs/results.md has tasks where that does not suffice.\n"
+        "One ordinary layer does not learn recall; one with a convolution on its keys does. A convolution binds a "
+        "value to its key by position: here the key is always the token before.\n"
         f"{implicit['layer']}",
         style="dim",
         highlight=False,

@@ -23,7 +23,7 @@ TASKS = {
     "digits-1": "which digit, no mask",
     "masked-bytes": "hidden bytes, no mask, 2 blocks (bits per byte, less is better)",
 }
-# One arm for all tasks with a causal mask and one for those without: the best of several would be chosen by its figures.
+# One arm for all tasks with a causal mask, and one without: the best of several would be chosen by its figures.
 IMPLICIT, FEEDBACK = ("strict", "bounded"), ("feedback",)
 LENGTHS = (128, 512, 4096)  # of the shapes, to keep the README short
 

@@ -1,9 +1,11 @@
 """What the models return: transformers' own outputs, with the statistics of the solves."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -13,29 +15,55 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.utils.generic import ModelOutput
 
 from implicit_attention.equilibrium.solvers import Solution
 
 Stats = dict[str, Tensor]  # of one layer, by the names of `SolverStats`
 
 
-@dataclass
-class SolverStats(ModelOutput):
+class SolverStats:
     """How the equilibria were found: one entry per implicit layer, `[L]`, from the first to the last.
+
+    No `ModelOutput`: transformers takes the first dimension of what those hold for the batch, and its pipelines cut
+    it up by sample. A figure here is one of all samples.
 
     Attributes:
         steps: Most steps (for the causal engine: sweeps) that any token took.
         residual: Largest absolute residual `|F(y) - y|` of any token, in float32 or wider.
         unconverged: Share of the systems (tokens, or samples without a causal mask) above their tolerance.
-        gain: Largest gain of any token's own equation, where the solver reports it: near 1, gradients become
+        gain: Largest gain of any token's own equation, None if it was not measured: near 1, gradients become
             ill-conditioned.
     """
 
-    steps: Tensor | None = None
-    residual: Tensor | None = None
-    unconverged: Tensor | None = None
-    gain: Tensor | None = None
+    def __init__(self, figures: Iterable[Tensor | None]) -> None:
+        """Hold the figures.
+
+        Args:
+            figures: All of the attributes, in their order. (From such an iterable, and by iterating,
+                `nn.DataParallel` gathers what several devices return.)
+        """
+        self.steps, self.residual, self.unconverged, self.gain = figures
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        """Return the figures, in the order of the attributes."""
+        return iter((self.steps, self.residual, self.unconverged, self.gain))
+
+    def __getitem__(self, sample: int) -> Self:
+        """Return the statistics themselves: what a pipeline is to take for one sample of a batch."""
+        return self
+
+    def __repr__(self) -> str:
+        """Return the figures by name."""
+        return f"SolverStats({', '.join(f'{name}={figures}' for name, figures in vars(self).items())})"
+
+
+# As transformers does for its outputs, so that models can be exported.
+pytree.register_pytree_node(
+    SolverStats,
+    lambda stats: (list(stats), None),
+    lambda figures, _: SolverStats(figures),
+    serialized_type_name=f"{SolverStats.__module__}.{SolverStats.__name__}",
+)
 
 
 @dataclass
@@ -134,4 +162,5 @@ def stack_stats(layers: list[Stats]) -> SolverStats | None:
     """Return the statistics of all implicit layers, None if there are none."""
     if not layers:
         return None
-    return SolverStats(**{name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
+    names = ("steps", "residual", "unconverged", "gain")
+    return SolverStats([torch.stack([layer[n] for layer in layers]) if n in layers[0] else None for n in names])

@@ -69,9 +69,10 @@ class ForwardSample {
   bool settle_row(int64_t s, int64_t i);
   void weigh_others(int64_t s, int64_t i);
   void combine_others(int64_t g, int64_t s, int64_t i);
-  void evaluate(const T* p, T* next);
+  void evaluate(int64_t i, const T* p, T* next);
   T query_at(int64_t g, const T* p, T* q);
   bool iterate(int64_t s, int64_t i);
+  void step(bool along);
   bool given(int64_t s, int64_t i);
   bool at_root();
   bool within(int64_t i, T residual);

@@ -105,14 +105,16 @@ inline T ForwardSample<T>::query_at(int64_t g, const T* p, T* q) {
   return sum<T>(square);
 }
 
-// The map for the own weights: next = sigmoid(score(p) + offset). Scores stay in `t.scores_at`.
+// The map for the own weights of row i: next = sigmoid(score(p) + offset). Its queries at p stay in `t.queries`, their scores
+// in `t.scores_at`.
 template <class T>
-void ForwardSample<T>::evaluate(const T* p, T* next) {
+void ForwardSample<T>::evaluate(int64_t i, const T* p, T* next) {
   for (int64_t g = 0; g < z.groups; ++g) {
-    const T square = query_at(g, p, t.at);
+    T* q = t.queries + (g * R + i) * z.padded;
+    const T square = query_at(g, p, q);
     heads_of(g, [&](int64_t h) {
       t.squares[h] = square;
-      t.scores_at[h] = dot<T>(t.key + h * z.padded, t.at, z.padded);
+      t.scores_at[h] = dot<T>(t.key + h * z.padded, q, z.padded);
     });
   }
   for (int64_t h = 0; a.inverse != nullptr && h < z.hvec; ++h)
@@ -123,19 +125,20 @@ void ForwardSample<T>::evaluate(const T* p, T* next) {
   }
 }
 
-// Settle the own weights, `t.p`, by sweeps from y = v; false if that fails. If they end far from where they began, or sweeps
-// contract slowly, the row's equation says which root is wanted.
+// Settle the own weights, `t.p`, by sweeps from y = v; false if that fails. The sweep that finds them within tolerance is
+// followed by one more, which leaves a fraction of the error. If they end far from where they began, or sweeps contract
+// slowly, the row's equation says which root is wanted.
 template <class T>
 bool ForwardSample<T>::iterate(int64_t s, int64_t i) {
   if (a.own_score != nullptr) return given(s, i);
   T *p = t.p, *next = t.next, *start = t.start, before = kInfinity<T>;
   for (int64_t h = 0; h < z.heads; ++h) p[h] = 1;
-  evaluate(p, start);
+  evaluate(i, p, start);
   copy(p, start, z.hvec);
-  bool rooted = false;
+  bool rooted = false, found = false;
   int64_t last = kPatience;  // sweeps before slow ones end
   for (int64_t sweep = 1; sweep <= kForwardSweeps; ++sweep) {
-    evaluate(p, next);
+    evaluate(i, p, next);
     T residual = 0, change = 0;
     for (int64_t h = 0; h < z.heads; ++h) {
       residual = larger(residual, std::abs(next[h] - p[h]) * t.reach[h]);
@@ -144,20 +147,42 @@ bool ForwardSample<T>::iterate(int64_t s, int64_t i) {
     t.sweeps[i] = sweep;
     if (!(residual < kInfinity<T>) || (rooted && !at_root())) return false;
     const bool done = within(i, residual), slow = sweep > last && !(residual <= T(a.slow) * before);
-    if (done && (rooted || change <= T(a.far))) return true;
-    if (done || slow || sweep == kForwardSweeps) {
+    const bool near = done && (rooted || change <= T(a.far));
+    if (near && (found || rooted || sweep == kForwardSweeps)) return true;
+    found = near;
+    if ((done && !near) || slow || sweep == kForwardSweeps) {
       if (rooted || !own_root(s, i)) return false;
-      if (done && at_root()) return true;
       rooted = true;
       last = sweep + kPatience;
       before = kInfinity<T>;
       for (int64_t h = 0; h < z.heads; ++h) p[h] = T(t.root[h]);
     } else {
       before = residual;
-      copy(p, next, z.hvec);
+      step(sweep > 1 && sweep <= last);
     }
   }
   return false;
+}
+
+// Move the own weights to what a sweep made of them; or, if this sweep and the last one contract, along the line through both
+// (Anderson's method of depth 1), which would else lead to roots that sweeps move away from.
+template <class T>
+void ForwardSample<T>::step(bool along) {
+  T inner = 0, square = 0;
+  for (int64_t h = 0; h < z.heads; ++h) {
+    const T change = t.next[h] - t.p[h], differs = change - t.changes[h];
+    inner += change * differs;
+    square += differs * differs;
+  }
+  // The part to go back is r / (r - 1), where a sweep leaves r of the error: from -1 (1/2) to 0.8 (-4).
+  const bool contracts = along && inner > -4 * square && 2 * inner < square;
+  const T part = contracts ? inner / square : T(0);
+  for (int64_t h = 0; h < z.heads; ++h) {
+    const T p = t.p[h], next = t.next[h], found = next - part * (next - t.nexts[h]);
+    t.changes[h] = next - p;
+    t.nexts[h] = next;
+    t.p[h] = found < 0 ? T(0) : found > 1 ? T(1) : found;
+  }
 }
 
 // Own weights that do not depend on the output.
@@ -169,6 +194,7 @@ bool ForwardSample<T>::given(int64_t s, int64_t i) {
     t.p[h] = t.offset[h] == -kInfinity<T> ? T(0) : 1 / (1 + std::exp(-score - t.offset[h]));
     worst = larger(worst, t.p[h] * t.reach[h]);
   }
+  for (int64_t g = 0; g < z.groups; ++g) query_at(g, t.p, t.queries + (g * R + i) * z.padded);
   t.sweeps[i] = 1;
   return worst < kInfinity<T> && within(i, T(0));
 }
@@ -225,9 +251,7 @@ bool ForwardSample<T>::own_root(int64_t s, int64_t i) {
 template <class T>
 void ForwardSample<T>::finish(int64_t s, int64_t i) {
   for (int64_t g = 0; g < z.groups; ++g) {
-    T* q = t.queries + (g * R + i) * z.padded;
-    query_at(g, t.p, q);
-    t.norms[g * R + i] = norm_and_turn(q, s + i);
+    t.norms[g * R + i] = norm_and_turn(t.queries + (g * R + i) * z.padded, s + i);
   }
   for (int64_t h = 0; h < z.heads; ++h) {
     const T own = t.scores_at[h] + own_bias(h, s + i), others = t.others_lse[h], peak = std::max(own, others);

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from implicit_attention import Anderson, ForwardSubstitution, ImplicitQueryAttention, Phantom, Picard, Unrolled
 from implicit_attention.causal.cpu import engine
+from implicit_attention.errors import NonFiniteError
 from tests.bridge import make_layer
 from tests.causal import feedback_oracle
 
@@ -29,6 +30,20 @@ def make(options, n, *, size=8, batch=2, seed=0, kernel="cpp", block=16):
     layer = make_layer(size, seed=seed, **FEEDBACK, **options, solver=ForwardSubstitution(kernel=kernel, block=block))
     x = torch.randn(batch, n, size, dtype=F64, generator=torch.Generator().manual_seed(seed + 1), requires_grad=True)
     return layer, x
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("where", "n"), [("x", 1), ("x", 40), ("W_K", 9), ("W_K", 40), ("Omega_Q", 9)])
+def test_rows_whose_every_score_is_nan_are_no_rows_without_columns(where, n, kernel):
+    """A row that sees no column is zero: NaN must not pass for a score of minus infinity."""
+    layer, x = make({"num_heads": 2}, n, kernel=kernel)
+    with torch.no_grad():
+        if where == "x":
+            x[0, -1] = torch.nan
+        else:
+            layer.get_submodule(where).weight[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN"):
+        layer(x)
 
 
 def with_gradients(layer, x, value):

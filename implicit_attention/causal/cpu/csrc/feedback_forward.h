@@ -111,7 +111,7 @@ class FeedbackForward : FeedbackSample<T, FeedbackForwardArguments<T>> {
     for (int64_t j = 0; a.bias != nullptr && j < r; ++j) few[j] += bias_of(h, i, s + j);
     for (int64_t j = r; j < kFew; ++j) few[j] = -kInfinity<T>;
     const T old = t.lse[h * kFew + r], own = this->own_score(h, i);
-    const T peak = largest_entry(few, r, std::max(old, own));
+    const T peak = largest_entry(few, r, larger(old, own));
     if (peak == -kInfinity<T>) {
       zero(out, z.dim);
       a.lse[this->at_score(h, i)] = peak;

@@ -158,17 +158,14 @@ inline void dots(const T* a, const T* const* b, int64_t n, T* out) {
   }
 }
 
-// The largest entry, or `peak` if that is larger.
+// The largest entry, or `peak` if that is larger; NaN if there is one.
 template <class T>
 inline T largest_entry(const T* a, int64_t n, T peak) {
   Vector<T> best = splat(peak);
   int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) {
-    const Vector<T> v = load(a + i);
-    best = v > best ? v : best;
-  }
-  for (; i < n; ++i) peak = a[i] > peak ? a[i] : peak;
-  for (int k = 0; k < kLanes<T>; ++k) peak = best[k] > peak ? best[k] : peak;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) best = larger(load(a + i), best);
+  peak = largest_lane<T>(best);
+  for (; i < n; ++i) peak = larger(a[i], peak);
   return peak;
 }
 

@@ -158,6 +158,9 @@ def check_input(name: str, x: object, weight: Tensor | None, embed_dim: int, *, 
         return
     if x.device != weight.device:
         raise bad_value(name, f"on the parameters' device, {weight.device}", x, f"Move it: {name}.to(layer device).")
+    if x.is_meta:
+        raise bad_value(name, "on a device that holds numbers", x, "A solve reads residuals to stop: move the "
+                        "layer (layer.to_empty(device=...), then load its weights) and the input.")  # fmt: skip
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise bad_type(name, f"of the parameters' dtype, {weight.dtype}", x,
                        f"Convert it ({name}.to({weight.dtype})) or the layer (layer.to({x.dtype})).")  # fmt: skip
@@ -229,7 +232,7 @@ def document_lengths(inputs: Inputs) -> tuple[int, ...]:
     batch, length = inputs.x.shape[:2]
     if inputs.segments is not None:
         segments = inputs.segments.cpu()
-        begins = torch.ones(batch, length, dtype=torch.bool)
+        begins = segments.new_ones(batch, length, dtype=torch.bool)
         begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
         ends = [*begins.flatten().nonzero()[:, 0].tolist(), batch * length]
     else:

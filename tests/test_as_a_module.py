@@ -7,7 +7,15 @@ import pickle
 import pytest
 import torch
 
-from implicit_attention import ALiBi, Anderson, ImplicitQueryAttention, ImplicitQueryAttentionLinearV, fixed_point
+from implicit_attention import (
+    ALiBi,
+    Anderson,
+    ImplicitQueryAttention,
+    ImplicitQueryAttentionLinearV,
+    fixed_point,
+    inspect,
+)
+from implicit_attention.causal import self_test
 from tests.bridge import make_layer
 
 LAYERS = {
@@ -52,6 +60,42 @@ def test_from_the_meta_device(positions, assign):
     layer.load_state_dict(right.state_dict(), assign=assign)
     x = torch.randn(2, 6, 8, dtype=torch.float64)
     assert torch.equal(layer(x), right(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "given", [{}, {"segments": torch.arange(60).div(11, rounding_mode="floor").expand(2, -1)}, None]
+)
+def test_the_default_device_is_for_new_layers(name, given):
+    """What a layer makes for itself is where the layer is: the kernels take addresses."""
+    layer = make(name, dtype=torch.float64, **({} if name == "keys" else {"positions": "rope"}))
+
+    def found():
+        torch.manual_seed(3)
+        x = torch.randn(2, 60, 8, dtype=torch.float64, device="cpu", requires_grad=True)
+        if given is None:
+            return list(layer(x, need_weights=True))
+        y = layer(x, **given)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+    right = found()
+    with torch.device("meta"):
+        tried = found()
+    assert all(torch.equal(a, b) for a, b in zip(tried, right, strict=True))
+
+
+def test_the_default_device_does_not_reach_checks():
+    layer, x = make("causal"), torch.randn(5, 8)
+    with torch.device("meta"):
+        _, args, grad = self_test._problem(5, torch.device("cpu"))
+        report = inspect(layer, x)
+    assert {t.device.type for t in (*args, grad, report.layers[0].residual)} == {"cpu"}
+
+
+def test_no_solve_on_the_meta_device():
+    layer = make("causal").to("meta")
+    with pytest.raises(ValueError, match="`x` must be on a device that holds numbers"):
+        layer(torch.zeros(2, 3, 8, device="meta"))
 
 
 def test_a_pickle_with_slopes_in_a_buffer_still_loads():

@@ -103,8 +103,8 @@ def _problem(length: int, device: torch.device) -> tuple[AttentionMap, tuple[Ten
     batch, heads, dim = 2, 2, 16
     random = torch.Generator().manual_seed(0)
     shapes = {"weight": (heads * dim,) * 2, "key": (batch, heads, length, dim), "value": (batch, heads, length, dim)}
-    args = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    args = {name: torch.randn(shape, generator=random, device="cpu") for name, shape in shapes.items()}
     args["weight"] *= dim**-0.5
-    grad = torch.randn(batch, length, heads * dim, generator=random)
+    grad = torch.randn(batch, length, heads * dim, generator=random, device="cpu")
     function = AttentionMap(AttentionSpec(dim**-0.5, True), QueryMap(heads, True), True, tuple(args))
     return function, tuple(t.to(device) for t in args.values()), grad.to(device)

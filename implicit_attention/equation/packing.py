@@ -58,16 +58,19 @@ class Packing:
         """
         lengths = document_lengths(inputs)
         groups = grouped(lengths, padded=padded)
-        size = torch.tensor(lengths)
+        size = torch.tensor(lengths, device="cpu")
         first = size.cumsum(0) - size
         orders, paddings = [], []
         for group in groups:
-            documents, offset = torch.tensor(group)[:, None], torch.arange(lengths[group[0]])
+            documents, offset = (
+                torch.tensor(group, device="cpu")[:, None],
+                torch.arange(lengths[group[0]], device="cpu"),
+            )
             behind = offset >= size[documents]
             orders.append((first[documents] + offset.masked_fill(behind, 0)).flatten())
             paddings.append(behind.flatten())
         order, padding = torch.cat(orders), torch.cat(paddings)
-        place = torch.empty(sum(lengths), dtype=torch.long)
+        place = size.new_empty(sum(lengths))
         place[order[~padding]] = (~padding).nonzero()[:, 0]
         device = inputs.x.device
         return cls(
@@ -76,7 +79,7 @@ class Packing:
             order=order.to(device),
             padding=padding.to(device) if bool(padding.any()) else None,
             place=place.to(device),
-            moved=not torch.equal(place, torch.arange(len(order))),
+            moved=not torch.equal(place, torch.arange(len(order), device="cpu")),
         )
 
     def unpack(self, packed: Tensor) -> list[Tensor]:

@@ -80,7 +80,7 @@ def spectral_radius(
         return pulled.reshape(lam.shape).to(wide)
 
     generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
-    start = torch.randn(y.shape, generator=generator).to(y.device, wide).reshape(systems.numel(), -1)
+    start = torch.randn(y.shape, generator=generator, device="cpu").to(y.device, wide).reshape(systems.numel(), -1)
     return linear.spectral_radius(product, start, iterations=iterations).reshape(systems)
 
 

@@ -87,7 +87,7 @@ def _own_solution(layer: ImplicitQueryAttention, equation: Equation) -> tuple[So
         solution = solve(Equation(function, leaves, start.detach()), layer.solver, layer.adjoint, told)
     if isinstance(layer.adjoint, Implicit):
         generator = torch.Generator().manual_seed(0)
-        cotangent = torch.randn(start.shape, generator=generator).to(start)
+        cotangent = torch.randn(start.shape, generator=generator, device="cpu").to(start)
         torch.autograd.backward(solution.value, cotangent)
     record = None if told.last is None else told.last.adjoint
     return replace(solution, value=solution.value.detach(), residual=solution.residual.detach()), record

@@ -75,8 +75,8 @@ class Report:
     def _columns(self, layer: LayerReport) -> dict[str, Any]:
         heads, count = layer.rate.shape
         by_token = ("steps", "residual", "converged", "period", "gain", "fold", "other_start")
-        index = {"layer": layer.name, "head": torch.arange(heads).repeat_interleave(count).numpy(),
-                 "position": torch.arange(count).repeat(heads).numpy(), "token": list(self.tokens) * heads}  # fmt: skip
+        index = {"layer": layer.name, "head": [head for head in range(heads) for _ in range(count)],
+                 "position": list(range(count)) * heads, "token": list(self.tokens) * heads}  # fmt: skip
         return {
             **index,
             **{name: getattr(layer, name).repeat(heads).numpy() for name in by_token},

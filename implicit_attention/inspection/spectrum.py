@@ -89,7 +89,7 @@ def _of_the_whole(equation: Equation, y: Tensor) -> tuple[Tensor, str]:
         return linearization.vjp(lam.to(y.dtype).view(y.shape))[0].flatten().to(wide)
 
     generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
-    start = torch.randn(y.numel(), generator=generator).to(y.device, wide)
+    start = torch.randn(y.numel(), generator=generator, device="cpu").to(y.device, wide)
     most = y.numel() if y.numel() <= _SMALL else PRODUCTS
     values, left = ritz_values(product, start, most)
     if left == 0:

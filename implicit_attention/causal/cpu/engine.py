@@ -1,6 +1,7 @@
 """What calls the kernels: their arguments, and what they leave."""
 
 import ctypes
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class ForwardKernel:
         )
         assert all(t.is_contiguous() for t in into.values())
         call.pass_contiguous(**into, constant=system.bias, added=system.added)
-        self._settled = torch.zeros(system.batch, dtype=torch.long)
+        self._settled = system.key.new_zeros(system.batch, dtype=torch.long)
         call.pass_contiguous(settled=self._settled)
 
     def settle(self, rows: slice) -> int:
@@ -151,12 +152,12 @@ class AdjointKernel:
         """
         system, n = self.system, rows.stop - rows.start
         batch, heads, groups, d = system.batch, system.heads, system.groups, system.dim
-        new = system.key.new_empty
+        new, zeros = system.key.new_empty, partial(system.key.new_zeros, dtype=torch.long)
         found = {
             "lam": new(batch, n, heads, d), "made": new(batch, n, groups * d), "d_key": new(batch, heads, n, d),
             "d_value": new(batch, groups, n, d), "own_slope": new(batch, heads, n, 1), "residual": new(batch),
-            "gain": new(batch, n, heads, heads), "suspect": torch.zeros(batch, n, dtype=torch.long),
-            "sweeps": torch.zeros(batch, dtype=torch.long), "solved": torch.zeros(batch, dtype=torch.long),
+            "gain": new(batch, n, heads, heads), "suspect": zeros((batch, n)),
+            "sweeps": zeros(batch), "solved": zeros(batch),
         }  # fmt: skip
         if self._slopes:
             found["slope"] = system.key.new_zeros(batch, heads, n, n)

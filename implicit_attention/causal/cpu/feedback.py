@@ -1,6 +1,5 @@
 """What calls the kernels of maps whose values read outputs; `causal.feedback` says what the tensors hold."""
 
-import torch
 from torch import Tensor
 
 from implicit_attention.attention.map import NORM_EPS
@@ -68,7 +67,7 @@ class AdjointKernel:
         """Solve the rows of a block; return the cotangents of their scores if they are wanted."""
         system, n, slope = self._system, rows.stop - rows.start, None
         if self._slopes:
-            slope = torch.zeros(system.batch, system.heads, n, n, dtype=system.key.dtype)
+            slope = system.key.new_zeros(system.batch, system.heads, n, n)
             self._call.pass_contiguous(slope=slope)
         self._call.run(rows)
         return slope

@@ -245,7 +245,7 @@ def _with_weights(
 
 def _tokens(vocabulary: int) -> Tensor:
     """The same few tokens for both models, `[2, n]`."""
-    return torch.randint(vocabulary, (2, _TRIED), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (2, _TRIED), generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import (
 from implicit_attention.equilibrium.solvers import Solution
 
 Stats = dict[str, Tensor]  # of one layer, by the names of `SolverStats`
+_NAMES = ("steps", "residual", "unconverged", "gain")
 
 
 class SolverStats:
@@ -48,21 +49,31 @@ class SolverStats:
         """Return the figures, in the order of the attributes."""
         return iter((self.steps, self.residual, self.unconverged, self.gain))
 
-    def __getitem__(self, sample: int) -> Self:
-        """Return the statistics themselves: what a pipeline is to take for one sample of a batch."""
-        return self
+    def __getitem__(self, key: int | str) -> Self | Tensor | None:
+        """Return figures by their name; for a number, the statistics: what a pipeline is to take for one sample."""
+        if isinstance(key, int):
+            return self
+        return vars(self)[key]  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         """Return the figures by name."""
         return f"SolverStats({', '.join(f'{name}={figures}' for name, figures in vars(self).items())})"
 
 
-# As transformers does for its outputs, so that models can be exported.
+def _measured(stats: SolverStats) -> dict[str, Tensor]:
+    return {name: figures for name, figures in vars(stats).items() if figures is not None}
+
+
+# As transformers does for its outputs, for export and torch.func, which takes no None for an output.
 pytree.register_pytree_node(
     SolverStats,
-    lambda stats: (list(stats), None),
-    lambda figures, _: SolverStats(figures),
+    lambda stats: (list(_measured(stats).values()), list(_measured(stats))),
+    lambda figures, names: SolverStats(map(dict(zip(names, figures, strict=True)).get, _NAMES)),
     serialized_type_name=f"{SolverStats.__module__}.{SolverStats.__name__}",
+    flatten_with_keys_fn=lambda stats: (
+        [(pytree.GetAttrKey(name), figures) for name, figures in _measured(stats).items()],
+        list(_measured(stats)),
+    ),
 )
 
 
@@ -159,8 +170,10 @@ def _largest(figures: Tensor) -> Tensor:
 
 
 def stack_stats(layers: list[Stats]) -> SolverStats | None:
-    """Return the statistics of all implicit layers, None if there are none."""
+    """Return the statistics of all implicit layers, on the first one's device; None if there are none."""
     if not layers:
         return None
-    names = ("steps", "residual", "unconverged", "gain")
-    return SolverStats([torch.stack([layer[n] for layer in layers]) if n in layers[0] else None for n in names])
+    device = layers[0]["steps"].device  # a device map may put each layer on a device of its own
+    return SolverStats(
+        [torch.stack([layer[n].to(device) for layer in layers]) if n in layers[0] else None for n in _NAMES]
+    )

@@ -11,6 +11,7 @@ from implicit_attention.hf import (
     ImplicitAttentionModel,
     SolverStats,
 )
+from implicit_attention.hf.outputs import stack_stats
 from tests.hf import reference, tiny
 
 CAUSAL = {
@@ -104,6 +105,36 @@ def test_statistics_count_implicit_layers_only():
     assert stats.steps[0] > 0
     assert not stats.unconverged.any()
     assert not stats.residual.requires_grad
+
+
+def test_statistics_by_name_and_as_a_tree():
+    model, tokens = tiny.make(dtype=torch.float32), tiny.tokens()
+    for stats in (model(tokens).solver_stats, model(tokens, output_gains=True).solver_stats):
+        for name in ("steps", "residual", "unconverged", "gain"):
+            assert stats[name] is getattr(stats, name)
+        paths, spec = torch.utils._pytree.tree_flatten_with_path(stats)
+        assert all(stats[key.name] is figures for (key,), figures in paths)
+        copied = torch.utils._pytree.tree_unflatten([figures for _, figures in paths], spec)
+        assert vars(copied) == vars(stats)
+    with pytest.raises(KeyError, match="step"):
+        stats["step"]
+
+
+def test_whole_outputs_under_transforms():
+    """`torch.func` takes no None for an output: gains that were not measured are none."""
+    model, tokens = tiny.make(dtype=torch.float32), tiny.tokens()
+    each = torch.func.vmap(lambda one: model(one[None], use_cache=False))(tokens)
+    for i, one in enumerate(tokens):
+        alone = model(one[None], use_cache=False)
+        torch.testing.assert_close(each.logits[i], alone.logits)
+        assert torch.equal(each.solver_stats.steps[i], alone.solver_stats.steps)
+    assert each.solver_stats.gain is None
+
+
+def test_statistics_of_layers_on_several_devices():
+    layers = [{"steps": torch.zeros((), device=device)} for device in ("meta", "cpu")]
+    layers = [layer | dict.fromkeys(("residual", "unconverged"), layer["steps"]) for layer in layers]
+    assert {figures.device.type for figures in stack_stats(layers) if figures is not None} == {"meta"}
 
 
 def test_gains_are_measured_if_they_are_asked_for():

@@ -79,6 +79,13 @@ def test_ensembles_map_over_parameters():
     close(found, array(torch.stack([layer(x) for layer in layers])), TOL)
 
 
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"max_gain": 0.5}], ids=["causal", "gain"])
+def test_vmap_over_nothing_is_refused(options):
+    layer = ImplicitQueryAttention(8, 2, query_input=True, **options)
+    with pytest.raises(ValueError, match="at least one"):
+        vmap(layer)(torch.randn(0, 3, 8))
+
+
 def test_masks_under_vmap():
     layer, x, _ = make({"num_heads": 2})
     padding = torch.rand(3, 4) < 0.4

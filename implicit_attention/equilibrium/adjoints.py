@@ -399,6 +399,9 @@ class _ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], run: _Run, y0: Tensor, *args: Tensor) -> Any:
         """Solve the mapped equations as one more dimension of independent systems; direct solvers take each in turn."""
+        if not info.batch_size:
+            raise ValueError("torch.func.vmap over no samples at all: an implicit solve needs at least one. Call the "
+                             "layer without vmap, with an empty batch [0, N, D].")  # fmt: skip
         if isinstance(run.problem.solver, DirectSolver):
             solved = [
                 _ImplicitFunction.apply(  # type: ignore[no-untyped-call]

@@ -23,7 +23,7 @@ def weights_on_device(layer: nn.Module) -> Iterator[None]:
         return
     with ExitStack() as stack:
         for module in layer.modules():
-            hook = getattr(module, "_hf_hook", None)
+            hook = module.__dict__.get("_hf_hook")  # a module's own attribute search is slow where there is none
             if hook is not None and getattr(hook, "offload", False):
                 hook.pre_forward(module)
                 stack.callback(_leave, hook, module)

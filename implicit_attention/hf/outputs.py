@@ -159,13 +159,18 @@ def layer_stats(solution: Solution) -> Stats:
     return found if solution.gain is None else found | {"gain": _largest(solution.gain).detach()}
 
 
+# One figure is its own mean and maximum: a decode step is made of small operations, and these would be some of them.
 def _share(converged: Tensor) -> Tensor:
     """The share that is not converged, 0 in an empty batch."""
+    if converged.numel() == 1:
+        return converged.logical_not().float().view(())
     return 1 - converged.float().mean() if converged.numel() else converged.new_zeros((), dtype=torch.float32)
 
 
 def _largest(figures: Tensor) -> Tensor:
     """The largest figure, 0 in an empty batch."""
+    if figures.numel() == 1:
+        return figures.reshape(())
     return figures.amax() if figures.numel() else figures.new_zeros(())
 
 

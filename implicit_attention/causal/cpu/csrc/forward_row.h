@@ -125,9 +125,9 @@ void ForwardSample<T>::evaluate(int64_t i, const T* p, T* next) {
   }
 }
 
-// Settle the own weights, `t.p`, by sweeps from y = v; false if that fails. The sweep that finds them within tolerance is
-// followed by one more, which leaves a fraction of the error. If they end far from where they began, or sweeps contract
-// slowly, the row's equation says which root is wanted.
+// Settle the own weights, `t.p`, by sweeps from y = v; false if that fails. Within tolerance, sweeps go on to `kFiner` times
+// less as long as each halves the residual. If they end far from where they began, or sweeps contract slowly, the row's
+// equation says which root is wanted.
 template <class T>
 bool ForwardSample<T>::iterate(int64_t s, int64_t i) {
   if (a.own_score != nullptr) return given(s, i);
@@ -147,8 +147,9 @@ bool ForwardSample<T>::iterate(int64_t s, int64_t i) {
     t.sweeps[i] = sweep;
     if (!(residual < kInfinity<T>) || (rooted && !at_root())) return false;
     const bool done = within(i, residual), slow = sweep > last && !(residual <= T(a.slow) * before);
-    const bool near = done && (rooted || change <= T(a.far));
-    if (near && (found || rooted || sweep == kForwardSweeps)) return true;
+    const bool near = done && (rooted || change <= T(a.far)), stays = found && 2 * residual > before;
+    const bool finer = kFiner * residual <= T(a.atol) + T(a.rtol) * t.sizes[i];
+    if (near && (finer || stays || rooted || sweep == kForwardSweeps)) return true;
     found = near;
     if ((done && !near) || slow || sweep == kForwardSweeps) {
       if (rooted || !own_root(s, i)) return false;

@@ -93,9 +93,9 @@ def _gapped() -> list[Table]:
     training = replace(_RECALL, batch_size=32, evaluate_every=50, held_out=64)
     chained = replace(_RECALL, steps=1500, evaluate_every=50)
     return [
-        Table("gaps", "gaps", "Recall: 0 to 6 fillers between key and value", GappedRecall(),
+        Table("gaps", "gapped", "Recall: 0 to 6 fillers between key and value", GappedRecall(),
               rows_of((*LOOKUP, "looped"), _RECALL_SIZES), training, 3),
-        Table("gaps-keys", "gaps", "Recall: the same with keys of two tokens", GappedRecall(key_tokens=2),
+        Table("gaps-keys", "gapped", "Recall: the same with keys of two tokens", GappedRecall(key_tokens=2),
               rows_of((*LOOKUP, "looped"), _RECALL_SIZES), training, 3),
         Table("chains", "chains", "Chains of assignments, 1 to 16 steps", Chains(),
               rows_of((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8)), chained, 3),

@@ -12,6 +12,7 @@ from implicit_attention import ImplicitQueryAttention
 from implicit_attention.tasks.models import Convolution
 from studies import ARMS, BUDGETS, arm_named, build, flops, tables
 from studies.models import matching_width, parameters
+from studies.suite import chosen
 from tests.studies.simple import SIZES, Before
 
 CAUSAL, FREE = Before(), Before(is_causal=False)
@@ -22,6 +23,11 @@ TABLES = [pytest.param(table, id=f"{budget}-{name}") for budget in BUDGETS for n
 def test_parameters_are_within_two_percent(table):
     counts = [parameters(build(ARMS[row.arm], table.task, row.sizes, 0)) for row in table.rows.values()]
     assert max(counts) / min(counts) <= 1.02
+
+
+def test_every_table_can_be_named_alone():
+    for name in tables("cpu"):
+        assert [table.name for table in chosen("cpu", name)] == [name]
 
 
 def test_a_width_that_cannot_match_is_refused():

@@ -162,8 +162,9 @@ def check_input(name: str, x: object, weight: Tensor | None, embed_dim: int, *, 
         raise bad_value(name, "on a device that holds numbers", x, "A solve reads residuals to stop: move the "
                         "layer (layer.to_empty(device=...), then load its weights) and the input.")  # fmt: skip
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        layer = f" or the layer (layer.to({x.dtype}))" if x.dtype.itemsize > 1 else ""  # nothing computes in fewer bits
         raise bad_type(name, f"of the parameters' dtype, {weight.dtype}", x,
-                       f"Convert it ({name}.to({weight.dtype})) or the layer (layer.to({x.dtype})).")  # fmt: skip
+                       f"Convert it ({name}.to({weight.dtype})){layer}.")  # fmt: skip
 
 
 def _check_context(settings: Settings, weight: Tensor | None, x: Tensor, context: Tensor) -> None:

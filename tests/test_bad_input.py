@@ -137,6 +137,7 @@ BOTH = {
     "width": (x(B, N, 5), ValueError, "x", "N, 4", r"\(2, 3, 5\)", "embed_dim=4"),
     "no-tokens": (x(B, 0, D), ValueError, "x", "N >= 1", r"\(2, 0, 4\)", "no equilibrium"),
     "dtype": (x(dtype=torch.float64), TypeError, "x", "float32", "float64", r"x\.to\(torch\.float32\)"),
+    "float8": (x().to(torch.float8_e4m3fn), TypeError, "x", "float32", "float8", r"x\.to\(torch\.float32\)\)\.$"),
     "device": (x(device="meta"), ValueError, "x", "device, cpu", "on meta", "Move it"),
     "nan": (x().index_fill(1, torch.tensor(1), NAN), ValueError, "x", "holds 8 NaN or Inf of 24", "Check what made it"),
     "inf": (x().index_fill(1, torch.tensor(1), INF), ValueError, "x", "holds 8 NaN or Inf of 24", "Check what made it"),

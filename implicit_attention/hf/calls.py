@@ -15,6 +15,11 @@ from implicit_attention.hf.tokens import cached_length
 _KNOWN = set(TransformersKwargs.__annotations__)
 
 
+def has_layers(given: object) -> bool:
+    """Return whether something is a cache with an entry for each layer: `EncoderDecoderCache` holds two caches."""
+    return isinstance(given, Cache) and hasattr(given, "layers")
+
+
 def take_cache(cache: Cache | None, kwargs: Any) -> Cache | None:
     """Return the cache of a call, under whichever of its names it came; the old name leaves `kwargs`.
 
@@ -29,7 +34,7 @@ def take_cache(cache: Cache | None, kwargs: Any) -> Cache | None:
     """
     older = kwargs.pop("past_key_values", None)
     for given in (cache, older):
-        if given is not None and not isinstance(given, Cache):
+        if given is not None and not has_layers(given):
             raise bad_type("cache", "a transformers Cache, such as DynamicCache(config=model.config)", given)
     if older is None or older is cache:
         return cache

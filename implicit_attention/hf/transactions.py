@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
+from implicit_attention.hf.calls import has_layers
 from implicit_attention.inputs import refuse_recomputation
 
 
@@ -22,7 +23,7 @@ def transactional(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        caches = [value for value in (*args, *kwargs.values()) if has_layers(value)]
         if not caches or torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         refuse_recomputation()

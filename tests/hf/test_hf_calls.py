@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from implicit_attention.hf import (
@@ -98,6 +98,7 @@ def test_positions_without_a_causal_mask():
         ({"cu_seq_lens_q": torch.tensor([0, 9])}, "`cu_seq_lens_q` must be None for a batch of 2"),
         ({"seq_idx": torch.zeros(9)}, "`seq_idx` must be of shape"),
         ({"cache": ((1, 2),)}, "`cache` must be a transformers Cache"),
+        ({"cache": EncoderDecoderCache(DynamicCache(), DynamicCache())}, "`cache` must be a transformers Cache"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(given, message):

@@ -110,8 +110,9 @@ def compare(table: Table, ours: Contender, baseline: Contender) -> Verdict:
         for figure in (lambda run: run["solved_at"], seconds_to_solve)
     )
     return Verdict(
-        f"both solve it; {steps:.2g} times the steps, {seconds:.2g} times the seconds", helps=seconds < 1
-    )  # fmt: skip
+        f"both solve {_solved(ours.runs)} seeds; {steps:.2g} times the steps, {seconds:.2g} times the seconds",
+        helps=seconds < 1,
+    )
 
 
 def _by_score(ours: Runs, baseline: Runs) -> Verdict:

@@ -120,9 +120,9 @@ def test_the_overview_sets_the_strongest_baseline_beside_the_implicit_arm():
     assert cell(lines, 1, "strongest baseline") == "ordinary attention, 2 layers: 1.000; 1 of 1 seeds, 2 steps"
     assert cell(lines, 1, "implicit") == "implicit: 1.000; 1 of 1 seeds, 4 steps"
     assert cell(lines, 1, "values read outputs") == ""
-    assert cell(lines, 1, "verdict") == "implicit: both solve it; 2 times the steps, 8 times the seconds"
+    assert cell(lines, 1, "verdict") == "implicit: both solve 1 of 1 seeds; 2 times the steps, 8 times the seconds"
     (line,) = report.no_help([(shown, rows)])
-    assert "Strongest baseline: ordinary attention, 2 layers. Implicit: both solve it" in line
+    assert "Strongest baseline: ordinary attention, 2 layers. Implicit: both solve 1 of 1 seeds" in line
     rows["implicit"] = [run(0, 1.0, solved_at=2, seconds=0.5)]
     assert report.no_help([(shown, rows)]) == []
     assert len(report.overview([(replace(shown, group="studies"), rows)])) == 1

@@ -136,7 +136,7 @@ bool ForwardSample<T>::iterate(int64_t s, int64_t i) {
   evaluate(i, p, start);
   copy(p, start, z.hvec);
   bool rooted = false, found = false;
-  int64_t last = kPatience;  // sweeps before slow ones end
+  int64_t first = 1, last = kPatience;  // from where sweeps began to where slow ones end
   for (int64_t sweep = 1; sweep <= kForwardSweeps; ++sweep) {
     evaluate(i, p, next);
     T residual = 0, change = 0;
@@ -154,12 +154,13 @@ bool ForwardSample<T>::iterate(int64_t s, int64_t i) {
     if ((done && !near) || slow || sweep == kForwardSweeps) {
       if (rooted || !own_root(s, i)) return false;
       rooted = true;
+      first = sweep + 1;
       last = sweep + kPatience;
       before = kInfinity<T>;
       for (int64_t h = 0; h < z.heads; ++h) p[h] = T(t.root[h]);
     } else {
       before = residual;
-      step(sweep > 1 && sweep <= last);
+      step(sweep > first && sweep <= last);
     }
   }
   return false;

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -185,9 +186,11 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         if not unknown:
             return
         if not saved:
+            names = [*self.attribute_map, *(field.name for field in fields(self))]
+            near = "".join(f"Did you mean `{name}`? " for name in get_close_matches(unknown[0], names, n=1))
             raise bad_value(
                 "config", "made of names that ImplicitAttentionConfig knows", Came(f"`{unknown[0]}`"),
-                f"The options are {', '.join(field.name for field in fields(self))}.",
+                f"{near}The options are {', '.join(names)}.",
             )  # fmt: skip
         warnings.warn(
             f"The saved configuration has fields that this release of implicit-attention does not know: "

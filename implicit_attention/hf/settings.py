@@ -122,6 +122,12 @@ def _make(
             )
         if key in ("solver", "fallback") and value is not None:
             options[key] = _make(f"{argument}.{key}", value, _SOLVERS)
+    missing = sorted(_needed_by(known[name]) - set(fixed) - set(options))
+    if missing:
+        raise bad_value(
+            argument, f"a mapping with the settings of {name!r}: {', '.join(map(repr, allowed))}",
+            Came(f"none for {', '.join(map(repr, missing))}"),
+        )  # fmt: skip
     return known[name](**fixed, **options)
 
 
@@ -129,3 +135,7 @@ def _settings_of(thing: Callable[..., object]) -> set[str]:
     if is_dataclass(thing):
         return {field.name for field in fields(thing) if field.init}
     return set(signature(thing).parameters)
+
+
+def _needed_by(thing: Callable[..., object]) -> set[str]:
+    return {name for name, setting in signature(thing).parameters.items() if setting.default is setting.empty}

@@ -117,7 +117,8 @@ def test_ordinary_blocks_go_by_both_names():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden_sise": 3}, r"made of names that ImplicitAttentionConfig knows, but got `hidden_sise`. The options"),
+        ({"hidden_sise": 3}, r"ImplicitAttentionConfig knows, but got `hidden_sise`\. Did you mean `hidden_size`"),
+        ({"num_head": 3}, r"Did you mean `num_heads`\? The options are .*num_kv_heads"),
         ({"temperature": 0.5}, "`temperature`"),
         ({"vocab_size": "50"}, "`vocab_size` must be an integer > 0"),
         ({"num_hidden_layers": 0}, "`num_hidden_layers` must be an integer > 0"),
@@ -151,6 +152,7 @@ def test_bad_config(options, message):
         ({"values": "x"}, "`values` must be one of"),
         ({"positions": "x"}, "`positions` must be one of 'alibi', 'relative', 'rope'"),
         ({"positions": {"name": "rope", "bass": 1}}, "a setting of 'rope' among 'base', but got 'bass'"),
+        ({"positions": "scaled_rope"}, "the settings of 'scaled_rope': .*none for 'max_position_embeddings'"),
         ({"dropout": 1.0}, r"`dropout` must be a number in \[0, 1\)"),
         ({"scale": 0.0}, "`scale` must be a number > 0"),
         ({"on_failure": "x"}, "`on_failure` must be one of"),

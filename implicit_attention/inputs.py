@@ -294,7 +294,8 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
     if padding is not None:
         _check_mask("key_padding_mask", padding, inputs.x)
         if tuple(padding.shape) != (batch, new):
-            raise bad_value("key_padding_mask", f"of shape ({batch}, {new})", padding)
+            remedy = "It covers the new tokens; the cache keeps what it hid before." if inputs.cache is not None else ""
+            raise bad_value("key_padding_mask", f"of shape ({batch}, {new})", padding, remedy)
     if mask is None:
         return inputs
     _check_mask("attn_mask", mask, inputs.x)

@@ -321,6 +321,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
             layer(bad, cache=cache)
     with pytest.raises(TypeError, match="`key_padding_mask` must be bool"):
         layer(x[:, :1], cache=cache, key_padding_mask=torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"shape \(2, 1\), .* It covers the new tokens"):
+        layer(x[:, :1], cache=cache, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="NaN"):
         layer(torch.full_like(x[:, :1], torch.nan), cache=cache)
     assert cache.used == 4

@@ -1,5 +1,6 @@
 """Pictures of tables: scores and solver statistics by step, gradients by spectral radius."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -51,8 +52,8 @@ def table(shown: Table, rows: Rows) -> "Figure":
         rows: Its records.
 
     Returns:
-        The figure: score against steps; steps of the solver and gain, if anything was solved; gradients against the
-        spectral radius, if they were measured.
+        The figure: score against steps; steps of the solver and gain, where they are not the same throughout; gradients
+        against the spectral radius, if they were measured.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -60,13 +61,14 @@ def table(shown: Table, rows: Rows) -> "Figure":
     from matplotlib.figure import Figure
 
     panels = [_scores]
-    if any(_series(runs, "steps") for runs in rows.values()):
-        panels.append(_steps)
-    if any(_series(runs, "largest_gain") for runs in rows.values()):
-        panels.append(_gains)
+    panels += [draw for draw, figure in ((_steps, "steps"), (_gains, "largest_gain")) if _varies(rows, figure)]
     if any("gradients" in entry for runs in rows.values() for run in runs for entry in run["curve"]):
         panels.append(_gradients)
-    figure = Figure(figsize=(4.6 * len(panels) if len(panels) > 1 else 7, 5.2), dpi=120, layout="constrained")
+    width = max(4.6 * len(panels), 9.2)
+    longest = max(len(_title(shown, name)) for name in rows)
+    columns = min(4, max(1, int(width / (0.6 + 0.068 * longest))))  # in inches: of the line, and of a letter
+    size = (width, 4.2 + 0.2 * math.ceil(len(rows) / columns) + 0.2)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     styles = _styles(rows)
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
@@ -74,14 +76,20 @@ def table(shown: Table, rows: Rows) -> "Figure":
         draw(axes, shown, rows, styles)
         axes.locator_params(axis="x", nbins=6, integer=draw is not _gradients)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 * min(len(panels), 2), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     figure.suptitle(shown.title)
     return figure
 
 
+def _title(shown: Table, row: str) -> str:
+    return shown.rows[row].title.replace("`", "") if row in shown.rows else row
+
+
 def _styles(rows: Rows) -> dict[str, dict[str, Any]]:
     known = any(name in STYLES for name in rows)  # rows of arms; others are values of an option
-    others = ((colour, line) for line in cycle(("-", "--", ":")) for colour in COLOURS)
+    taken = [STYLES[name] for name in rows if known and name in STYLES]
+    free = ((colour, line) for line in cycle(("-", "--", ":")) for colour in COLOURS)
+    others = (style for style in free if style not in taken)
     found = {name: STYLES[name] if known and name in STYLES else next(others) for name in rows}
     return {name: {"color": colour, "linestyle": line} for name, (colour, line) in found.items()}
 
@@ -94,8 +102,7 @@ def _scores(axes: "Axes", shown: Table, rows: Rows, styles: Mapping[str, dict[st
         curves = [{e["step"]: sign * e["score"] for e in run["curve"] if e["score"] is not None} for run in runs]
         steps, middle, low, high = _band(curves)
         if steps:
-            title = shown.rows[name].title.replace("`", "") if name in shown.rows else name
-            axes.plot(steps, middle, label=title, linewidth=2, **styles[name])
+            axes.plot(steps, middle, label=_title(shown, name), linewidth=2, **styles[name])
             axes.fill_between(steps, low, high, color=styles[name]["color"], alpha=0.12, linewidth=0)
             late += [value for curve in curves for step, value in curve.items() if 4 * step >= max(curve)]
     label = score.lstrip("-").replace("_", " ")
@@ -129,6 +136,10 @@ def _series(runs: Sequence[Record], figure: str) -> list[dict[int, float]]:
         }
         found += [curve] if curve else []
     return found
+
+
+def _varies(rows: Rows, figure: str) -> bool:
+    return len({value for runs in rows.values() for curve in _series(runs, figure) for value in curve.values()}) > 1
 
 
 def _steps(axes: "Axes", shown: Table, rows: Rows, styles: Mapping[str, dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ def test_equals_torch_for_any_head_dimension_and_groups(embed):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_rows_are_nearer_than_asked(name):
-    """One sweep more than the tolerance `tol (1 + |y|)` takes, and |y| is 1.5: without it, residuals are up to 2e-4."""
+    """Sweeps go on within tolerance, `1e-4 (1 + |y|)` with |y| about 1.5. Without that, residuals are up to 2e-4."""
     found, _ = run("cpp", inputs(2, 130), 1e-4, **{"heads": 4} | OPTIONS[name])
     assert float(found.residual.max()) <= 1e-4
 

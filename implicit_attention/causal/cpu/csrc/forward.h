@@ -12,7 +12,7 @@
 namespace implicit_attention::CAPABILITY {
 
 constexpr int kForwardSweeps = 32;
-constexpr int kFiner = 8;    // errors of gradients are residuals times the condition, and a sweep more costs little
+constexpr int kFiner = 8;  // gradients are off by the residual times the condition, and a sweep more costs little
 constexpr int kPatience = 8;  // sweeps after which a row that still settles slowly has its own equation solved
 
 template <class T>

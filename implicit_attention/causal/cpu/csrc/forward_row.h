@@ -166,8 +166,8 @@ bool ForwardSample<T>::iterate(int64_t s, int64_t i) {
   return false;
 }
 
-// Move the own weights to what a sweep made of them; or, if this sweep and the last one contract, along the line through both
-// (Anderson's method of depth 1), which would else lead to roots that sweeps move away from.
+// Move the own weights to what a sweep made of them; or, while sweeps contract, further along the line through the last two
+// (Anderson's method of depth 1). Where they do not, that line can lead to a root that sweeps move away from.
 template <class T>
 void ForwardSample<T>::step(bool along) {
   T inner = 0, square = 0;

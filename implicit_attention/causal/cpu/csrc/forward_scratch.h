@@ -58,7 +58,8 @@ struct ForwardScratch {
         pairs(R * z.hvec), share(z.hvec), mix(R * z.hvec), peak(z.hvec), total(z.hvec), others_lse(z.hvec),
         others(z.heads * z.padded), change(z.heads * z.padded), reach(z.hvec), key(z.heads * z.padded),
         own(z.groups * (z.heads + 1) * z.padded), squares(z.hvec), scores_at(z.hvec), offset(z.hvec),
-        p(z.hvec), next(z.hvec), start(z.hvec), nexts(z.hvec), changes(z.hvec), root(z.heads), solver(z.heads, normed ? z.groups : 0) {}
+        p(z.hvec), next(z.hvec), start(z.hvec), nexts(z.hvec), changes(z.hvec), root(z.heads),
+        solver(z.heads, normed ? z.groups : 0) {}
 };
 
 }  // namespace implicit_attention::CAPABILITY

@@ -6,6 +6,7 @@ equation is solved exactly (`rows`). After t exact sweeps the first t rows are f
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,9 +17,6 @@ from implicit_attention.causal.system import CausalSystem, Queries
 from implicit_attention.errors import NonFiniteError
 
 # What the constants trade. "Own weight": the weight p of a row on its own column.
-# Change of the own weight since y = v that sends a row to the row solver. Larger: fewer row equations are solved, but
-# a row may settle at a root that iteration from y = v does not reach. Several roots need a slope p (1 - p) beta > 1.
-FAR = 0.25
 # Sweeps until the block is halved. Larger: hard blocks lose more work. Smaller: blocks that would settle are halved.
 MOST_SWEEPS = 32
 # Sweeps that are added then, as long as a quarter as many rows become final in them.
@@ -37,6 +35,7 @@ SLOW = 0.7
 # Sweeps that solve all hard row equations by the curve. Later ones do so only for rows whose earlier rows are final.
 DEEP = 3
 # Change of the own weight that still counts as the same root: above the error of sweeps, below the gap between roots.
+# Near a fold a residual e is an error of sqrt(e), so it is sqrt(10 tolerance) if that is less.
 SAME_ROOT = 1e-2
 # Times that a settled row may move to another root. Beyond it, rounding decides between the roots.
 MOST_JUMPS = 4
@@ -124,7 +123,6 @@ class BlockSolver(DiagonalBlock):
         self.step: NewtonStep | None = None
         self.slow = torch.zeros_like(self.given_up)
         self.plain = torch.zeros_like(self.given_up)  # rows that rounding keeps from their tolerance
-        self.solved = torch.zeros_like(self.given_up)  # rows whose row equation was solved in some sweep
         self.jumps = torch.zeros(*samples, self.n, dtype=torch.long, device=device)
         self.deep = torch.full(samples, DEEP, device=device)
         self.roots = torch.full((*samples, self.n, system.heads), torch.nan, dtype=system.wide, device=device)
@@ -276,31 +274,45 @@ class BlockSolver(DiagonalBlock):
         Returns:
             F(y) with these rows' own solutions, and the samples in which a final row moves to another root, `[B]`.
         """
-        _, lse, p, f = now
-        marked = self.slow & ~waits[:, None]
-        if bool(waits.all()):
-            marked = ((self.own_weight(start, lse) - p).abs_() > FAR).any(1) | self.solved
+        a, lse, p, f = now
+        tolerance = max(tolerance, 32 * torch.finfo(a.dtype).eps)
+        everyone = bool(waits.all())
+        marked = ~self._contracted(start, (a, lse, p), tolerance) if everyone else self.slow & ~waits[:, None]
         marked &= ~self.given_up
         if not bool(marked.any()):
             return f, torch.zeros_like(waits)
+        if everyone:
+            self.roots.fill_(torch.nan)  # the root of a final row depends on the row alone, not on the way there
         front = final[:, :-1].long().cumprod(1).bool()
         next_ones = torch.cat([torch.ones_like(final[:, :1]), front], 1)
         deep = marked & (next_ones | (self.deep > 0)[:, None])
         self.deep -= marked.any(1).long()
-        f, jumped = self._solve_own(marked, deep, next_ones, now, tolerance)
+        lost = next_ones & ~waits[:, None]  # never solved, if not here; where all wait, rows stay where they are
+        f, jumped = self._solve_own(marked, deep, lost, now, tolerance)
         jumped &= waits[:, None]
         self.jumps += jumped
         return f, (jumped & (self.jumps <= MOST_JUMPS)).any(1)
 
+    def _contracted(self, start: Tensor, now: tuple[Tensor, Tensor, Tensor], tolerance: float) -> Tensor:
+        """Which rows are at the root of method 1 of `solve_rows`, `[B, n]`; arguments as in `_at_their_roots`."""
+        a, lse, p = now
+        steps = [torch.ones_like(p), self.own_weight(start, lse)]
+        for _ in range(2):
+            query = self.system.phi(_mixed(a, self.value, steps[-1]), self.rows).query
+            steps.append(self.own_weight(self.own_score(query), lse))
+        first, second, third = ((new - old).abs_().amax(1) for old, new in pairwise(steps))
+        halves = (second <= (0.5 * first).clamp_min_(tolerance)) & (third <= (0.5 * second).clamp_min_(tolerance))
+        return halves & ((p - steps[-1]).abs_().amax(1) <= third.clamp_min_(tolerance))
+
     def _solve_own(
-        self, marked: Tensor, deep: Tensor, next_ones: Tensor, now: tuple[Tensor, ...], tolerance: float
+        self, marked: Tensor, deep: Tensor, lost: Tensor, now: tuple[Tensor, ...], tolerance: float
     ) -> tuple[Tensor, Tensor]:
         """Solve the marked rows' own equations, the deep ones as far as that goes.
 
         Args:
             marked: `[B, n]`.
             deep: `[B, n]`, some of the marked rows.
-            next_ones: `[B, n]`, rows before which all are final: what is not solved there never will be.
+            lost: `[B, n]`, rows that are given up if they cannot be solved.
             now: Attention over the other columns, its log-sum-exp, the own weight and F(y), of all rows.
             tolerance: Of weights.
 
@@ -309,7 +321,7 @@ class BlockSolver(DiagonalBlock):
         """
         a, lse, p, f = now
         out, jumped = f.clone(), torch.zeros_like(marked)
-        tolerance = max(tolerance, 32 * torch.finfo(a.dtype).eps)
+        same = min(SAME_ROOT, (10.0 * tolerance) ** 0.5)
         for rows, thorough in ((marked & ~deep, False), (deep, True)):
             samples, positions = rows.nonzero(as_tuple=True)
             if not len(samples):
@@ -317,16 +329,15 @@ class BlockSolver(DiagonalBlock):
             problem, value = self.row_problem(a, lse, samples, positions)
             found = solve_rows(problem, tolerance, self.roots[samples, positions], thorough=thorough)
             solved = found.solved | found.exact
-            over = next_ones[samples, positions] & ~solved & found.p.isfinite().all(-1) & thorough
+            over = lost[samples, positions] & ~solved & found.p.isfinite().all(-1) & thorough
             self.given_up = self.given_up.index_put((samples[over], positions[over]), over[over])
             used = solved | over
             noise = problem.rounding(found.p)[used]
             self.roots[samples[solved], positions[solved]] = found.p[solved]
-            self.solved[samples[solved], positions[solved]] = True
             samples, positions, root = samples[used], positions[used], found.p[used]
             out[samples, positions] = torch.lerp(a[samples, positions], value[used], root[..., None])
             moved = (root - p.transpose(1, 2)[samples, positions]).abs().amax(-1)
-            jumped[samples, positions] = moved > SAME_ROOT + 4.0 * noise
+            jumped[samples, positions] = moved > same + 4.0 * noise
         return out, jumped
 
     def _noise(self, query: Tensor, size: Tensor) -> Tensor:

@@ -133,3 +133,20 @@ def test_of_several_roots_the_start_decides(heads):
     for _ in range(200):  # plain iteration from elsewhere finds another equilibrium
         other = oracle.apply(problem, other)
     assert np.abs(other - array(found)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "gain"), [({"num_heads": 2}, 9.0), ({"num_heads": 4, "qk_norm": True}, 3.0)], ids=str
+)
+def test_the_root_of_a_row_depends_on_the_row_alone(options, gain):
+    """Not on how the sweeps over its block came there: 512 sequences, by kernel and width of blocks."""
+    layer, _ = make(options, 1, seed=1, gain=gain)
+    x = 2.0 * torch.randn(512, 24, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found = []
+    for kernel, block in (("torch", 1), ("torch", 64), ("cpp", 64)):
+        layer.solver = ForwardSubstitution(kernel=kernel, block=block, rtol=1e-15, atol=1e-13)
+        with torch.no_grad():
+            found.append(layer.solve(x).value)
+    for other in found[1:]:
+        off = (other - found[0]).abs().amax(-1) > 1e-5  # rounding, over a gain of up to 1 - 1e-7
+        assert not off.any(), off.nonzero()[:3].tolist()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from implicit_attention.causal.cpu import library
-from implicit_attention.causal.diagonal import FAR, SAME_ROOT, SLOW, hand_back
+from implicit_attention.causal.diagonal import SAME_ROOT, SLOW, hand_back
 from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjoint, near_singular
 from implicit_attention.causal.system import CausalSystem
 
@@ -86,7 +86,7 @@ class ForwardKernel:
             atol: Absolute tolerance.
         """
         self.system, self.into = system, into
-        numbers = {"rtol": rtol, "atol": atol, "far": FAR, "same_root": SAME_ROOT, "slow": SLOW}
+        numbers = {"rtol": rtol, "atol": atol, "same_root": SAME_ROOT, "slow": SLOW}
         self._call = call = Kernel(
             "forward", library.ForwardArguments(), system, eps=system.function.query_map.eps, **numbers
         )

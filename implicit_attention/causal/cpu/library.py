@@ -32,9 +32,9 @@ class ForwardArguments(ctypes.Structure):
     _fields_ = _fields(
         "key value weight constant added cosine sine own_score bias keep y lse query inverse norm_weight residual "
         "size sweeps before_y before_lse settled",
-        "scale eps rtol atol far same_root slow",
+        "scale eps rtol atol same_root slow",
         f"{_SIZES} {_KEYS_AND_VALUES} weight constant added cosine sine turn_b {_MASKS} y lse query inverse "
-        "norm_weight residual size sweeps before_y before_lse settled scale eps rtol atol far same_root slow",
+        "norm_weight residual size sweeps before_y before_lse settled scale eps rtol atol same_root slow",
     )
 
 

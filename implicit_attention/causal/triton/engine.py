@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from implicit_attention.causal.diagonal import FAR, SAME_ROOT, SLOW, hand_back
+from implicit_attention.causal.diagonal import SAME_ROOT, SLOW, hand_back
 from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjoint, near_singular
 from implicit_attention.causal.system import CausalSystem
-from implicit_attention.causal.triton.call import Call, contiguous, rows_contiguous
+from implicit_attention.causal.triton.call import FAR, Call, contiguous, rows_contiguous
 from implicit_attention.causal.triton.kernels import adjoint, forward, merge
 from implicit_attention.causal.triton.kernels.tiles import LAUNCH
 

@@ -14,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from implicit_attention.causal.diagonal import FAR, Unsettled
+from implicit_attention.causal.diagonal import Unsettled
 from implicit_attention.causal.system import CausalSystem
-from implicit_attention.causal.triton.call import TYPES, Call, contiguous
+from implicit_attention.causal.triton.call import FAR, TYPES, Call, contiguous
 from implicit_attention.causal.triton.kernels import solved, sweep, sweep_adjoint
 from implicit_attention.causal.triton.kernels.own_rows import ELSEWHERE, LOST
 from implicit_attention.causal.triton.own_columns import OwnColumns

@@ -40,7 +40,7 @@ struct ForwardArguments {
   T* before_lse;                                           // [B, H, n] or null
   int64_t* settled;                                        // [B]: rows that are solved, from `first` on
   double scale, eps, rtol, atol;
-  double far, same_root, slow;                             // as in diagonal.py
+  double same_root, slow;                                  // as in diagonal.py
 };
 
 template <class T>

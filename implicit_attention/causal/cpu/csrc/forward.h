@@ -13,6 +13,8 @@ namespace implicit_attention::CAPABILITY {
 
 constexpr int kForwardSweeps = 32;
 constexpr int kFiner = 8;  // gradients are off by the residual times the condition, and a sweep more costs little
+template <class T>
+constexpr T kRounding = 32 * std::numeric_limits<T>::epsilon();  // changes of weights below which none contracts any more
 constexpr int kPatience = 8;  // sweeps after which a row that still settles slowly has its own equation solved
 
 template <class T>

@@ -126,28 +126,36 @@ void ForwardSample<T>::evaluate(int64_t i, const T* p, T* next) {
 }
 
 // Settle the own weights, `t.p`, by sweeps from y = v; false if that fails. Within tolerance, sweeps go on to `kFiner` times
-// less as long as each halves the residual. If they end far from where they began, or sweeps contract slowly, the row's
-// equation says which root is wanted.
+// less as long as each halves the residual. The row's equation is solved for the root that is wanted if sweeps contract slowly,
+// or if the first three do not contract by half each, or end further than the third from where that came to: `rows.solve_rows`.
 template <class T>
 bool ForwardSample<T>::iterate(int64_t s, int64_t i) {
   if (a.own_score != nullptr) return given(s, i);
-  T *p = t.p, *next = t.next, *start = t.start, before = kInfinity<T>;
+  T *p = t.p, *next = t.next, before = kInfinity<T>;
   for (int64_t h = 0; h < z.heads; ++h) p[h] = 1;
-  evaluate(i, p, start);
-  copy(p, start, z.hvec);
-  bool rooted = false, found = false;
+  evaluate(i, p, next);
+  copy(p, next, z.hvec);
+  T length = 0;  // how far the last plain sweep moved the weights; of the third, how far from there its root may be
+  for (int64_t h = 0; h < z.heads; ++h) length = larger(length, 1 - p[h]);
+  bool rooted = false, found = false, contracts = true;
   int64_t first = 1, last = kPatience;  // from where sweeps began to where slow ones end
   for (int64_t sweep = 1; sweep <= kForwardSweeps; ++sweep) {
     evaluate(i, p, next);
-    T residual = 0, change = 0;
+    T residual = 0, moved = 0, off = 0;
     for (int64_t h = 0; h < z.heads; ++h) {
       residual = larger(residual, std::abs(next[h] - p[h]) * t.reach[h]);
-      change = larger(change, std::abs(start[h] - p[h]));
+      moved = larger(moved, std::abs(next[h] - p[h]));
     }
+    if (sweep <= 2) {  // these are plain
+      contracts &= moved <= larger(length / 2, kRounding<T>);
+      length = larger(moved, kRounding<T>);
+      copy<T>(t.third, next, z.hvec);
+    }
+    for (int64_t h = 0; h < z.heads; ++h) off = larger(off, std::abs(t.third[h] - p[h]));
     t.sweeps[i] = sweep;
     if (!(residual < kInfinity<T>) || (rooted && !at_root())) return false;
     const bool done = within(i, residual), slow = sweep > last && !(residual <= T(a.slow) * before);
-    const bool near = done && (rooted || change <= T(a.far)), stays = found && 2 * residual > before;
+    const bool near = done && (rooted || (contracts && off <= length)), stays = found && 2 * residual > before;
     const bool finer = kFiner * residual <= T(a.atol) + T(a.rtol) * t.sizes[i];
     if (near && (finer || stays || rooted || sweep == kForwardSweeps)) return true;
     found = near;

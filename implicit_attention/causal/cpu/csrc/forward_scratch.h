@@ -44,7 +44,7 @@ struct ForwardScratch {
   Buffer<T> key;      // [H, padded], with the rotation undone
   Buffer<T> own;      // [G, 1 + H, padded]: a query is the first of these plus p_h times the others
   Buffer<T> squares, scores_at, offset;  // [hvec]: own weights are sigmoid(score + offset)
-  Buffer<T> p, next, start;              // [hvec]: own weights, after one more sweep, and after the first, from y = v
+  Buffer<T> p, next, third;              // [hvec]: own weights, after one more sweep, and after the third from y = v
   Buffer<T> nexts, changes;              // [hvec]: `next` of the sweep before, and how far it was from its `p`
   Buffer<double> root;  // [H]
   RowSolver solver;
@@ -58,7 +58,7 @@ struct ForwardScratch {
         pairs(R * z.hvec), share(z.hvec), mix(R * z.hvec), peak(z.hvec), total(z.hvec), others_lse(z.hvec),
         others(z.heads * z.padded), change(z.heads * z.padded), reach(z.hvec), key(z.heads * z.padded),
         own(z.groups * (z.heads + 1) * z.padded), squares(z.hvec), scores_at(z.hvec), offset(z.hvec),
-        p(z.hvec), next(z.hvec), start(z.hvec), nexts(z.hvec), changes(z.hvec), root(z.heads),
+        p(z.hvec), next(z.hvec), third(z.hvec), nexts(z.hvec), changes(z.hvec), root(z.heads),
         solver(z.heads, normed ? z.groups : 0) {}
 };
 

@@ -242,7 +242,7 @@ def settle_block(
         before_lse: `[B, H, n]`, filled with the old `lse` of settled rows.
         status: `[B]`, filled with the first row that is not settled, counted in the block; n if all are settled.
         work: Scratch, `[B, slot]`.
-        far: As `diagonal.FAR`.
+        far: As `call.FAR`.
         same_root: As `diagonal.SAME_ROOT`.
         slow_ratio: As `diagonal.SLOW`.
     """

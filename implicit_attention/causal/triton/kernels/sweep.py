@@ -218,7 +218,7 @@ def attend_rows(
         lse: Log-sum-exp of all columns, `[B, H, n]`, filled.
         found: As in `settled`; this sweep's entries are raised.
         far: `[sweeps, B, n]`, zeros; set to 1 if an own weight is further than `too_far` from that at y = v.
-        too_far: As `diagonal.FAR`.
+        too_far: As `call.FAR`.
         rows_: Rows of a program, a multiple of `columns_`.
         columns_: Columns of a tile.
     """

@@ -186,7 +186,8 @@ class BlockSolver(DiagonalBlock):
                     tolerance = 0.1 * float(((size * rtol + atol) / reach).min())
                     f, moved = self._at_their_roots(start, (a, lse, p, f), final, waits, tolerance)
                     waits &= ~moved
-                    everyone = everyone and not bool(moved.any())
+                    if everyone and bool(moved.any()):  # rows after it start again
+                        everyone, limit, asked = False, max(limit, sweep + MOST_SWEEPS // 2), 1
             if everyone:
                 break
             if sweep == limit:

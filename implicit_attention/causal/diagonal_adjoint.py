@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicit_attention.causal.diagonal import MOST_SWEEPS, DiagonalBlock
+from implicit_attention.causal.diagonal import MOST_SWEEPS
+from implicit_attention.causal.diagonal_block import DiagonalBlock
 from implicit_attention.causal.own_columns import own_slopes
 from implicit_attention.causal.system import CausalSystem, Queries
 

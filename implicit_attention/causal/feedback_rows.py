@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.attention.map import NORM_EPS
-from implicit_attention.causal.diagonal import DiagonalBlock
+from implicit_attention.causal.diagonal_block import DiagonalBlock
 from implicit_attention.causal.system import CausalSystem, Queries
 
 State = dict[str, Tensor]

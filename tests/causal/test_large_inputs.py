@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from implicit_attention import ConvergenceWarning, ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention.causal import curve, diagonal, rows
+from implicit_attention.causal import curve, diagonal, own_roots, rows
 from implicit_attention.causal.rows import solve_rows
 from tests.causal.row_batches import function, joined, linear, make, single
 
@@ -15,7 +15,7 @@ from tests.causal.row_batches import function, joined, linear, make, single
 def work(monkeypatch):
     """Counts blocks, sweeps, rounds of the row solver, and steps along curves."""
     counts = {"blocks": 0, "sweeps": 0, "rounds": 0, "steps": 0}
-    settle, solve, step = diagonal.BlockSolver.settle, diagonal.solve_rows, curve._step
+    settle, solve, step = diagonal.BlockSolver.settle, own_roots.solve_rows, curve._step
 
     def settled(self, *args):
         block = settle(self, *args)
@@ -32,7 +32,7 @@ def work(monkeypatch):
         return step(*args)
 
     monkeypatch.setattr(diagonal.BlockSolver, "settle", settled)
-    monkeypatch.setattr(diagonal, "solve_rows", solved)
+    monkeypatch.setattr(own_roots, "solve_rows", solved)
     monkeypatch.setattr(curve, "_step", stepped)
     return counts
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from implicit_attention.causal.cpu import library
-from implicit_attention.causal.diagonal import SAME_ROOT, SLOW, hand_back
+from implicit_attention.causal.diagonal import SLOW, hand_back
 from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjoint, near_singular
+from implicit_attention.causal.own_roots import SAME_ROOT
 from implicit_attention.causal.system import CausalSystem
 
 KEEPS_SLOPES = True  # the adjoint can return the cotangents of all scores

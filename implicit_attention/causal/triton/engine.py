@@ -6,8 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from implicit_attention.causal.diagonal import SAME_ROOT, SLOW, hand_back
+from implicit_attention.causal.diagonal import SLOW, hand_back
 from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjoint, near_singular
+from implicit_attention.causal.own_roots import SAME_ROOT
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.causal.triton.call import FAR, Call, contiguous, rows_contiguous
 from implicit_attention.causal.triton.kernels import adjoint, forward, merge

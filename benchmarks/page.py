@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import CONTESTANTS
-from benchmarks.report import PASSES
+from benchmarks.report import PASSES, origin
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -211,7 +211,8 @@ def machine(result: Result) -> str:
     extra = f", torchdeq {versions['torchdeq']}" if versions.get("torchdeq") else ""
     return (
         f"Measured on {result['processor']}, {result['threads']} threads, {result['system']}, PyTorch "
-        f"{versions['torch']}{extra}; {result['dtype']}, embed {result['embed_dim']}, {result['num_heads']} heads."
+        f"{versions['torch']}{extra}; {result['dtype']}, embed {result['embed_dim']}, {result['num_heads']} heads. "
+        f"`python -m benchmarks {result['benchmark']}`. {origin(result)}"
     )
 
 

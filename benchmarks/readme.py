@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.layer import LAYERS
+from benchmarks.report import origin
 from studies import verdicts
 from studies.suite import tables
 
@@ -43,7 +44,7 @@ def cost_table(result: Result | None) -> str:
     return (
         markdown([head, *rows])
         + f"\n\n{result['processor']}, {threads}, PyTorch {result['versions']['torch']}, {result['dtype']}, "
-        + f"tolerance {result['rtol']:g}."
+        + f"tolerance {result['rtol']:g}.\n`python -m benchmarks layer`. {origin(result)}"
     )
 
 

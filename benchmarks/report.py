@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from implicit_attention.cli.environment import environment
+from studies.commit import checked_out
 
 PASSES = {
     "forward": "without autograd",
@@ -27,7 +28,15 @@ def described(benchmark: str, embed_dim: int, num_heads: int) -> dict[str, Any]:
         found["versions"]["torchdeq"] = metadata.version("torchdeq")
     except metadata.PackageNotFoundError:
         found["versions"]["torchdeq"] = None
+    found["commit"] = checked_out()
     return {"benchmark": benchmark, **found, "embed_dim": embed_dim, "num_heads": num_heads, "dtype": "float32"}
+
+
+def origin(result: dict[str, Any]) -> str:
+    """Which commit a record was made by."""
+    if commit := result.get("commit"):
+        return f"Made by commit {commit[:7]}."
+    return "The record names no commit; the kernels may have changed since."
 
 
 def tell(what: str) -> None:

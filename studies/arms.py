@@ -217,6 +217,7 @@ ARMS = {
         Arm("looped", "ordinary attention, looped", _ordinary, looped=True),
         _baseline("keys-2", "ordinary attention, 2-tap convolution on keys", _keys(2)),
         _baseline("keys-4", "ordinary attention, 4-tap convolution on keys", _keys(4)),
+        _baseline("keys-8", "ordinary attention, 8-tap convolution on keys", _keys(8)),
         _baseline("convolved", "ordinary attention behind a 4-tap convolution", _convolved),
         _baseline("recurrent", "keys and values of its own outputs, row by row", _recurrent),
         _baseline("delta", "Gated DeltaNet", _delta),

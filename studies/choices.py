@@ -16,7 +16,7 @@ class Choice:
     Attributes:
         option: Its name in `ImplicitQueryAttention`.
         tables: Where its candidates are compared.
-        rows: The row of each candidate value; the library's default comes first.
+        rows: The row of each candidate value. Where several are never behind, the first is recommended.
     """
 
     option: str
@@ -69,12 +69,18 @@ def deviation(runs: Sequence[Record]) -> float:
     Args:
         runs: The records of a row.
     """
-    scores = [run["score"] for run in runs if run["score"] is not None]
-    return statistics.stdev(scores) if len(scores) > 1 else 0.0
+    return _spread([run["score"] for run in runs if run["score"] is not None])
+
+
+def _spread(figures: Sequence[float]) -> float:
+    return statistics.stdev(figures) if len(figures) > 1 else 0.0
 
 
 def ahead(first: Sequence[Record], second: Sequence[Record]) -> bool:
-    """Return whether a row is ahead of another: more seeds solved, or a mean better by more than both deviations.
+    """Return whether a row is ahead of another: more seeds solved; all solved in fewer steps; else a better mean score.
+
+    Steps and scores must differ by more than the sum of both deviations. Scores say nothing where all seeds solved the
+    task: training stops at once there.
 
     Args:
         first: The records of a row.
@@ -83,6 +89,10 @@ def ahead(first: Sequence[Record], second: Sequence[Record]) -> bool:
     (solved, score), (other_solved, other_score) = merit(first), merit(second)
     if solved != other_solved:
         return solved > other_solved
+    if solved == 1:
+        steps, other_steps = ([run["solved_at"] for run in runs] for runs in (first, second))
+        saved = statistics.mean(other_steps) - statistics.mean(steps)
+        return bool(saved > _spread(steps) + _spread(other_steps))
     return score - other_score > deviation(first) + deviation(second)
 
 

@@ -1,7 +1,6 @@
 """`python -m studies`: train arms on small tasks, and make the page of results."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from implicit_attention.cli import output
 from implicit_attention.cli.environment import environment
 from implicit_attention.cli.faults import one_line
 from implicit_attention.training.faults import RunError, unwritable
+from studies.commit import checked_out
 
 if TYPE_CHECKING:
     from studies.run import Record
@@ -150,7 +150,7 @@ def _perform(plans: "list[Plan]", directory: Path, page: Path, budget: str, work
     from studies.display import Display
 
     _prepare(directory)
-    machine, display = {**environment(), "commit": _commit()}, Display(Console(stderr=True), workers)
+    machine, display = {**environment(), "commit": checked_out()}, Display(Console(stderr=True), workers)
     try:
         with display.progress:
             for plan in plans:
@@ -163,17 +163,6 @@ def _perform(plans: "list[Plan]", directory: Path, page: Path, budget: str, work
         _show(table, {name: found[table.name][name] for name in rows})
     report.write(page, found, suite.tables(budget))
     print(f"page: {page / 'results.md'}; records: {directory}")
-
-
-def _commit() -> str | None:
-    """The commit that is checked out; None outside of a checkout, or with changes that are not committed."""
-    here = Path(__file__).parent
-    try:
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    except OSError:
-        return None
-    return head.stdout.strip() or None if changed.returncode == 0 and not changed.stdout else None
 
 
 def _prepare(directory: Path) -> None:

@@ -16,6 +16,9 @@ How arms are compared:
   2 %. An arm whose mixer has more weights has narrower MLPs.
 - The optimiser is AdamW. Gradients are clipped to a norm of 1. The learning rate rises over the first twentieth of the
   steps, then falls along a cosine to a tenth. Relative biases have ten times that rate and no weight decay.
+- Implicit layers have `query_input=True` (their queries read the input, too), `out_proj=True` and, with a causal mask,
+  `qk_norm=True`, unless a row says otherwise. So do those of the README's table. The README's quickstart has other
+  options: no `query_input`, and `positions="rope"`.
 - Each arm has its own learning rate in each table: the best of four on whole runs of all seeds, by seeds solved, then
   steps, then score. That is a choice by the figures that are shown, so they flatter every arm a little, and alike. *Of
   all rates* counts the solved runs at every rate. Tables that compare options of the layer, and
@@ -24,7 +27,8 @@ How arms are compared:
 - Scores are mean ± standard deviation over seeds, at the last evaluation.
 - FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps.
 - Times are processor time of one thread, with one run on each core. The same seed gives the same scores again on the
-  same machine."""
+  same machine with the same commit. Tables that name no commit were made before records kept it, by an older causal
+  engine, which took other numbers of solver steps."""
 
 OVERVIEW = """The deciding score of each table, mean ± standard deviation over seeds; where a task can be solved, the
 seeds that solved it and their median steps. Each cell shows the best arm of its kind: most seeds solved, then fewest
@@ -33,10 +37,11 @@ seconds, then the best mean. *Ahead* and *behind* mean by more than the sum of b
 NO_HELP = """Tasks whose strongest baseline is at least as good as every implicit arm:"""
 
 DEFAULTS = """What the tables below recommend for the options of `ImplicitQueryAttention`. One of two rows is *ahead* if
-more of its seeds solved the task. With equally many, it is ahead if the means differ by more than the sum of the two
-deviations. The recommended value is the first that is never behind; the library's default comes first. Here, relative
-biases learn at the same rate as all other weights, as with an optimiser that gets a model's parameters. In all other
-rows they learn at ten times that rate, and do better."""
+more of its seeds solved the task. If all seeds of both did, it is ahead if it took fewer steps; else if its mean score
+is better. Steps and scores must differ by more than the sum of the two deviations. The recommended value is the first
+that is never behind, in the order shown. `implicit_attention/recommended.py` says why a model has another default.
+Here, relative biases learn at the same rate as all other weights, as with an optimiser that gets a model's
+parameters. In all other rows they learn at ten times that rate, and do better."""
 
 SOLVER = "How the solver did at the last evaluation, and whether a second start leads to the same equilibrium:"
 
@@ -116,5 +121,5 @@ def origin(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
     every = [run for runs in rows.values() for run in runs]
     commits = sorted({commit[:7] for run in every if (commit := (run.get("environment") or {}).get("commit"))})
     seconds = sum(run["wall_seconds"] for run in every)
-    made = f" Made by commit {', '.join(commits)}." if commits else ""
+    made = f" Made by commit {', '.join(commits)}." if commits else " The records name no commit."
     return f"`implicit-attention eval {table.name} --budget cpu`: {seconds:,.0f} s for the runs that count.{made}"

@@ -26,6 +26,7 @@ HOPS = ("ordinary", "ordinary-2", "looped", "strict", "implicit", "hopfield", "r
 LOOKUP = (
     "ordinary", "ordinary-2", "keys-2", "keys-4", "strict", "implicit", "strict-convolved", "feedback", "delta", "gru"
 )  # fmt: skip
+GAPPED = (*LOOKUP, "keys-8", "looped")  # 8 taps reach from each value to its key
 STATE = (
     "ordinary", "ordinary-2", "convolved", "strict", "feedback", "feedback-plain", "feedback-alone", "delta", "gru"
 )  # fmt: skip
@@ -94,9 +95,9 @@ def _gapped() -> list[Table]:
     chained = replace(_RECALL, steps=1500, evaluate_every=50)
     return [
         Table("gaps", "gapped", "Recall: 0 to 6 fillers between key and value", GappedRecall(),
-              rows_of((*LOOKUP, "looped"), _RECALL_SIZES), training, 3),
+              rows_of(GAPPED, _RECALL_SIZES), training, 3),
         Table("gaps-keys", "gapped", "Recall: the same with keys of two tokens", GappedRecall(key_tokens=2),
-              rows_of((*LOOKUP, "looped"), _RECALL_SIZES), training, 3),
+              rows_of(GAPPED, _RECALL_SIZES), training, 3),
         Table("chains", "chains", "Chains of assignments, 1 to 16 steps", Chains(),
               rows_of((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8)), chained, 3),
     ]  # fmt: skip

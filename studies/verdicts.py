@@ -104,7 +104,7 @@ def compare(table: Table, ours: Contender, baseline: Contender) -> Verdict:
         )  # fmt: skip
     if not mine:
         verdict = _by_score(ours.runs, baseline.runs)
-        return Verdict(f"neither solves it; {verdict.words}", verdict.helps)
+        return Verdict(f"neither within {table.training.steps} steps; {verdict.words}", verdict.helps)
     steps, seconds = (
         median(ours.runs, figure) / median(baseline.runs, figure)
         for figure in (lambda run: run["solved_at"], seconds_to_solve)

@@ -23,12 +23,11 @@ def test_defaults_are_those_that_the_results_recommend():
     tolerance, _ = ForwardSubstitution().tolerances(torch.float32)
     defaults = {
         "qk_norm": str(config.qk_norm),
-        "positions": f'"{config.positions}"',
         "adjoint": f'"{config.adjoint}"',
         "tolerance": f"{tolerance:g}",
     }
     expected = recommendations()
-    assert set(expected) - set(defaults) == {"self_query"}
+    assert set(expected) - set(defaults) == {"self_query", "positions"}
     assert defaults == {option: expected[option] for option in defaults}
 
 
@@ -36,10 +35,23 @@ def test_where_the_default_is_another_the_results_say_what_that_costs():
     """`recommended` says why "input" is the default, and in how many comparisons the original equation is ahead."""
     assert ImplicitAttentionConfig().self_query == recommended.CAUSAL_LM["self_query"] == "input"
     assert recommendations()["self_query"] == '"output"'
-    choice = next(choice for choice in choices.CHOICES if choice.option == "self_query")
+    assert said("self_query", ['"output"', '"input"'])
+
+
+def test_relative_biases_are_ahead_of_the_default_and_the_reason_is_said():
+    assert ImplicitAttentionConfig().positions == recommended.CAUSAL_LM["positions"] == "rope"
+    assert recommendations()["positions"] == '"relative"'
+    assert said("positions", ['"relative"', '"rope"'])
+
+
+def said(option, values):
+    """Whether `recommended` says in how many comparisons the first value is ahead of the second, and behind in none."""
+    choice = next(choice for choice in choices.CHOICES if choice.option == option)
+    pair = choices.Choice(option, choice.tables, {value: choice.rows[value] for value in values})
     found = records.load(RECORDS)
-    tally = choices.compared(choice, found)
-    compared = [table for table in choice.tables if set(choice.rows.values()) <= found.get(table, {}).keys()]
-    (ahead, behind), tables = tally['"output"'], len(compared)
+    compared = [table for table in pair.tables if set(pair.rows.values()) <= found.get(table, {}).keys()]
+    ahead, behind = choices.compared(pair, found)[values[0]]
     assert behind == 0
-    assert f"ahead in {ahead} of {tables} comparisons" in " ".join(recommended.__doc__.split())
+    return f"ahead in {ahead} of {len(compared)} comparisons" in " ".join(
+        recommended.__doc__.replace("ahead of it in", "ahead in").split()
+    )

@@ -86,6 +86,14 @@ def test_a_row_is_ahead_by_seeds_solved_or_by_more_than_the_spread():
     assert choices.ahead(close, [run(0, 0.99), run(1, None)])
 
 
+def test_where_all_seeds_solved_the_sooner_row_is_ahead_whatever_the_scores():
+    sooner = [run(0, 0.990, solved_at=2), run(1, 0.991, solved_at=2)]
+    later = [run(0, 0.999, solved_at=4), run(1, 0.998, solved_at=4)]
+    assert choices.ahead(sooner, later)
+    assert not choices.ahead(later, sooner)
+    assert not choices.ahead(sooner, [run(0, 0.999, solved_at=2), run(1, 0.999, solved_at=4)]), "2 and 3 ± 1.4 steps"
+
+
 def test_a_default_is_the_value_that_is_ahead_most_often():
     choice = choices.Choice("qk_norm", ("one", "two", "three"), {"True": "with", "False": "without"})
     good, bad = [run(0, 1.0, solved_at=2)], [run(0, 0.5)]
@@ -98,7 +106,7 @@ def test_a_default_is_the_value_that_is_ahead_most_often():
     spread_out = {"one": {"a": [run(0, 0.9), run(1, 1.0)], "b": good, "c": bad}}
     assert choices.recommended(three, spread_out) == "1e-5"
     alike = {"one": {"a": good, "b": good, "c": bad}}
-    assert choices.recommended(three, alike) == "1e-4", "the library's own stays where nothing is ahead of it"
+    assert choices.recommended(three, alike) == "1e-4", "the first stays where nothing is ahead of it"
 
 
 def test_every_choice_names_rows_that_there_are():
@@ -135,9 +143,10 @@ def test_the_overview_sets_the_strongest_baseline_beside_the_implicit_arm():
          "solves 1 of 2 seeds, the baseline 0 of 2", True),
         ([run(0, 0.5), run(1, 0.5)], [run(0, 1.0, solved_at=2), run(1, 0.5)],
          "solves 0 of 2 seeds, the baseline 1 of 2", False),
-        ([run(0, 0.5)], [run(0, 0.4)], "neither solves it; ahead", True),
-        ([run(0, 0.4)], [run(0, 0.5)], "neither solves it; behind", False),
-        ([run(0, 0.4), run(1, 0.6)], [run(0, 0.4), run(1, 0.5)], "neither solves it; level, within the spread", False),
+        ([run(0, 0.5)], [run(0, 0.4)], "neither within 4 steps; ahead", True),
+        ([run(0, 0.4)], [run(0, 0.5)], "neither within 4 steps; behind", False),
+        ([run(0, 0.4), run(1, 0.6)], [run(0, 0.4), run(1, 0.5)],
+         "neither within 4 steps; level, within the spread", False),
     ],
 )  # fmt: skip
 def test_a_verdict_compares_with_the_strongest_baseline(ours, baseline, words, helps):

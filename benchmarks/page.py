@@ -5,16 +5,23 @@ All is made from docs/data, so that pages and figures cannot disagree. No figure
 
 import json
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import layers_page
 from benchmarks.peers import CONTESTANTS
-from benchmarks.report import PASSES, origin
+from benchmarks.report import PASSES, origin, table
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
-TITLES = {"causal": "Time and memory", "decode": "Decoding", "hard": "Hard weights"}
+TITLES = {
+    "layer": "Whole layers",
+    "causal": "The solve: time and memory",
+    "decode": "Decoding",
+    "hard": "Hard weights",
+    "feedback": "Values that read outputs",
+    "encoder": "Without a mask",
+}
 START, END = "<!-- figures: made by `python -m benchmarks.page` -->\n", "<!-- end of figures -->\n"  # in training.md
 LAYERS_HEAD = ["whole layer, tolerance of its own", "forward", "forward + backward", "first call, both"]
 HELD = {True: "holds", False: "**missed**"}
@@ -23,21 +30,17 @@ Result = dict[str, Any]
 
 def load() -> dict[str, Result]:
     """What has been measured, by benchmark."""
-    paths = {name: DOCS / "data" / f"{name}.json" for name in (*TITLES, "language_model", "layer")}
+    paths = {name: DOCS / "data" / f"{name}.json" for name in (*TITLES, "language_model")}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
 def page(results: dict[str, Result]) -> str:
     """The whole page."""
     parts = [
-        "# What a causal equilibrium costs",
+        "# What an equilibrium costs",
         "<!-- Made by `python -m benchmarks.page` from docs/data/*.json: measure again and make it anew. -->",
-        "Under a causal mask, `ForwardSubstitution` solves the equation block by block. It computes attention between "
-        "blocks once. So its cost is counted in attention passes: times and memory are ratios to "
-        "`torch.nn.functional.scaled_dot_product_attention(is_causal=True)` (SDPA) on the same shapes. All contestants "
-        "run in turn in one process. All get the same keys and values; making queries from the output is part of the "
-        "work. Everything has its defaults. This page measures the solve; the README's table measures a whole layer, "
-        "projections included.",
+        "Everything has its defaults. All contestants run in turn in one process, and figures are medians. Whole "
+        "layers come first: that is what a user pays. The solve alone is counted in attention passes.",
     ]
     for name, title in TITLES.items():
         parts += [f"## {title}", *section(name, results.get(name))]
@@ -56,12 +59,25 @@ def section(name: str, result: Result | None) -> list[str]:
         return ["Not measured yet."]
     if not result["correct"]:
         return [machine(result), result["verdict"]]
-    make = {"causal": causal_section, "decode": decode_section, "hard": hard_section}[name]
+    make = {
+        "layer": layers_page.whole,
+        "causal": causal_section,
+        "decode": decode_section,
+        "hard": hard_section,
+        "feedback": layers_page.feedback,
+        "encoder": layers_page.encoder,
+    }[name]
     return [machine(result), *make(result), *target_list(result)]
 
 
 def causal_section(result: Result) -> list[str]:
-    parts = ["![Time and memory against the number of tokens](images/causal.png)"]
+    parts = [
+        "Under a causal mask, `ForwardSubstitution` solves the equation block by block. It computes attention between "
+        "blocks once. Times and memory are ratios to "
+        "`torch.nn.functional.scaled_dot_product_attention(is_causal=True)` (SDPA) on the same shapes. All get the "
+        "same keys and values; making queries from the output is part of the work.",
+        "![Time and memory against the number of tokens](images/causal.png)",
+    ]
     head = ["contestant", "forward", "forward + backward", "memory, forward", "memory, both", "first call, both"]
     head.append("largest residual")
     for shape in result["shapes"]:
@@ -201,7 +217,7 @@ def cost_rows(result: Result) -> list[list[str]]:
 def target_list(result: Result) -> list[str]:
     lines = [
         f"- {t['what']}: {t['measured']:.3g}, target at most {t['at_most']:.3g}, {HELD[t['holds']]}"
-        for t in result["targets"]
+        for t in result.get("targets", ())
     ]
     return ["\n".join(lines)] if lines else []
 
@@ -209,16 +225,13 @@ def target_list(result: Result) -> list[str]:
 def machine(result: Result) -> str:
     versions = result["versions"]
     extra = f", torchdeq {versions['torchdeq']}" if versions.get("torchdeq") else ""
+    sizes = f", embed {result['embed_dim']}, {result['num_heads']} heads" if "embed_dim" in result else ""
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
     return (
-        f"Measured on {result['processor']}, {result['threads']} threads, {result['system']}, PyTorch "
-        f"{versions['torch']}{extra}; {result['dtype']}, embed {result['embed_dim']}, {result['num_heads']} heads. "
+        f"Measured on {result['processor']}, {threads}, {result['system']}, PyTorch "
+        f"{versions['torch']}{extra}; {result['dtype']}{sizes}. "
         f"`python -m benchmarks {result['benchmark']}`. {origin(result)}"
     )
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The pictures of docs/: what a causal equilibrium costs against the length, and two language models learning."""
+"""The pictures of docs/: what a causal solve costs against the length, and two language models learning."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -286,15 +286,22 @@ def test_the_page_is_what_the_json_makes_it():
 
 
 def test_the_page_shows_every_figure(causal_result, hard_result):
-    text = page.page({"causal": causal_result, "decode": decode.run(**DECODE), "hard": hard_result})
+    made = {"causal": causal_result, "decode": decode.run(**DECODE), "hard": hard_result}
+    text = page.page(page.load() | made)
     (shape,) = causal_result["shapes"]
     for name, row in shape["rows"].items():
         line = next(line for line in text.splitlines() if line.startswith(f"| {peers.CONTESTANTS[name].label} |"))
         for p in causal.PASSES:
             assert f" {row[p]['time_ratio']:.2f} " in line
     assert causal_result["processor"] in text
+    for name in ("layer", "feedback"):
+        for shape in page.load()[name]["shapes"]:
+            for row in list(shape["rows"].values())[1:]:
+                assert f" {row['forward']['time_ratio']:.2f} / {row['forward_backward']['time_ratio']:.2f} |" in text
+    for row in page.load()["encoder"]["rows"]:
+        assert f"| {row['batch']}, {row['length']} | {row['weights']} | {row['time_ratio']:.2f} |" in text
     assert "Not measured" not in text
-    assert page.page({}).count("Not measured yet.") == 3
+    assert page.page({}).count("Not measured yet.") == len(page.TITLES)
 
 
 def test_the_picture_has_a_curve_for_everybody(causal_result):

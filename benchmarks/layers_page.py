@@ -1,0 +1,55 @@
+"""The parts of docs/causal.md that are about whole layers: what `layer`, `feedback` and `encoder` measured."""
+
+from typing import Any
+
+from benchmarks.report import PASSES, table
+
+Result = dict[str, Any]
+
+
+def whole(result: Result) -> list[str]:
+    """The layer beside an ordinary one, for each shape."""
+    text = (
+        "Times are ratios to an ordinary attention layer of the same shapes (keys and queries with an RMS norm, one "
+        f"call of SDPA), projections included. Tolerance {result['rtol']:g}. "
+        '`kernel="torch"` is what is left without a compiler.'
+    )
+    return [text, _by_shape(result)]
+
+
+def feedback(result: Result) -> list[str]:
+    """The layer whose values read outputs, beside a GRU."""
+    text = (
+        'With `values="feedback"` rows have to be computed one after the other, as in a recurrent network. Times are '
+        "ratios to the ordinary layer, counted in processor time."
+    )
+    return [text, _by_shape(result)]
+
+
+def encoder(result: Result) -> list[str]:
+    """The layer without a mask, beside `nn.MultiheadAttention`."""
+    text = (
+        "The recommended layer without a mask (`for_encoder`, a contraction by construction) against "
+        "`torch.nn.MultiheadAttention`, forward and backward, counted in processor time. *Sharp*: the weights that "
+        "make scores are four times as large."
+    )
+    head = ["batch, tokens", "weights", "times", "evaluations", "adjoint's", "bound of the gain", "its radius"]
+    rows = [
+        [f"{row['batch']}, {row['length']}", row["weights"], f"{row['time_ratio']:.2f}", str(row["evaluations"]),
+         str(row["adjoint_steps"]), f"{row['bound']:.1f}", f"{row['radius']:.3f}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return [text, table(head, rows)]
+
+
+def _by_shape(result: Result) -> str:
+    """Each shape's ratios, forward and forward + backward; empty for a layer that was not measured there."""
+    names = list(dict.fromkeys(name for shape in result["shapes"] for name in shape["rows"]))[1:]
+    rows = []
+    for shape in result["shapes"]:
+        sizes = [shape["batch"], shape["length"], shape["embed_dim"], shape["num_heads"]]
+        found = [shape["rows"].get(name) for name in names]
+        ratios = ["" if row is None else " / ".join(f"{row[p]['time_ratio']:.2f}" for p in PASSES) for row in found]
+        rows.append([", ".join(map(str, sizes)), *ratios])
+    titles = [name if "=" not in name else f"`{name}`" for name in names]
+    return table(["batch, tokens, width, heads; forward / both", *titles], rows)

@@ -47,6 +47,8 @@ CAUSAL = [
     "rows",
     "system",
     "own_columns",
+    "diagonal_block",
+    "own_roots",
     "diagonal",
     "diagonal_adjoint",
     "feedback_rows",

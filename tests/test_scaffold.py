@@ -5,9 +5,12 @@ import graphlib
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import implicit_attention
 from implicit_attention.causal import cpu
@@ -179,6 +182,15 @@ def test_constraints_pin_every_dependency_exactly():
     names = {line.split(">=")[0] for line in wanted if not line.startswith("implicit-attention[")}
     assert names <= set(pins)
     assert not [pin for pin in pins.values() if "+" in pin], "local versions exist on one machine only"
+
+
+def test_constraints_install_on_the_first_python_that_the_project_names():
+    """A pin that needs a later patch release, such as 3.11.5, does not install on Debian's 3.11.2."""
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
+    for name in pins:
+        with suppress(metadata.PackageNotFoundError):
+            needed = metadata.metadata(name).get("Requires-Python") or ""
+            assert SpecifierSet(needed).contains("3.11.0"), f"{name} {pins[name]} needs Python {needed}"
 
 
 def test_the_kernels_are_built_where_a_compiler_is():

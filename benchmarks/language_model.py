@@ -127,7 +127,7 @@ def cached_like_uncached(model: Model) -> bool:
 def step_seconds(chosen: dict[str, Any], repeats: int) -> dict[str, Any]:
     """A training step: forward, backward and optimizer, on random bytes."""
     from implicit_attention.training.model import build
-    from implicit_attention.training.settings import resolve
+    from implicit_attention.training.resolving import resolve
 
     runs = {}
     for arm in ARMS:

@@ -4,6 +4,7 @@ All is made from docs/data, so that pages and figures cannot disagree. No figure
 """
 
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,11 @@ def page(results: dict[str, Result]) -> str:
 
 
 def wrapped(part: str) -> str:
-    """Prose in lines of 120; tables and lists as they are."""
+    """Prose in lines of 120, with code in one piece; tables and lists as they are."""
     if part.startswith(("|", "-", "!", "<", "#")):
         return part
-    return textwrap.fill(part, 120, break_long_words=False, break_on_hyphens=False)
+    whole = re.sub("`[^`]*`", lambda code: code[0].replace(" ", "\0"), part)
+    return textwrap.fill(whole, 120, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
 
 
 def section(name: str, result: Result | None) -> list[str]:

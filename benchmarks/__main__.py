@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks import (
     bidirectional,
     causal,
+    conversion,
     decode,
     encoder,
     feedback,
@@ -22,6 +23,7 @@ from benchmarks import (
 BENCHMARKS = {
     "bidirectional": bidirectional,
     "causal": causal,
+    "conversion": conversion,
     "decode": decode,
     "encoder": encoder,
     "feedback": feedback,

@@ -1,4 +1,4 @@
-"""docs/causal.md, the figures of README.md and docs/training.md, and pictures: `python -m benchmarks.page`.
+"""docs/causal.md, the figures of other pages and of README.md, and pictures: `python -m benchmarks.page`.
 
 All is made from docs/data, so that pages and figures cannot disagree. No figure is typed into a page.
 """
@@ -23,7 +23,10 @@ TITLES = {
     "feedback": "Values that read outputs",
     "encoder": "Without a mask",
 }
-START, END = "<!-- figures: made by `python -m benchmarks.page` -->\n", "<!-- end of figures -->\n"  # in training.md
+START, END = (
+    "<!-- figures: made by `python -m benchmarks.page` -->\n",
+    "<!-- end of figures -->\n",
+)  # in training.md and convert.md
 LAYERS_HEAD = ["whole layer, tolerance of its own", "forward", "forward + backward", "first call, both"]
 HELD = {True: "holds", False: "**missed**"}
 Result = dict[str, Any]
@@ -31,7 +34,7 @@ Result = dict[str, Any]
 
 def load() -> dict[str, Result]:
     """What has been measured, by benchmark."""
-    paths = {name: DOCS / "data" / f"{name}.json" for name in (*TITLES, "language_model")}
+    paths = {name: DOCS / "data" / f"{name}.json" for name in (*TITLES, "language_model", "conversion")}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
@@ -176,9 +179,41 @@ def sweep_sentence(dtype: str, swept: Result) -> str:
 
 def training_page(text: str, result: Result | None) -> str:
     """docs/training.md with its figures made anew."""
+    return filled(text, training_figures(result))
+
+
+def conversion_page(text: str, result: Result | None) -> str:
+    """docs/convert.md with its figures made anew."""
+    return filled(text, conversion_figures(result))
+
+
+def filled(text: str, figures: str) -> str:
+    """A page whose figures are these."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    return before + START + "\n" + training_figures(result) + "\n" + END + after
+    return before + START + "\n" + figures + "\n" + END + after
+
+
+def conversion_figures(result: Result | None) -> str:
+    """The part of docs/convert.md that was measured."""
+    if result is None or not result["correct"]:
+        return "Not measured yet.\n" if result is None else result["verdict"] + "\n"
+    check, conversion = result["check"], result["conversion"]
+    trained, converted = (f"{check['loss'][name]:.5f}" for name in ("trained", "converted"))
+    rows = [
+        ["largest difference of a logit", "", f"{check['difference']:.1e} (largest logit: {check['largest']:.1f})"],
+        [f"loss on 2 x {result['tokens']} tokens, nats per token", trained, converted],
+        [f"greedy continuations by {check['continued']} tokens that agree", "",
+         f"{check['equal']} of {check['prompts']}"],
+        [f"prefill of {result['tokens']} tokens, as times the trained model", "1", f"{result['prefill']['ratio']:.2f}"],
+        [f"a token after {result['tokens']}, as times the trained model", "1", f"{result['token']['ratio']:.2f}"],
+        ["conversion, the model loaded: processor time", "", f"{conversion['processor_seconds']:.1f} s"],
+        ["the command `convert`: peak memory", "",
+         f"{conversion['peak_mb']:.0f} MB (weights: {conversion['weights_mb']:.0f} MB)"],
+    ]  # fmt: skip
+    what = f'{result["model"]}, {result["layers"]} layers, all converted, float32, `self_query="input"`.'
+    parts = [what, machine(result), table(["what", "trained", "converted"], rows), *target_list(result)]
+    return "\n\n".join(wrapped(part) for part in parts) + "\n"
 
 
 def training_figures(result: Result | None) -> str:
@@ -245,6 +280,10 @@ def main() -> None:
     (DOCS / "causal.md").write_text(page(results), encoding="utf-8")
     if results.get("causal", {}).get("correct"):
         plotting.figure(results["causal"]).savefig(DOCS / "images" / "causal.png")
+    convert = DOCS / "convert.md"
+    convert.write_text(
+        conversion_page(convert.read_text(encoding="utf-8"), results.get("conversion")), encoding="utf-8"
+    )
     training = DOCS / "training.md"
     found = results.get("language_model")
     training.write_text(training_page(training.read_text(encoding="utf-8"), found), encoding="utf-8")

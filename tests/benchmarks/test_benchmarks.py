@@ -283,6 +283,8 @@ def test_the_page_is_what_the_json_makes_it():
     assert (page.DOCS / "causal.md").read_text(encoding="utf-8") == page.page(results)
     training = (page.DOCS / "training.md").read_text(encoding="utf-8")
     assert training == page.training_page(training, results.get("language_model"))
+    convert = (page.DOCS / "convert.md").read_text(encoding="utf-8")
+    assert convert == page.conversion_page(convert, results.get("conversion"))
 
 
 def test_the_page_shows_every_figure(causal_result, hard_result):

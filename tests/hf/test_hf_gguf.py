@@ -58,6 +58,7 @@ def test_it_is_converted_with_its_tokenizer(file, tmp_path):
     assert tokens.shape[1] > 1
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, source(tokens).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(convert(source)(tokens).logits, source(tokens).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

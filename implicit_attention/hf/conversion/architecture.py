@@ -103,7 +103,9 @@ def check_source(source: PreTrainedConfig) -> None:
     if source.model_type not in ARCHITECTURES:
         raise ConversionError(f"Models of type {source.model_type!r} cannot be converted. These can: "
                               f"{', '.join(ARCHITECTURES)}.")  # fmt: skip
-    if getattr(source, "quantization_config", None) is not None:
+    quantised = getattr(source, "quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    if quantised is not None and method != "gguf":  # transformers dequantises files in GGUF format as it reads them
         raise ConversionError("The weights are quantised, and a solve needs them as they are: "
                               "convert the model that was quantised.")  # fmt: skip
 

@@ -7,7 +7,6 @@ The text is English: docstrings of Python's standard library. Times are those of
 import argparse
 import importlib
 import inspect
-import resource
 import statistics
 import subprocess
 import sys
@@ -70,7 +69,7 @@ def run(*, model: Path, tokens: int = 512, repeats: int = 9, steps: int = 24, th
     result |= {
         "model": model.name, "layers": size.num_hidden_layers, "tokens": ids.shape[1], "repeats": repeats,
         "threads": threads, "check": check, "correct": check["relative"] < 1e-4, **figures,
-        "conversion": {"processor_seconds": converting, **command(model, trained)},
+        "conversion": {"processor_seconds": converting, **command(trained, tokenizer)},
     }  # fmt: skip
     found = [target(f"{what}: time", figures[what]["ratio"], TARGET) for what in figures]
     return result | {"targets": found, "verdict": verdict(found) if result["correct"] else "WRONG outputs."}
@@ -137,10 +136,27 @@ def times(pair: dict[str, Any], ids: Tensor, repeats: int, steps: int) -> dict[s
     return found
 
 
-def command(model: Path, trained: Any) -> dict[str, float]:
-    """Peak memory of `implicit-attention convert`, and the weights' size, in MB."""
+def command(trained: Any, tokenizer: Any) -> dict[str, float]:
+    """Peak memory of `implicit-attention convert` above its imports, and the weights' size, in MB.
+
+    The model is read from a directory: transformers dequantises a whole GGUF file at once, which takes more.
+    """
+    config = type(trained.config)(**{**trained.config.to_dict(), "quantization_config": None})
+    plain = type(trained)(config)
+    plain.load_state_dict(trained.state_dict())
     with tempfile.TemporaryDirectory() as folder:
-        call = [sys.executable, "-m", "implicit_attention.cli", "convert", "--model", str(model)]
-        subprocess.run([*call, "--out", f"{folder}/converted"], check=True, stdout=subprocess.DEVNULL)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3  # the largest of all children, in kB
-    return {"peak_mb": peak, "weights_mb": sum(p.numel() * p.element_size() for p in trained.parameters()) / 1e6}
+        for part in (plain, tokenizer):
+            part.save_pretrained(f"{folder}/trained")
+        call = [sys.executable, "-m", "implicit_attention.cli", "convert", "--model", f"{folder}/trained"]
+        most = peak([*call, "--out", f"{folder}/converted"])
+    imports = peak([sys.executable, "-c", "import implicit_attention.hf, transformers.models.llama.modeling_llama"])
+    weights = sum(p.numel() * p.element_size() for p in trained.parameters())
+    return {"peak_mb": most - imports, "weights_mb": weights / 1e6}
+
+
+def peak(call: list[str]) -> float:
+    """The largest resident set of a command, in MB."""
+    wrapped = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+               "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", wrapped, *call], check=True, capture_output=True, text=True)
+    return float(done.stdout)

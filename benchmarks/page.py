@@ -208,7 +208,7 @@ def conversion_figures(result: Result | None) -> str:
         [f"prefill of {result['tokens']} tokens, as times the trained model", "1", f"{result['prefill']['ratio']:.2f}"],
         [f"a token after {result['tokens']}, as times the trained model", "1", f"{result['token']['ratio']:.2f}"],
         ["conversion, the model loaded: processor time", "", f"{conversion['processor_seconds']:.1f} s"],
-        ["the command `convert`: peak memory", "",
+        ["the command `convert`: peak memory above its imports", "",
          f"{conversion['peak_mb']:.0f} MB (weights: {conversion['weights_mb']:.0f} MB)"],
     ]  # fmt: skip
     what = f'{result["model"]}, {result["layers"]} layers, all converted, float32, `self_query="input"`.'

@@ -211,7 +211,7 @@ def conversion_figures(result: Result | None) -> str:
         ["the command `convert`: peak memory above its imports", "",
          f"{conversion['peak_mb']:.0f} MB (weights: {conversion['weights_mb']:.0f} MB)"],
     ]  # fmt: skip
-    what = f'{result["model"]}, {result["layers"]} layers, all converted, float32, `self_query="input"`.'
+    what = f'{result["model"]}, {result["layers"]} layers, all converted, `self_query="input"`.'
     parts = [what, machine(result), table(["what", "trained", "converted"], rows), *target_list(result)]
     return "\n\n".join(wrapped(part) for part in parts) + "\n"
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from benchmarks.report import PASSES, table
+from benchmarks.report import PASSES
+from studies.cells import markdown
 
 Result = dict[str, Any]
 
@@ -11,7 +12,9 @@ def whole(result: Result) -> list[str]:
     """The layer beside an ordinary one, for each shape."""
     text = (
         "Times are ratios to an ordinary attention layer of the same shapes (keys and queries with an RMS norm, one "
-        f"call of SDPA), projections included. Tolerance {result['rtol']:g}. "
+        "call of SDPA), projections included. All have "
+        f"{', '.join(f'`{name}`' for name, on in result['options'].items() if on is True)}. "
+        f"Tolerance {result['rtol']:g}. "
         '`kernel="torch"` is what is left without a compiler.'
     )
     return [text, _by_shape(result)]
@@ -39,7 +42,7 @@ def encoder(result: Result) -> list[str]:
          str(row["adjoint_steps"]), f"{row['bound']:.1f}", f"{row['radius']:.3f}"]
         for row in result["rows"]
     ]  # fmt: skip
-    return [text, table(head, rows)]
+    return [text, markdown([head, *rows])]
 
 
 def _by_shape(result: Result) -> str:
@@ -52,4 +55,4 @@ def _by_shape(result: Result) -> str:
         ratios = ["" if row is None else " / ".join(f"{row[p]['time_ratio']:.2f}" for p in PASSES) for row in found]
         rows.append([", ".join(map(str, sizes)), *ratios])
     titles = [name if "=" not in name else f"`{name}`" for name in names]
-    return table(["batch, tokens, width, heads; forward / both", *titles], rows)
+    return markdown([["batch, tokens, width, heads; forward / both", *titles], *rows])

@@ -11,7 +11,9 @@ from typing import Any
 
 from benchmarks import layers_page
 from benchmarks.peers import CONTESTANTS
-from benchmarks.report import PASSES, origin, table
+from benchmarks.readme import between
+from benchmarks.report import PASSES, origin
+from studies.cells import markdown
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -23,10 +25,6 @@ TITLES = {
     "feedback": "Values that read outputs",
     "encoder": "Without a mask",
 }
-START, END = (
-    "<!-- figures: made by `python -m benchmarks.page` -->\n",
-    "<!-- end of figures -->\n",
-)  # in training.md and convert.md
 LAYERS_HEAD = ["whole layer, tolerance of its own", "forward", "forward + backward", "first call, both"]
 HELD = {True: "holds", False: "**missed**"}
 Result = dict[str, Any]
@@ -64,15 +62,15 @@ def section(name: str, result: Result | None) -> list[str]:
         return ["Not measured yet."]
     if not result["correct"]:
         return [machine(result), result["verdict"]]
-    make = {
+    makers = {
         "layer": layers_page.whole,
         "causal": causal_section,
         "decode": decode_section,
         "hard": hard_section,
         "feedback": layers_page.feedback,
         "encoder": layers_page.encoder,
-    }[name]
-    return [machine(result), *make(result), *target_list(result)]
+    }
+    return [machine(result), *makers[name](result), *target_list(result)]
 
 
 def causal_section(result: Result) -> list[str]:
@@ -87,10 +85,10 @@ def causal_section(result: Result) -> list[str]:
     head.append("largest residual")
     for shape in result["shapes"]:
         parts.append(f"**N = {shape['length']}, batch {shape['batch']}** (medians of {shape['repeats']})")
-        parts.append(table(head, [causal_row(name, row) for name, row in shape["rows"].items()]))
+        parts.append(markdown([head, *(causal_row(name, row) for name, row in shape["rows"].items())]))
         parts += [f"Not run: {CONTESTANTS[name].label}; {why}." for name, why in shape["left_out"].items()]
         if shape.get("layers"):
-            parts.append(table(LAYERS_HEAD, [layer_row(name, row) for name, row in shape["layers"].items()]))
+            parts.append(markdown([LAYERS_HEAD, *(layer_row(name, row) for name, row in shape["layers"].items())]))
         if "memory_by_tolerance" in shape:
             parts.append(tolerance_sentence(shape["memory_by_tolerance"]))
     parts += [f"Not run: {CONTESTANTS[name].label}; {why}" for name, why in result["absent"].items()]
@@ -137,7 +135,7 @@ def decode_section(result: Result) -> list[str]:
         f"Medians of {result['repeats']}, tolerance {result['tolerance']:g}. The solve without projections is a "
         "difference: the time of `layer.solve` less that of the projections alone, round by round."
     )
-    return [text, table(head, rows)]
+    return [text, markdown([head, *rows])]
 
 
 def hard_section(result: Result) -> list[str]:
@@ -154,7 +152,7 @@ def hard_section(result: Result) -> list[str]:
     for setting in result["settings"]:
         norm = "with" if setting["qk_norm"] else "without"
         parts.append(f"**N = {setting['length']}, batch {setting['batch']}, {norm} `qk_norm`**")
-        parts.append(table(head, [hard_row(name, row) for name, row in setting["rows"].items()]))
+        parts.append(markdown([head, *(hard_row(name, row) for name, row in setting["rows"].items())]))
     return parts + [sweep_sentence(dtype, swept) for dtype, swept in result["sweep"].items()]
 
 
@@ -179,25 +177,18 @@ def sweep_sentence(dtype: str, swept: Result) -> str:
 
 def training_page(text: str, result: Result | None) -> str:
     """docs/training.md with its figures made anew."""
-    return filled(text, training_figures(result))
+    return between(text, "figures", training_figures(result))
 
 
 def conversion_page(text: str, result: Result | None) -> str:
     """docs/convert.md with its figures made anew."""
-    return filled(text, conversion_figures(result))
-
-
-def filled(text: str, figures: str) -> str:
-    """A page whose figures are these."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return before + START + "\n" + figures + "\n" + END + after
+    return between(text, "figures", conversion_figures(result))
 
 
 def conversion_figures(result: Result | None) -> str:
     """The part of docs/convert.md that was measured."""
     if result is None or not result["correct"]:
-        return "Not measured yet.\n" if result is None else result["verdict"] + "\n"
+        return "Not measured yet." if result is None else result["verdict"]
     check, conversion = result["check"], result["conversion"]
     trained, converted = (f"{check['loss'][name]:.5f}" for name in ("trained", "converted"))
     rows = [
@@ -212,8 +203,8 @@ def conversion_figures(result: Result | None) -> str:
          f"{conversion['peak_mb']:.0f} MB (weights: {conversion['weights_mb']:.0f} MB)"],
     ]  # fmt: skip
     what = f'{result["model"]}, {result["layers"]} layers, all converted, `self_query="input"`.'
-    parts = [what, machine(result), table(["what", "trained", "converted"], rows), *target_list(result)]
-    return "\n\n".join(wrapped(part) for part in parts) + "\n"
+    parts = [what, machine(result), markdown([["what", "trained", "converted"], *rows]), *target_list(result)]
+    return "\n\n".join(wrapped(part) for part in parts)
 
 
 def training_figures(result: Result | None) -> str:
@@ -232,14 +223,14 @@ def training_figures(result: Result | None) -> str:
         f"Bits per byte of held-out text after {settings['steps']} steps of `--preset tiny` (one block, "
         f"{settings['batch_size']} sequences of {settings['length']} bytes in a step, {runs[0]['parameters']:,} "
         f"weights in either model), on {runs[0]['held_out_bytes']:,} bytes:",
-        table(head, rows),
+        markdown([head, *rows]),
         "![Held-out bits per byte while the two models learn](images/language_model.png)",
         "What that costs, run in turn in one process:",
-        table(["median milliseconds", "ordinary", "implicit", "ratio"], cost_rows(result)),
+        markdown([["median milliseconds", "ordinary", "implicit", "ratio"], *cost_rows(result)]),
         machine(result),
         *target_list(result),
     ]
-    return "\n\n".join(wrapped(part) for part in parts) + "\n"
+    return "\n\n".join(wrapped(part) for part in parts)
 
 
 def cost_rows(result: Result) -> list[list[str]]:

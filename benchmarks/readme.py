@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.layer import LAYERS
 from benchmarks.report import origin
 from studies import verdicts
+from studies.cells import markdown
 from studies.suite import tables
 
 Result = dict[str, Any]
@@ -78,11 +79,6 @@ def learning_table(found: Records) -> str:
 def mean(runs: Sequence[Result], sign: int) -> str:
     """The mean over seeds of the score that decides."""
     return f"{sign * statistics.mean(run['score'] for run in runs):.3f}"
-
-
-def markdown(lines: list[list[str]]) -> str:
-    head, *rest = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])
 
 
 def filled(text: str, result: Result | None, found: Records) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -38,12 +37,6 @@ def origin(result: dict[str, Any]) -> str:
     if commit := result.get("commit"):
         return f"Made by commit {commit[:7]}."
     return "The record names no commit; the kernels may have changed since."
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def tell(what: str) -> None:

@@ -12,7 +12,7 @@ from implicit_attention.causal.rows import solve_rows
 # Sweeps that solve all hard row equations by the curve. Later ones do so only for rows whose earlier rows are final.
 DEEP = 3
 # Change of the own weight that still counts as the same root: above the error of sweeps, below the gap between roots.
-# Near a fold a residual e is an error of sqrt(e), so it is sqrt(10 tolerance) if that is less.
+# Near a fold a residual e is an error of sqrt(e), so torch takes sqrt(10 tolerance) if that is less.
 SAME_ROOT = 1e-2
 # Times that a settled row may move to another root. Beyond it, rounding decides between the roots.
 MOST_JUMPS = 4

@@ -149,7 +149,5 @@ def test_the_root_of_a_row_depends_on_the_row_alone(options, gain):
         with torch.no_grad():
             found.append(layer.solve(x).value)
     for other in found[1:]:
-        off = (other - found[0]).abs().amax(
-            -1
-        ) > 1e-5  # residuals of 1e-13, magnified up to 1e8 times by rows near a fold
+        off = (other - found[0]).abs().amax(-1) > 1e-5  # 1e-13, and rows near a fold magnify it up to 1e8 times
         assert not off.any(), off.nonzero()[:3].tolist()

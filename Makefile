@@ -18,14 +18,14 @@ help: ## show this list
 	@echo
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
-demo: $(KERNELS) ## solve the original example, compare solvers, train three small models; writes demo/ (1 minute; ARGS=--quick: 30 s)
+demo: $(KERNELS) ## solve the original example, compare solvers, train three small models; writes demo/ (half a minute; ARGS=--quick: less)
 	$(BIN)/implicit-attention demo --out demo $(ARGS)
 
 # The tests that find most mistakes for their time: inputs, the map, the solvers, the causal engine against its oracle.
 QUICK := tests/test_scaffold.py tests/test_bad_input.py tests/test_oracle.py tests/test_cache.py tests/test_seed.py \
 	tests/attention/test_attention.py tests/equilibrium/test_linear.py tests/equilibrium/test_solvers.py \
 	tests/causal/test_engine_oracle.py tests/causal/test_gains.py
-check: $(KERNELS) lint types ## lint, types, and a quick part of the tests (2 minutes)
+check: $(KERNELS) lint types ## lint, types, and a quick part of the tests (1 minute)
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(QUICK) $(ARGS)
 
 # One thread per worker: the workers fill the cores, and threads of torch's own would compete with them.

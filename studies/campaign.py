@@ -49,21 +49,35 @@ def perform(
         ValueError: If there is no such row, or the directory holds runs of other settings.
         RuntimeError: If a run failed.
     """
-    choices = {row: table.rate_runs(row) for row in rows}
-    trials = [run for runs in choices.values() if _rates(runs) > 1 for run in runs]
-    planned = [table.run(row, seed, table.training.rates[0]) for row in rows for seed in seeds]
-    tried = {(run.row, run.seed) for run in trials}
-    further = [run for run in planned if (run.row, run.seed) not in tried]
-    before = sum(records.finished(directory, run, trial=True) is not None for run in trials)
-    before += sum(records.path(directory, run).exists() for run in further)
-    watch.total(table, len(trials) + len(further), before)
-    _perform(trials, directory, workers, environment, watch, trial=True)
-    rates = {row: _choose(runs, directory) for row, runs in choices.items()}
+    every = table.training.rates
+    first = {row: table.rate_runs(row) if len(every) > 1 else [] for row in rows}
+    _announce(table, first, seeds, directory, watch)
+    _perform([run for runs in first.values() for run in runs], directory, workers, environment, watch, trial=True)
+    best = {row: _best(runs, directory)[: table.finalists] if runs else list(every) for row, runs in first.items()}
+    second = {row: table.final_runs(row, best[row]) if runs else [] for row, runs in first.items()}
+    _perform([run for runs in second.values() for run in runs], directory, workers, environment, watch, trial=True)
+    rates = {row: _choose(first[row] + second[row], best[row], directory) for row in rows}
     counted = [table.run(row, seed, rates[row]) for row in rows for seed in seeds]
     for run in counted:  # a trial of the chosen rate counts, if its seed is asked for
         if (record := records.finished(directory, run, trial=True)) is not None:
             records.write(records.path(directory, run), record)
     _perform(counted, directory, workers, environment, watch, trial=False)
+
+
+def _announce(
+    table: Table, first: Mapping[str, list[Run]], seeds: Sequence[int], directory: Path, watch: Watch
+) -> None:
+    """Tell how many runs there are, and how many of them are finished."""
+    every = table.training.rates
+    trials = [run for runs in first.values() for run in runs]
+    possible = [run for row, runs in first.items() if runs for run in table.final_runs(row, every)]
+    finals = len(possible) * (table.finalists or 0) // len(every)
+    tried = {(run.row, run.seed) for run in (*trials, *possible)}
+    further = [table.run(row, seed, every[0]) for row in first for seed in seeds if (row, seed) not in tried]
+    before = sum(records.finished(directory, run, trial=True) is not None for run in trials)
+    before += min(finals, sum(records.finished(directory, run, trial=True) is not None for run in possible))
+    before += sum(records.path(directory, run).exists() for run in further)
+    watch.total(table, len(trials) + finals + len(further), before)
 
 
 def _perform(
@@ -75,19 +89,19 @@ def _perform(
         watch.done(run, record)
 
 
-def _choose(runs: list[Run], directory: Path) -> float:
-    """The learning rate of a row, from the runs that try several; the only one if there is no choice."""
-    if _rates(runs) == 1:
-        return runs[0].rate
-    tried = [records.read(records.path(directory, run, trial=True)) for run in runs]
-    rate = records.best_rate(tried)
+def _best(runs: list[Run], directory: Path) -> list[float]:
+    return records.best_rates([records.read(records.path(directory, run, trial=True)) for run in runs])
+
+
+def _choose(runs: list[Run], rates: Sequence[float], directory: Path) -> float:
+    """The best of these learning rates, by the runs that tried it; the only one if no run did."""
+    if not runs:
+        return rates[0]
+    rate = _best([run for run in runs if run.rate in rates], directory)[0]
     outcome: dict[str, list[Record]] = {}
-    for record in tried:
+    for run in runs:
+        record = records.read(records.path(directory, run, trial=True))
         shown = {key: record[key] for key in ("score", "solved_at", "end")}
-        outcome.setdefault(f"{record['settings']['rate']:g}", []).append({"seed": record["settings"]["seed"], **shown})
+        outcome.setdefault(f"{run.rate:g}", []).append({"seed": run.seed, **shown})
     records.write(records.path(directory, runs[0]).with_name(records.CHOICE), {"chosen": rate, "tried": outcome})
     return rate
-
-
-def _rates(runs: list[Run]) -> int:
-    return len({run.rate for run in runs})

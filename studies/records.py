@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def best_rate(records: list[Record]) -> float:
-    """Return the best learning rate: most seeds solved, then solved soonest, then highest score; the smaller if equal.
+def best_rates(records: Sequence[Record]) -> list[float]:
+    """Return learning rates, best first: most seeds solved, then solved soonest, then highest score, then smallest.
 
     Args:
         records: The runs, one or more for each rate.
@@ -115,7 +116,7 @@ def best_rate(records: list[Record]) -> float:
         scores = [-math.inf if record["score"] is None else record["score"] for record in runs]
         return len(solved), statistics.median(solved) if solved else -math.inf, statistics.mean(scores), -rate
 
-    return float(max({record["settings"]["rate"] for record in records}, key=merit))
+    return sorted({float(record["settings"]["rate"]) for record in records}, key=merit, reverse=True)
 
 
 def load(directory: Path) -> dict[str, dict[str, list[Record]]]:

@@ -21,8 +21,9 @@ How arms are compared:
   options: no `query_input`, and `positions="rope"`.
 - Each arm has its own learning rate in each table: the best of four on whole runs of all seeds, by seeds solved, then
   steps, then score. That is a choice by the figures that are shown, so they flatter every arm a little, and alike. *Of
-  all rates* counts the solved runs at every rate. Tables that compare options of the layer, and
-  those of hops and A5, chose among three rates by short runs on seed {RATE_SEED}.
+  all rates* counts the solved runs at every rate. In tables of bytes and digits, where seeds differ less than rates,
+  the first seed tries all four, and the other seeds the best two of these. Tables that compare options of the layer,
+  and those of hops and A5, chose among three rates by short runs on seed {RATE_SEED}.
 - Training stops early when the hardest kind of held-out sequences is solved at two evaluations in a row.
 - Scores are mean ± standard deviation over seeds, at the last evaluation.
 - FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps.

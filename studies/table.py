@@ -1,6 +1,6 @@
 """A table of the results: runs that are compared with each other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from implicit_attention.errors import bad_value
@@ -39,6 +39,8 @@ class Table:
         rows: Its rows by name.
         training: How they are trained.
         seeds: Number of seeds, from 0 on.
+        finalists: How many learning rates all seeds try, where whole runs choose: those that are best for the first
+            seed, which tries all. None if all seeds try all rates.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Table:
     rows: Mapping[str, Row]
     training: Training
     seeds: int
+    finalists: int | None = None
 
     def run(self, row: str, seed: int, rate: float) -> Run:
         """Return a run of the table.
@@ -65,7 +68,7 @@ class Table:
         return self._run(row, seed, rate, self.training)
 
     def rate_runs(self, row: str) -> list[Run]:
-        """Return the runs that choose the learning rate of a row: whole ones of all seeds, or short ones of another.
+        """Return the runs that try all learning rates of a row: whole ones of these seeds, or short ones of another.
 
         Args:
             row: Name of the row.
@@ -75,9 +78,23 @@ class Table:
         """
         rates, short = self.training.rates, self.training.rate_steps
         if not short:
-            return [self._run(row, seed, rate, self.training) for rate in rates for seed in range(self.seeds)]
+            seeds = range(1 if self.finalists else self.seeds)
+            return [self._run(row, seed, rate, self.training) for rate in rates for seed in seeds]
         training = replace(self.training, steps=short, gradients=False)
         return [self._run(row, RATE_SEED, rate, training) for rate in rates]
+
+    def final_runs(self, row: str, rates: Sequence[float]) -> list[Run]:
+        """Return the runs of the seeds after the first at the rates that were best for it; none without finalists.
+
+        Args:
+            row: Name of the row.
+            rates: Those learning rates.
+
+        Raises:
+            ValueError: If there is no such row.
+        """
+        seeds = range(1, self.seeds if self.finalists else 1)
+        return [self._run(row, seed, rate, self.training) for rate in rates for seed in seeds]
 
     def _run(self, row: str, seed: int, rate: float, training: Training) -> Run:
         entry = self.rows[known("arm", row, self.rows)]

@@ -130,6 +130,29 @@ def test_whole_runs_of_all_seeds_choose_the_rate_and_count(tmp_path):
     assert {rate: [run["seed"] for run in runs] for rate, runs in outcomes.items()} == {"0.001": [0, 1], "0.01": [0, 1]}
 
 
+def test_all_seeds_try_the_rates_that_were_best_for_the_first(tmp_path):
+    training = replace(TRAINING, rates=(1e-4, 1e-3, 1e-2), rate_steps=0)
+    shown, done, totals = replace(table(training=training), seeds=3, finalists=2), [], []
+    watch = campaign.Watch(
+        total=lambda table, runs, before: totals.append((runs, before)),
+        done=lambda run, record: done.append((run.seed, run.rate)),
+    )
+    settings = {"workers": 1, "environment": {}, "watch": watch}
+    campaign.perform(shown, ["ordinary"], [0, 1, 2], tmp_path, **settings)
+    assert done[:3] == [(0, 1e-4), (0, 1e-3), (0, 1e-2)]
+    tried = [records.read(tmp_path / "before" / "ordinary" / f"rate-{rate:g}-seed-0.json") for _, rate in done[:3]]
+    best = records.best_rates(tried)[:2]
+    assert sorted(done[3:]) == sorted((seed, rate) for seed in (1, 2) for rate in best)
+    choice = json.loads((tmp_path / "before" / "ordinary" / "rate.json").read_text())
+    assert choice["chosen"] in best
+    assert {float(rate): len(runs) for rate, runs in choice["tried"].items()} == {
+        rate: 3 if rate in best else 1 for rate in training.rates
+    }
+    campaign.perform(shown, ["ordinary"], [0, 1, 2], tmp_path, **settings)
+    assert totals == [(7, 0), (7, 7)]
+    assert len(done) == 7
+
+
 def test_records_of_other_settings_are_refused(tmp_path):
     campaign.perform(table(), ["ordinary"], [0], tmp_path, workers=1, environment={}, watch=NOTHING)
     other = table(training=replace(TRAINING, batch_size=5))
@@ -156,11 +179,11 @@ def test_the_best_rate_solves_soonest_then_scores_highest():
     def record(rate, score, solved_at=None):
         return {"settings": {"rate": rate}, "score": score, "solved_at": solved_at}
 
-    assert records.best_rate([record(1, 0.5), record(2, 0.7), record(3, None)]) == 2
-    assert records.best_rate([record(1, 0.99, 300), record(2, 0.99, 200), record(3, 1.0)]) == 2
-    assert records.best_rate([record(1, 0.5), record(2, 0.5)]) == 1
+    assert records.best_rates([record(1, 0.5), record(2, 0.7), record(3, None)]) == [2, 1, 3]
+    assert records.best_rates([record(1, 0.99, 300), record(2, 0.99, 200), record(3, 1.0)]) == [2, 1, 3]
+    assert records.best_rates([record(1, 0.5), record(2, 0.5)]) == [1, 2]
     both, fast = [record(1, 1.0, 400), record(1, 0.99, 400)], [record(2, 1.0, 100), record(2, 0.9)]
-    assert records.best_rate(both + fast) == 1, "more seeds solved comes first"
+    assert records.best_rates(both + fast) == [1, 2], "more seeds solved comes first"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

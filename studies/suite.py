@@ -149,7 +149,9 @@ def _bytes() -> list[Table]:
 
 def _bidirectional() -> list[Table]:
     """Tasks without a mask. Their arms have no qk_norm: with it, solvers mostly find no equilibrium."""
-    training = Training(steps=600, batch_size=16, evaluate_every=50, held_out=256, solved=None, rates=RATES)
+    training = Training(
+        steps=600, batch_size=16, evaluate_every=50, held_out=256, solved=None, rates=(3e-4, 1e-3, 3e-3, 1e-2)
+    )
     sizes = Sizes(num_heads=4, mlp=256, qk_norm=False, tolerance=1e-3)
     made = [
         Table(f"digits-{blocks}", "digits", f"Digits: which one, {blocks} block{'s' * (blocks > 1)}", DigitClasses(),
@@ -161,7 +163,8 @@ def _bidirectional() -> list[Table]:
         Table("pixels", "digits", "Digits: half of the pixels from the other half", Digits(),
               rows_of(BIDIRECTIONAL, sizes), training, 5, FINALISTS),
         Table("masked-bytes", "digits", "Hidden bytes of Python's library, 2 blocks", MaskedBytes(),
-              rows_of(BIDIRECTIONAL, replace(sizes, blocks=2)), replace(training, steps=1000), 3, FINALISTS),
+              rows_of(BIDIRECTIONAL, replace(sizes, blocks=2)), replace(training, steps=1000, rates=RATES), 3,
+              FINALISTS),
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from implicit_attention.errors import bad_value, check_positive
-from implicit_attention.tasks.digits import PIXELS, digits
+from implicit_attention.tasks.digits import PIXELS, digits, placed
 from implicit_attention.tasks.judging import held_out_stream
 from implicit_attention.tasks.task import IGNORED, Batch
 
@@ -18,16 +18,16 @@ from implicit_attention.tasks.task import IGNORED, Batch
 class DigitClasses:
     """Say which digit an image shows. Every position sees all others.
 
-    The data and their split are those of `Digits`. A position has two features: the value of its pixel, 0 to 1, and its
-    place, 0 to 1. The answer of a model is the mean of its logits over the positions. The first position has the
-    target, all others none.
+    The data and their split are those of `Digits`. A position has 65 features: the value of its pixel, 0 to 1, and its
+    place as one of 64, for which a linear embedding learns a vector each. The answer of a model is the mean of its
+    logits over the positions. The first position has the target, all others none.
 
     Reference:
         Alpaydin and Kaynak 1998, as in `Digits`.
     """
 
     is_causal: ClassVar[bool] = False
-    inputs: ClassVar[int] = 2
+    inputs: ClassVar[int] = 1 + PIXELS
     outputs: ClassVar[int] = 10
     length: ClassVar[int] = PIXELS
     score: ClassVar[str] = "accuracy"
@@ -40,7 +40,7 @@ class DigitClasses:
             generator: Source of the randomness, on the CPU.
 
         Returns:
-            Features `[B, 64, 2]`, float32, and targets `[B, 64]`, int64.
+            Features `[B, 64, 65]`, float32, and targets `[B, 64]`, int64.
 
         Raises:
             TypeError: If `size` is no integer.
@@ -99,7 +99,6 @@ def _pooled(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _shown(images: Tensor, labels: Tensor) -> Batch:
-    places = (torch.arange(PIXELS) / (PIXELS - 1)).expand_as(images)
     targets = torch.full(images.shape, IGNORED)
     targets[:, 0] = labels
-    return Batch(torch.stack([images, places], -1), targets)
+    return Batch(placed(images), targets)

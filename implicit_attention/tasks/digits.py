@@ -22,8 +22,9 @@ class Digits:
     """Predict the value of each hidden pixel. Every position sees all others.
 
     The data are the 1797 images of 8 x 8 pixels of scikit-learn, as 64 positions in row order, scaled to 0 ... 1.
-    In every image drawn, `masked` random pixels are hidden. A position has two features: its value (0 if hidden), and
-    whether it is hidden, 0 or 1. Its place is for the model to know. Targets are the hidden values, NaN elsewhere.
+    In every image drawn, `masked` random pixels are hidden. A position has 66 features: its value (0 if hidden),
+    whether it is hidden, 0 or 1, and its place as one of 64, for which a linear embedding learns a vector each. Targets
+    are the hidden values, NaN elsewhere.
 
     A fifth of the images is held out, chosen by a hash of their index. The split is not by writer, since scikit-learn
     does not say who wrote which. The mean of each pixel over the training images has a squared error of 0.073 on the
@@ -40,7 +41,7 @@ class Digits:
     masked: int = 32
 
     is_causal: ClassVar[bool] = False
-    inputs: ClassVar[int] = 2
+    inputs: ClassVar[int] = 2 + PIXELS
     outputs: ClassVar[int] = 1
     length: ClassVar[int] = PIXELS
     score: ClassVar[str] = "-squared_error"
@@ -59,7 +60,7 @@ class Digits:
             generator: Source of the randomness, on the CPU.
 
         Returns:
-            Features `[B, 64, 2]` and targets `[B, 64]`, float32.
+            Features `[B, 64, 66]` and targets `[B, 64]`, float32.
 
         Raises:
             TypeError: If `size` is no integer.
@@ -94,7 +95,7 @@ class Digits:
         chosen = torch.rand(images.shape, generator=generator).topk(self.masked).indices
         hidden = torch.zeros_like(images, dtype=torch.bool).scatter_(1, chosen, True)
         shown = images.masked_fill(hidden, 0.0)
-        return Batch(torch.stack([shown, hidden.float()], -1), images.masked_fill(~hidden, float("nan")))
+        return Batch(placed(shown, hidden.float()), images.masked_fill(~hidden, float("nan")))
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean squared error over hidden pixels.
@@ -128,6 +129,19 @@ class Digits:
         """
         error = float(self.loss(logits, batch))
         return {"-squared_error": -error, "squared_error": error}
+
+
+def placed(*features: Tensor) -> Tensor:
+    """Return features of the pixels together with each pixel's place, one number for each of the 64.
+
+    Args:
+        features: F tensors `[B, 64]`.
+
+    Returns:
+        `[B, 64, F + 64]`.
+    """
+    places = torch.eye(PIXELS, dtype=features[0].dtype).expand(len(features[0]), -1, -1)
+    return torch.cat([torch.stack(features, -1), places], -1)
 
 
 class Split(NamedTuple):

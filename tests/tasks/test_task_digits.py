@@ -26,13 +26,15 @@ def restored(batch):
     images, hidden = [], []
     for features, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
         image = []
-        for (value, is_hidden), target in zip(features, targets, strict=True):
+        for place, ((value, is_hidden, *places), target) in enumerate(zip(features, targets, strict=True)):
+            assert places.index(1) == place
+            assert sum(places) == 1
             assert is_hidden in (0, 1)
             assert math.isnan(target) == (not is_hidden)
             assert value == 0 or not is_hidden
             image.append(16 * (target if is_hidden else value))
         images.append(tuple(image))
-        hidden.append(sum(is_hidden for _, is_hidden in features))
+        hidden.append(sum(is_hidden for _, is_hidden, *_ in features))
     return images, hidden
 
 

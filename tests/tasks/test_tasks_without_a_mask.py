@@ -17,9 +17,10 @@ def test_images_have_their_labels(kind):
     task = DigitClasses()
     batch = task.batch(50, generator()) if kind == "training" else task.held_out(50, 0)["held_out"]
     for features, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
-        image = tuple(round(16 * value) for value, _ in features)
+        image = tuple(round(16 * value) for value, *_ in features)
         assert targets == [LABELS[image]] + [IGNORED] * 63
-        assert [place for _, place in features] == pytest.approx([i / 63 for i in range(64)])
+        assert [places.index(1) for _, *places in features] == list(range(64))
+        assert all(sum(places) == 1 for _, *places in features)
 
 
 def test_no_image_is_in_both_parts():

@@ -13,6 +13,7 @@ from benchmarks import layers_page
 from benchmarks.peers import CONTESTANTS
 from benchmarks.readme import between
 from benchmarks.report import PASSES, origin
+from studies import uptraining_report
 from studies.cells import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,7 @@ TITLES = {
     "encoder": "Without a mask",
 }
 LAYERS_HEAD = ["whole layer, tolerance of its own", "forward", "forward + backward", "first call, both"]
+MODELS = {"small": "Four layers of width 128, on bytes", "smollm2": "SmolLM2-135M-Instruct, in its own tokens"}
 HELD = {True: "holds", False: "**missed**"}
 Result = dict[str, Any]
 
@@ -34,6 +36,12 @@ def load() -> dict[str, Result]:
     """What has been measured, by benchmark."""
     paths = {name: DOCS / "data" / f"{name}.json" for name in (*TITLES, "language_model", "conversion")}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def load_uptrained() -> dict[str, uptraining_report.Records]:
+    """The runs that trained models on, by the model's title."""
+    found = {title: uptraining_report.load(DOCS / "data" / "uptraining" / name) for name, title in MODELS.items()}
+    return {title: records for title, records in found.items() if records}
 
 
 def page(results: dict[str, Result]) -> str:
@@ -180,9 +188,27 @@ def training_page(text: str, result: Result | None) -> str:
     return between(text, "figures", training_figures(result))
 
 
-def conversion_page(text: str, result: Result | None) -> str:
+def conversion_page(text: str, result: Result | None, uptrained: dict[str, uptraining_report.Records]) -> str:
     """docs/convert.md with its figures made anew."""
-    return between(text, "figures", conversion_figures(result))
+    return between(between(text, "figures", conversion_figures(result)), "uptraining", uptraining_figures(uptrained))
+
+
+def uptraining_figures(models: dict[str, uptraining_report.Records]) -> str:
+    """The part of docs/convert.md on training on, from the records of `python -m studies.uptraining`."""
+    if not models:
+        return "Not measured yet."
+    parts = []
+    for title, found in models.items():
+        run = next(iter(found.values()))[0]
+        settings, commits = run["settings"], {r["commit"] for runs in found.values() for r in runs}
+        made = ", ".join(sorted(commit[:7] for commit in commits if commit)) or "unknown"
+        parts += [
+            f"**{title}**: {settings['steps']} steps of {settings['batch_size']} x {settings['length']} tokens, "
+            f"held-out loss in nats per token on {settings['eval_windows']} windows. Made by commit {made}.",
+            uptraining_report.table(found),
+            uptraining_report.by_tokens(found),
+        ]
+    return "\n\n".join([*(wrapped(part) for part in parts), "![Change of the held-out loss](images/uptraining.png)"])
 
 
 def conversion_figures(result: Result | None) -> str:
@@ -272,9 +298,11 @@ def main() -> None:
     if results.get("causal", {}).get("correct"):
         plotting.figure(results["causal"]).savefig(DOCS / "images" / "causal.png")
     convert = DOCS / "convert.md"
-    convert.write_text(
-        conversion_page(convert.read_text(encoding="utf-8"), results.get("conversion")), encoding="utf-8"
-    )
+    uptrained = load_uptrained()
+    text = conversion_page(convert.read_text(encoding="utf-8"), results.get("conversion"), uptrained)
+    convert.write_text(text, encoding="utf-8")
+    if uptrained:
+        uptraining_report.figure(uptrained).savefig(DOCS / "images" / "uptraining.png")
     training = DOCS / "training.md"
     found = results.get("language_model")
     training.write_text(training_page(training.read_text(encoding="utf-8"), found), encoding="utf-8")

@@ -1,28 +1,23 @@
 """Recall in context: a text of random tokens, something else, the same text again. How well is it said again?"""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-
-import implicit_attention.hf  # noqa: F401  # registers the models
 
 _BATCH, _COPY = 16, 12  # texts; tokens that are said again
 _GAPS = {"near": 8, "far": 200}  # tokens between
 
 
 @torch.no_grad()
-def measure(model_dir: Path, *, seed: int) -> dict[str, float]:
+def measure(model: Any, *, seed: int) -> dict[str, float]:
     """Return the loss in nats per token of what is said again, but for its first token, near and far.
 
     Args:
-        model_dir: Directory of the model.
+        model: A causal language model.
         seed: Of the texts.
     """
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
     return {name: _loss(model, gap, seed) for name, gap in _GAPS.items()}
 
 

@@ -1,15 +1,15 @@
 """`python -m studies.uptraining`: what training on does to a converted model, and to an ordinary one.
 
-Every arm is a run of `implicit-attention train --from`. All arms of a seed see the same windows in the same order. A
-record of each finished run, OUT/ARM/seed-N.json, holds the held-out loss by tokens; the same command goes on with the
-runs that are missing, and at the end prints the table and writes OUT/uptraining.md and OUT/uptraining.png.
+Every arm is a run of `implicit-attention train --from`. All arms of a seed see the same windows in the same order. The
+first seed tries all learning rates of an arm; the others have the best of them. A record of each finished run,
+OUT/ARM/rate-R-seed-N.json, holds the held-out loss by tokens; the same command goes on with the runs that are missing,
+and at the end prints the table and writes OUT/uptraining.md and OUT/uptraining.png.
 """
 
 import json
 import shutil
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +19,9 @@ import typer
 from implicit_attention.cli.environment import environment
 from implicit_attention.cli.faults import one_line
 from implicit_attention.training.faults import RunError
-from studies import records
-
-Records = Mapping[str, Sequence[Mapping[str, Any]]]
+from studies import records, uptraining_report
+from studies.commit import checked_out
+from studies.run import Record
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -61,8 +61,7 @@ def uptrain(
     steps: Annotated[int, typer.Option(min=1)] = 200,
     length: Annotated[int, typer.Option(min=2)] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-4,
-    map_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    rates: Annotated[str, typer.Option(help="Learning rates to choose from, of all weights that learn.")] = "1e-3",
     windows: Annotated[int, typer.Option(min=1, help="Held-out sequences to measure on.")] = 128,
     data: Annotated[str, typer.Option(help="As in implicit-attention train.")] = "default",
     probe: Annotated[bool, typer.Option(help="Also measure recall in context after it.")] = True,
@@ -70,21 +69,23 @@ def uptrain(
     """Compare implicit layers with low-rank changes of as many weights, from the same trained model."""
     with one_line("uptraining"):
         settings = {
-            "steps": steps, "length": length, "batch_size": batch_size, "learning_rate": learning_rate,
-            "map_rate": map_rate, "data": data, "warmup": max(1, steps // 10), "eval_every": max(1, steps // 4),
-            "save_every": steps, "keep": 1, "device": "cpu", "eval_windows": windows, "final_windows": windows,
+            "steps": steps, "length": length, "batch_size": batch_size, "data": data, "warmup": max(1, steps // 10),
+            "eval_every": max(1, steps // 4), "save_every": steps, "keep": 1, "device": "cpu", "eval_windows": windows,
+            "final_windows": windows,
         }  # fmt: skip
-        numbers = _integers("--seeds", seeds)
+        numbers, tried = _integers("--seeds", seeds), _rates(rates)
         count = _layers(model.format(seed=numbers[0]))
         known = arms(count, _integers("--few", few))
         wanted = arm or list(known)
         for name in wanted:
             if name not in known:
                 raise RunError(f"--arm: must be one of {', '.join(known)}, but is {name}")
-        for seed in numbers:
-            for name in wanted:
+        for name in wanted:
+            best = tried
+            for seed in numbers:
                 chosen = {**settings, **known[name], "source": model.format(seed=seed), "seed": seed}
-                _finish(out, name, chosen, probe)
+                found = {rate: _finished(out, name, {**chosen, "rate": rate}, probe) for rate in best}
+                best = [min(found, key=lambda rate: found[rate]["curve"][-1][1])]
         report(out)
 
 
@@ -95,15 +96,26 @@ def _integers(flag: str, text: str) -> list[int]:
         raise RunError(f"{flag}: must be integers such as 0,1,2, but is {text}") from None
 
 
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < float("inf") for rate in rates):
+        raise RunError(f"--rates: must be positive numbers such as 3e-4,1e-3, but is {text}")
+    return rates
+
+
 def _layers(model: str) -> int:
     from implicit_attention.hf.conversion.convert import read_config
 
     return int(read_config(model).num_hidden_layers)
 
 
-def _finish(out: Path, arm: str, settings: dict[str, Any], probe: bool) -> None:
-    """Make a run unless its record is there."""
-    file = out / arm / f"seed-{settings['seed']}.json"
+def _finished(out: Path, arm: str, settings: dict[str, Any], probe: bool) -> Record:
+    """The record of a run, which is made unless it is there."""
+    name = f"rate-{settings['rate']:g}-seed-{settings['seed']}"
+    file = out / arm / f"{name}.json"
     if file.exists():
         record = records.read(file)
         if record["settings"] != json.loads(json.dumps(settings)) or (probe and record["recall"] is None):
@@ -111,20 +123,24 @@ def _finish(out: Path, arm: str, settings: dict[str, Any], probe: bool) -> None:
                 f"--out: {file} is of a run with other settings or without the probe: remove it, or choose another "
                 "directory"
             )
-        return
-    print(f"{arm}, seed {settings['seed']}", file=sys.stderr)
-    records.write(file, _record(out / arm / f"run-{settings['seed']}", settings, probe))
+        return record
+    print(f"{arm}, rate {settings['rate']:g}, seed {settings['seed']}", file=sys.stderr)
+    records.write(file, _record(out / arm / f"run-{name}", settings, probe))
+    return records.read(file)
 
 
-def _record(directory: Path, settings: dict[str, Any], probe: bool) -> dict[str, Any]:
+def _record(directory: Path, settings: dict[str, Any], probe: bool) -> Record:
+    from implicit_attention.hf import convert
     from implicit_attention.hf.conversion.convert import read_config
     from implicit_attention.training import run, uptraining
     from studies.recall_probe import measure
 
     shutil.rmtree(directory, ignore_errors=True)  # of a run that was stopped
-    idle = {"like", "learning_rate" if settings.get("train", "query-map") == "query-map" else ""}
-    idle |= {"map_rate"} if settings.get("layers") == "none" else set()
-    flags = {name: value for name, value in settings.items() if name not in idle} | {"out": str(directory)}
+    flags = {name: value for name, value in settings.items() if name not in ("like", "rate")} | {"out": str(directory)}
+    if settings.get("train", "query-map") != "query-map":
+        flags["learning_rate"] = settings["rate"]
+    if settings.get("layers") != "none":
+        flags["map_rate"] = settings["rate"]
     if "like" in settings:
         flags["lora_weights"] = settings["like"] * uptraining.query_map_weights(read_config(settings["source"]))
     plan = run.plan(flags, {}, resume=False)
@@ -133,6 +149,10 @@ def _record(directory: Path, settings: dict[str, Any], probe: bool) -> dict[str,
     assert result is not None
     curve = [(entry["step"], entry["eval_loss"]) for entry in result.history if "eval_loss" in entry]
     worst = [max((e.get(name, 0.0) for e in result.history), default=0.0) for name in ("unconverged", "residual")]
+    recall = None
+    if probe:
+        places = {"before": convert(settings["source"], layers="none"), "after": _trained(directory)}
+        recall = {when: measure(model, seed=settings["seed"]) for when, model in places.items()}
     found = {
         "settings": settings,
         "trained": result.learning,
@@ -141,12 +161,19 @@ def _record(directory: Path, settings: dict[str, Any], probe: bool) -> dict[str,
         "final": next(entry["final_loss"] for entry in result.history if "final_loss" in entry),
         "unconverged": worst[0],
         "residual": worst[1],
-        "recall": measure(directory, seed=settings["seed"]) if probe else None,
-        "result": {**asdict(result), "history": None},
+        "recall": recall,
+        "result": {**asdict(result), "history": None, "out": None},
+        "commit": checked_out(),
         **environment(),
     }
     shutil.rmtree(directory)
     return found
+
+
+def _trained(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory)
 
 
 def report(out: Path) -> None:
@@ -157,63 +184,11 @@ def report(out: Path) -> None:
     """
     from implicit_attention.cli import output
 
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for file in sorted(out.glob("*/seed-*.json")):
-        found.setdefault(file.parent.name, []).append(records.read(file))
-    text = table(found)
+    found = uptraining_report.load(out)
+    text = uptraining_report.table(found)
     print(text)
     output.write(out / "uptraining.md", text + "\n")
-    output.write_figure(out / "uptraining.png", figure(found))
-
-
-def table(found: Records) -> str:
-    """Return the table in Markdown: the change of the held-out loss, mean and standard deviation over seeds.
-
-    Args:
-        found: The records of each arm.
-    """
-    lines = [
-        "| arm | weights that learn | loss before | change at the end | seeds | recall near | recall far |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for arm, runs in sorted(found.items(), key=lambda item: statistics.mean(map(_change, item[1]))):
-        changes = [_change(record) for record in runs]
-        spread = f" ± {statistics.stdev(changes):.4f}" if len(changes) > 1 else ""
-        recall = [
-            " | ".join(f"{statistics.mean(r['recall'][place] for r in runs):.3f}" for place in ("near", "far"))
-            if all(r["recall"] for r in runs)
-            else " | "
-        ]
-        lines.append(
-            f"| {arm} | {runs[0]['trained']:,} | {statistics.mean(r['curve'][0][1] for r in runs):.4f} "
-            f"| {statistics.mean(changes):+.4f}{spread} | {len(runs)} | {recall[0]} |"
-        )
-    return "\n".join(lines)
-
-
-def _change(record: Mapping[str, Any]) -> float:
-    return float(record["curve"][-1][1] - record["curve"][0][1])
-
-
-def figure(found: Records) -> Any:
-    """Return the curve: change of the held-out loss against tokens, means over seeds.
-
-    Args:
-        found: The records of each arm.
-    """
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    axes = made.subplots()
-    for arm, runs in found.items():
-        steps = [step for step, _ in runs[0]["curve"]]
-        changes = [statistics.mean(r["curve"][i][1] - r["curve"][0][1] for r in runs) for i in range(len(steps))]
-        style = "--" if "lora" in arm else "-"
-        axes.plot([step * runs[0]["tokens"] for step in steps], changes, style, label=arm)
-    axes.axhline(0, color="black", linewidth=0.6)
-    axes.set(xlabel="tokens", ylabel="change of the held-out loss, nats per token")
-    axes.legend(frameon=False, fontsize=8)
-    return made
+    output.write_figure(out / "uptraining.png", uptraining_report.figure({"": found}))
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def test_the_page_is_what_the_json_makes_it():
     training = (page.DOCS / "training.md").read_text(encoding="utf-8")
     assert training == page.training_page(training, results.get("language_model"))
     convert = (page.DOCS / "convert.md").read_text(encoding="utf-8")
-    assert convert == page.conversion_page(convert, results.get("conversion"))
+    assert convert == page.conversion_page(convert, results.get("conversion"), page.load_uptrained())
 
 
 def test_the_page_shows_every_figure(causal_result, hard_result):

@@ -1,6 +1,7 @@
 """`python -m studies.uptraining`: records that are not made twice, a table, a curve."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from typer.testing import CliRunner
 
 from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionForCausalLM
 from implicit_attention.training.tokenizer import byte_tokenizer
-from studies import recall_probe, uptraining
+from studies import recall_probe, uptraining, uptraining_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*pin_memory.*:UserWarning")
 
@@ -36,18 +37,41 @@ def folder(tmp_path):
 def test_records_table_and_curve(folder):
     result = invoke(folder, "--arm", "few", "--arm", "lora-few")
     assert result.exit_code == 0, result.output
-    record = json.loads((folder / "out" / "few" / "seed-0.json").read_text())
+    record = json.loads((folder / "out" / "few" / "rate-0.001-seed-0.json").read_text())
     assert [step for step, _ in record["curve"]] == [0, 1, 2, 3, 4]
     assert record["trained"] == 16 * 16
-    assert record["recall"].keys() == {"near", "far"}
+    assert {when: set(places) for when, places in record["recall"].items()} == {
+        "before": {"near", "far"},
+        "after": {"near", "far"},
+    }
     table = (folder / "out" / "uptraining.md").read_text()
-    assert "| few | 256 |" in table
+    assert "| `few` | 256 | 0.001 |" in table
     assert table in result.stdout
     assert (folder / "out" / "uptraining.png").read_bytes().startswith(b"\x89PNG")
     assert not list((folder / "out").glob("*/run-*"))
-    before = (folder / "out" / "few" / "seed-0.json").stat().st_mtime_ns
+    before = (folder / "out" / "few" / "rate-0.001-seed-0.json").stat().st_mtime_ns
     assert invoke(folder, "--arm", "few").exit_code == 0
-    assert (folder / "out" / "few" / "seed-0.json").stat().st_mtime_ns == before, "not made twice"
+    assert (folder / "out" / "few" / "rate-0.001-seed-0.json").stat().st_mtime_ns == before, "not made twice"
+
+
+def test_the_first_seed_tries_all_rates_and_the_best_counts(folder):
+    shutil.copytree(folder / "base0", folder / "base1")
+    assert invoke(folder, "--arm", "few", "--rates", "1e-2,1e-9", "--seeds", "0,1").exit_code == 0
+    made = {path.name for path in (folder / "out" / "few").glob("*.json")}
+    found = uptraining_report.load(folder / "out")["few"]
+    ends = [json.loads((folder / "out" / "few" / f"rate-{r}-seed-0.json").read_text())["curve"][-1][1]
+            for r in ("0.01", "1e-09")]  # fmt: skip
+    best = "0.01" if ends[0] <= ends[1] else "1e-09"
+    assert made == {"rate-0.01-seed-0.json", "rate-1e-09-seed-0.json", f"rate-{best}-seed-1.json"}
+    assert [(run["settings"]["seed"], run["settings"]["rate"]) for run in found] == [(0, float(best)), (1, float(best))]
+    assert uptraining_report.by_tokens({"few": found}).startswith("| tokens | 0 | 32 |")
+
+
+@pytest.mark.parametrize("rates", ["", "0", "-1", "nan", "inf", "fast"])
+def test_bad_rates_are_one_line(folder, rates):
+    result = invoke(folder, "--arm", "few", "--rates", rates)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "--rates: must be positive numbers such as" in result.stderr
 
 
 def test_bad_input_is_one_line(folder):

@@ -64,10 +64,19 @@ types: $(INSTALLED) ## mypy, strict on the package
 bench: $(KERNELS) ## run a benchmark (ARGS=bidirectional)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-gpu: $(INSTALLED) ## on a CUDA device: test the kernels, then measure them (ARGS='--lengths 8192')
-	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here")'
-	$(BIN)/python -m pytest -q --no-cov -m '' tests/causal/triton tests/attention/test_flash_cuda.py tests/test_precision.py
-	$(BIN)/python -m benchmarks gpu $(ARGS)
+# A device may be lent for minutes: the kernels' tests that matter most come first, figures are kept row by row in
+# $(GPU)/gpu.json, and a second call measures what the first one left.
+GPU := build/gpu
+GPU_PYTHON = $(BIN)/python
+GPU_TESTS := $(patsubst %,tests/causal/triton/test_triton_%.py,sweeps decoding kernels blocks) \
+	tests/attention/test_flash_cuda.py tests/test_precision.py
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## on a CUDA device, 6 minutes: test the kernels, measure them (GPU_PYTHON=python3: without .venv)
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no CUDA device here")'
+	@mkdir -p $(GPU)
+	@{ timeout 150 $(GPU_PYTHON) -m pytest -q --no-cov -m '' $(GPU_TESTS) 2>&1; echo "exit status $$?"; } \
+		| tee $(GPU)/tests.txt
+	timeout 200 $(GPU_PYTHON) -m benchmarks gpu --budget 150 --out $(GPU)/gpu.json --trace $(GPU)/trace.json $(ARGS)
+	@grep -qx 'exit status 0' $(GPU)/tests.txt || { echo 'the tests failed or took over 150 s: see $(GPU)/tests.txt'; false; }
 
 # The newest versions that go with torch $(TORCH), from a fresh environment.
 constraints: ## write constraints.txt again (TORCH=2.13.0)

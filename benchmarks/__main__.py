@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     name, out = options.pop("name"), options.pop("out")
     if out is not None and not out.resolve().parent.is_dir():
         parser.error(f"--out {out}: no such directory")
+    if name == "gpu":  # it writes rows as they come, since a device may be lent for minutes
+        options["keep"] = out
     result = BENCHMARKS[name].run(**options)
     text = json.dumps(result, indent=2)
     print(text)

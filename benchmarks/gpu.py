@@ -1,15 +1,19 @@
-"""On a CUDA device: forward, backward and a decode step against flash attention and everything else that iterates.
+"""On a CUDA device: a block of a model, then the solve and a decode step against flash attention and who else iterates.
 
 First the solvers have to be right in float32 (`benchmarks.gate`). Then time, memory and the share of the device's
 measured matmul rate are taken in the layer's dtype. The unit is SDPA by PyTorch's flash kernel; "sdpa-default" is SDPA
 as PyTorch picks its kernel itself (cuDNN's on Hopper), and what the others iterate on too. What takes minutes is not
 asked of the longest sequences. Without a device nothing is measured, and the exit status says so.
+
+Figures are written to --out after each row, the promised ones first. Rows that --out holds already are not measured
+again, so a second call goes on where --budget ended the first.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import decode, measure
@@ -24,8 +29,14 @@ from benchmarks.gate import Gate, reached
 from benchmarks.peers import CONTESTANTS, OURS, SDPA, Case, Contestant, Entrant, available, merged
 from benchmarks.report import PASSES, described, target, tell, verdict
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention, Picard, Solution, fixed_point
+from implicit_attention.tasks.task import Batch
+from studies.arms import arm_named
+from studies.models import build
+from studies.run import JUDGED_SEED, parameter_groups, rate_factor
+from studies.suite import tables
 
-LENGTHS = (512, 2048, 8192, 32768, 65536)
+LENGTHS = (8192, 32768, 2048, 512, 65536)  # those with a target first
+BLOCK_LENGTHS, BLOCK_BATCH, BLOCK_HEADS, BLOCK_DIM = (1024, 512, 2048), 32, 12, 64
 HEAD_DIMS = (64, 128)
 SYSTEMS = 128  # batch times heads, at least
 TOLERANCE = 1e-2  # in bfloat16; the gate is held in float32 to GATE_TOLERANCE
@@ -36,7 +47,8 @@ COMPILED_AT = 8192  # the one length that FlexAttention is compiled for, which t
 LONGEST = {"unrolled": 32768, "torchdeq-picard": 8192, "iteration": 8192, "reached": 8192}
 BLOCKS = (128, 256, 512, 1024)  # rows of the blocks that are swept first
 # At most so many times one pass of SDPA, forward + backward; a decode step; at least so much faster than unrolled.
-TIME_TARGETS, DECODE_TARGET, UNROLLED_TARGET = {8192: 1.5, 32768: 1.25}, 1.3, 6.0
+TIME_TARGETS = {(64, 8192): 1.5, (64, 32768): 1.1, (128, 8192): 1.6, (128, 32768): 1.25}  # by d and N
+BLOCK_TARGET, DECODE_TARGET, UNROLLED_TARGET, RECALL_TARGET = 1.5, 1.3, 6.0, 0.99
 NO_DEVICE = "NO DEVICE: torch finds no CUDA device here, so nothing was measured. Run it on a machine that has one."
 
 
@@ -45,16 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, help="d (default: %(default)s)")
     parser.add_argument("--num-heads", type=int, default=16, help="H (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no row begins")
+    parser.add_argument("--trace", type=Path, help="write a profile of one training step of a block here (JSON)")
     parser.add_argument("--plot", type=Path, help="draw the ratios here (PNG)")
 
 
 def run(
     *,
-    lengths: Iterable[int] = LENGTHS,
-    head_dims: Iterable[int] = HEAD_DIMS,
+    lengths: Sequence[int] = LENGTHS,
+    head_dims: Sequence[int] = HEAD_DIMS,
     num_heads: int = 16,
     repeats: int = 10,
+    budget: float = math.inf,
+    trace: Path | None = None,
     plot: Path | None = None,
+    keep: Path | None = None,
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     systems: int = SYSTEMS,
@@ -62,6 +79,7 @@ def run(
     """Check, measure, and return everything for the JSON. Another device than CUDA is for tests of this file alone."""
     if device == "cuda" and not torch.cuda.is_available():
         return {"benchmark": "gpu", "correct": False, "verdict": NO_DEVICE}
+    begun = time.perf_counter()
     torch.manual_seed(0)
     names = [name for name in NAMES if not available(name)]
     result = described("gpu", num_heads * max(head_dims), num_heads) | {
@@ -73,38 +91,147 @@ def run(
         "absent": {name: reason for name in NAMES if (reason := available(name))},
     }
     gates = {d: check(make_layer(num_heads, d, device, torch.float32), names) for d in head_dims}
-    result |= {"gate": gates}
+    result |= {"gate": gates, "kernel": {d: kernel(make_layer(num_heads, d, device, dtype)) for d in head_dims}}
     wrong = [f"{n} at d = {d}" for d, found in gates.items() for n, row in found.items() if not row["correct"]]
     if wrong:
         return result | {"correct": False, "verdict": f"WRONG: {', '.join(wrong)}; nothing was measured."}
-    shapes: list[dict[str, Any]] = []
+    rows: dict[str, Any] = finished_before(keep, result)
     failed: dict[str, str] = {}
-    interrupted = False
-    for d in head_dims:
-        layer = make_layer(num_heads, d, device, dtype)
-        for length in lengths:
-            if interrupted:  # no more; what has been measured is kept
-                break
-            batch = max(1, math.ceil(systems / num_heads))
-            where = f"d = {d}, N = {length}, batch {batch}"
-            tell(where)
-            try:
-                shapes.append(measure_shape(layer, names, batch, length, repeats, result["matmul_flops_per_second"]))
-            except (Exception, KeyboardInterrupt) as error:  # out of memory, registers or patience: the others count
-                failed[where] = f"{type(error).__name__}: {error}"
-                tell(f"not measured: {failed[where]}")
-                interrupted = interrupted or isinstance(error, KeyboardInterrupt)
-    found = targets(shapes)
-    if plot is not None and shapes:
+    batch, rate = max(1, math.ceil(systems / num_heads)), result["matmul_flops_per_second"]
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {
+        f"block, N = {n}": partial(block_step, n, device, dtype, repeats) for n in BLOCK_LENGTHS
+    }
+    jobs |= {
+        f"d = {d}, N = {n}, batch {batch}": partial(
+            shape_of, d, n, num_heads, names, batch, repeats, rate, device, dtype
+        )
+        for n in lengths
+        for d in head_dims
+    }
+    jobs["recall"] = partial(recall, device, dtype)
+    for where, job in jobs.items():
+        if where in rows:
+            continue
+        if time.perf_counter() - begun > budget:
+            failed[where] = f"no time: --budget {budget:g} s was over. The same command goes on here."
+            continue
+        tell(where)
+        try:
+            rows[where] = job()
+        except KeyboardInterrupt:  # no more; what has been measured is kept
+            failed[where], budget = "interrupted", 0.0
+        except Exception as error:  # out of memory or registers: the others count
+            failed[where] = f"{type(error).__name__}: {error}"
+            tell(f"not measured: {failed[where]}")
+        if keep is not None:
+            keep.write_text(json.dumps(result | {"rows": rows, "failed": failed}, indent=2) + "\n", encoding="utf-8")
+    if trace is not None and device == "cuda":
+        profile(BLOCK_LENGTHS[0], device, dtype, trace)
+    found = targets(rows)
+    if plot is not None and (shapes := [row for row in rows.values() if row["kind"] == "shape"]):
         draw(shapes, plot)
     said = verdict(found) + "".join(f" NOT MEASURED: {where}." for where in failed)
-    return result | {"shapes": shapes, "failed": failed, "targets": found, "correct": not failed, "verdict": said}
+    return result | {"rows": rows, "failed": failed, "targets": found, "correct": not failed, "verdict": said}
+
+
+def finished_before(keep: Path | None, now: dict[str, Any]) -> dict[str, Any]:
+    """The rows of an earlier call on the same device and commit."""
+    if keep is None or not keep.exists():
+        return {}
+    before = json.loads(keep.read_text(encoding="utf-8"))
+    same = all(before.get(key) == now[key] for key in ("device", "dtype", "commit", "versions"))
+    return dict(before.get("rows", {})) if same else {}
+
+
+def shape_of(
+    head_dim: int, length: int, num_heads: int, names: list[str], batch: int, repeats: int, rate: float, device: str,
+    dtype: torch.dtype,
+) -> dict[str, Any]:  # fmt: skip
+    """The row of one shape."""
+    layer = make_layer(num_heads, head_dim, device, dtype)
+    return {"kind": "shape", **measure_shape(layer, names, batch, length, repeats, rate)}
+
+
+def blocks_of(length: int, device: str, dtype: torch.dtype) -> tuple[dict[str, nn.Module], Tensor]:
+    """A block of `--preset base` with its MLP, ordinary and implicit with every option at its default, and an input."""
+    from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionModel
+
+    found: dict[str, nn.Module] = {}
+    for kind in ("attention", "implicit"):
+        config = ImplicitAttentionConfig(
+            vocab_size=256, hidden_size=BLOCK_HEADS * BLOCK_DIM, num_hidden_layers=1, num_attention_heads=BLOCK_HEADS,
+            max_position_embeddings=max(BLOCK_LENGTHS), block_types=[kind],
+        )  # fmt: skip
+        torch.manual_seed(0)
+        found[kind] = ImplicitAttentionModel(config).to(device, dtype)
+    return found, torch.randint(256, (BLOCK_BATCH if device == "cuda" else 1, length), device=device)
+
+
+def training_step(model: nn.Module, tokens: Tensor) -> Callable[[], object]:
+    """Forward and backward through a model, with gradients of all its weights."""
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(tokens, use_cache=False).last_hidden_state.float().square().mean().backward()
+
+    return step
+
+
+def block_step(length: int, device: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """A training step of a block with its MLP: where people train."""
+    models, tokens = blocks_of(length, device, dtype)
+    steps = {kind: training_step(model, tokens) for kind, model in models.items()}
+    seconds = {kind: measure.timing(taken) for kind, taken in timed(steps, repeats).items()}
+    ratio = seconds["implicit"]["median_seconds"] / seconds["attention"]["median_seconds"]
+    peaks = {kind: added_peak_bytes(step) for kind, step in steps.items()}
+    tell(f"times an ordinary block: {ratio:.3f}")
+    return {"kind": "block", "length": length, "steps": seconds, "time_ratio": ratio, "added_peak_bytes": peaks}
+
+
+def profile(length: int, device: str, dtype: torch.dtype, path: Path) -> None:
+    """Write what host and device do in one training step of the implicit block, for Perfetto or chrome://tracing."""
+    models, tokens = blocks_of(length, device, dtype)
+    step = training_step(models["implicit"], tokens)
+    for _ in range(3):
+        step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(path))
+
+
+def moved(batch: Batch, device: str) -> Batch:
+    return Batch(*(t.to(device) for t in batch))
+
+
+def recall(device: str, dtype: torch.dtype, steps: int = 500) -> dict[str, Any]:
+    """Accuracy of an implicit block that learned recall under autocast on the device."""
+    table = tables("cpu")["recall-64"]
+    sizes = table.rows["implicit"].sizes
+    model = build(arm_named("implicit"), table.task, sizes, 0).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, sizes.bias_rate), lr=1e-2)
+    batches = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        for group, rate in zip(optimizer.param_groups, (1e-2, 1e-2 * sizes.bias_rate), strict=True):
+            group["lr"] = rate * rate_factor(step, steps)
+        batch = moved(table.task.batch(16, batches), device)
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype):
+            logits = model(batch.inputs)
+        table.task.loss(logits.float(), batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    judged = moved(next(iter(table.task.held_out(128, JUDGED_SEED).values())), device)
+    with torch.no_grad(), torch.autocast(device, dtype):
+        score = table.task.scores(model(judged.inputs).float(), judged)[table.task.score]
+    return {"kind": "recall", "steps": steps, "score": score}
 
 
 def make_layer(num_heads: int, head_dim: int, device: str, dtype: torch.dtype) -> ImplicitQueryAttention:
     layer = ImplicitQueryAttention(
         num_heads * head_dim, num_heads, is_causal=True, qk_norm=True, on_failure="ignore",
-        solver=ForwardSubstitution(rtol=TOLERANCE, atol=TOLERANCE, kernel="triton" if device == "cuda" else "torch"),
+        solver=ForwardSubstitution(rtol=TOLERANCE, atol=TOLERANCE),
     )  # fmt: skip
     return layer.to(device, dtype)
 
@@ -117,6 +244,12 @@ def make_case(layer: ImplicitQueryAttention, batch: int, length: int) -> Case:
 def check(layer: ImplicitQueryAttention, names: list[str]) -> dict[str, Any]:
     gate = Gate(make_case(layer, 1, GATE_LENGTH), GATE_TOLERANCE)
     return {name: gate.check(CONTESTANTS[name]) for name in names}
+
+
+def kernel(layer: ImplicitQueryAttention) -> str:
+    """What `kernel="auto"` takes for a layer."""
+    case = make_case(layer, 1, GATE_LENGTH)
+    return ForwardSubstitution().kernel_for(case.function, tuple(case.tensors.values()))
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
@@ -287,19 +420,29 @@ def defaults(like: torch.Tensor) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def targets(shapes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def targets(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is promised, against what was measured."""
     found = []
-    for shape in shapes:
-        both, where = "forward_backward", f"at N = {shape['length']}, d = {shape['head_dim']}"
-        ours = shape["rows"][OURS][both]
-        unrolled = shape["rows"].get("unrolled")
-        if shape["length"] in TIME_TARGETS:
-            found.append(target(f"time of SDPA {where}", ours["time_ratio"], TIME_TARGETS[shape["length"]]))
-        if shape["length"] in TIME_TARGETS and unrolled is not None:
-            share = ours["median_seconds"] / unrolled[both]["median_seconds"]
-            found.append(target(f"time of ten unrolled iterations {where}", share, 1.0 / UNROLLED_TARGET))
-        found.append(target(f"decode step {where}", shape["decode"]["time_ratio"], DECODE_TARGET))
+    for where, row in rows.items():
+        if row["kind"] == "block":
+            found.append(target(f"training step of a {where}", row["time_ratio"], BLOCK_TARGET))
+        elif row["kind"] == "recall":
+            found.append(target("recall: errors", 1.0 - row["score"], 1.0 - RECALL_TARGET))
+        else:
+            found += shape_targets(row)
     return found
+
+
+def shape_targets(shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is promised of one shape."""
+    where, found = f"at N = {shape['length']}, d = {shape['head_dim']}", []
+    ours = shape["rows"][OURS]["forward_backward"]
+    if at_most := TIME_TARGETS.get((shape["head_dim"], shape["length"])):
+        found.append(target(f"time of SDPA {where}", ours["time_ratio"], at_most))
+        if (unrolled := shape["rows"].get("unrolled")) is not None:
+            share = ours["median_seconds"] / unrolled["forward_backward"]["median_seconds"]
+            found.append(target(f"time of ten unrolled iterations {where}", share, 1.0 / UNROLLED_TARGET))
+    return [*found, target(f"decode step {where}", shape["decode"]["time_ratio"], DECODE_TARGET)]
 
 
 def draw(shapes: list[dict[str, Any]], path: Path) -> None:

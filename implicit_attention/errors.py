@@ -23,6 +23,9 @@ class ConvergenceError(RuntimeError):
     """As `ConvergenceWarning`, raised with `on_failure="raise"`."""
 
 
+NOT_FINITE = "the equation gave NaN or Inf: look for them in the inputs, or for weights that overflow"
+
+
 class NonFiniteError(ValueError):
     """A map or a layer gave NaN or Inf. The cause is in its inputs or parameters, not in the solver."""
 

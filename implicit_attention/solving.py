@@ -236,7 +236,7 @@ def settle(
         found = outside_graphs(_settle)(layer, report, inputs, history, False)
     else:
         found = _settle(layer, report, inputs, history, short)
-    return found._replace(output=_output(layer, found.solution.value)) if projected else found
+    return found._replace(output=_output(layer, inputs, found.solution.value)) if projected else found
 
 
 def _settle(layer: SolvedLayer, report: FailureReport, inputs: Inputs, history: bool, short: bool) -> Found:
@@ -260,7 +260,7 @@ def _settle(layer: SolvedLayer, report: FailureReport, inputs: Inputs, history: 
     return Found(replace(solution, unique=layer.settings.unique), equation, None)
 
 
-def _output(layer: SolvedLayer, y: Tensor) -> Tensor:
+def _output(layer: SolvedLayer, inputs: Inputs, y: Tensor) -> Tensor:
     """What a layer returns of an equilibrium: projected, if it has an `out_proj`."""
     if layer.out_proj is None:
         return own(y)
@@ -269,7 +269,7 @@ def _output(layer: SolvedLayer, y: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         require(torch.isfinite(out).all(), overflow)
     elif not maps.transforms_active() and not all_finite(out):
-        raise non_finite(dict(layer.named_parameters()), overflow)
+        raise non_finite({**inputs.named(), **dict(layer.named_parameters())}, overflow)
     return out
 
 

@@ -86,6 +86,24 @@ def test_vmap_over_nothing_is_refused(options):
         vmap(layer)(torch.randn(0, 3, 8))
 
 
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"query_input": True, "max_gain": 0.9}, {"query_input": True}], ids=str
+)
+@pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
+def test_gradients_by_sample_with_masks_of_their_own(options, name):
+    layer, x = ImplicitQueryAttention(8, 2, dtype=torch.float64, **options), torch.randn(3, 4, 8, dtype=torch.float64)
+    masks = (
+        torch.zeros(3, 4, dtype=torch.bool) if name == "key_padding_mask" else torch.zeros(3, 4, 4, dtype=torch.bool)
+    )
+    masks[1, ..., 3] = masks[2, ..., 1] = True
+
+    def loss(x, mask):
+        return layer(x, **{name: mask}).square().sum()
+
+    found = vmap(grad(loss))(x, masks)
+    close(found, array(torch.stack([grad(loss)(*given) for given in zip(x, masks, strict=True)])), TOL)
+
+
 def test_masks_under_vmap():
     layer, x, _ = make({"num_heads": 2})
     padding = torch.rand(3, 4) < 0.4

@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.attention import chunked
-from implicit_attention.attention.gain import predicted_steps
+from implicit_attention.attention.gain import ROUNDINGS, predicted_steps
 from implicit_attention.attention.map import AttentionMap, for_heads, merge_heads, split_heads
 from implicit_attention.attention.operation import partial_backward, stock
 from implicit_attention.attention.positions import rotate, unrotate
 from implicit_attention.equilibrium.maps import Linearization
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Solution, Solver
 from implicit_attention.equilibrium.solvers.base import AdjointSolution
-from implicit_attention.errors import Came, NonFiniteError, bad_type, bad_value, check_positive
+from implicit_attention.errors import NOT_FINITE, Came, NonFiniteError, bad_type, bad_value, check_positive
 
 _TOLERANCES = {torch.float64: 1e-10, torch.bfloat16: 3e-2}
-_ROUNDINGS = 8.0  # of an attention pass, in units of the machine epsilon and the largest value
+_ROUNDINGS = 2 * ROUNDINGS  # of two passes: a residual is their difference
 _TOLERANCE = 1e-2  # of float32 and float16; `Contraction` says what it means
 
 
@@ -129,10 +129,11 @@ class Contraction(DirectSolver):
         while count < (self.steps or passes.most(rtol)):
             count += 1
             pull = passes.backward(lam, query, y, lse)
-            following = torch.addcmul(grad, passes.gate, pull.raw)
+            following = grad + pull.output
             residual = passes.size(following - lam)
             done = residual <= allowed
-            if self.steps is None and _settled(residual, allowed):
+            # Where a product overflows, the gradient is not finite, and a GradScaler leaves the step out.
+            if self.steps is None and not bool(((residual > allowed) & residual.isfinite()).any()):
                 break
             lam = following if self.steps else torch.where(passes.by_system(done), lam, following)
         by_arg = passes.gradients(pull, at, query, y, lse, needs)
@@ -145,14 +146,14 @@ class _Pull(NamedTuple):
     Attributes:
         lam: The cotangent, `[B, N, D]`.
         made: With respect to the queries before their rotation, `[B, N, G d]`.
-        raw: With respect to the gated output, `[B, N, D]`.
+        output: With respect to the output, `[B, N, D]`.
         key: With respect to the keys of all heads, `[B, H, M, d]`.
         value: With respect to the values of all heads, `[B, H, M, d]`.
     """
 
     lam: Tensor
     made: Tensor
-    raw: Tensor
+    output: Tensor
     key: Tensor
     value: Tensor
 
@@ -163,7 +164,7 @@ class _Passes:
     def __init__(self, function: AttentionMap, args: tuple[Tensor, ...]) -> None:
         self.function, self.args = function, args
         self.t = t = dict(zip(function.names, args, strict=True))
-        self.gate, self.weight = t["gate"], t["weight"]
+        self.gate, self.weight = t["gate"].to(t["key"].dtype), t["weight"]
         self.made_heads, dim = function.query_map.num_heads, t["key"].shape[-1]
         self.heads = self.weight.shape[1] // dim
         self.key, self.value = for_heads(t["key"], self.heads), for_heads(t["value"], self.heads)
@@ -194,7 +195,8 @@ class _Passes:
         made, key = (found[1], found[0]) if self.function.rows_are_keys else found[:2]
         made = _summed(made, self.made_heads)
         made = merge_heads(unrotate(made, self.t["rotation"]) if "rotation" in self.t else made)
-        return _Pull(lam, made, made @ self.weight, key, found[2])
+        # The factor first: in half precision the product with the weights could overflow without it.
+        return _Pull(lam, made, (self.gate * made) @ self.weight, key, found[2])
 
     def gradients(
         self, pull: _Pull, at: Tensor, query: Tensor, y: Tensor, lse: Tensor, needs: tuple[bool, ...]
@@ -212,7 +214,8 @@ class _Passes:
         if self._needed("bias", needs):
             found["bias"] = pull.made.sum((0, 1))
         if self._needed("gate", needs):
-            found["gate"] = (pull.raw * at).sum((1, 2), keepdim=True)
+            gate = t["gate"].clamp_min(torch.finfo(t["gate"].dtype).tiny)
+            found["gate"] = (pull.output.to(gate.dtype) * at).sum((1, 2), keepdim=True) / gate
         if any(self._needed(f"term{i}", needs) for i in range(len(self.terms))):
             terms = self._partial(pull.lam, query, y, lse, bias_grad=True)[3:]
             found |= {f"term{i}": g for i, g in enumerate(terms)}
@@ -290,7 +293,7 @@ def _settled(residual: Tensor, allowed: Tensor) -> bool:
     """Whether all systems are within tolerance: the only number that the host reads."""
     excess = float((residual - allowed).amax())
     if not math.isfinite(excess):
-        raise NonFiniteError("the map gave NaN or Inf: check `args` and the map's parameters")
+        raise NonFiniteError(NOT_FINITE)
     return excess <= 0
 
 

@@ -14,6 +14,10 @@ where a ball of radius `R_h` holds the head's values: a mean absolute deviation 
 If rows belong to queries, all scores of a row move with its own `dy_i`. Tokens are systems of their own, a constant may
 be taken from all keys, and `L = sqrt(sum_h (R_h scale max_j |Omega_h^T (k_j - c)|)^2)`.
 
+The kernels round. Outputs are off by a few epsilons of their dtype, and weights by a few epsilons of float32 or float64
+times the size of their scores, even where all values are equal. So the squares of these, times `|v|^2`, are added to
+`R_h^2`. A few epsilons more keep the part of the scores that depends on y below `1 / sqrt(epsilon)`, where that holds.
+
 `docs/choosing.md` says what masks, dropout and rotary positions change.
 """
 
@@ -23,6 +27,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicit_attention.attention.map import for_heads, split_heads
+
+ROUNDINGS = 4.0  # of a pass over the values, in units of the machine epsilon of its dtype and of the largest value
 _SQUARINGS = 5  # the bound of a norm is too large by a factor of at most d^(1 / 2^(_SQUARINGS + 2)), 3 % at d = 64
 
 
@@ -39,7 +46,8 @@ class Gain(NamedTuple):
 
     def factor(self, max_gain: float) -> Tensor:
         """Return `min(1, max_gain / L)`, `[B]`."""
-        factor: Tensor = max_gain * self.squared.clamp_min(max_gain**2).rsqrt()
+        least = max(max_gain**2, torch.finfo(self.squared.dtype).tiny)
+        factor: Tensor = max_gain * self.squared.clamp_min(least).rsqrt()
         return factor
 
 
@@ -53,33 +61,50 @@ def gain(
     rotated: bool = False,
     dropout: float = 0.0,
     hidden: Tensor | None = None,
+    made: Tensor | None = None,
 ) -> Gain:
     """Return the bound for `f = 1`.
 
     Args:
         key: `[B, H, M, d]`, `[B, G, M, d]` if rows belong to queries; normed and rotated, if they are.
         value: `[B, G, M, d]`.
-        weight: `Omega_Q`, `[G d, D]`, `[H d, D]` if rows belong to queries.
+        weight: `Omega_Q`, `[G d, D]`, `[H d, D]` if rows belong to queries. The dtype of all three is the solve's.
         scale: Factor on the scores.
         rows_are_keys: As in `AttentionMap`.
         rotated: Whether queries are rotated. The bound then holds for all offsets: `|Omega_h^T R k| <= |Omega_h| |k|`.
         dropout: Probability p. A dropped weight stands for a value of 0, any other for `v / (1 - p)`.
         hidden: Columns hidden from every row, `[B, M]`: they count neither as values nor as rows.
+        made: What queries are made of besides y, `[B, M, G d]`; None if nothing, or if rows belong to queries.
 
     Returns:
         The bound.
     """
+    stored = ROUNDINGS * torch.finfo(value.dtype).eps
     key, value, weight = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (key, value, weight))
-    hidden = None if hidden is None else hidden[:, None]  # [B, 1, M]
-    radius = _radius(value, dropout, hidden)  # [B, G]
     if not rows_are_keys:
-        key = key - _mean(key, hidden)
-    pulled = _pulled(key, weight, rotated)  # [B, H, M], or [B, H, M] with H / G heads for each of key
-    by_head = scale**2 * pulled * radius.repeat_interleave(pulled.shape[1] // radius.shape[1], 1)[..., None]
+        key = centred(key, hidden)
+    hidden = None if hidden is None else hidden[:, None]  # [B, 1, M]
+    pulled = _pulled(key, weight, rotated)  # [B, H, M]
+    heads = pulled.shape[1]
+    computed = ROUNDINGS * torch.finfo(value.dtype).eps
+    rounding = stored**2 + computed + computed**2 * _given_scores(key, made, scale, heads, hidden)  # [B, H]
+    radius = for_heads(_radius(value, dropout, hidden), heads)
+    radius = radius + rounding * for_heads(_largest(value.square().sum(-1), hidden), heads)
+    by_head = scale**2 * pulled * radius[..., None]
     if not rows_are_keys:
         return Gain(_largest(by_head, hidden).sum(1), None)
     rows = by_head.sum(1)
     return Gain(_largest(rows, None if hidden is None else hidden[:, 0]), rows)
+
+
+def centred(key: Tensor, hidden: Tensor | None) -> Tensor:
+    """Return keys less the mean of those that are not hidden, which changes no weight if rows belong to queries.
+
+    Args:
+        key: `[B, G, M, d]`.
+        hidden: Columns hidden from every row, `[B, M]`.
+    """
+    return key - _mean(key, None if hidden is None else hidden[:, None])
 
 
 def hidden_columns(padding: Tensor | None) -> Tensor | None:
@@ -106,6 +131,17 @@ def _mean(t: Tensor, hidden: Tensor | None) -> Tensor:
     return mean
 
 
+def _given_scores(key: Tensor, made: Tensor | None, scale: float, heads: int, hidden: Tensor | None) -> Tensor:
+    """A bound of the squares of the scores at y = 0, `[B, H]`, without a gradient: it measures rounding."""
+    if made is None:
+        return key.new_zeros(1, 1)
+    made = made.detach().to(key.dtype)
+    asked = _largest(split_heads(made, made.shape[-1] // key.shape[-1]).square().sum(-1), hidden)
+    given = _largest(key.detach().square().sum(-1), hidden)
+    largest = 1.0 / torch.finfo(key.dtype).eps ** 2  # beyond that nothing is left of the weights
+    return (scale**2 * for_heads(given, heads) * for_heads(asked, heads)).clamp_max(largest)
+
+
 def _radius(value: Tensor, dropout: float, hidden: Tensor | None) -> Tensor:
     """The squared radius of a ball around all that a weight can stand for, `[B, G]`."""
     mean = _mean(value, hidden)
@@ -126,12 +162,11 @@ def _pulled(key: Tensor, weight: Tensor, rotated: bool) -> Tensor:
     by_head = weight.view(-1, dim, weight.shape[-1])
     gram = by_head @ by_head.mT  # [G, d, d], or [H, d, d]
     heads = max(len(gram), key.shape[1])
-    gram = gram.repeat_interleave(heads // len(gram), 0)
+    gram = for_heads(gram[None], heads)[0]
     if rotated:
-        sizes = key.square().sum(-1).repeat_interleave(heads // key.shape[1], 1)
-        bound: Tensor = sizes * _largest_eigenvalue(gram)[:, None]
+        bound: Tensor = for_heads(key.square().sum(-1), heads) * _largest_eigenvalue(gram)[:, None]
         return bound
-    key = key.repeat_interleave(heads // key.shape[1], 1)
+    key = for_heads(key, heads)
     pulled: Tensor = ((key @ gram) * key).sum(-1).clamp_min(0.0)
     return pulled
 

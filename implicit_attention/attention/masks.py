@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_attention.attention.spec import BiasTerm
+from implicit_attention.equilibrium import maps
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class AdditiveMask:
         part = tensor[self._part(tensor, rows, cols)]
         if part.dtype != torch.bool:
             return part
-        return torch.zeros(part.shape, device=part.device).masked_fill(part, -torch.inf)
+        return added(part, torch.float32)
 
     def pull(self, tensor: Tensor, rows: slice, cols: slice, grad: Tensor) -> Tensor:
         """Return the gradient of a float mask for the gradient of a block."""
@@ -77,4 +78,22 @@ def mask_terms(
         found.append((AdditiveMask(past), attn_mask))
     if padding is not None:
         found.append((AdditiveMask(), padding[:, None, None, :]))
-    return [(term, mask if mask.dtype == torch.bool else mask.to(dtype)) for term, mask in found]
+    return [(term, _kept(mask, dtype)) for term, mask in found]
+
+
+def _kept(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as the operation keeps it: bool, which is small, but added numbers in a functorch transform."""
+    # There a bool tensor that is mapped comes back from `save_for_backward` as one of a level that is gone.
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return mask if torch.compiler.is_compiling() or not maps.transforms_active() else added(mask, dtype)
+
+
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bool mask as numbers that are added to scores: `-inf` where it is True, else 0.
+
+    Args:
+        mask: The mask, of any shape.
+        dtype: Of the numbers.
+    """
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)

@@ -85,7 +85,7 @@ class _Description(NamedTuple):
         """Empty tensors for what a solve gives, in the order of `Described.outputs`."""
         named = dict(zip(self.names.split(","), tensors, strict=True))
         key, size, dim = named["key"], named["weight"].shape[1], named["key"].shape[-1]
-        batch, n = len(key), key.shape[-2] if self.by_keys else named["added"].shape[1]
+        batch, n = key.shape[0], key.shape[-2] if self.by_keys else named["added"].shape[1]
         wide = torch.promote_types(key.dtype, torch.float32)
         residual = key.new_empty((batch,) if self.by_keys else (batch, n), dtype=wide)
         return (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_attention.attention import AttentionSpec
-from implicit_attention.attention.gain import gain, hidden_columns
+from implicit_attention.attention.gain import centred, gain, hidden_columns
 from implicit_attention.attention.linear_map import LinearMap, linear_map
 from implicit_attention.attention.map import AttentionMap, QueryMap, ValueMap, merge_heads, rms_norm, split_heads
 from implicit_attention.attention.masks import mask_terms
@@ -127,7 +127,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     if rotation is not None:
         key = rotate(key, rotation)
     if settings.max_gain is not None:
-        key, tensors["gate"] = _contracting(settings, inputs, key, value, tensors)
+        key, value, tensors["gate"] = _contracting(settings, inputs, key, value, tensors)
     if set(tensors) == {"weight"} and heads == 1 and not (settings.qk_norm or settings.feeds_back):
         key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
     tensors |= {"key": key, "value": value}
@@ -169,20 +169,26 @@ def _norm_apart(settings: Settings) -> bool:
 
 def _contracting(
     settings: Settings, inputs: Inputs, key: Tensor, value: Tensor, tensors: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The keys and the factor on y, `[B, 1, 1]`, with which the map contracts by `max_gain`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and the factor on y, `[B, 1, 1]`, with which the map contracts by `max_gain`; float32 or wider."""
     assert settings.max_gain is not None
     hidden = hidden_columns(inputs.padding)
+    if hidden is not None:  # no row reads them; whatever stands there would count as the size of the values
+        value = value.masked_fill(hidden[:, None, :, None], 0.0)
+    if not settings.rows_are_keys:  # all scores of a row move alike: rounding of what they share would be amplified
+        key = centred(key, hidden)
     found = gain(
         key, value, tensors["weight"], scale=settings.scale, rows_are_keys=settings.rows_are_keys,
         rotated="rotation" in tensors, dropout=settings.dropout, hidden=hidden,
+        made=tensors.get("added") if settings.rows_are_keys else None,
     )  # fmt: skip
     if hidden is not None and found.rows is not None:
         # Hidden tokens do not count in the bound. Where their own gain is larger, smaller keys bring it down.
         tiny = torch.finfo(found.rows.dtype).tiny
-        shrunk = (found.squared[:, None] / found.rows.clamp_min(tiny)).clamp(tiny, 1.0)
+        squared = found.squared[:, None]
+        shrunk = (squared / torch.maximum(found.rows, squared).clamp_min(tiny)).clamp_min(tiny)
         key = key * torch.where(hidden, shrunk.sqrt(), 1.0)[:, None, :, None].to(key.dtype)
-    return key, found.factor(settings.max_gain)[:, None, None].to(key.dtype)
+    return key, value, found.factor(settings.max_gain)[:, None, None]
 
 
 def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equation:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.equilibrium.solvers.base import AdjointSolution, in_one_line
-from implicit_attention.errors import ConvergenceError, ConvergenceWarning, check_choice
+from implicit_attention.errors import NOT_FINITE, ConvergenceError, ConvergenceWarning, NonFiniteError, check_choice
 
 MODES = ("warn", "raise", "ignore")
 _HANDLES = itertools.count(1)
@@ -120,12 +120,15 @@ class FailureReport:
 
         Raises:
             ConvergenceError: If it failed and `on_failure` is "raise".
+            NonFiniteError: If the residual of an equilibrium is NaN or Inf, and `on_failure` is not "ignore".
         """
         self.keep(solution, name)
         if self._owner is not None and self._model is None and self.calls <= _LOOKS:
             self._look_around()
         if self.on_failure == "ignore" or bool(solution.converged.all()):
             return
+        if name == "equilibrium" and not bool(solution.residual.isfinite().all()):  # of a solver that does not look
+            raise NonFiniteError(NOT_FINITE)
         count = self._count(name)
         if not self._due(count):
             return

@@ -135,7 +135,7 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
         with weights_on_device(layer):
             y, weights, solution = layer(
                 x, attn_mask=mask, key_padding_mask=tokens.hidden, cache=held, segments=tokens.segments,
-                need_weights=show, average_attn_weights=False, need_solution=True, gains=gains and layer.triangular,
+                need_weights=show, average_attn_weights=False, need_solution=True, gains=gains,
             )  # fmt: skip
         weights = None if weights is None else tokens.weights_by_slot(weights[..., extra:])
         return BlockOutput(y, weights, layer_stats(solution))

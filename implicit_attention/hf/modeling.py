@@ -169,6 +169,9 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         tokens = describe(self.config, x, cache, attention_mask, position_ids, segments)
         mask = self._ordinary_mask(x, cache, attention_mask, segments)
         gains, shown, stats = either(output_gains, self.config.output_gains), Shown(), []
+        if gains and not (self.config.is_causal and self.config.normalize_over == "queries"):
+            raise bad_value("output_gains", 'False unless is_causal=True and normalize_over="queries"', True,
+                            "A token is no system of its own: use diagnostics.spectral_radius.")  # fmt: skip
         shown.add(x)
         blocks = self.layers[: self.config.num_hidden_layers]
         for i, block in enumerate(blocks, 1):

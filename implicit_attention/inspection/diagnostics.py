@@ -80,7 +80,12 @@ def spectral_radius(
         return pulled.reshape(lam.shape).to(wide)
 
     generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
-    start = torch.randn(y.shape, generator=generator, device="cpu").to(y.device, wide).reshape(systems.numel(), -1)
+    start = (
+        torch.randn(y.shape, generator=generator, device="cpu")
+        .to(y.device, wide)
+        .flatten(len(systems))
+        .flatten(0, len(systems) - 1)
+    )
     return linear.spectral_radius(product, start, iterations=iterations).reshape(systems)
 
 
@@ -259,6 +264,7 @@ def _bound_and_factor(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) 
         key, tensors["value"], tensors.get("weight", identity), scale=function.spec.scale,
         rows_are_keys=function.rows_are_keys, rotated="rotation" in tensors,
         dropout=0.0 if layer.max_gain is None else layer.dropout, hidden=hidden_columns(_padding(x, inputs)),
+        made=tensors.get("added") if function.rows_are_keys else None,
     )  # fmt: skip
     bound = found.squared.sqrt()
     return bound, torch.ones_like(bound) if layer.max_gain is None else found.factor(layer.max_gain)
@@ -278,7 +284,7 @@ def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> Equat
 def _one_map(equation: Equation) -> AttentionMap:
     if isinstance(equation.function, PackedMap):
         raise bad_value("segments", "None, as cu_seqlens, for this figure", Came("packed documents"),
-                        "Take it document by document, or use layer.solve(..., gains=True).gain.")  # fmt: skip
+                        "Take it document by document.")  # fmt: skip
     return equation.function
 
 

@@ -66,6 +66,22 @@ def test_export():
         torch.testing.assert_close(program.module()(x[:, :n].detach()), layer(x[:, :n]), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("options", [{}, {"normalize_over": "keys", "query_input": True}])
+def test_export_with_any_batch(options):
+    layer, x = make(**options)
+    batch, n = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("n", min=2, max=64)
+    program = torch.export.export(layer.eval(), (x.detach(),), dynamic_shapes={"x": {0: batch, 1: n}})
+    for shape in ((5, 9), (1, 4)):
+        given = torch.randn(*shape, x.shape[-1], dtype=x.dtype)
+        torch.testing.assert_close(program.module()(given), layer(given), rtol=1e-11, atol=1e-11)
+
+
+def test_nan_is_said_by_compiled_layers_too():
+    layer, x = make()
+    with pytest.raises(ValueError, match="look for them in the inputs"):
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.full_like(x, torch.nan))
+
+
 def test_failures_are_said_by_compiled_layers_too():
     layer, x = make(solver=Contraction(steps=2), on_failure="raise")
     with pytest.raises(ConvergenceError, match="Raise steps"):

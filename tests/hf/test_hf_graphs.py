@@ -5,7 +5,7 @@ import torch
 from transformers import CompileConfig, StaticCache
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
-from implicit_attention.hf import ImplicitAttentionForCausalLM
+from implicit_attention.hf import ImplicitAttentionForCausalLM, ImplicitAttentionForMaskedLM
 from tests.hf import tiny
 
 TIGHT = {"solver": {"name": "forward_substitution", "rtol": 1e-11, "atol": 1e-11}}
@@ -86,10 +86,18 @@ def test_generate_compiles_by_itself():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
 
-@pytest.mark.parametrize("options", [{}, {"layer_types": ["attention", "implicit"]}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (ImplicitAttentionForCausalLM, {"use_cache": False, **TIGHT}),
+        (ImplicitAttentionForCausalLM, {"use_cache": False, "layer_types": ["attention", "implicit"], **TIGHT}),
+        (ImplicitAttentionForMaskedLM, {"is_causal": False}),
+    ],
+    ids=["causal", "mixed", "bidirectional"],
+)
 @torch.no_grad()
-def test_export_with_any_batch_and_length(options):
-    model, dynamic = tiny.make(use_cache=False, **options, **TIGHT), torch.export.Dim.DYNAMIC
+def test_export_with_any_batch_and_length(kind, options):
+    model, dynamic = tiny.make(kind, **options), torch.export.Dim.DYNAMIC
     shapes = {"input_ids": {0: dynamic, 1: dynamic}}
     exported = torch.export.export(model, (), {"input_ids": tiny.tokens()}, dynamic_shapes=shapes).module()
     for batch, length in ((3, 5), (2, 12)):

@@ -147,7 +147,8 @@ def test_gains_are_measured_if_they_are_asked_for():
     model.config.output_gains = True
     torch.testing.assert_close(model(tokens).solver_stats.gain, found.solver_stats.gain)
     both_ways = tiny.make(ImplicitAttentionModel, is_causal=False, initializer_range=0.1)
-    assert both_ways(tokens, output_gains=True).solver_stats.gain is None  # no row has a gain of its own
+    with pytest.raises(ValueError, match=r"`output_gains` must be False unless is_causal=True.*spectral_radius"):
+        both_ways(tokens, output_gains=True)
 
 
 def test_statistics_show_what_did_not_converge():

@@ -159,6 +159,15 @@ def test_values_that_read_outputs():
         diagnostics.contraction_bound(layer, x)
 
 
+def test_an_empty_batch_has_no_figures():
+    layer = ImplicitQueryAttention.for_encoder(16, 4)
+    for found in (
+        *diagnostics.contraction(layer, torch.randn(0, 5, 16)),
+        diagnostics.spectral_radius(layer, torch.randn(0, 5, 16)),
+    ):
+        assert found.shape == (0,)
+
+
 def test_contraction_bound_with_one_head_where_the_weight_is_absorbed():
     torch.manual_seed(1)
     layer, x = ImplicitQueryAttention(D), torch.randn(2, 5, D)

@@ -23,6 +23,7 @@ PACKAGE = ROOT / "implicit_attention"
 # "__init__" is the public face, `from implicit_attention import ImplicitQueryAttention`.
 ORDER = [
     "errors",
+    "files",
     "settings",
     "recommended",
     "equilibrium",

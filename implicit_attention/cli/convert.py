@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from implicit_attention.cli.faults import one_line
+from implicit_attention.cli.faults import one_line, terminable
 from implicit_attention.training.faults import RunError, unwritable
 
 _AUTO = "auto"
@@ -46,6 +46,13 @@ def convert(
         str, typer.Option(help="Of the weights; auto: as they were saved.", metavar=_one_of(DTYPES))
     ] = _AUTO,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.", metavar="SIZE")] = "5GB",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="How far outputs may differ, as a part of the largest. [default: 1e-5; 0.05 in half precision]",
+            metavar="PART",
+        ),
+    ] = None,
 ) -> None:
     """Convert a trained decoder of transformers: its layers become implicit, and its outputs stay the same.
 
@@ -64,9 +71,12 @@ def convert(
         _check("dtype", dtype, DTYPES)
         from implicit_attention.hf.conversion import converted, files
 
-        with _explained(out):
-            files.check_out(out)
-            found = converted(model, layers, self_query=self_query, values=values, dtype=dtype, say=_say)
+        with _explained(out), terminable():
+            files.check_out(out, model)
+            files.check_size(max_shard_size)
+            found = converted(
+                model, layers, self_query=self_query, values=values, dtype=dtype, tolerance=tolerance, say=_say
+            )
             _say(f"Writing {out}.")
             files.write(found.model, model, out, max_shard_size)
         print(

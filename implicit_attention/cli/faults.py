@@ -1,7 +1,9 @@
 """How a command fails: one line on standard error, and status 2."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,6 +30,27 @@ def one_line(command: str) -> Iterator[None]:
         if (error.name or "").partition(".")[0] == "implicit_attention":
             raise
         _end(command, f"{error.name} is missing: pip install 'implicit-attention[train]'")
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end the command by an exception, so that nothing half-written is left.
+
+    Raises:
+        SystemExit: With status 143, in the middle of the block.
+    """
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only it may have handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def first_process() -> bool:

@@ -4,6 +4,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,7 @@ from implicit_attention.cli import output
 from implicit_attention.cli.environment import environment
 from implicit_attention.cli.faults import first_process, one_line
 from implicit_attention.inspection import plots
-from implicit_attention.training.faults import unwritable
+from implicit_attention.training.faults import RunError, unwritable
 from implicit_attention.training.resolving import read_yaml
 from implicit_attention.training.settings import FIELDS, PRESETS, UPTRAINING, Settings, flag, plain_type
 
@@ -51,6 +52,7 @@ def train(*, config: Path | None, resume: bool, **flags: Any) -> None:
         said = {name: value for name, value in flags.items() if value is not None}
         plan = run.plan(said, read_yaml(config) if config else {}, resume=resume)
         settings = plan.settings
+        made = not settings.directory.exists()
         if first_process():
             _prepare(settings.directory)
         console = Console(stderr=True)
@@ -58,6 +60,11 @@ def train(*, config: Path | None, resume: bool, **flags: Any) -> None:
             result = _run(run.run, plan, console)
         except KeyboardInterrupt:
             _interrupted(settings)
+        except RunError:
+            if made and first_process():
+                with suppress(OSError):  # it holds something
+                    settings.directory.rmdir()
+            raise
         if result is not None:
             _report(settings, result)
 

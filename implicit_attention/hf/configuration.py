@@ -233,6 +233,13 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         return frozenset(setting["name"] if isinstance(setting, dict) else setting for setting in settings)
 
     @property
+    def has_dynamic_positions(self) -> bool:
+        """Whether some block's rotary positions change with the length of the text."""
+        settings = [self.positions_of(i) for i in range(self.num_hidden_layers)]
+        return any(s["parameters"].get("rope_type") == "dynamic" for s in settings
+                   if isinstance(s, dict) and isinstance(s.get("parameters"), dict))  # fmt: skip
+
+    @property
     def output_attentions(self) -> bool | None:
         """Whether calls return attention matrices unless they are told otherwise, with any `attn_implementation`."""
         return self._output_attentions

@@ -51,8 +51,12 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
             return attention_mask
         return F.pad(attention_mask, (0, cache.get_max_length() - attention_mask.shape[1]), value=1)
 
-    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+    def _prepare_position_ids_for_generation(self, *arguments: Any, **options: Any) -> Any:
         """Let `generate` make no `position_ids`: they would say again what the mask says, and cost a hidden column."""
+        # But dynamic rotary positions change with the largest position, in which padding must not count.
+        if not self.config.has_dynamic_positions:
+            return None
+        return super()._prepare_position_ids_for_generation(*arguments, **options)
 
     def init_continuous_batching(self, *arguments: Any, **options: Any) -> Any:
         """Refuse continuous batching: a paged cache holds parts of columns, and a row's equation needs all of them.

@@ -15,9 +15,9 @@ from implicit_attention.hf.outputs import ImplicitClassifierOutput, ImplicitSpan
 class ImplicitAttentionForSequenceClassification(Headed):
     """One label, or one vector of scores, for a sequence.
 
-    A causal model is read at its last token that is not padding, the only one that sees all others; a
-    bidirectional one by the mean over its tokens. Padding is what `attention_mask` says; without it, the runs of
-    `pad_token_id` at both ends.
+    A causal model is read at its last token that is not `pad_token_id`, as transformers' own models, nor hidden by
+    `attention_mask`; of these it is the only one that sees all others. A bidirectional one is read by the mean over its
+    tokens. Its padding is what `attention_mask` says; without it, the runs of `pad_token_id` at both ends.
     """
 
     def __init__(self, config: ImplicitAttentionConfig) -> None:
@@ -63,25 +63,31 @@ class ImplicitAttentionForSequenceClassification(Headed):
             TypeError: If a tensor is of the wrong type, or an argument is not known.
             ValueError: If inputs are missing, doubled, or do not fit.
         """
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            attention_mask = _inner(input_ids != self.config.pad_token_id)
+        padding = self.config.pad_token_id
+        real = None if input_ids is None or padding is None else input_ids != padding
+        if attention_mask is None and real is not None and not self.config.is_causal:
+            attention_mask = _inner(real)
         out = self.read(
             input_ids, attention_mask, cache, inputs_embeds, use_cache=bool(use_cache), position_ids=position_ids,
             **kwargs,
         )  # fmt: skip
-        logits = self.score(self._pool(out.last_hidden_state, attention_mask))
+        logits = self.score(self._pool(out.last_hidden_state, attention_mask, real))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return ImplicitClassifierOutput(loss=loss, logits=logits, cache=out.cache, **out.shared())
 
-    def _pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """`[B, n, D] -> [B, D]`."""
-        if attention_mask is None or attention_mask.dim() != 2:
-            return x[:, -1] if self.config.is_causal else x.mean(1)
-        seen = attention_mask[:, -x.shape[1] :].to(x.device) != 0
+    def _pool(self, x: Tensor, attention_mask: Tensor | None, real: Tensor | None) -> Tensor:
+        """`[B, n, D] -> [B, D]`; `real` is where tokens are no padding by their number, `[B, n]`."""
+        seen: Tensor | None = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            seen = attention_mask[:, -x.shape[1] :].to(x.device) != 0
         if not self.config.is_causal:
-            return (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp_min(1)
+            return x.mean(1) if seen is None else (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp_min(1)
+        if real is not None:
+            seen = real if seen is None else seen & real
+        if seen is None:
+            return x[:, -1]
         last = (torch.arange(x.shape[1], device=x.device) * seen).argmax(-1)
         return x[torch.arange(x.shape[0], device=x.device), last]
 

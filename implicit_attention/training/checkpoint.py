@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
+from implicit_attention.files import remove_directory, whole_directory, whole_files
 from implicit_attention.training.faults import RunError, reason, unreadable
-from implicit_attention.training.files import remove_directory, whole_directory, whole_files
 
 WEIGHTS, OPTIMIZER, RANDOM = "model.safetensors", "optimizer.safetensors", "random.safetensors"
 STATE, RUN = "trainer_state.json", "run.json"

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from implicit_attention.training.faults import RunError
+
 _MAPS = re.compile(r".*\.attention\.(W_Q|W_K|W_V|Omega_V|out_proj)")
 _FACTOR = 2  # on the change
 _NAME = "default"
@@ -26,12 +28,16 @@ def add(model: nn.Module, weights: int) -> int:
 
     Raises:
         ModuleNotFoundError: If peft is not installed.
+        RunError: If they are more than changes of full rank have.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     sizes = [module.weight.shape for name, module in model.named_modules() if _is_map(name, module)]
     per_rank = sum(sum(size) for size in sizes)
-    rank = max(1, round(weights / per_rank))
+    rank, full = max(1, round(weights / per_rank)), min(min(size) for size in sizes)
+    if rank > full:
+        raise RunError(f"lora_weights: must be at most {full * per_rank:,}, the weights of a change of rank {full}, "
+                       f"but is {weights:,}")  # fmt: skip
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=_FACTOR * rank, target_modules=_MAPS.pattern), model, adapter_name=_NAME
     )

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
+from implicit_attention import files
 from implicit_attention.errors import ConvergenceWarning, NonFiniteError
 from implicit_attention.training import checkpoint as storage
-from implicit_attention.training import corpus, files, uptraining
+from implicit_attention.training import corpus, uptraining
 from implicit_attention.training.faults import RunError, reason, unwritable
 from implicit_attention.training.model import build
 from implicit_attention.training.packed import pack
@@ -26,6 +27,7 @@ from implicit_attention.training.tokenizer import byte_tokenizer
 from implicit_attention.training.trainer import Checkpoints, TextTrainer
 from implicit_attention.training.windows import HeldOutWindows, RandomWindows, Text
 
+_MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 NAMING = {"out", "source", "train", "preset", "attention", "seed"}  # settings that name the directory of a run
 
 
@@ -96,6 +98,10 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
             raise RunError(
                 f"--out {settings.directory} has a run already ({found[-1].name}): continue it with --resume, or "
                 "choose another --out"
+            )
+        if model := next((name for name in _MODEL_FILES if (settings.directory / name).exists()), None):
+            raise RunError(
+                f"--out {settings.directory} has a model already ({model}), which would be lost: choose another --out"
             )
         check_kind({**file, **flags}, settings.source)
         if settings.source is not None:

@@ -90,7 +90,7 @@ def _config(settings: Settings, source: str, said: Mapping[str, Any] | None = No
     try:
         found = read_config(source)
         kinds = found.architectures or []
-        if found.model_type == OWN and kinds and not any(kind.endswith("ForCausalLM") for kind in kinds):
+        if kinds and not any(kind.endswith("ForCausalLM") for kind in kinds):
             raise RunError(f"from: {source} is no causal language model, but {', '.join(kinds)}.")
         if found.model_type == OWN and _implicit(found):
             _check_converted(settings, found, said or {})

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -59,8 +61,42 @@ def changed(trained, tmp_path, **options):
     return folder
 
 
+def nothing(tmp_path):
+    (tmp_path / "void").mkdir()
+    return tmp_path / "void"
+
+
+def truncated(trained, tmp_path):
+    folder = changed(trained, tmp_path)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    return folder
+
+
+def foreign(trained, tmp_path):
+    """A model with code of its own: it is not run, and nobody is asked."""
+    named = {"AutoConfig": "code.Strange", "AutoModelForCausalLM": "code.Model"}
+    folder = changed(trained, tmp_path, model_type="strange", auto_map=named)
+    (folder / "code.py").write_text("raise SystemExit(7)\n")
+    return folder
+
+
 BAD = {
-    "empty": (lambda t, p: ["--model", p], "has no config.json"),
+    "more-layers": (lambda t, p: ["--model", changed(t, p, num_hidden_layers=5)], "lacks 18 weights, such as model"),
+    "fewer-layers": (lambda t, p: ["--model", changed(t, p, num_hidden_layers=2)], "has no place for 9 weights"),
+    "truncated": (lambda t, p: ["--model", truncated(t, p)], "cannot be read"),
+    "heads": (lambda t, p: ["--model", changed(t, p, num_attention_heads=5)], "cannot be read"),
+    "padding": (lambda t, p: ["--model", changed(t, p, pad_token_id=60)], "cannot be read"),
+    "eps": (lambda t, p: ["--model", changed(t, p, rms_norm_eps=0.0)], "`rms_norm_eps` must be"),
+    "class": (lambda t, p: ["--model", changed(t, p, architectures=["MyLlama"])], "is of no class of transformers"),
+    "span": (
+        lambda t, p: ["--model", changed(t, p, architectures=["LlamaForQuestionAnswering"])],
+        "A LlamaForQuestionAnswering cannot be converted",
+    ),
+    "code": (lambda t, p: ["--model", foreign(t, p)], "cannot be read"),
+    "size": (lambda t, p: ["--model", t, "--max-shard-size", "apples"], "must be such as 5GB or 200MB"),
+    "no-size": (lambda t, p: ["--model", t, "--max-shard-size", "0GB"], "must be such as 5GB or 200MB"),
+    "tolerance": (lambda t, p: ["--model", t, "--tolerance", "0"], "more than a part of 0 (`tolerance`)"),
+    "empty": (lambda t, p: ["--model", nothing(p)], "has no config.json"),
     "nothing": (lambda t, p: ["--model", p / "x"], "has no config.json"),
     "layers": (lambda t, p: ["--model", t, "--layers", "2-3"], "`layers` must be of the 3 layers 0 to 2, but got 3"),
     "words": (lambda t, p: ["--model", t, "--layers", "some"], '`layers` must be "all", "none", or such as'),
@@ -92,6 +128,29 @@ def test_a_directory_that_exists_is_refused(trained, tmp_path):
     assert "it exists" in result.stderr
     result = invoke("--model", trained, "--out", tmp_path / "a" / "b")
     assert "does not exist" in result.stderr
+
+
+def test_the_trained_model_is_only_read(trained, tmp_path):
+    folder = changed(trained, tmp_path)
+    before = sorted(folder.iterdir())
+    result = invoke("--model", folder, "--out", folder / "new")
+    assert result.exit_code == 2
+    assert "is within the trained model's directory, which is only read" in result.stderr
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_command_that_is_terminated_leaves_nothing(trained, tmp_path):
+    ended_while_writing = (
+        "import os, signal, sys\n"
+        "from implicit_attention.cli.app import app\n"
+        "from implicit_attention.hf.conversion import files\n"
+        "files.shutil.copyfile = lambda *paths: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "app(sys.argv[1:])\n"
+    )
+    given = ["convert", "--model", str(trained), "--out", str(tmp_path / "new")]
+    done = subprocess.run([sys.executable, "-c", ended_while_writing, *given], capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_nothing(trained, tmp_path, monkeypatch):

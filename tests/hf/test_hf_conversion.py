@@ -1,5 +1,6 @@
 """Conversion: the same weights, the same outputs, for every architecture; what cannot be converted is refused."""
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -190,6 +191,99 @@ def test_what_cannot_be_converted_is_refused(options, message):
         convert(source)
 
 
+IGNORED = {
+    "llama-window": (tf.LlamaConfig, {"sliding_window": 5}),
+    "granite-window": (tf.GraniteConfig, {"sliding_window": 5}),
+    "mistral-types": (tf.MistralConfig, {"sliding_window": 5, "layer_types": ["full_attention"] * 3}),
+    "mistral-biases": (tf.MistralConfig, {"sliding_window": None, "attention_bias": True, "mlp_bias": True}),
+    "qwen2-biases": (tf.Qwen2Config, {"mlp_bias": True, "attention_bias": True}),
+    "qwen3-biases": (tf.Qwen3Config, {"mlp_bias": True}),
+    "llama-multipliers": (tf.LlamaConfig, {"embedding_multiplier": 3.0, "attention_multiplier": 0.1}),
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), IGNORED.values(), ids=IGNORED)
+@torch.no_grad()
+def test_fields_that_the_trained_model_does_not_read_are_not_read(kind, options):
+    torch.manual_seed(0)
+    source = tf.AutoModelForCausalLM.from_config(kind(**SIZES, **options)).eval()
+    assert off(convert(source)(tokens()).logits, source(tokens()).logits) < 1e-5
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("real", [6, 20])
+@torch.no_grad()
+def test_padding_does_not_count_in_dynamic_positions(real, use_cache):
+    source = trained("llama-dynamic", max_position_embeddings=16)
+    ids, mask = tokens(), torch.ones(2, 24, dtype=torch.long)
+    ids[:, : 24 - real], mask[:, : 24 - real] = 0, 0
+    ids[0, 23 - real], mask[0, 23 - real] = 7, 1
+    given = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "use_cache": use_cache}
+    given |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = source.generate(ids, **given)  # first: its frequencies remember the longest call, such as convert's
+    found = convert(source).generate(ids, **given)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert off(torch.stack(found.logits), torch.stack(expected.logits)) < 1e-8
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("ends", ["right", "left", "inside"])
+@torch.no_grad()
+def test_classifiers_read_the_token_that_the_trained_one_reads(ends, masked):
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**{**SIZES, "pad_token_id": 7}, num_labels=3)
+    source = tf.LlamaForSequenceClassification(config).eval()
+    ids = tokens().masked_fill(tokens() == 7, 8)
+    ids[1, {"right": slice(20, None), "left": slice(0, 4), "inside": slice(23, None)}[ends]] = 7
+    given = {"attention_mask": torch.ones_like(ids)} if masked else {}  # a text may end in the padding's token
+    assert off(convert(source)(ids, **given).logits, source(ids, **given).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_a_classifier_without_padding_is_converted():
+    config = tf.LlamaConfig(**{**SIZES, "pad_token_id": None}, num_labels=3)
+    source = tf.LlamaForSequenceClassification(config).eval()
+    assert off(convert(source)(tokens()[:1]).logits, source(tokens()[:1]).logits) < 1e-5
+
+
+def test_the_source_stays_as_it_is():
+    source = trained("llama")
+    source.train()
+    source.model.layers[1].eval()
+    modes = [module.training for module in source.modules()]
+    model = convert(source)
+    assert [module.training for module in source.modules()] == modes
+    model.generation_config.max_new_tokens = 3
+    assert source.generation_config.max_new_tokens != 3
+
+
+def test_a_model_that_was_converted_in_inference_mode_learns():
+    with torch.inference_mode():
+        model = convert(trained("llama", torch.float32))
+    model(tokens(), labels=tokens()).loss.backward()
+    assert model.model.layers[0].attention.Omega_Q.weight.grad.abs().max() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
+def test_what_is_no_model_is_refused_with_a_remedy():
+    peft = pytest.importorskip("peft")
+    source = trained("llama", torch.float32)
+    compiled = torch.compile(source, backend="eager")
+    for given, message in ((compiled, "convert its _orig_mod"), (nn.Linear(2, 2), "a Linear"), (None, "a NoneType")):
+        with pytest.raises(TypeError, match=message):
+            convert(given)
+    with pytest.raises(ConversionError, match="`dtype` is for models in directories"):
+        convert(source, dtype=torch.float64)
+    with pytest.raises(ConversionError, match="LlamaForQuestionAnswering cannot be converted"):
+        convert(tf.LlamaForQuestionAnswering(tf.LlamaConfig(**SIZES)))
+    adapted = peft.get_peft_model(source, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match=r"merge_and_unload\(\)"):
+        convert(adapted)
+    with pytest.raises(ConversionError, match=r"It has adapters .*merge_and_unload\(\)"):
+        convert(source)
+    assert isinstance(convert(adapted.merge_and_unload()), ImplicitAttentionForCausalLM)
+
+
 def test_other_models_are_refused():
     with pytest.raises(ConversionError, match="Models of type 'gpt2' cannot be converted"):
         convert(tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)))
@@ -260,13 +354,17 @@ def test_ordinary_blocks_of_this_library_are_converted(layers, norm, tmp_path):
         (2, [2]),
         ([-1, 0], [0, 4]),
         (slice(1, None, 2), [1, 3]),
+        (np.int64(1), [1]),
+        (np.array([1, 3]), [1, 3]),
+        (torch.tensor([0]), [0]),
+        (range(2), [0, 1]),
     ],
 )
 def test_layers(layers, expected):
     assert chosen_layers(layers, 5) == expected
 
 
-@pytest.mark.parametrize("layers", ["3-1", "first", "5", [7], [1.0], "1-"])
+@pytest.mark.parametrize("layers", ["3-1", "first", "5", [7], [1.0], "1-", None, 1.5, True, np.int64(5)])
 def test_layers_that_do_not_exist(layers):
     with pytest.raises(ConversionError, match="`layers` must be"):
         chosen_layers(layers, 5)

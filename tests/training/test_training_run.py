@@ -12,8 +12,9 @@ from small_run import curve, kept_history, listing, settings, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from implicit_attention import files
 from implicit_attention.errors import ConvergenceWarning
-from implicit_attention.training import checkpoint, corpus, files, run, trainer
+from implicit_attention.training import checkpoint, corpus, run, trainer
 from implicit_attention.training.faults import RunError
 from implicit_attention.training.health import Health
 

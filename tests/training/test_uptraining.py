@@ -207,6 +207,20 @@ def test_what_cannot_be_is_refused_before_anything_is_written(trained, tmp_path,
     )
 
 
+def test_a_model_is_never_written_over(trained, tmp_path):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    for source in (trained, None):
+        flags = {"out": str(trained), **SETTINGS} | ({} if source is None else {"source": str(source)})
+        with pytest.raises(RunError, match=r"has a model already \(config.json\), which would be lost"):
+            run.plan(flags, {}, resume=False)
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+def test_low_rank_changes_have_no_more_than_full_rank(trained, tmp_path):
+    with pytest.raises(RunError, match=r"lora_weights: must be at most [\d,]+, the weights of a change of rank"):
+        train(tmp_path, trained, train="lora", layers="none", lora_weights=999_999_999)
+
+
 def test_rates_and_weights_without_effect_are_refused(trained, tmp_path):
     refuse(trained, tmp_path, "learning_rate: with --train query-map all that learns has --map-rate", learning_rate=0.1)
     refuse(trained, tmp_path, "lora_weights: only acts with --train lora", lora_weights=100)

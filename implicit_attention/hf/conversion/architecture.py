@@ -1,5 +1,6 @@
 """What a trained model is made of, in the words of `ImplicitAttentionConfig`; what has no word there is refused."""
 
+import operator
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +20,13 @@ _SAME = (
     "num_key_value_heads", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
     "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "problem_type", "id2label", "label2id",
 )  # fmt: skip
-_SAME_IF_THERE = ("mlp_bias", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")  # of Granite
+# Which models read a field of their configuration. The others may hold it too, and do not look at it.
+_READS = {
+    "attention_bias": ("granite", "llama", "qwen3", "smollm3"),
+    "mlp_bias": ("granite", "llama", "smollm3"),
+    "layer_types": ("qwen2", "qwen3", "smollm3"),  # each of its layers has a window or none; Mistral's all have it
+}
 # What the trained model does not have, of an implicit layer.
 NEW = ("Omega_Q.weight", "Psi_V.weight", "Psi_V.bias")
 _NORM_EPS = 1e-6  # of the norms of queries and keys: the layer has this one alone
@@ -68,17 +75,21 @@ def chosen_layers(layers: str | int | slice | Iterable[int], count: int) -> list
     Raises:
         ConversionError: If there is no such layer.
     """
-    if layers == "all":
-        return list(range(count))
-    if layers == "none":
-        return []
+    if isinstance(layers, str) and layers in ("all", "none"):
+        return list(range(count)) if layers == "all" else []
     if isinstance(layers, slice):
         return list(range(count))[layers]
-    wanted = _spelled(layers) if isinstance(layers, str) else [layers] if isinstance(layers, int) else list(layers)
+    if isinstance(layers, str):
+        wanted: list[Any] = list(_spelled(layers))
+    else:
+        wanted = list(layers) if isinstance(layers, Iterable) else [layers]
+    found = set()
     for index in wanted:
-        if isinstance(index, bool) or not isinstance(index, int) or not -count <= index < count:
+        whole = hasattr(index, "__index__") and not isinstance(index, bool)  # NumPy's integers too
+        if not whole or not -count <= operator.index(index) < count:
             raise ConversionError(f"`layers` must be of the {count} layers 0 to {count - 1}, but got {index!r}.")
-    return sorted({index % count for index in wanted})
+        found.add(operator.index(index) % count)
+    return sorted(found)
 
 
 def _spelled(layers: str) -> list[int]:
@@ -139,7 +150,8 @@ def described(source: PreTrainedConfig, layers: list[int]) -> dict[str, Any]:
     if source.model_type == OWN:
         return _own(source, layers)
     found = {name: getattr(source, name) for name in _SAME}
-    found |= {name: getattr(source, name) for name in _SAME_IF_THERE if hasattr(source, name)}
+    if source.model_type == "granite":
+        found |= {name: getattr(source, name) for name in _MULTIPLIERS}
     head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
     kinds = ["implicit" if i in layers else "full_attention" for i in range(source.num_hidden_layers)]
     return found | {
@@ -149,10 +161,11 @@ def described(source: PreTrainedConfig, layers: list[int]) -> dict[str, Any]:
         "is_causal": True,
         "query_input": True,
         "qk_norm": _norms(source),
-        "bias": "qkv" if source.model_type == "qwen2" else bool(getattr(source, "attention_bias", False)),
+        "bias": "qkv" if source.model_type == "qwen2" else bool(_read(source, "attention_bias")),
+        "mlp_bias": bool(_read(source, "mlp_bias")),
         "out_proj": True,
         "dropout": float(source.attention_dropout),
-        "scale": getattr(source, "attention_multiplier", None),
+        "scale": source.attention_multiplier if source.model_type == "granite" else None,
         "window": _window(source),
         "positions": _positions(source),
     }
@@ -190,9 +203,18 @@ def _norms(source: PreTrainedConfig) -> bool | str:
     return "weights"
 
 
+def _read(source: PreTrainedConfig, field: str) -> Any:
+    """A field of a configuration, None where its model does not read it."""
+    return getattr(source, field, None) if source.model_type in _READS[field] else None
+
+
 def _window(source: PreTrainedConfig) -> int | None:
     window = getattr(source, "sliding_window", None)
-    kinds = set(getattr(source, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if source.model_type == "mistral":
+        return None if window is None else int(window)
+    if source.model_type == "smollm3" and not source.use_sliding_window:
+        return None
+    kinds = set(_read(source, "layer_types") or ["full_attention"])
     if kinds == {"full_attention"}:
         return None
     if kinds != {"sliding_attention"}:
@@ -242,6 +264,8 @@ def renamed(name: str, layers: list[int], *, own: bool = False) -> str:
     module, _, last = rest.rpartition(".")
     if rest in table:
         return f"{prefix}{index}.{table[rest]}"
+    if ".base_layer." in name or ".lora_" in name:
+        raise ConversionError(f"It has adapters ({name}): convert what model.merge_and_unload() gives.")
     if module not in table:
         raise ConversionError(f"The weight {name} has no place in an implicit model.")
     return f"{prefix}{index}.{table[module]}.{last}"

@@ -1,5 +1,6 @@
 """From a trained model to the same model with implicit blocks, checked on a few tokens."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterable
 from os import PathLike, fspath
@@ -11,6 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from implicit_attention.errors import Came, bad_type
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.conversion.architecture import (
     NEW,
@@ -110,7 +112,7 @@ def converted(
     Raises:
         ConversionError: If the model cannot be converted exactly, or the outputs differ.
     """
-    live = isinstance(model_or_dir, PreTrainedModel)
+    live = _checked(model_or_dir, dtype)
     config = model_or_dir.config if isinstance(model_or_dir, PreTrainedModel) else read_config(model_or_dir)
     target_config, wanted = target(
         config, layers, self_query=self_query, values=values, solver=solver, adjoint=adjoint, on_failure=on_failure
@@ -120,10 +122,29 @@ def converted(
     else:
         say(f"Reading {fspath(model_or_dir)}.")
         source = _read(model_or_dir, config, dtype)
+    head = _head(type(source).__name__)
     before = _outputs(source)
     say(f"Converting {len(wanted)} of {config.num_hidden_layers} layers.")
-    model = _with_weights(_head(type(source).__name__), target_config, source, wanted, copied=live)
+    model = _with_weights(head, target_config, source, wanted, copied=live)
     return _compared(model, wanted, before, tolerance, say)
+
+
+def _checked(given: object, dtype: str | torch.dtype) -> bool:
+    """Whether a model is given, and not where it is."""
+    if isinstance(given, PreTrainedModel):
+        if dtype != "auto":
+            raise ConversionError('`dtype` is for models in directories: leave it "auto", and call model.to before.')
+        return True
+    if isinstance(given, str | PathLike):
+        return False
+    inner = getattr(given, "_orig_mod", None)
+    remedy = ""
+    if hasattr(given, "merge_and_unload"):
+        remedy = "Convert what its merge_and_unload() gives."
+    elif isinstance(inner, PreTrainedModel):
+        remedy = "It is a compiled model: convert its _orig_mod."
+    came = Came(f"a {type(given).__name__}")
+    raise bad_type("model_or_dir", "a model of transformers, or the path of one", came, remedy)
 
 
 def target(
@@ -145,7 +166,11 @@ def target(
     check_new(values, self_query)
     wanted = chosen_layers(layers, source.num_hidden_layers)
     found = described(source, wanted)
-    return ImplicitAttentionConfig(**found, self_query=self_query, values=values, **options), wanted
+    try:
+        config = ImplicitAttentionConfig(**found, self_query=self_query, values=values, **options)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    return config, wanted
 
 
 def _place(path: str | PathLike[str]) -> tuple[str, dict[str, str]]:
@@ -175,8 +200,8 @@ def read_config(path: str | PathLike[str]) -> PreTrainedConfig:
     if not Path(folder).is_dir() or not (Path(folder) / options.get("gguf_file", "config.json")).exists():
         raise ConversionError(f"{fspath(path)} is no directory of a model: it has no config.json.")
     try:
-        found: PreTrainedConfig = AutoConfig.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises many kinds
         raise ConversionError(f"{fspath(path)} cannot be read: {_first_line(error)}") from None
     return found
 
@@ -189,22 +214,27 @@ def _read(path: str | PathLike[str], config: PreTrainedConfig, dtype: str | torc
     if cls is None and names:
         cls = own.get(names[0], getattr(transformers, names[0], None))
     if cls is None:
-        raise ConversionError(f"{fspath(path)} does not say of which class of transformers the model is "
-                              f"(`architectures` is {names!r}).")  # fmt: skip
+        raise ConversionError(f"{fspath(path)} is of no class of transformers (`architectures` is {names!r}).")
     if not options:  # a file in GGUF format names no class, and has a language model
         _head(cls.__name__)
     try:
-        found: PreTrainedModel = cls.from_pretrained(
-            folder, dtype=dtype, use_safetensors=None if options else True, **options
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        found: PreTrainedModel
+        found, report = cls.from_pretrained(
+            folder, dtype=dtype, use_safetensors=None if options else True, trust_remote_code=False,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
         raise ConversionError(f"{fspath(path)} cannot be read: {_first_line(error)}") from None
+    for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for"),
+                        ("mismatched_keys", "has another shape for")):  # fmt: skip
+        if keys := sorted(map(str, report.get(kind) or ())):
+            raise ConversionError(f"{fspath(path)} {words} {len(keys)} weights, such as {keys[0]}.")
     found.eval()
     return found
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _head(name: str) -> type[ImplicitAttentionPreTrainedModel]:
@@ -219,6 +249,14 @@ def _with_weights(
     layers: list[int], *, copied: bool,
 ) -> ImplicitAttentionPreTrainedModel:  # fmt: skip
     """The model with the weights of the source: its own tensors, or copies. What is new is zero."""
+    with torch.inference_mode(False):  # made in that mode, they could not be trained
+        return _filled(cls, config, source, layers, copied=copied)
+
+
+def _filled(
+    cls: type[ImplicitAttentionPreTrainedModel], config: ImplicitAttentionConfig, source: PreTrainedModel,
+    layers: list[int], *, copied: bool,
+) -> ImplicitAttentionPreTrainedModel:  # fmt: skip
     with torch.device("meta"):
         model = cls(config)
     given: dict[str, Tensor] = {}
@@ -238,25 +276,28 @@ def _with_weights(
         parameter.requires_grad_(True)
     config.dtype = like.dtype
     if model.can_generate() and source.can_generate():
-        model.generation_config = source.generation_config
+        model.generation_config = copy.deepcopy(source.generation_config)
     model.eval()
     return model
 
 
-def _tokens(vocabulary: int) -> Tensor:
-    """The same few tokens for both models, `[2, n]`."""
-    return torch.randint(vocabulary, (2, _TRIED), generator=torch.Generator().manual_seed(0), device="cpu")
+def _tokens(config: PreTrainedConfig) -> Tensor:
+    """The same few tokens for both models, `[1, n]`, none of them padding: classifiers take no batch without it."""
+    generator, padding = torch.Generator().manual_seed(0), config.pad_token_id
+    found = torch.randint(config.vocab_size, (1, _TRIED), generator=generator, device="cpu")
+    return found if padding is None else torch.where(found == padding, (found + 1) % config.vocab_size, found)
 
 
 @torch.no_grad()
 def _outputs(model: PreTrainedModel) -> Tensor:
     """Logits, scores or last hidden states of a model for a few tokens, without a cache, in float64."""
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     like: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    tokens = _tokens(model.config.vocab_size).to(like.device)
+    tokens = _tokens(model.config).to(like.device)
     out = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-    model.train(training)
+    for module, mode in modes.items():
+        module.training = mode
     found: Tensor = out.last_hidden_state if "last_hidden_state" in out else out.logits
     return found.double().cpu()
 

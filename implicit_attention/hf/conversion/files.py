@@ -2,11 +2,13 @@
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from implicit_attention.files import whole_directory
 from implicit_attention.hf.conversion.architecture import ConversionError
 
 # What tokenizers of transformers write, and their templates; they are copied as they are.
@@ -17,20 +19,38 @@ _TOKENIZER = (
 _BESIDE = 1 << 20  # bytes for what is no weight and no tokenizer
 
 
-def check_out(out: Path) -> None:
-    """Refuse a directory that exists, or whose parent does not.
+def check_out(out: Path, source: Path) -> None:
+    """Refuse a directory that exists, whose parent does not, or that is within the trained model's.
 
     Args:
         out: Where a model is to be written.
+        source: Directory of the trained model, or its file.
 
     Raises:
         FileExistsError: If it exists.
         NotADirectoryError: If its parent does not exist.
+        ConversionError: If it is within the trained model's, which is only read.
     """
     if os.path.lexists(out):
         raise FileExistsError(errno.EEXIST, "it exists")
     if not out.absolute().parent.is_dir():
         raise NotADirectoryError(errno.ENOENT, "the directory that it belongs to does not exist")
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ConversionError(f"{out} is within the trained model's directory, which is only read: choose another.")
+
+
+def check_size(size: str) -> None:
+    """Refuse what is no size of a file.
+
+    Args:
+        size: Such as "5GB" or "200MB".
+
+    Raises:
+        ConversionError: If it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", size, flags=re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ConversionError(f"The size of a file must be such as 5GB or 200MB, but is {size!r}.")
 
 
 def write(model: PreTrainedModel, source: Path, out: Path, max_shard_size: str = "5GB") -> None:
@@ -44,9 +64,10 @@ def write(model: PreTrainedModel, source: Path, out: Path, max_shard_size: str =
 
     Raises:
         OSError: If there is no room, or something cannot be written; nothing is left then.
-        ConversionError: If the tokenizer in a GGUF file cannot be read; likewise.
+        ConversionError: If the tokenizer in a GGUF file cannot be read, likewise; or as `check_out` and `check_size`.
     """
-    check_out(out)
+    check_out(out, source)
+    check_size(max_shard_size)
     out = out.absolute()
     tokenizer = [] if source.suffix == ".gguf" else [source / name for name in _TOKENIZER if (source / name).is_file()]
     weights = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
@@ -54,17 +75,12 @@ def write(model: PreTrainedModel, source: Path, out: Path, max_shard_size: str =
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:.0f} MB, and the disk has {free / 1e6:.0f} MB left")
-    part = out.parent / f".{out.name}.part-{os.getpid()}"
-    part.mkdir()
-    try:
+    with whole_directory(out) as part:
         model.save_pretrained(part, max_shard_size=max_shard_size)
         for path in tokenizer:
             shutil.copyfile(path, part / path.name)
         if source.suffix == ".gguf":
             _tokenizer_in(source).save_pretrained(part)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _tokenizer_in(source: Path) -> PreTrainedTokenizerBase:

@@ -35,6 +35,7 @@ RENAMED = {
     "row_problem": "causal.row_problem",
     "rows": "causal.rows",
     "solvers": "equilibrium.solvers",
+    "training.files": "files",
     "triton_blocks": "causal.triton",
 }
 

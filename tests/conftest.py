@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from implicit_attention.causal import cpu
+from implicit_attention.causal.cpu import build
+
 # Triton looks when its kernels are imported: without a device they run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -36,6 +39,20 @@ def pytest_configure(config):
     """
     config.addinivalue_line("filterwarnings", "ignore:.*Said once for this layer:UserWarning")
     config.addinivalue_line("filterwarnings", r"ignore:.torch\.jit\.script. is deprecated:DeprecationWarning")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Skip what names the C++ kernels where no compiler built them, and what torch.compile compiles with one."""
+    try:
+        return (yield)
+    except Exception as error:
+        missing = cpu.problem()
+        if missing and missing in str(error):
+            pytest.skip(missing)
+        if "No working C++ compiler found" in str(error) and build.find_compiler() is None:
+            pytest.skip("torch.compile needs a C++ compiler for a CPU")
+        raise
 
 
 def pytest_collection_modifyitems(items):

@@ -15,6 +15,7 @@ from implicit_attention import (
     diagonal,
     operator,
 )
+from implicit_attention.causal import cpu
 from implicit_attention.equilibrium.reports import FailureReport
 from tests.bridge import make_layer
 
@@ -54,7 +55,10 @@ def test_compiles_as_a_whole(options):
     hidden[0, :3] = True
     for inputs in ({}, {"key_padding_mask": hidden}, {"attn_mask": torch.randn(13, 13, dtype=torch.float64)}):
         y, z = layer(x, **inputs), compiled(x, **inputs)
-        assert torch.equal(y, z)
+        if cpu.problem() is None:
+            assert torch.equal(y, z)
+        else:  # torch's products round by the layout of their inputs
+            torch.testing.assert_close(y, z, rtol=1e-14, atol=1e-14)
         for a, b in zip(gradients(layer, x, y), gradients(layer, x, z), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

@@ -26,7 +26,10 @@ def made(task, cls, side="left", **options):
 
 
 def assert_close(found, right):
-    """The figures of nested lists and dictionaries to 1e-5, all else the same. `index` counts padding."""
+    """The figures of nested lists and dictionaries, all else the same. `index` counts padding.
+
+    Each figure is that of a solve to 1e-5, so two differ by up to 2e-5.
+    """
     if isinstance(found, dict):
         assert found.keys() == right.keys()
         for key in found.keys() - {"index"}:
@@ -35,7 +38,7 @@ def assert_close(found, right):
         for one, other in zip(found, right, strict=True):
             assert_close(one, other)
     else:
-        assert found == (right if isinstance(found, str | int) else pytest.approx(right, abs=1e-5))
+        assert found == (right if isinstance(found, str | int) else pytest.approx(right, abs=2e-5))
 
 
 def test_generated_text_of_a_batch_is_that_of_each_text():

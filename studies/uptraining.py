@@ -118,7 +118,7 @@ def _finished(out: Path, arm: str, settings: dict[str, Any], probe: bool) -> Rec
     file = out / arm / f"{name}.json"
     if file.exists():
         record = records.read(file)
-        if record["settings"] != json.loads(json.dumps(settings)) or (probe and record["recall"] is None):
+        if record["settings"] != json.loads(json.dumps(_told(settings))) or (probe and record["recall"] is None):
             raise RunError(
                 f"--out: {file} is of a run with other settings or without the probe: remove it, or choose another "
                 "directory"
@@ -127,6 +127,11 @@ def _finished(out: Path, arm: str, settings: dict[str, Any], probe: bool) -> Rec
     print(f"{arm}, rate {settings['rate']:g}, seed {settings['seed']}", file=sys.stderr)
     records.write(file, _record(out / arm / f"run-{name}", settings, probe))
     return records.read(file)
+
+
+def _told(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as a record has them: with the model's name, wherever it lies."""
+    return {**settings, "source": Path(settings["source"]).name}
 
 
 def _record(directory: Path, settings: dict[str, Any], probe: bool) -> Record:
@@ -154,7 +159,7 @@ def _record(directory: Path, settings: dict[str, Any], probe: bool) -> Record:
         places = {"before": convert(settings["source"], layers="none"), "after": _trained(directory)}
         recall = {when: measure(model, seed=settings["seed"]) for when, model in places.items()}
     found = {
-        "settings": settings,
+        "settings": _told(settings),
         "trained": result.learning,
         "tokens": settings["batch_size"] * settings["length"],
         "curve": curve,

@@ -80,11 +80,16 @@ def figure(models: Mapping[str, Records]) -> Any:
     """
     from matplotlib.figure import Figure
 
+    arms = list(dict.fromkeys(arm for found in models.values() for arm in found))
     made = Figure(figsize=(0.8 + 5.2 * len(models), 4.0), dpi=120, layout="constrained")
     for axes, (title, found) in zip(made.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         for arm, runs in found.items():
             tokens = [step * runs[0]["tokens"] for step, _ in runs[0]["curve"]]
-            axes.plot(tokens, _curve(runs), "--" if runs[0]["settings"]["layers"] == "none" else "-", label=arm)
+            style = {
+                "color": f"C{arms.index(arm)}",
+                "linestyle": "--" if runs[0]["settings"]["layers"] == "none" else "-",
+            }
+            axes.plot(tokens, _curve(runs), label=arm, **style)
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set(xlabel="tokens", ylabel="change of the held-out loss, nats per token", title=title)
         axes.legend(frameon=False, fontsize=8)

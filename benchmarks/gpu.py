@@ -29,10 +29,8 @@ from benchmarks.gate import Gate, reached
 from benchmarks.peers import CONTESTANTS, OURS, SDPA, Case, Contestant, Entrant, available, merged
 from benchmarks.report import PASSES, described, target, tell, verdict
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention, Picard, Solution, fixed_point
-from implicit_attention.tasks.task import Batch
-from studies.arms import arm_named
-from studies.models import build
-from studies.run import JUDGED_SEED, parameter_groups, rate_factor
+from studies import records
+from studies.run import perform
 from studies.suite import tables
 
 LENGTHS = (8192, 32768, 2048, 512, 65536)  # those with a target first
@@ -95,43 +93,49 @@ def run(
     wrong = [f"{n} at d = {d}" for d, found in gates.items() for n, row in found.items() if not row["correct"]]
     if wrong:
         return result | {"correct": False, "verdict": f"WRONG: {', '.join(wrong)}; nothing was measured."}
-    rows: dict[str, Any] = finished_before(keep, result)
-    failed: dict[str, str] = {}
-    batch, rate = max(1, math.ceil(systems / num_heads)), result["matmul_flops_per_second"]
-    jobs: dict[str, Callable[[], dict[str, Any]]] = {
-        f"block, N = {n}": partial(block_step, n, device, dtype, repeats) for n in BLOCK_LENGTHS
-    }
-    jobs |= {
-        f"d = {d}, N = {n}, batch {batch}": partial(
-            shape_of, d, n, num_heads, names, batch, repeats, rate, device, dtype
-        )
-        for n in lengths
-        for d in head_dims
-    }
-    jobs["recall"] = partial(recall, device, dtype)
-    for where, job in jobs.items():
-        if where in rows:
-            continue
-        if time.perf_counter() - begun > budget:
-            failed[where] = f"no time: --budget {budget:g} s was over. The same command goes on here."
-            continue
+    jobs = jobs_of(
+        lengths, head_dims, num_heads, names, systems, repeats, result["matmul_flops_per_second"], device, dtype
+    )
+    rows, failed = finished_before(keep, result), {}
+    left = [where for where in jobs if where not in rows]
+    while left and time.perf_counter() - begun < budget:
+        where = left.pop(0)
         tell(where)
         try:
-            rows[where] = job()
+            rows[where] = jobs[where]()
         except KeyboardInterrupt:  # no more; what has been measured is kept
-            failed[where], budget = "interrupted", 0.0
+            left.insert(0, where)
+            break
         except Exception as error:  # out of memory or registers: the others count
             failed[where] = f"{type(error).__name__}: {error}"
             tell(f"not measured: {failed[where]}")
         if keep is not None:
-            keep.write_text(json.dumps(result | {"rows": rows, "failed": failed}, indent=2) + "\n", encoding="utf-8")
+            records.write(keep, result | {"rows": rows, "failed": failed, "left": left})
     if trace is not None and device == "cuda":
         profile(BLOCK_LENGTHS[0], device, dtype, trace)
     found = targets(rows)
     if plot is not None and (shapes := [row for row in rows.values() if row["kind"] == "shape"]):
         draw(shapes, plot)
     said = verdict(found) + "".join(f" NOT MEASURED: {where}." for where in failed)
-    return result | {"rows": rows, "failed": failed, "targets": found, "correct": not failed, "verdict": said}
+    said += f" LEFT for the same command: {'; '.join(left)}." if left else ""
+    result |= {"rows": rows, "failed": failed, "left": left}
+    return result | {"targets": found, "correct": not failed, "verdict": said}
+
+
+def jobs_of(
+    lengths: Sequence[int], head_dims: Sequence[int], num_heads: int, names: list[str], systems: int, repeats: int,
+    rate: float, device: str, dtype: torch.dtype,
+) -> dict[str, Callable[[], dict[str, Any]]]:  # fmt: skip
+    """What makes each row, the promised ones first."""
+    batch = max(1, math.ceil(systems / num_heads))
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {
+        f"block, N = {n}": partial(block_step, n, device, dtype, repeats) for n in BLOCK_LENGTHS
+    }
+    for n in lengths:
+        for d in head_dims:
+            shape = partial(shape_of, d, n, num_heads, names, batch, repeats, rate, device, dtype)
+            jobs[f"d = {d}, N = {n}, batch {batch}"] = shape
+    return jobs | {"recall": partial(recall, device)}
 
 
 def finished_before(keep: Path | None, now: dict[str, Any]) -> dict[str, Any]:
@@ -201,31 +205,10 @@ def profile(length: int, device: str, dtype: torch.dtype, path: Path) -> None:
     profiler.export_chrome_trace(str(path))
 
 
-def moved(batch: Batch, device: str) -> Batch:
-    return Batch(*(t.to(device) for t in batch))
-
-
-def recall(device: str, dtype: torch.dtype, steps: int = 500) -> dict[str, Any]:
-    """Accuracy of an implicit block that learned recall under autocast on the device."""
-    table = tables("cpu")["recall-64"]
-    sizes = table.rows["implicit"].sizes
-    model = build(arm_named("implicit"), table.task, sizes, 0).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, sizes.bias_rate), lr=1e-2)
-    batches = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        for group, rate in zip(optimizer.param_groups, (1e-2, 1e-2 * sizes.bias_rate), strict=True):
-            group["lr"] = rate * rate_factor(step, steps)
-        batch = moved(table.task.batch(16, batches), device)
-        optimizer.zero_grad()
-        with torch.autocast(device, dtype):
-            logits = model(batch.inputs)
-        table.task.loss(logits.float(), batch).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    judged = moved(next(iter(table.task.held_out(128, JUDGED_SEED).values())), device)
-    with torch.no_grad(), torch.autocast(device, dtype):
-        score = table.task.scores(model(judged.inputs).float(), judged)[table.task.score]
-    return {"kind": "recall", "steps": steps, "score": score}
+def recall(device: str) -> dict[str, Any]:
+    """Accuracy of an implicit block that learned recall in bfloat16 under autocast on the device."""
+    found = perform(tables("cpu")["precision"].run("implicit-bfloat16", 0, 1e-2), device=device)
+    return {"kind": "recall", "steps": found["last_step"], "score": found["score"], "end": found["end"]}
 
 
 def make_layer(num_heads: int, head_dim: int, device: str, dtype: torch.dtype) -> ImplicitQueryAttention:

@@ -101,7 +101,7 @@ def _fields(thing: Any) -> Record:
     }
 
 
-def perform(run: Run, tell: Tell = lambda done: None) -> Record:
+def perform(run: Run, tell: Tell = lambda done: None, *, device: str = "cpu") -> Record:
     """Train, evaluate and measure.
 
     The same run gives the same figures, whatever else the machine does: one thread, and randomness that is drawn
@@ -110,6 +110,7 @@ def perform(run: Run, tell: Tell = lambda done: None) -> Record:
     Args:
         run: The run.
         tell: Called after each step with how much of the run is done, from 0 to 1.
+        device: Where the model is. Records that are compared are made on the CPU.
 
     Returns:
         The record: "settings", "parameters", "flops" of a step, "seconds" of training (of the processor: what the clock
@@ -125,19 +126,24 @@ def perform(run: Run, tell: Tell = lambda done: None) -> Record:
     torch.set_num_threads(1)
     try:
         with torch.enable_grad():
-            return _Course(run).record(tell)
+            return _Course(run, device).record(tell)
     finally:
         torch.set_num_threads(threads)
+
+
+def _moved(batch: Batch, device: str) -> Batch:
+    return Batch(*(part.to(device) for part in batch))
 
 
 class _Course:
     """A run in progress."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.task, self.training = run, run.task, run.training
-        self.model = build(arm_named(run.arm), run.task, run.sizes, run.seed)
+    def __init__(self, run: Run, device: str) -> None:
+        self.run, self.task, self.training, self.device = run, run.task, run.training, device
+        self.model = build(arm_named(run.arm), run.task, run.sizes, run.seed).to(device)
         self.batches = torch.Generator().manual_seed(run.seed)
-        self.judged = dict(run.task.held_out(self.training.held_out, JUDGED_SEED))
+        held_out = run.task.held_out(self.training.held_out, JUDGED_SEED)
+        self.judged = {kind: _moved(batch, device) for kind, batch in held_out.items()}
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, run.rate, run.sizes.bias_rate), lr=run.rate)
         steps = self.training.steps
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_factor(step, steps))
@@ -166,7 +172,7 @@ class _Course:
 
     def _step(self) -> float:
         """One step of training. Returns its loss, NaN if the weights or the loss are no longer finite."""
-        batch = self.task.batch(self.training.batch_size, self.batches)
+        batch = _moved(self.task.batch(self.training.batch_size, self.batches), self.device)
         self.length = batch.inputs.shape[1]
         self.optimizer.zero_grad()
         try:

@@ -88,9 +88,8 @@ def gain(
     heads = pulled.shape[1]
     computed = ROUNDINGS * torch.finfo(value.dtype).eps
     rounding = stored**2 + computed + computed**2 * _given_scores(key, made, scale, heads, hidden)  # [B, H]
-    radius = for_heads(_radius(value, dropout, hidden), heads)
-    radius = radius + rounding * for_heads(_largest(value.square().sum(-1), hidden), heads)
-    by_head = scale**2 * pulled * radius[..., None]
+    radius, size = (for_heads(t, heads) for t in _ball(value, dropout, hidden))
+    by_head = pulled * (scale**2 * (radius + rounding * size))[..., None]
     if not rows_are_keys:
         return Gain(_largest(by_head, hidden).sum(1), None)
     rows = by_head.sum(1)
@@ -131,24 +130,25 @@ def _mean(t: Tensor, hidden: Tensor | None) -> Tensor:
     return mean
 
 
-def _given_scores(key: Tensor, made: Tensor | None, scale: float, heads: int, hidden: Tensor | None) -> Tensor:
+@torch.no_grad()
+def _given_scores(key: Tensor, made: Tensor | None, scale: float, heads: int, hidden: Tensor | None) -> Tensor | float:
     """A bound of the squares of the scores at y = 0, `[B, H]`, without a gradient: it measures rounding."""
     if made is None:
-        return key.new_zeros(1, 1)
-    made = made.detach().to(key.dtype)
-    asked = _largest(split_heads(made, made.shape[-1] // key.shape[-1]).square().sum(-1), hidden)
-    given = _largest(key.detach().square().sum(-1), hidden)
-    largest = 1.0 / torch.finfo(key.dtype).eps ** 2  # beyond that nothing is left of the weights
-    return (scale**2 * for_heads(given, heads) * for_heads(asked, heads)).clamp_max(largest)
+        return 0.0
+    made = split_heads(made.to(key.dtype), made.shape[-1] // key.shape[-1])
+    asked, given = (_largest(torch.linalg.vector_norm(t, dim=-1), hidden) for t in (made, key))
+    largest = 1.0 / torch.finfo(key.dtype).eps  # beyond that nothing is left of the weights
+    return (scale * for_heads(given, heads) * for_heads(asked, heads)).clamp_max(largest).square()
 
 
-def _radius(value: Tensor, dropout: float, hidden: Tensor | None) -> Tensor:
-    """The squared radius of a ball around all that a weight can stand for, `[B, G]`."""
+def _ball(value: Tensor, dropout: float, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A ball around all that a weight can stand for: its squared radius; and a bound of squared values, `[B, G]`."""
     mean = _mean(value, hidden)
-    radius = _largest((value - mean).square().sum(-1), hidden)
+    radius, middle = _largest((value - mean).square().sum(-1), hidden), mean.square().sum((-2, -1))
+    size = 2.0 * (radius + middle)
     if dropout:
-        radius = torch.maximum(radius, mean.square().sum((-2, -1))) / (1.0 - dropout) ** 2
-    return radius
+        radius = torch.maximum(radius, middle) / (1.0 - dropout) ** 2
+    return radius, size
 
 
 def _largest(t: Tensor, hidden: Tensor | None) -> Tensor:

@@ -80,12 +80,8 @@ def spectral_radius(
         return pulled.reshape(lam.shape).to(wide)
 
     generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
-    start = (
-        torch.randn(y.shape, generator=generator, device="cpu")
-        .to(y.device, wide)
-        .flatten(len(systems))
-        .flatten(0, len(systems) - 1)
-    )
+    drawn = torch.randn(y.shape, generator=generator, device="cpu").to(y.device, wide)
+    start = drawn.flatten(len(systems)).flatten(0, len(systems) - 1)  # `reshape` refuses an empty batch
     return linear.spectral_radius(product, start, iterations=iterations).reshape(systems)
 
 

@@ -8,6 +8,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import gpu
 from benchmarks.peers import OURS, SDPA
+from studies.suite import tables
 
 
 def test_without_a_device_it_says_so_and_fails(monkeypatch, capsys):
@@ -29,8 +30,7 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu, "BLOCK_LENGTHS", (16,))
     monkeypatch.setattr(gpu, "BLOCK_HEADS", 2)
     monkeypatch.setattr(gpu, "BLOCK_DIM", 8)
-    whole = gpu.recall
-    monkeypatch.setattr(gpu, "recall", lambda device, dtype: whole(device, torch.bfloat16, steps=2))
+    monkeypatch.setattr(gpu, "tables", lambda budget: tables("smoke"))
 
 
 def test_the_harness_works_on_the_cpu(small, tmp_path):
@@ -80,7 +80,7 @@ def stubbed(monkeypatch):
 
     monkeypatch.setattr(gpu, "check", lambda layer, names: {})
     monkeypatch.setattr(gpu, "BLOCK_LENGTHS", ())
-    monkeypatch.setattr(gpu, "recall", lambda *_: {"kind": "recall", "score": 1.0})
+    monkeypatch.setattr(gpu, "recall", lambda device: {"kind": "recall", "score": 1.0})
     monkeypatch.setattr(gpu, "measure_shape", measure_shape)
     monkeypatch.setattr(gpu, "shape_targets", lambda shape: [])
     return measured
@@ -109,9 +109,20 @@ def test_a_second_call_measures_what_the_first_one_left(stubbed, tmp_path):
 
 def test_no_row_begins_after_the_budget(stubbed):
     result = gpu.run(**SMALL, budget=0.0)
-    assert (result["rows"], stubbed) == ({}, [])
-    assert "no time: --budget 0 s was over" in result["failed"]["recall"]
-    assert not result["correct"]
+    assert (result["rows"], result["failed"], stubbed) == ({}, {}, [])
+    assert result["left"] == ["d = 8, N = 24, batch 2", "recall"]
+    assert "LEFT for the same command: d = 8, N = 24, batch 2; recall." in result["verdict"]
+    assert result["correct"], "what had no time is not wrong"
+
+
+def test_an_interrupted_row_is_left_and_the_others_are_kept(stubbed, monkeypatch, tmp_path):
+    def interrupted(device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "recall", interrupted)
+    result = gpu.run(**SMALL, keep=tmp_path / "gpu.json")
+    assert result["rows"].keys() == {"d = 8, N = 24, batch 2"}
+    assert result["left"] == ["recall"]
 
 
 def test_targets_are_held_against_figures():

@@ -6,8 +6,8 @@ before its norm, so the query map is applied to a and v alone, and the iteration
 works on H numbers. From p = 1, the start `y = v`, it is Picard's; where each of its steps is at most half as long as
 the one before, its limit is the root that `rows.solve_rows` returns. Any other token is left to the solver.
 
-With `kernel="triton"` all that is no product of matrices and no attention is three launches (`causal/triton/token`),
-and the device is looked at once a step.
+With Triton's kernels all that is no product of matrices and no attention is three launches (`causal/triton/token`), and
+the device is looked at once a step.
 """
 
 from functools import lru_cache
@@ -26,7 +26,7 @@ from implicit_attention.attention.operation import stock
 from implicit_attention.attention.positions import rotate_few
 from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.causal import engines
-from implicit_attention.causal.forward_substitution import ForwardSubstitution
+from implicit_attention.causal.forward_substitution import ForwardSubstitution, solved_with
 from implicit_attention.equation import Layer, Projected, norm_weight, normed_keys
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.errors import all_finite
@@ -97,7 +97,7 @@ def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None
     made, value = projected.key, split_heads(projected.value, settings.num_kv_heads)
     past = past._replace(column=_in(past.column, made.dtype), value=_in(past.value, made.dtype))
     fits = settings.self_query == "output" and layer.query_norm is None
-    kernels = engines.token_kernels(layer.solver.kernel, x) if fits else None
+    kernels = engines.token_kernels(layer.solver.kernel, x, solved_with) if fits else None
     if kernels is None:
         find = _explicit if settings.self_query == "input" else _in_torch
         found = find(layer, projected, value, past, rotation)

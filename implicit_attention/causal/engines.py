@@ -188,14 +188,18 @@ def _check(kernel: str, hindrance: str | None) -> None:
 
 
 def _serves(name: str, system: CausalSystem, solve: self_test.Solve) -> bool:
-    known, device = _ENGINES[name], system.key.device
-    if device.type != known.automatic or known.hindrance(system) is not None:
-        return False
-    missing = known.missing()
+    device = system.key.device
+    apt = device.type == _ENGINES[name].automatic and _ENGINES[name].hindrance(system) is None
+    return apt and _works(name, device, solve)
+
+
+def _works(name: str, device: torch.device, solve: self_test.Solve) -> bool:
+    """Whether an engine is here and passes its self-test; the user is told once if not."""
+    missing = _ENGINES[name].missing()
     if missing is not None:
         _say_once(str(missing))
         return False
-    wrong = self_test.verdict(name, device, solve) if known.tested else None
+    wrong = self_test.verdict(name, device, solve) if _ENGINES[name].tested else None
     if wrong is not None:
         _warn_once(name, device, wrong)
     return wrong is None
@@ -297,12 +301,13 @@ def sweeper(name: str, system: CausalSystem, block: int) -> tuple[Any, int]:
     return sweeps, max(block, sweeps.widest(system.length))
 
 
-def token_kernels(kernel: str, like: Tensor) -> Any:
+def token_kernels(kernel: str, like: Tensor, solve: self_test.Solve) -> Any:
     """Return the module that decodes one token per sample in few launches, None for torch, which takes many.
 
     Args:
         kernel: As in `chosen`.
         like: A tensor of the map.
+        solve: As in `chosen`.
 
     Returns:
         `causal.triton.token` or None.
@@ -311,7 +316,27 @@ def token_kernels(kernel: str, like: Tensor) -> Any:
         ImportError: As in `chosen`.
         ValueError: As in `chosen`.
     """
-    if kernel != "triton":
+    if kernel == "auto":
+        if (
+            like.device.type != _ENGINES["triton"].automatic
+            or misplaced(like)
+            or not _works("triton", like.device, solve)
+        ):
+            return None
+    elif kernel == "triton":
+        _check(kernel, misplaced(like))
+    else:
         return None
-    _check(kernel, misplaced(like))
-    return import_module("implicit_attention.causal.triton.token")
+    return token_module("triton")
+
+
+def token_module(name: str) -> Any:
+    """Return the module that decodes with an engine.
+
+    Args:
+        name: As `chosen` returned it.
+
+    Returns:
+        `causal.triton.token`; None if the engine has none.
+    """
+    return import_module("implicit_attention.causal.triton.token") if name == "triton" else None

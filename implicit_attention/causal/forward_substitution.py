@@ -187,7 +187,7 @@ class ForwardSubstitution(DirectSolver):
 
 
 def solved_with(kernel: str, function: AttentionMap, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
-    """Return the equilibrium of a map, solved by an engine, and the gradients of its tensors (for `self_test`).
+    """Return what `self_test` compares: the equilibrium, its last row as decoding finds it, and the tensors' gradients.
 
     Args:
         kernel: The engine.
@@ -197,8 +197,11 @@ def solved_with(kernel: str, function: AttentionMap, args: tuple[Tensor, ...], g
     """
     solver = ForwardSubstitution(kernel=kernel)
     found = solver.equilibrium(function, args, grad.dtype)
+    tokens, last = engines.token_module(kernel), found.value[:, -1:]
+    if tokens is not None:
+        last = tokens.last_row(CausalSystem(_causal(function), args), found.memo[0], solver.tolerances(grad.dtype))
     back = solver.adjoint(function, args, found.value, found.memo, grad, (True,) * len(args))
-    return [found.value, *(g for g in back.by_arg if g is not None)]
+    return [found.value, last, *(g for g in back.by_arg if g is not None)]
 
 
 def radius(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether an engine gives on a device what torch gives: a small solve and its adjoint, once per device and versions.
+"""Whether an engine gives on a device what torch gives: small solves, once per device and versions.
 
 The verdict is kept in the user's folder of caches, so that only the first process on a machine waits for it.
 """
@@ -17,7 +17,8 @@ from torch import Tensor
 from implicit_attention.attention import AttentionSpec
 from implicit_attention.attention.map import AttentionMap, QueryMap
 
-# Solve a map's equation and its adjoint with the engine named: arguments kernel, map, its tensors, cotangent.
+# Solve a map's equation, decode its last row and solve its adjoint with the engine named: arguments kernel, map, its
+# tensors, cotangent.
 Solve = Callable[[str, AttentionMap, tuple[Tensor, ...], Tensor], list[Tensor]]
 
 # Engines solve to 1e-5 of the size. A gain of 0.99 makes that an error of 1e-3; a kernel that is wrong is off by 1.
@@ -91,7 +92,7 @@ def _compared(kernel: str, device: torch.device, solve: Solve) -> str | None:
             raise
         except Exception as error:  # whatever a compiler or a device may raise
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        for name, right, tried in zip(("the output", *function.names), expected, found, strict=True):
+        for name, right, tried in zip(("the output", "a decoded token", *function.names), expected, found, strict=True):
             off = float((tried - right).abs().max() / right.abs().max())
             if not off <= _ALLOWED:
                 return f"{name} at {length} tokens is off by {off:.1e} of its size"

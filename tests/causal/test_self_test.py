@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_written_costs_no_more_than_a_test_a_process(mon
     assert solve.calls == 4
 
 
-@pytest.mark.parametrize(("at", "name"), list(enumerate(["the output", "weight", "key", "value"])))
+@pytest.mark.parametrize(("at", "name"), list(enumerate(["the output", "a decoded token", "weight", "key", "value"])))
 @pytest.mark.parametrize("error", [0.01, float("nan")])
 def test_an_engine_that_is_wrong_is_found(at, name, error):
     assert f"{name} at 5 tokens is off by" in as_in_a_new_process(Solve(error, at))

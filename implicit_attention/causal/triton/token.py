@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicit_attention.attention.map import NORM_EPS, by_read_head
+from implicit_attention.causal.system import CausalSystem
 from implicit_attention.causal.triton.call import TYPES, padded
 from implicit_attention.causal.triton.kernels.token import prepare_ends, prepare_keys, settle_token
 
@@ -132,6 +134,29 @@ def solve_rows(
         0.0 if eps is None else eps, eps is not None, heads, groups, dim, dp, hp, num_warps=4, num_stages=1,
     )  # fmt: skip
     return p, moved
+
+
+def last_row(system: CausalSystem, query: Tensor, tolerance: tuple[float, float]) -> Tensor:
+    """Decode the last row of a map whose queries are normed and not rotated (for `self_test`).
+
+    Args:
+        system: The map.
+        query: The queries of its equilibrium, `[B, N, G, d]`.
+        tolerance: Relative and absolute.
+
+    Returns:
+        Its output, `[B, 1, H d]`.
+    """
+    last, before = slice(system.length - 1, system.length), slice(0, system.length - 1)
+    a, lse = system.below(last, query[:, before].transpose(1, 2), system.value[:, :, before], 0)
+    made = keys(system.key[:, :, last].transpose(1, 2), None, None, system.spec.scale, NORM_EPS)
+    by_head = by_read_head(system.tensors["weight"], system.heads)
+    value, dtype = system.value[:, :, -1], system.value.dtype
+    found = solve_token(
+        made.scaled, a[:, :, 0], lse[..., 0].to(made.scaled.dtype), value, by_head, None, None, NORM_EPS, tolerance,
+        dtype, None,
+    )  # fmt: skip
+    return found.y
 
 
 def _step(fixed: Tensor | None) -> int:

@@ -1,5 +1,7 @@
 """The row problem of a decoded token in one Triton launch, against the solver: same root, same cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ pytest.importorskip("triton")
 
 from implicit_attention import ForwardSubstitution
 from implicit_attention.attention import flash_cpu
+from implicit_attention.causal import engines, self_test
+from implicit_attention.causal.forward_substitution import solved_with
 from implicit_attention.causal.triton import token
 from tests.bridge import decoded
 from tests.test_decoding import EXACT, LAYERS, cached, case
@@ -105,6 +109,37 @@ def test_a_token_that_is_not_within_tolerance_is_not_taken(fails, monkeypatch):
             step(layer, x, cache)
     for now, then in zip((cache.past().column, cache.past().value), held, strict=True):
         assert torch.equal(now, then)
+
+
+@pytest.fixture
+def on_a_device(monkeypatch, tmp_path):
+    """Let "auto" meet a device that Triton serves: the CPU, with the interpreter, stands for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(self_test, "_LENGTHS", (5,))
+    known = replace(engines._ENGINES["triton"], automatic="cpu")
+    monkeypatch.setattr(engines, "_ENGINES", {"triton": known})
+    yield
+    self_test.verdict.cache_clear()
+    engines._warn_once.cache_clear()
+
+
+@torch.no_grad()
+def test_auto_decodes_by_kernels_that_pass_their_self_test(on_a_device):
+    layer, x = case("qk_norm-rope", n=5)
+    layer.solver = ForwardSubstitution(rtol=1e-12, atol=1e-12)
+    cache = cached(layer, x[:, :-1])
+    assert engines.token_kernels("auto", x, solved_with) is token
+    found = decoded(layer, x[:, -1:], cache)
+    assert found is not None
+    torch.testing.assert_close(found.value, layer.solve(x).value[:, -1:], rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+def test_token_kernels_that_are_wrong_are_not_taken(on_a_device, monkeypatch):
+    solve = token.solve_token
+    monkeypatch.setattr(token, "solve_token", lambda *args: (found := solve(*args))._replace(y=1.5 * found.y))
+    with pytest.warns(RuntimeWarning, match="a decoded token at 5 tokens is off by"):
+        assert engines.token_kernels("auto", torch.zeros(1), solved_with) is None
 
 
 @torch.no_grad()

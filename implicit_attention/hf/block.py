@@ -155,7 +155,9 @@ def implicit_attention(
         TypeError: If an option is of the wrong type.
         ValueError: If an option is out of range, or without effect next to the others.
     """
-    positions = make_positions(config.positions_of(layer_idx), config.num_attention_heads, config.head_dim)
+    positions = make_positions(
+        config.positions_of(layer_idx), config.num_attention_heads, config.head_dim, config.max_position_embeddings
+    )
     return ImplicitQueryAttention(
         config.hidden_size,
         config.num_attention_heads,

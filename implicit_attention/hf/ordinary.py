@@ -48,7 +48,9 @@ class OrdinaryAttention(nn.Module):
         self.temperature = nn.Parameter(torch.ones(self.num_heads)) if normed and not weights else None
         self.query_norm = nn.Parameter(torch.ones(self.head_dim)) if weights else None
         self.key_norm = nn.Parameter(torch.ones(self.head_dim)) if weights else None
-        self.positions = make_positions(config.positions_of(layer_idx), self.num_heads, self.head_dim)
+        self.positions = make_positions(
+            config.positions_of(layer_idx), self.num_heads, self.head_dim, config.max_position_embeddings
+        )
         self.scale = attention_scale(config, self.positions)
         self.out_proj = nn.Linear(inner, size, bias=config.bias is True) if config.out_proj else None
 

@@ -77,7 +77,7 @@ def make_adjoint(setting: Setting) -> Adjoint:
     return _make("adjoint", setting, _ADJOINTS)
 
 
-def make_positions(setting: Setting | None, num_heads: int, head_dim: int) -> Positions | None:
+def make_positions(setting: Setting | None, num_heads: int, head_dim: int, longest: int) -> Positions | None:
     """Return the position encoding that a setting describes, a new one with weights of its own.
 
     Args:
@@ -85,6 +85,7 @@ def make_positions(setting: Setting | None, num_heads: int, head_dim: int) -> Po
             settings, such as `{"name": "rope", "base": 500000.0}`.
         num_heads: Heads of the layer.
         head_dim: Size of a head.
+        longest: The model's `max_position_embeddings`, for settings that do not name their own.
 
     Raises:
         TypeError: If it is of another type.
@@ -94,7 +95,10 @@ def make_positions(setting: Setting | None, num_heads: int, head_dim: int) -> Po
         return None
     given = {"alibi": {"num_heads": num_heads}, "relative": {"num_heads": num_heads}}
     given |= {name: {"head_dim": head_dim} for name in ROTATING}
-    return _make("positions", setting, _POSITIONS, given)
+    named = {"name": setting} if isinstance(setting, str) else setting
+    if isinstance(named, Mapping) and named.get("name") == "scaled_rope":
+        named = {"max_position_embeddings": longest, **named}
+    return _make("positions", named, _POSITIONS, given)
 
 
 def _make(

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from implicit_attention import Anderson, ForwardSubstitution, Implicit, NewtonKrylov, Phantom, Picard, Rotary, Unrolled
 from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionModel
+from implicit_attention.hf.rotary import ScaledRotary
 from tests.hf import tiny
 
 EVERYTHING = {
@@ -152,7 +153,7 @@ def test_bad_config(options, message):
         ({"values": "x"}, "`values` must be one of"),
         ({"positions": "x"}, "`positions` must be one of 'alibi', 'relative', 'rope'"),
         ({"positions": {"name": "rope", "bass": 1}}, "a setting of 'rope' among 'base', but got 'bass'"),
-        ({"positions": "scaled_rope"}, "the settings of 'scaled_rope': .*none for 'max_position_embeddings'"),
+        ({"positions": "scaled_rope"}, "the settings of 'scaled_rope': .*none for 'parameters'"),
         ({"dropout": 1.0}, r"`dropout` must be a number in \[0, 1\)"),
         ({"scale": 0.0}, "`scale` must be a number > 0"),
         ({"on_failure": "x"}, "`on_failure` must be one of"),
@@ -164,6 +165,17 @@ def test_bad_layer_option(options, message, kind):
     """An ordinary block refuses what an implicit one does: its options are the same."""
     with pytest.raises((ValueError, TypeError), match=message):
         ImplicitAttentionModel(tiny.config(layer_types=[kind] * 2, **options))
+
+
+@pytest.mark.parametrize("kind", ["implicit", "attention"])
+def test_scaled_rotary_positions_need_the_longest_sequence_once(kind):
+    turned = {"name": "scaled_rope", "parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}
+    config = tiny.config(layer_types=[kind] * 2, positions=turned, max_position_embeddings=48)
+    first = next(m for m in ImplicitAttentionModel(config).modules() if isinstance(m, ScaledRotary))
+    assert first.max_position_embeddings == 48
+    config.positions = {**turned, "max_position_embeddings": 24}
+    first = next(m for m in ImplicitAttentionModel(config).modules() if isinstance(m, ScaledRotary))
+    assert first.max_position_embeddings == 24
 
 
 def test_a_config_changed_for_the_worse_is_not_saved(tmp_path):

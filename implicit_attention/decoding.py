@@ -106,6 +106,8 @@ def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None
         if projected.value_map is not None:
             read = ValueMap(settings.num_kv_heads, settings.feedback_norm)
             value = value + read(found.y.to(value.dtype), *projected.value_map)
+            if not all_finite(value):
+                return None
         return Decoded(_solution(found, made), found.column, value, filled=False)
     slot = cache.ahead(1) if isinstance(cache, DecodeCache) and cache.column.dtype == made.dtype else None
     found, within = _in_few(kernels, layer, projected, value, past, rotation, slot)
@@ -245,7 +247,7 @@ def _explicit(layer: Layer, projected: Projected, value: Tensor, past: Past, rot
     with torch.autocast(a.device.type, enabled=False):  # scores and their sums stay as wide as they are
         own = torch.baddbmm(less, rows, query, beta=-1, alpha=layer.settings.scale)
     y = torch.addcmul(a, own.sigmoid_(), start - a).view(batch, -1)
-    if not all_finite(y):
+    if not all_finite(y.square() if layer.settings.feeds_back and layer.settings.feedback_norm else y):
         return None
     column = _column(layer, _phi(layer, projected, y), rotation)
     nothing = y.new_zeros(batch, 1)

@@ -319,13 +319,13 @@ def _check_mask(name: str, mask: object, like: Tensor) -> None:
         raise bad_value(name, f"on the input's device, {like.device}", mask, f"Move it: {name}.to(x.device).")
 
 
-SCORES_OVERFLOW = (
-    "The attention scores overflow though the inputs and weights are finite: scale them down, use qk_norm=True, or a "
-    "wider dtype. Where values read outputs, these may have grown: use feedback_norm=True."
+OVERFLOW = (
+    "Attention scores or values overflow though the inputs and weights are finite: scale them down, use qk_norm=True, "
+    "or a wider dtype. Where values read outputs, these may have grown: use feedback_norm=True, or a smaller Psi_V."
 )
 
 
-def non_finite(named: dict[str, Tensor | None], otherwise: str = SCORES_OVERFLOW) -> NonFiniteError:
+def non_finite(named: dict[str, Tensor | None], otherwise: str = OVERFLOW) -> NonFiniteError:
     """Return the error for an output that is not finite, naming the input or parameter to blame.
 
     Args:

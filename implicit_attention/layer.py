@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from implicit_attention.attention.linear_map import checked_against, expected
+from implicit_attention.attention.linear_map import ZeroLinear, checked_against, expected
 from implicit_attention.attention.positions import Positions, make_positions
 from implicit_attention.cache import Cache, DecodeCache
 from implicit_attention.equation import Equation, prepare
@@ -132,23 +132,23 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
     def _make_modules(self, positions: str | Positions | None, where: dict[str, Any]) -> None:
         settings, head_dim = self.settings, self.settings.head_dim
         size, inner, bias = settings.embed_dim, settings.inner_dim, bool(settings.bias)
-        columns = settings.num_kv_heads * head_dim
-        queries, keys = (columns, inner) if settings.rows_are_keys else (inner, columns)
-        reads = settings.query_output
-        self.Omega_Q = nn.Linear(inner, queries, bias=bias and not settings.query_input, **where) if reads else None
-        self.W_K = nn.Linear(size, keys, bias=bias, **where)
-        self.Omega_V = nn.Linear(size, columns, bias=bias, **where) if settings.values != "identity" else None
-        self.W_Q = nn.Linear(size, queries, bias=bias, **where) if settings.query_input else None
-        self.temperature = nn.Parameter(torch.ones(keys // head_dim, **where)) if settings.qk_norm is True else None
+
+        def linear(name: str, inputs: int, bias: bool, kind: type[nn.Linear] = nn.Linear) -> nn.Linear | None:
+            return kind(inputs, settings.widths[name], bias=bias, **where) if name in settings.widths else None
+
+        self.Omega_Q = linear("Omega_Q", inner, bias and not settings.query_input)
+        self.W_K = nn.Linear(size, settings.widths["W_K"], bias=bias, **where)
+        self.Omega_V = linear("Omega_V", size, bias)
+        self.W_Q = linear("W_Q", size, bias)
+        norms = settings.widths["W_K"] // head_dim
+        self.temperature = nn.Parameter(torch.ones(norms, **where)) if settings.qk_norm is True else None
         weights = [torch.ones(head_dim, **where) if settings.qk_norm == "weights" else None for _ in range(2)]
         self.key_norm, self.query_norm = (None if t is None else nn.Parameter(t) for t in weights)
         self.positions = make_positions(positions, settings.num_heads, head_dim)
         if self.positions is not None:
             self.positions.to(**where)
         self.out_proj = nn.Linear(inner, size, bias=settings.bias is True, **where) if settings.out_proj else None
-        self.Psi_V = nn.Linear(inner, columns, bias=bias, **where) if settings.feeds_back else None
-        for parameter in () if self.Psi_V is None else self.Psi_V.parameters():
-            nn.init.zeros_(parameter)
+        self.Psi_V = linear("Psi_V", inner, bias, ZeroLinear)
 
     @property
     def triangular(self) -> bool:

@@ -1,6 +1,7 @@
 """The settings of a layer, checked once: what the layer, its equation and the models' configuration share."""
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -68,6 +69,17 @@ class Settings:
     def inner_dim(self) -> int:
         """Size H d of an equilibrium's row: D, unless `head_dim` says something else."""
         return self.num_heads * self.head_dim
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Outputs of the linear maps that make keys, queries and values, by name: of those that there are."""
+        columns = self.num_kv_heads * self.head_dim
+        queries, keys = (columns, self.inner_dim) if self.rows_are_keys else (self.inner_dim, columns)
+        found = {"W_K": keys}
+        found |= {"Omega_Q": queries} if self.query_output else {}
+        found |= {"W_Q": queries} if self.query_input else {}
+        found |= {"Omega_V": columns} if self.values != "identity" else {}
+        return found | ({"Psi_V": columns} if self.feeds_back else {})
 
     @property
     def rows_are_keys(self) -> bool:

@@ -434,3 +434,48 @@ def test_weights_elsewhere():
         accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
         assert layer.Omega_Q.weight.is_meta
         close(layer(x), y, 1e-12)
+
+
+PLACES = ("Omega_Q", "Psi_V", "W_K", "W_Q", "Omega_V")
+
+
+def with_all_maps():
+    return make(is_causal=True, self_query="input", values="feedback", query_input=True, bias=True)
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+def test_a_map_of_another_size_is_refused(name, kernel):
+    """Kernels take bare pointers: they would read past the end."""
+    layer, x = with_all_maps(), inputs()
+    layer.solver = ForwardSubstitution(kernel=kernel)
+    size = x.shape[-1]
+    for shape in ((size, size // 2), (size, 2 * size)):
+        setattr(layer, name, nn.Linear(*shape, dtype=torch.float64))
+        with pytest.raises(ValueError, match=f"`{name}` must be a map (with a weight of shape|to {size} features)"):
+            layer(x)
+
+
+@pytest.mark.parametrize("name", ["Omega_Q", "Psi_V"])
+def test_a_bias_of_another_size_is_refused(name):
+    layer, x = with_all_maps(), inputs()
+    map_ = nn.Linear(x.shape[-1], x.shape[-1], dtype=torch.float64)
+    map_.bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
+    setattr(layer, name, map_)
+    with pytest.raises(ValueError, match=rf"`{name}` must be .* a bias of shape \(3,\)"):
+        layer(x)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_map_that_is_taken_away_is_missed(name):
+    layer = with_all_maps()
+    setattr(layer, name, None)
+    with pytest.raises(ValueError, match=f"`{name}` must be a module, as the layer's settings ask for it"):
+        layer(inputs())
+
+
+def test_a_map_that_the_settings_do_not_know_is_refused():
+    layer, x = make(is_causal=True), inputs()
+    layer.Psi_V = nn.Linear(x.shape[-1], x.shape[-1], dtype=torch.float64)
+    with pytest.raises(ValueError, match="`Psi_V` must be None, as the layer's settings say"):
+        layer(x)

@@ -23,6 +23,16 @@ _QUANTISED = 2.0**-5  # the same where activations have 8 bits
 _PER_CALL = {"adapter_names", "alora_offsets"}  # what peft passes to adapters, one entry per sample
 
 
+class ZeroLinear(nn.Linear):
+    """A linear map that is zero until it learns, whoever resets its parameters."""
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to zero, after the draws of a linear map: what is drawn later stays the same."""
+        super().reset_parameters()
+        for parameter in self.parameters(recurse=False):
+            nn.init.zeros_(parameter)
+
+
 class LinearMap(NamedTuple):
     """An affine map.
 
@@ -66,14 +76,14 @@ def linear_map(module: nn.Module, name: str, like: Tensor, size: int) -> LinearM
     return LinearMap(weight, bias)
 
 
-def checked_against(module: nn.Module) -> Tensor | None:
+def checked_against(module: nn.Module | None) -> Tensor | None:
     """Return the weight whose dtype and device the input of a module must have; None if only the module knows.
 
     Args:
         module: `nn.Linear`, or what stands in its place: an offload hook moves its input, a quantised weight has a
             dtype of its own.
     """
-    if "forward" in vars(module):  # accelerate's hooks move weights and inputs
+    if module is None or "forward" in vars(module):  # accelerate's hooks move weights and inputs
         return None
     stored = next(iter(module.parameters()), None)  # not `weight`, which a parametrization computes anew
     return stored if stored is not None and stored.is_floating_point() else None
@@ -159,6 +169,6 @@ def _require_affine(module: nn.Module, name: str, out: Tensor, found: LinearMap,
     require(
         torch.zeros_like(holds) if _not_finite(module, out) else holds,
         f"`{name}` must be an affine map that treats every token alike, but got a module whose output for a "
-        "combination of tokens is not that combination of its outputs. A solve applies it in every iteration by its "
-        "weight and bias: take away the hook or the forward that does something else.",
+        "combination of tokens is not that combination of its outputs. A solve applies it by its weight and "
+        "bias alone: take away the hook or the forward that does something else.",
     )

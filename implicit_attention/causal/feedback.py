@@ -16,7 +16,7 @@ from implicit_attention.causal.feedback_rows import State, TorchAdjoint, TorchFo
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.equilibrium.solvers.base import AdjointSolution
-from implicit_attention.errors import NonFiniteError
+from implicit_attention.errors import NonFiniteError, all_finite
 
 
 class ForwardKernel(Protocol):
@@ -79,7 +79,7 @@ class Forward:
             The solution. Its residuals are 0: there is no equation to miss.
 
         Raises:
-            NonFiniteError: If an output is NaN or Inf.
+            NonFiniteError: If an output or a value is NaN or Inf, or an output is so large that its norm is.
         """
         system, state = self.system, self.state
         for rows in _blocks(system.length, self.block):
@@ -88,7 +88,8 @@ class Forward:
                 merge(state["y"][:, rows].transpose(1, 2), state["lse"][:, :, rows], out.to(system.wide), lse)
             self.kernel.settle(rows)
         size = state["y"].abs().amax((2, 3))
-        if not bool(torch.isfinite(size).all()):
+        # What overflows in the last rows no row of this call has seen; a cache would keep it.
+        if not (all_finite(self._squares(size)) and all_finite(state["value"])):
             raise NonFiniteError("the map gave NaN or Inf")
         zero = torch.zeros_like(size)
         return Solution(
@@ -101,6 +102,11 @@ class Forward:
             evaluations=1,
             memo=(state["query"], state["lse"], state["inverse"]),
         )
+
+    def _squares(self, size: Tensor) -> Tensor:
+        """Bounds of the sums of squares that the norm of outputs takes, from their largest entries."""
+        assert self.system.value_map is not None
+        return size.square() * self.system.heads * self.system.dim if self.system.value_map.normalize else size
 
 
 class Backward:

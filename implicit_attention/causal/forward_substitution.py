@@ -83,7 +83,8 @@ class ForwardSubstitution(DirectSolver):
         """
         system, kernel = self._prepared(function, args)
         if system.value_map is not None:
-            return feedback.Forward(system, engines.feedback_engine(kernel), self.block).solution(dtype)
+            found = feedback.Forward(system, engines.feedback_engine(kernel), self.block).solution(dtype)
+            return replace(found, memo=(found.memo[0].to(_dtype(function, args)), *found.memo[1:]))
         forward = None
         with suppress(Unsettled):
             forward = _Forward(system, self, kernel, dtype).solved()

@@ -16,6 +16,7 @@ from implicit_attention.equation.key_norm import normed_by_head
 from implicit_attention.equation.own_scores import own_scores
 from implicit_attention.equation.packing import PackedMap, Packing
 from implicit_attention.equilibrium.solvers import DirectSolver, Method
+from implicit_attention.errors import Came, bad_value
 from implicit_attention.inputs import Inputs
 from implicit_attention.settings import Settings
 
@@ -78,11 +79,16 @@ def project(layer: Layer, inputs: Inputs) -> Projected:
 
     Returns:
         What they make of the tokens.
+
+    Raises:
+        ValueError: If what stands in the place of a map does not fit the layer's settings.
     """
-    key = layer.W_K(inputs.source)
+    key = _made(layer, "W_K", inputs.source)
+    assert key is not None
     value = values(layer, inputs.source, key.dtype)
     query_map = _read(layer, "Omega_Q", inputs, key)
-    added = None if layer.W_Q is None else layer.W_Q(inputs.x).to(key.dtype)
+    added = _made(layer, "W_Q", inputs.x)
+    added = None if added is None else added.to(key.dtype)
     if added is not None and _norm_apart(layer.settings):
         normed = rms_norm(split_heads(added, added.shape[-1] // layer.settings.head_dim))
         weight = norm_weight(layer, added.dtype)
@@ -92,13 +98,43 @@ def project(layer: Layer, inputs: Inputs) -> Projected:
     return Projected(key, value, added, query_map, _read(layer, "Psi_V", inputs, key))
 
 
+_FITTING = "What is put in its place has the same sizes."
+
+
 def _read(layer: Layer, name: str, inputs: Inputs, like: Tensor) -> LinearMap | None:
     """What a map of the outputs amounts to, in the dtype of the solve."""
-    module = getattr(layer, name)
+    module, settings = _in_place(layer, name), layer.settings
     if module is None:
         return None
-    weight, bias = linear_map(module, name, inputs.x, layer.settings.inner_dim)
+    weight, bias = linear_map(module, name, inputs.x, settings.inner_dim)
+    shape = (settings.widths[name], settings.inner_dim)
+    if weight.shape != shape or (bias is not None and bias.shape != shape[:1]):  # kernels take bare pointers
+        came = f"a weight of shape {tuple(weight.shape)}"
+        came += "" if bias is None else f" and a bias of shape {tuple(bias.shape)}"
+        raise bad_value(name, f"a map with a weight of shape {shape}", Came(came), _FITTING)
     return LinearMap(weight.to(like.dtype), None if bias is None else bias.to(like.dtype))
+
+
+def _made(layer: Layer, name: str, tokens: Tensor) -> Tensor | None:
+    """What a map makes of tokens; None if the layer has no such map."""
+    module = _in_place(layer, name)
+    if module is None:
+        return None
+    made: Tensor = module(tokens)
+    width = layer.settings.widths[name]
+    if made.shape[-1] != width:
+        raise bad_value(name, f"a map to {width} features", Came(f"one to {made.shape[-1]}"), _FITTING)
+    return made
+
+
+def _in_place(layer: Layer, name: str) -> nn.Module | None:
+    """The module of a map; there is one if the settings ask for it."""
+    module: nn.Module | None = getattr(layer, name)
+    wanted = name in layer.settings.widths
+    if (module is not None) != wanted:
+        expected = "a module, as the layer's settings ask for it" if wanted else "None, as the layer's settings say"
+        raise bad_value(name, expected, module, "Make the layer with other options instead.")
+    return module
 
 
 def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) -> Equation:
@@ -221,7 +257,8 @@ def norm_weight(layer: Layer, dtype: torch.dtype) -> Tensor | None:
 
 def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the values of some tokens, `[B, M, G d]`, in a dtype."""
-    return source.to(dtype) if layer.Omega_V is None else layer.Omega_V(source).to(dtype)
+    made = _made(layer, "Omega_V", source)
+    return (source if made is None else made).to(dtype)
 
 
 def _repeated(t: Tensor, times: int) -> Tensor:

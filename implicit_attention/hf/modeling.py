@@ -17,6 +17,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
 from implicit_attention import ImplicitQueryAttention, RelativeBias
+from implicit_attention.attention.linear_map import ZeroLinear
 from implicit_attention.errors import Came, bad_value
 from implicit_attention.hf.block import ImplicitAttentionBlock
 from implicit_attention.hf.calls import check_others, check_positions, take_cache
@@ -89,8 +90,8 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
             for factors in (module.temperature, module.key_norm, module.query_norm):
                 if factors is not None:
                     init.ones_(factors)
-        if isinstance(module, ImplicitQueryAttention) and module.Psi_V is not None:  # drawn already, as a linear map
-            for parameter in module.Psi_V.parameters():
+        if isinstance(module, ZeroLinear):  # drawn already, as a linear map
+            for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
         if isinstance(module, RelativeBias):
             init.zeros_(module.table)

@@ -223,6 +223,51 @@ def test_norm_bounds_outputs(kernel):
     assert sizes[False] > 100 * bound
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_types_with_a_cache(dtype, compiled):
+    layer, x = make({"num_heads": 2, "positions": "rope"}, 20)
+    layer, x = layer.to(dtype), x.to(dtype)
+    cache, step = layer.make_cache(2, 20), torch.compile(layer, backend="aot_eager") if compiled else layer
+    found = torch.cat([step(x[:, low:high], cache=cache) for low, high in ((0, 9), (9, 14), (14, 15), (15, 20))], 1)
+    assert cache.column.dtype == dtype
+    expected = layer(x)
+    allowed = 8 * torch.finfo(dtype).eps * float(expected.abs().max())  # each column is rounded once more
+    torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", [1e19, 3e19, 1e25])
+def test_outputs_too_large_for_their_norm_are_refused(size, kernel):
+    """Their squares overflow, so what `Psi_V` reads would be zero."""
+    layer, x = make({"num_heads": 2}, 5, kernel=kernel)
+    layer, x = layer.float(), x.detach().float()
+    with torch.no_grad():
+        layer.Omega_V.weight.mul_(size)
+        cache = layer.make_cache(2, 5)
+        for inputs in (x, x[:, :1]):
+            with pytest.raises(NonFiniteError, match="overflow"):
+                layer(inputs, cache=cache)
+        assert cache.used == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("held", [0, 1])
+@torch.no_grad()
+def test_a_value_that_overflows_is_refused_by_its_own_call(held, kernel):
+    """No row of the call has seen the last row's value; the cache would keep it."""
+    layer, x = make({"num_heads": 2, "feedback_norm": False}, 3, kernel=kernel)
+    layer, x, cache = layer.float(), x.float(), layer.make_cache(2, 5)
+    if held:
+        layer(x[:, :held], cache=cache)
+    layer.Psi_V.weight.fill_(1e38)
+    layer.Omega_V.weight.mul_(100.0)
+    with pytest.raises(NonFiniteError, match="smaller Psi_V"):
+        layer(x[:, held : held + 1], cache=cache)
+    assert cache.used == held
+
+
 @pytest.mark.parametrize("name", ["norm-rope", "only-values", "relative-window"])
 def test_derivatives_of_both_orders(name):
     layer, x = make(OPTIONS[name] | {"window": None}, 5, batch=1)

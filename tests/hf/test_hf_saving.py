@@ -13,7 +13,9 @@ from transformers import (
     GenerationConfig,
 )
 
+from implicit_attention import ImplicitQueryAttention
 from implicit_attention.hf import (
+    ImplicitAttentionConfig,
     ImplicitAttentionForCausalLM,
     ImplicitAttentionForMaskedLM,
     ImplicitAttentionForSequenceClassification,
@@ -165,3 +167,25 @@ def test_generation_settings_are_saved(tmp_path):
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (3, 0)
     model.save_pretrained(tmp_path)
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 3
+
+
+def test_values_that_begin_to_read_outputs_begin_at_zero(tmp_path):
+    """Weights that a checkpoint lacks are drawn, each module by itself."""
+    options = {"self_query": "input", "bias": True}
+    model, tokens = tiny.make(ImplicitAttentionForCausalLM, torch.float32, **options), tiny.tokens()
+    model.save_pretrained(tmp_path)
+    config = ImplicitAttentionConfig.from_pretrained(tmp_path, values="feedback")
+    loaded = ImplicitAttentionForCausalLM.from_pretrained(tmp_path, config=config)
+    drawn = [p for name, p in loaded.named_parameters() if "Psi_V" in name]
+    assert drawn
+    assert not any(bool(p.any()) for p in drawn)
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reset_leaves_psi_v_at_zero():
+    layer = ImplicitQueryAttention(8, 2, is_causal=True, self_query="input", values="feedback", bias=True)
+    for parameter in layer.Psi_V.parameters():
+        torch.nn.init.ones_(parameter)
+    for module in layer.modules():  # as after a start on the meta device
+        getattr(module, "reset_parameters", lambda: None)()
+    assert not any(bool(p.any()) for p in layer.Psi_V.parameters())

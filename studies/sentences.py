@@ -6,7 +6,7 @@ from studies.choices import Choice
 from studies.run import Record
 from studies.table import RATE_SEED, Table
 
-INTRODUCTION = f"""What one implicit layer learns, next to other layers of the same size, and what it does not learn.
+INTRODUCTION = """What one implicit layer learns, next to other layers of the same size, and what it does not learn.
 `implicit-attention eval --all --budget cpu` makes this page from the records in `docs/data/eval/`, and makes the
 records that are not there.
 
@@ -19,11 +19,9 @@ How arms are compared:
 - Implicit layers have `query_input=True` (their queries read the input, too), `out_proj=True` and, with a causal mask,
   `qk_norm=True`, unless a row says otherwise. So do those of the README's table. The README's quickstart has other
   options: no `query_input`, and `positions="rope"`.
-- Each arm has its own learning rate in each table: the best of four on whole runs of all seeds, by seeds solved, then
-  steps, then score. That is a choice by the figures that are shown, so they flatter every arm a little, and alike. *Of
-  all rates* counts the solved runs at every rate. In tables of bytes and digits, where seeds differ less than rates,
-  the first seed tries all four, and the other seeds the best two of these. Tables that compare options of the layer,
-  and those of hops and A5, chose among three rates by short runs on seed {RATE_SEED}.
+- Each arm has its own learning rate in each table, the best of those that the table names, by seeds solved, then steps,
+  then score of its whole runs. That is a choice by the figures that are shown, so they flatter every arm a little, and
+  alike. *Of all rates* counts the solved runs at every rate.
 - Training stops early when the hardest kind of held-out sequences is solved at two evaluations in a row.
 - Scores are mean ± standard deviation over seeds, at the last evaluation.
 - FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps.
@@ -103,6 +101,7 @@ def settings(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[str]:
         f"At most {training['steps']} steps of {training['batch_size']} sequences, evaluated every "
         f"{training['evaluate_every']} steps on {training['held_out']} held-out sequences of each kind.",
     ]
+    sentences += rates(table)
     if training["solved"] is not None:
         sentences.append(f"Solved: {training['solved']:g} or more in every kind.")
     if table.group == "bytes":
@@ -115,6 +114,18 @@ def settings(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[str]:
             "*Unsettled, at worst* is the largest share of samples above tolerance in any step of training."
         )
     return [" ".join(sentences), origin(table, rows)]
+
+
+def rates(table: Table) -> list[str]:
+    """Return the sentence that says which learning rates were tried, and by which runs; none if there is one rate."""
+    tried = ", ".join(f"{rate:g}" for rate in table.training.rates)
+    if len(table.training.rates) == 1:
+        return []
+    if table.training.rate_steps:
+        return [f"Learning rates: {tried}, chosen by runs of {table.training.rate_steps} steps on seed {RATE_SEED}."]
+    if table.finalists:
+        return [f"Learning rates: {tried} for the first seed, the best {table.finalists} of these for all seeds."]
+    return [f"Learning rates: {tried}, each for all seeds."]
 
 
 def origin(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:

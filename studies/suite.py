@@ -36,7 +36,7 @@ TEXT = (
 )  # fmt: skip
 BIDIRECTIONAL = ("ordinary", "implicit", "bounded")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-FINALISTS = 2  # in tables of scores that no run can solve, where seeds differ less than rates
+FINALISTS = 2  # rates that all seeds try, of those that the first seed tries
 
 
 def tables(budget: str) -> dict[str, Table]:
@@ -86,7 +86,8 @@ def _recall() -> list[Table]:
         arms = (*arms, "looped", "recurrent") if length == 64 else arms
         task = MQAR(length, pairs, vocabulary)
         training = _RECALL_TRAINING[length]
-        made.append(Table(name, "recall", title, task, rows_of(arms, _RECALL_SIZES), training, 3))
+        finalists = None if length == 64 else FINALISTS
+        made.append(Table(name, "recall", title, task, rows_of(arms, _RECALL_SIZES), training, 3, finalists))
     return made
 
 
@@ -98,9 +99,9 @@ def _gapped() -> list[Table]:
         Table("gaps", "gapped", "Recall: 0 to 6 fillers between key and value", GappedRecall(),
               rows_of(GAPPED, _RECALL_SIZES), training, 3),
         Table("gaps-keys", "gapped", "Recall: the same with keys of two tokens", GappedRecall(key_tokens=2),
-              rows_of(GAPPED, _RECALL_SIZES), training, 3),
+              rows_of(GAPPED, _RECALL_SIZES), training, 3, FINALISTS),
         Table("chains", "chains", "Chains of assignments, 1 to 16 steps", Chains(),
-              rows_of((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8)), chained, 3),
+              rows_of((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8)), chained, 3, FINALISTS),
     ]  # fmt: skip
 
 

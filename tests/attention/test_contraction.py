@@ -250,6 +250,28 @@ def test_the_reported_residual_is_no_smaller_than_that_of_the_value(dtype):
     assert (own <= found.residual + 8 * torch.finfo(dtype).eps * found.value.abs().amax((1, 2))).all()
 
 
+@pytest.mark.parametrize("sharpness", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize(("batch", "length"), [(4, 64), (1, 600)])
+def test_the_default_tolerance_gives_what_the_guide_says(batch, length, sharpness):
+    """Outputs within 1e-3 of the equilibrium, gradients within the tolerance."""
+    found = []
+    for dtype, rtol in ((torch.float32, None), (torch.float64, 1e-9)):
+        torch.manual_seed(0)
+        x, cotangent = torch.randn(2, batch, length, 64).to(dtype).unbind()
+        layer = ImplicitQueryAttention.for_encoder(64, 4, positions=None, solver=Contraction(rtol=rtol))
+        with torch.no_grad():
+            for weight in (layer.Omega_Q.weight, layer.W_K.weight, layer.W_Q.weight):
+                weight.mul_(sharpness)
+        layer, leaf = layer.to(dtype), x.requires_grad_()
+        y = layer(leaf)
+        found.append(
+            [t.detach().double() for t in (y, *torch.autograd.grad(y, [leaf, *layer.parameters()], cotangent))]
+        )
+    (y, *grads), (exact_y, *exact) = found
+    assert float((y - exact_y).norm() / exact_y.norm()) < 1e-3
+    assert max(float((g - e).norm() / e.norm()) for g, e in zip(grads, exact, strict=True)) < 0.05
+
+
 def test_fixed_steps_take_exactly_so_many_and_report_the_residual():
     layer, x = make(torch.float32, solver=Contraction(steps=4), on_failure="ignore"), torch.randn(3, 9, 16)
     found = layer.solve(x.requires_grad_())

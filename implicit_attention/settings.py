@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from implicit_attention.errors import bad_type, bad_value, check_choice, check_positive
+from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +149,19 @@ class Settings:
             raise bad_value("head_dim", 'embed_dim / num_heads with values="identity"', self.head_dim)
         self._check_feedback()
 
+    def _not_strict(self) -> str:
+        """The settings that keep a row from depending on earlier rows alone, as arguments."""
+        wanted = {"is_causal": True, "normalize_over": "queries", "self_query": "input"}
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n, value in wanted.items() if getattr(self, n) != value)
+
     def _check_feedback(self) -> None:
         if self.feeds_back and not (self.triangular and self.self_query == "input"):
             raise bad_value(
-                "values", '"feedback" only with is_causal=True, normalize_over="queries" and self_query="input"',
-                self.values, "There each row follows from the rows before it. Elsewhere a value that reads its own or "
-                "a later output may have no equilibrium, or many.",
+                "values",
+                '"feedback" only with is_causal=True, normalize_over="queries" and self_query="input"',
+                Came(f"it with {self._not_strict()}"),
+                "There each row follows from the rows before it. Elsewhere values that read their own output, or a "
+                "later one, may have no equilibrium, or many.",
             )  # fmt: skip
         if not self.feeds_back and not self.feedback_norm:
             raise bad_value("feedback_norm", 'True unless values="feedback"', self.feedback_norm,

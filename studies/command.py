@@ -30,19 +30,21 @@ _PAGE_ONLY = {"TFLOPs to solve", "of all rates", "parameters", "GFLOPs a step"} 
 _TASK = typer.Argument(
     help="A table (recall-64) or a group of them (recall); [bold]list[/bold] shows all.", show_default=False
 )
-_ARM = typer.Option("--arm", help="An arm; can be repeated. [default: all of the table's]", show_default=False)
+_ARM = typer.Option("--arm", help=escape("An arm; can be repeated. [default: all of the table's]"), show_default=False)
 _SEEDS = typer.Option(
-    "--seeds", help="Such as 0-4 or 0,2,5. [default: the table's own]", show_default=False, metavar="FIRST-LAST"
+    "--seeds", help=escape("Such as 0-4 or 0,2,5. [default: the table's own]"), show_default=False, metavar="FIRST-LAST"
 )
 _OUT = typer.Option(
     "--out",
-    help="Directory for records, page and pictures. [default: runs/eval-BUDGET; with --all --budget cpu: docs]",
+    help=escape("Directory for records, page and pictures. [default: runs/eval-BUDGET; with --all --budget cpu: docs]"),
     show_default=False,
     metavar="DIR",
 )
 _BUDGET = typer.Option("--budget", help="smoke (a quick check, seconds) or cpu (hours on two cores).")
 _ALL = typer.Option("--all", help="Make all tables.")
-_WORKERS = typer.Option("--workers", min=1, help="Runs at once. [default: one for each core]", show_default=False)
+_WORKERS = typer.Option(
+    "--workers", min=1, help=escape("Runs at once. [default: one for each core]"), show_default=False
+)
 
 
 app = typer.Typer(
@@ -161,7 +163,7 @@ def _perform(plans: "list[Plan]", directory: Path, page: Path, budget: str, work
     found = records.load(directory)
     for table, rows, _ in plans:
         _show(table, {name: found[table.name][name] for name in rows})
-    report.write(page, found, suite.tables(budget))
+    report.write(page, found, suite.tables(budget), budget)
     print(f"page: {page / 'results.md'}; records: {directory}")
 
 
@@ -186,7 +188,15 @@ def _show(table: "Table", rows: "dict[str, list[Record]]") -> None:
 
 
 def _list(tables: "dict[str, Table]") -> None:
-    grid = Grid("group", "table", "title", "arms", "seeds")
+    """Print the tables, and what their arms are."""
+    from studies import report
+
+    grid = Grid("group", "table", "title", Column("arms", overflow="fold"), "seeds")
     for table in tables.values():
         grid.add_row(table.group, table.name, escape(table.title), " ".join(table.rows), str(table.seeds))
     Console().print(grid)
+    _, *lines = report.names([(table, {name: [{}] for name in table.rows}) for table in tables.values()])
+    legend = Grid("arm", Column("names", overflow="fold"))
+    for title, called in lines:
+        legend.add_row(escape(title), called.replace("`", ""))
+    Console().print(legend)

@@ -12,12 +12,13 @@ Records = Mapping[str, Mapping[str, Sequence[Record]]]
 IMAGE = "eval-{}.png"
 
 
-def page(found: Records, tables: Mapping[str, Table]) -> str:
+def page(found: Records, tables: Mapping[str, Table], budget: str = "cpu") -> str:
     """Return the page.
 
     Args:
         found: Records by table, row and seed, as `records.load` gives them.
         tables: The tables by name. Those without records are left out.
+        budget: Whose tables these are. Those of "smoke" compare nothing.
 
     Returns:
         Markdown.
@@ -26,14 +27,16 @@ def page(found: Records, tables: Mapping[str, Table]) -> str:
     parts = ["# Results", sentences.INTRODUCTION, *sentences.machines(found)]
     if lacking := missing(found, tables):
         parts.append(sentences.missing(lacking))
-    if len(summary := overview(shown)) > 1:
+    if budget == "smoke":
+        parts.append(sentences.SMOKE)
+    elif len(summary := overview(shown)) > 1:
         parts += ["## In short", sentences.OVERVIEW, markdown(summary)]
         parts += ["## Where it does not help", sentences.NO_HELP, *no_help(shown)]
-    if chosen := recommendation(found):
+    if budget != "smoke" and (chosen := recommendation(found)):
         parts += ["## Defaults", sentences.DEFAULTS, *chosen]
     for table, rows in shown:
         ordered = in_order(table, rows)
-        parts += [f"## {table.title}", *sentences.settings(table, ordered)]
+        parts += [f"## {table.title}", *sentences.settings(table, ordered, budget)]
         parts.append(f"![{table.title}: score against steps](images/{IMAGE.format(table.name)})")
         parts.append(markdown(cells(table, ordered)))
         if solver := solver_table(table, ordered):
@@ -43,6 +46,7 @@ def page(found: Records, tables: Mapping[str, Table]) -> str:
             ]
         if gradients := gradient_table(table, ordered):
             parts += [sentences.GRADIENTS, gradients]
+    parts += ["## Names of arms", sentences.ARMS, markdown(names(shown))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -60,6 +64,20 @@ def missing(found: Records, tables: Mapping[str, Table]) -> list[str]:
         if open_rows:
             lacking.append(name if len(open_rows) == len(table.rows) else f"{name} ({', '.join(open_rows)})")
     return lacking
+
+
+def names(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> list[list[str]]:
+    """Return a line for each arm: its title, and its names.
+
+    Args:
+        shown: Tables and their records.
+    """
+    found: dict[str, list[str]] = {}
+    for table, rows in shown:
+        for name in in_order(table, rows):
+            called = found.setdefault(table.rows[name].title if name in table.rows else name, [])
+            called += [] if f"`{name}`" in called else [f"`{name}`"]
+    return [["arm", "name"], *([title, ", ".join(called)] for title, called in found.items())]
 
 
 def overview(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> list[list[str]]:
@@ -137,14 +155,14 @@ def in_order(table: Table, rows: Mapping[str, Sequence[Record]]) -> dict[str, Se
     return known | {name: runs for name, runs in rows.items() if name not in known and runs}
 
 
-def write(directory: Path, found: Records, tables: Mapping[str, Table], *, name: str = "results.md") -> None:
+def write(directory: Path, found: Records, tables: Mapping[str, Table], budget: str = "cpu") -> None:
     """Write the page and its pictures.
 
     Args:
         directory: Where the page goes; pictures go to `images/` in it.
         found: As in `page`.
         tables: As in `page`.
-        name: Of the page.
+        budget: As in `page`.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -157,4 +175,4 @@ def write(directory: Path, found: Records, tables: Mapping[str, Table], *, name:
         if table.name in found:
             figure = pictures.table(table, in_order(table, found[table.name]))
             figure.savefig(images / IMAGE.format(table.name))
-    (directory / name).write_text(page(found, tables), encoding="utf-8")
+    (directory / "results.md").write_text(page(found, tables, budget), encoding="utf-8")

@@ -42,6 +42,10 @@ that is never behind, in the order shown. `implicit_attention/recommended.py` sa
 Here, relative biases learn at the same rate as all other weights, as with an optimiser that gets a model's
 parameters. In all other rows they learn at ten times that rate, and do better."""
 
+ARMS = "What `--arm` and the folders of records call them:"
+
+SMOKE = "Made with `--budget smoke`: two steps of tiny models show that all runs; their figures say nothing."
+
 SOLVER = "How the solver did at the last evaluation, and whether a second start leads to the same equilibrium:"
 
 GRADIENTS = """Cosine between each gradient and the exact one (float64, equilibrium and adjoint to 1e-10), over all
@@ -86,7 +90,7 @@ def machines(found: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[str]:
     ]
 
 
-def settings(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[str]:
+def settings(table: Table, rows: Mapping[str, Sequence[Record]], budget: str) -> list[str]:
     """Return the settings that all runs of a table share."""
     every = [run["settings"] for runs in rows.values() for run in runs]
     settings = every[0]
@@ -113,7 +117,7 @@ def settings(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[str]:
         sentences.append(
             "*Unsettled, at worst* is the largest share of samples above tolerance in any step of training."
         )
-    return [" ".join(sentences), origin(table, rows)]
+    return [" ".join(sentences), origin(table, rows, budget)]
 
 
 def rates(table: Table) -> list[str]:
@@ -128,10 +132,10 @@ def rates(table: Table) -> list[str]:
     return [f"Learning rates: {tried}, each for all seeds."]
 
 
-def origin(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
+def origin(table: Table, rows: Mapping[str, Sequence[Record]], budget: str) -> str:
     """Return the command that makes a table again, the commits that made it, and the seconds it took."""
     every = [run for runs in rows.values() for run in runs]
     commits = sorted({commit[:7] for run in every if (commit := (run.get("environment") or {}).get("commit"))})
     seconds = sum(run["wall_seconds"] for run in every)
     made = f" Made by commit {', '.join(commits)}." if commits else " The records name no commit."
-    return f"`implicit-attention eval {table.name} --budget cpu`: {seconds:,.0f} s for the runs that count.{made}"
+    return f"`implicit-attention eval {table.name} --budget {budget}`: {seconds:,.0f} s for the runs that count.{made}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from implicit_attention.cli.environment import environment
 from implicit_attention.cli.faults import one_line
@@ -56,7 +57,7 @@ def uptrain(
     model: Annotated[str, typer.Option(help="Model to train on; {seed} in it stands for the seed.")],
     out: Annotated[Path, typer.Option(help="Directory for records, table and curve.")],
     few: Annotated[str, typer.Option(help="The layers of the arms named few, such as 6,12,18.")],
-    arm: Annotated[list[str] | None, typer.Option(help="An arm; can be repeated. [default: all]")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help=escape("An arm; can be repeated. [default: all]"))] = None,
     seeds: Annotated[str, typer.Option(help="Such as 0,1,2.")] = "0,1,2",
     steps: Annotated[int, typer.Option(min=1)] = 200,
     length: Annotated[int, typer.Option(min=2)] = 256,

@@ -87,7 +87,9 @@ def gain(
     pulled = _pulled(key, weight, rotated)  # [B, H, M]
     heads = pulled.shape[1]
     computed = ROUNDINGS * torch.finfo(value.dtype).eps
-    rounding = stored**2 + computed + computed**2 * _given_scores(key, made, scale, heads, hidden)  # [B, H]
+    # Without `made` nothing: torch.export cannot save a region without gradients that has no operations.
+    given = 0.0 if made is None else _given_scores(key, made, scale, heads, hidden)  # [B, H]
+    rounding = stored**2 + computed + computed**2 * given
     radius, size = (for_heads(t, heads) for t in _ball(value, dropout, hidden))
     by_head = pulled * (scale**2 * (radius + rounding * size))[..., None]
     if not rows_are_keys:
@@ -131,10 +133,8 @@ def _mean(t: Tensor, hidden: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def _given_scores(key: Tensor, made: Tensor | None, scale: float, heads: int, hidden: Tensor | None) -> Tensor | float:
+def _given_scores(key: Tensor, made: Tensor, scale: float, heads: int, hidden: Tensor | None) -> Tensor:
     """A bound of the squares of the scores at y = 0, `[B, H]`, without a gradient: it measures rounding."""
-    if made is None:
-        return 0.0
     made = split_heads(made.to(key.dtype), made.shape[-1] // key.shape[-1])
     asked, given = (_largest(torch.linalg.vector_norm(t, dim=-1), hidden) for t in (made, key))
     largest = 1.0 / torch.finfo(key.dtype).eps  # beyond that nothing is left of the weights

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from implicit_attention.cli.faults import one_line, terminable
 from implicit_attention.training.faults import RunError, unwritable
@@ -49,7 +50,8 @@ def convert(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="How far outputs may differ, as a part of the largest. [default: 1e-5; 0.05 in half precision]",
+            help="How far outputs may differ, as a part of the largest. "
+            + escape("[default: 1e-5; 0.05 in half precision]"),
             metavar="PART",
         ),
     ] = None,

@@ -44,7 +44,8 @@ def watch_for_collapse(
 
     That is an equilibrium of every layer without a causal mask whose queries see nothing but outputs: if all outputs
     agree, so do all queries. With the softmax over queries the weights are then uniform, and `Omega_Q` and `W_K` get no
-    gradient. Layers with a mask, positions or `query_input=True` are not watched.
+    gradient. Layers with a mask, positions or `query_input=True` are not watched; those with `max_gain` only outside of
+    compiled graphs, which hold them whole.
 
     Args:
         settings: Of the layer.
@@ -56,6 +57,8 @@ def watch_for_collapse(
     """
     apart = positions is not None or inputs.attn_mask is not None
     if not can_collapse(settings, start, apart) or not start.numel() or maps.transforms_active():
+        return
+    if torch.compiler.is_compiling() and settings.max_gain is not None:
         return
     padding, sentence = inputs.key_padding_mask if inputs.context is None else None, _COLLAPSED[settings.rows_are_keys]
     look: Callable[..., None] = _look

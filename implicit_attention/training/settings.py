@@ -59,7 +59,8 @@ class Settings:
     values: Literal["linear", "feedback"] = _setting(
         "linear",
         "Implicit only: what values are made from. [bold]linear[/bold]: the input. [bold]feedback[/bold]: the input, "
-        "and for later tokens the output too, so that a layer keeps state.",
+        "and for later tokens the output too, so that a layer keeps state. With --attention ordinary: which model's "
+        "weights to match.",
         "Model",
         fixed=True,
     )
@@ -138,8 +139,8 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Device to compute on.", "Run")
     kernel: Literal["auto", "torch", "cpp", "numba"] = _setting(
         "auto",
-        "Kernels of the implicit layers. [bold]auto[/bold]: cpp on a CPU, torch elsewhere. [bold]numba[/bold] is the "
-        "old name of cpp.",
+        "Kernels of the implicit layers. [bold]auto[/bold]: cpp on a CPU, on a CUDA device Triton's if they pass a "
+        "self-test, torch elsewhere. [bold]numba[/bold] is the old name of cpp.",
         "Run",
     )
     bf16: bool = _setting(False, "Compute in bfloat16, with weights in float32.", "Run")

@@ -108,7 +108,10 @@ def _check_converted(settings: Settings, config: PreTrainedConfig, said: Mapping
     for name in ("self_query", "values"):
         wanted, has = said.get(name), getattr(config, name)
         if wanted not in (has, None):
-            raise RunError(f"{name}: the model of --from was converted with {has}: convert it with {wanted}.")
+            raise RunError(
+                f"{name}: the model of --from has {has}, which training cannot change: leave it out, or convert the "
+                f"original with {wanted}."
+            )
 
 
 def _implicit(config: PreTrainedConfig) -> list[int]:

@@ -272,6 +272,13 @@ def test_the_default_tolerance_gives_what_the_guide_says(batch, length, sharpnes
     assert max(float((g - e).norm() / e.norm()) for g, e in zip(grads, exact, strict=True)) < 0.05
 
 
+def test_the_adjoint_allows_for_rounding():
+    """A tolerance below it would call every gradient untrustworthy."""
+    torch.manual_seed(0)
+    layer = ImplicitQueryAttention.for_encoder(16, 4, solver=Contraction(rtol=1e-12), on_failure="raise")
+    layer(torch.randn(2, 30, 16)).sum().backward()
+
+
 def test_fixed_steps_take_exactly_so_many_and_report_the_residual():
     layer, x = make(torch.float32, solver=Contraction(steps=4), on_failure="ignore"), torch.randn(3, 9, 16)
     found = layer.solve(x.requires_grad_())

@@ -1,5 +1,7 @@
 """Layers with `max_gain` under torch.compile(fullgraph=True) and torch.export: same values, gradients and reports."""
 
+import io
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ LAYERS = {
     "encoder": {"positions": "rope"},
     "groups-relative": {"num_kv_heads": 2, "positions": "relative", "bias": True},
     "keys": {"normalize_over": "keys", "num_kv_heads": 2},
-    "steps": {"solver": Contraction(steps=4)},
+    "steps": {"solver": Contraction(steps=12)},
+    "no-query-input": {"query_input": False},
 }
 
 
@@ -74,6 +77,25 @@ def test_export_with_any_batch(options):
     for shape in ((5, 9), (1, 4)):
         given = torch.randn(*shape, x.shape[-1], dtype=x.dtype)
         torch.testing.assert_close(program.module()(given), layer(given), rtol=1e-11, atol=1e-11)
+
+
+SAVED = LAYERS | {
+    "masked-cross": {"normalize_over": "keys"},
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_an_exported_layer_is_saved_and_loaded(name):
+    layer, x = make(**SAVED[name])
+    layer, x, named = layer.eval(), x.detach(), {}
+    inputs = (x, torch.randn(2, 7, 16, dtype=x.dtype)) if name == "masked-cross" else (x,)
+    if name == "masked-cross":
+        named["key_padding_mask"] = torch.arange(7).expand(2, 7) > 4
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(layer, inputs, named), file)
+    file.seek(0)
+    found = torch.export.load(file).module()(*inputs, **named)
+    torch.testing.assert_close(found, layer(*inputs, **named), rtol=1e-11, atol=1e-11)
 
 
 def test_nan_is_said_by_compiled_layers_too():

@@ -17,7 +17,7 @@ def invoke(*arguments):
 
 
 def test_help_teaches():
-    page = invoke("eval", "--help").output
+    page = " ".join(invoke("eval", "--help").output.replace("│", " ").split())
     for words in (
         "recall-64 --arm ordinary --arm implicit",
         "eval list",
@@ -25,6 +25,8 @@ def test_help_teaches():
         "--seeds",
         "0-4",
         "seed-N",
+        "[default: all of the table's]",
+        "[default: one for each core]",
     ):
         assert words in page
 

@@ -217,6 +217,21 @@ def test_page_has_every_table_and_picture(made):
     assert page == report.page(records.load(directory), shown)
 
 
+def test_a_page_of_the_quick_check_compares_nothing(made):
+    directory, shown = made
+    page = report.page(records.load(directory), shown, "smoke")
+    assert "--budget smoke" in page
+    assert "their figures say nothing" in page
+    for absent in ("--budget cpu`:", "## In short", "## Where it does not help", "## Defaults"):
+        assert absent not in page
+
+
+def test_every_arm_has_its_name_on_the_page(made):
+    directory, shown = made
+    lines = report.names([(shown["before"], records.load(directory)["before"])])
+    assert ["ordinary attention, 1 layer", "`ordinary`"] in lines
+
+
 def test_gradients_are_compared_with_the_exact_one(made):
     directory, _ = made
     for record in records.load(directory)["gradients"]["implicit"]:

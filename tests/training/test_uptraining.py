@@ -197,10 +197,10 @@ def test_what_cannot_be_is_refused_before_anything_is_written(trained, tmp_path,
         run.plan({"layers": "all"}, {}, resume=False)
     source = converted(tmp_path, trained)
     refuse(source, tmp_path, "has implicit layers already: leave it out", layers="1")
-    refuse(source, tmp_path, "values: the model of --from was converted with linear", values="feedback")
+    refuse(source, tmp_path, "values: the model of --from has linear, which training cannot change", values="feedback")
     (tmp_path / "second").mkdir()
-    refuse(converted(tmp_path / "second", trained, values="feedback"), tmp_path, "was converted with feedback",
-           values="linear")  # fmt: skip
+    second = converted(tmp_path / "second", trained, values="feedback")
+    refuse(second, tmp_path, "has feedback, which training cannot change", values="linear")
     monkeypatch.setitem(sys.modules, "peft", None)
     refuse(
         trained, tmp_path, "train: lora needs the package peft: pip install 'implicit-attention.lora.'", train="lora"

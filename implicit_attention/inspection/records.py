@@ -29,7 +29,7 @@ class Trouble:
     advice: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerReport:
     """One layer on one sample: N tokens, H heads, M tokens that are seen (M = N unless there is a context).
 
@@ -90,6 +90,15 @@ class LayerReport:
     maps: Tensor
     settled_map: Tensor
     troubles: tuple[Trouble, ...] = ()
+
+    def __repr__(self) -> str:
+        """In one line, without the tensors."""
+        heads, tokens, _ = self.settled_map.shape
+        troubles = ", ".join(trouble.kind for trouble in self.troubles) or "none"
+        return (
+            f"LayerReport({self.name!r}, {self.structure}, {heads} heads, {tokens} tokens, settles={self.settles}, "
+            f"radius={self.radius:.3g}, troubles: {troubles})"
+        )
 
     @property
     def settles(self) -> bool:

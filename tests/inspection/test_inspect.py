@@ -127,6 +127,8 @@ def test_the_words_name_the_trouble(name):
     x = torch.randn(64, layer.embed_dim) if x is None else x
     report = inspect(layer, x)
     assert report.layers[0].troubles[0].kind == kind
+    assert f"troubles: {kind}" in repr(report.layers[0])
+    assert len(repr(report.layers[0])) < 200
     assert words in report.summary
     assert report.settles is settles
     assert ("does not settle" in report.summary) is not settles

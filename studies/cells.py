@@ -138,6 +138,15 @@ def at_equal(runs: Sequence[Record], most: float, spent: Spent, sign: int) -> li
     return found
 
 
+def at_equal_seconds(rows: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
+    """Return the records with the score that each run had when the fastest row was done."""
+    most = min_spent(rows, seconds_spent)
+    return {
+        name: [{**run, "score": score} for run, score in zip(runs, at_equal(runs, most, seconds_spent, 1), strict=True)]
+        for name, runs in rows.items()
+    }
+
+
 def solver_table(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
     """Return the table of solver statistics, empty if no row has any."""
     lines = []

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from studies import choices, sentences, verdicts
-from studies.cells import cells, gradient_table, kinds_of, markdown, solved, solver_table, spread
+from studies.cells import at_equal_seconds, cells, gradient_table, kinds_of, markdown, solved, solver_table, spread
 from studies.run import Record
 from studies.table import Table
 
@@ -96,12 +96,35 @@ def overview(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> l
         lines.append([
             table.title, score.lstrip("-").replace("_", " ") + worst,
             *(contender(table, found[kind]) for kind in ("baseline", "implicit", "feedback")),
-            "; ".join(
-                f"{label}: {verdicts.compare(table, ours, found['baseline']).words}"
-                for kind, label in (("implicit", "implicit"), ("feedback", "values")) if (ours := found[kind])
-            ),
+            "; ".join(compared(table, rows, found)),
         ])  # fmt: skip
     return lines
+
+
+def compared(
+    table: Table, rows: Mapping[str, Sequence[Record]], found: Mapping[str, verdicts.Contender | None]
+) -> list[str]:
+    """Return how the best implicit arms compare with the strongest baseline; of bytes, at equal seconds too.
+
+    Args:
+        table: The table.
+        rows: Its records.
+        found: The best row of each kind.
+    """
+    in_time = at_equal_seconds(rows) if table.group == "bytes" else None
+    said = []
+    for kind, label in (("implicit", "implicit"), ("feedback", "values")):
+        ours, baseline = found[kind], found["baseline"]
+        if ours is None or baseline is None:
+            continue
+        words = verdicts.compare(table, ours, baseline).words
+        if in_time is not None:
+            mine, theirs = (verdicts.strongest(table, in_time, which) for which in (kind, "baseline"))
+            assert mine is not None
+            assert theirs is not None
+            words += f"; at equal seconds {verdicts.compare(table, mine, theirs).words}"
+        said.append(f"{label}: {words}")
+    return said
 
 
 def contender(table: Table, found: verdicts.Contender | None) -> str:

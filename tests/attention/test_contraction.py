@@ -250,6 +250,18 @@ def test_the_reported_residual_is_no_smaller_than_that_of_the_value(dtype):
     assert (own <= found.residual + 8 * torch.finfo(dtype).eps * found.value.abs().amax((1, 2))).all()
 
 
+@pytest.mark.parametrize("group", range(4))
+@torch.no_grad()
+def test_values_are_nearer_to_the_equilibrium_than_the_tolerance(group):
+    """A fifth of it, told by the rate of two steps: half as much again for what that does not see."""
+    for seed in range(100 * group, 100 * group + 100):
+        layer, x, inputs = random_case(seed)
+        y = layer.eval().solve(x, **inputs).value
+        layer.solver = Contraction(rtol=5e-2)
+        found, size = layer.solve(x, **inputs).value, y.abs().amax((1, 2))
+        assert bool(((found - y).abs().amax((1, 2)) <= 1.5 * 0.2 * 5e-2 * size + 1e-6 * size).all()), seed
+
+
 @pytest.mark.parametrize("sharpness", [1.0, 4.0, 16.0])
 @pytest.mark.parametrize(("batch", "length"), [(4, 64), (1, 600)])
 def test_the_default_tolerance_gives_what_the_guide_says(batch, length, sharpness):

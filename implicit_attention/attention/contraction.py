@@ -36,9 +36,9 @@ class Contraction(DirectSolver):
     It returns the image of an iterate. That iterate's residual is within `rtol max|F(y)| + atol`, and the image is
     within a fifth of that of the equilibrium, as far as the last two steps tell: by their rate r, it is at most
     `r / (1 - r)` residuals away. Mostly r is 0.03. After one step from a given start only the residual counts.
-    The reported residual is that of the iterate. The adjoint stops where its solution is within `rtol` of the cotangent,
-    told in the same way. Both allow for rounding. Defaults: 1e-10 in float64, 5e-2 in others; `atol` 0. The study
-    "contraction" found no difference in accuracy between 1e-1 and 1e-4.
+    The reported residual is that of the iterate. The adjoint stops where its solution is within `rtol` of the
+    cotangent, told in the same way. Both allow for rounding. Defaults: 1e-10 in float64, 5e-2 in others; `atol` 0. The
+    study "contraction" found no difference in accuracy between 1e-1 and 1e-4.
 
     Attributes:
         steps: Take exactly so many steps, forward and backward, and read nothing on the host: for CUDA graphs and

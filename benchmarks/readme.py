@@ -20,7 +20,6 @@ TASKS = {
     "khop-100": "follow 1 to 8 hops in 100 tokens",
     "parity": "parity, learned at 40 bits, judged at up to 160",
     "words-s3": "products in S3, learned at 32, judged at up to 128",
-    "bytes-1": "Python source, 1 block (bits per byte, less is better)",
     "bytes-2": "Python source, 2 blocks (bits per byte, less is better)",
     "digits-1": "which digit, no mask",
     "masked-bytes": "hidden bytes, no mask, 2 blocks (bits per byte, less is better)",

@@ -212,8 +212,8 @@ _ours = functools.partial(Arm, causal_only=True, ours=True)
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("ordinary", "ordinary attention, 1 layer", _ordinary),
-        Arm("ordinary-2", "ordinary attention, 2 layers", _ordinary, depth=2),
+        Arm("ordinary", "ordinary attention", _ordinary),
+        Arm("ordinary-2", "ordinary attention, twice the layers", _ordinary, depth=2),
         Arm("looped", "ordinary attention, looped", _ordinary, looped=True),
         _baseline("keys-2", "ordinary attention, 2-tap convolution on keys", _keys(2)),
         _baseline("keys-4", "ordinary attention, 4-tap convolution on keys", _keys(4)),

@@ -125,12 +125,12 @@ def test_the_overview_sets_the_strongest_baseline_beside_the_implicit_arm():
         "implicit": [run(0, 1.0, solved_at=4, seconds=4.0)],
     }
     lines = report.overview([(shown, rows)])
-    assert cell(lines, 1, "strongest baseline") == "ordinary attention, 2 layers: 1.000; 1 of 1 seeds, 2 steps"
+    assert cell(lines, 1, "strongest baseline") == "ordinary attention, twice the layers: 1.000; 1 of 1 seeds, 2 steps"
     assert cell(lines, 1, "implicit") == "implicit: 1.000; 1 of 1 seeds, 4 steps"
     assert cell(lines, 1, "values read outputs") == ""
     assert cell(lines, 1, "verdict") == "implicit: both solve 1 of 1 seeds; 2 times the steps, 8 times the seconds"
     (line,) = report.no_help([(shown, rows)])
-    assert "Strongest baseline: ordinary attention, 2 layers. Implicit: both solve 1 of 1 seeds" in line
+    assert "Strongest baseline: ordinary attention, twice the layers. Implicit: both solve 1 of 1 seeds" in line
     rows["implicit"] = [run(0, 1.0, solved_at=2, seconds=0.5)]
     assert report.no_help([(shown, rows)]) == []
     assert len(report.overview([(replace(shown, group="studies"), rows)])) == 1
@@ -229,7 +229,7 @@ def test_a_page_of_the_quick_check_compares_nothing(made):
 def test_every_arm_has_its_name_on_the_page(made):
     directory, shown = made
     lines = report.names([(shown["before"], records.load(directory)["before"])])
-    assert ["ordinary attention, 1 layer", "`ordinary`"] in lines
+    assert ["ordinary attention", "`ordinary`"] in lines
 
 
 def test_gradients_are_compared_with_the_exact_one(made):

@@ -113,7 +113,7 @@ class BlockSolver(BlockRows):
             if sweep == 1 and not bool(torch.isfinite(residual).all()):
                 raise NonFiniteError("the map gave NaN or Inf")
             final = self._final(sweep, queries, residual, size, size * rtol + atol)
-            everyone = bool(self._waits.all())
+            everyone = checked = bool(self._waits.all())
             if self.roots is not None:
                 corrected = self._newton(sweep, queries, (a, p), f, change)
                 f = corrected if sweep <= STEADY else torch.where(self._plain[..., None, None], f, corrected)
@@ -136,8 +136,10 @@ class BlockSolver(BlockRows):
                 if reached < asked:
                     break
                 limit, asked = limit + MORE_SWEEPS, reached + MORE_SWEEPS // 4
-            moves = ~(self._waits[:, None] | self._held())
-            y = torch.lerp(y, f, moves[..., None, None].to(y.dtype))
+            stays = self._waits[:, None] | self._held()
+            if sweep > STEADY + PLAIN and not checked:  # later rows amplify the rounding that would go on in final ones
+                stays = stays | (final & ~self._slow).long().cumprod(1).bool()
+            y = torch.lerp(y, f, (~stays)[..., None, None].to(y.dtype))
         total = torch.logaddexp(lse, own)
         return Block(y, queries, total, residual, size, sweep, everyone)
 

@@ -97,8 +97,8 @@ class Contraction(DirectSolver):
             query, y, lse = passes.forward(at)
             if count == first:  # a given start may have any size
                 wanted, rounding = atol + rtol * passes.size(y), passes.rounding()
+                allowed = wanted + rounding
             residual = passes.size(y - at)
-            allowed = wanted + rounding
             if before is not None:
                 rate = passes.rate(residual, before)
                 allowed = wanted * (_NEARER * (1.0 - rate) / rate).clamp_max(1.0) + rounding

@@ -137,7 +137,9 @@ class BlockSolver(BlockRows):
                     break
                 limit, asked = limit + MORE_SWEEPS, reached + MORE_SWEEPS // 4
             stays = self._waits[:, None] | self._held()
-            if sweep > STEADY + PLAIN and not checked:  # later rows amplify the rounding that would go on in final ones
+            # The first rows that are final now stay: they would go on changing by their rounding, which later rows
+            # amplify. Not after a check, which moves final rows to other roots.
+            if sweep > STEADY + PLAIN and not checked:
                 stays = stays | (final & ~self._slow).long().cumprod(1).bool()
             y = torch.lerp(y, f, (~stays)[..., None, None].to(y.dtype))
         total = torch.logaddexp(lse, own)

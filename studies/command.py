@@ -195,7 +195,7 @@ def _list(tables: "dict[str, Table]") -> None:
     for table in tables.values():
         grid.add_row(table.group, table.name, escape(table.title), " ".join(table.rows), str(table.seeds))
     Console().print(grid)
-    _, *lines = report.names([(table, {name: [{}] for name in table.rows}) for table in tables.values()])
+    _, *lines = report.names([(table, list(table.rows)) for table in tables.values()])
     legend = Grid("arm", Column("names", overflow="fold"))
     for title, called in lines:
         legend.add_row(escape(title), called.replace("`", ""))

@@ -46,7 +46,8 @@ def page(found: Records, tables: Mapping[str, Table], budget: str = "cpu") -> st
             ]
         if gradients := gradient_table(table, ordered):
             parts += [sentences.GRADIENTS, gradients]
-    parts += ["## Names of arms", sentences.ARMS, markdown(names(shown))]
+    listed = [(table, list(in_order(table, rows))) for table, rows in shown]
+    parts += ["## Names of arms", sentences.ARMS, markdown(names(listed))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -66,15 +67,15 @@ def missing(found: Records, tables: Mapping[str, Table]) -> list[str]:
     return lacking
 
 
-def names(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> list[list[str]]:
+def names(listed: Sequence[tuple[Table, Sequence[str]]]) -> list[list[str]]:
     """Return a line for each arm: its title, and its names.
 
     Args:
-        shown: Tables and their records.
+        listed: Tables, and the rows of each.
     """
     found: dict[str, list[str]] = {}
-    for table, rows in shown:
-        for name in in_order(table, rows):
+    for table, rows in listed:
+        for name in rows:
             called = found.setdefault(table.rows[name].title if name in table.rows else name, [])
             called += [] if f"`{name}`" in called else [f"`{name}`"]
     return [["arm", "name"], *([title, ", ".join(called)] for title, called in found.items())]

@@ -45,7 +45,7 @@ parameters. In all other rows they learn at ten times that rate, and do better."
 
 ARMS = "What `--arm` and the folders of records call them:"
 
-SMOKE = "Made with `--budget smoke`: two steps of tiny models show that all runs; their figures say nothing."
+SMOKE = "Made with `--budget smoke`: two steps of tiny models, to see that everything runs. Their figures say nothing."
 
 SOLVER = "How the solver did at the last evaluation, and whether a second start leads to the same equilibrium:"
 

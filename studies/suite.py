@@ -86,7 +86,7 @@ def _recall() -> list[Table]:
         arms = (*arms, "looped", "recurrent") if length == 64 else arms
         task = MQAR(length, pairs, vocabulary)
         training = _RECALL_TRAINING[length]
-        finalists = None if length == 64 else FINALISTS
+        finalists = None if length == 64 else FINALISTS  # the first was made when all seeds tried all rates
         made.append(Table(name, "recall", title, task, rows_of(arms, _RECALL_SIZES), training, 3, finalists))
     return made
 

@@ -221,14 +221,14 @@ def test_a_page_of_the_quick_check_compares_nothing(made):
     directory, shown = made
     page = report.page(records.load(directory), shown, "smoke")
     assert "--budget smoke" in page
-    assert "their figures say nothing" in page
+    assert "Their figures say nothing" in page
     for absent in ("--budget cpu`:", "## In short", "## Where it does not help", "## Defaults"):
         assert absent not in page
 
 
 def test_every_arm_has_its_name_on_the_page(made):
-    directory, shown = made
-    lines = report.names([(shown["before"], records.load(directory)["before"])])
+    _, shown = made
+    lines = report.names([(shown["before"], list(shown["before"].rows))])
     assert ["ordinary attention", "`ordinary`"] in lines
 
 

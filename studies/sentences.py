@@ -26,8 +26,9 @@ How arms are compared:
 - Scores are mean ± standard deviation over seeds, at the last evaluation.
 - FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps.
 - Times are processor time of one thread, with one run on each core. The same seed gives the same scores again on the
-  same machine with the same commit. Tables that name no commit were made before records kept it, by an older causal
-  engine, which took other numbers of solver steps."""
+  same kind of processor with the same commit. Another processor rounds otherwise. Most scores then move within their
+  spread; parity beyond the trained length moves more ([both](choosing.md#values-that-read-outputs)). Tables that name
+  no commit were made before records kept it, by an older causal engine, which took other numbers of solver steps."""
 
 OVERVIEW = """The deciding score of each table, mean ± standard deviation over seeds; where a task can be solved, the
 seeds that solved it and their median steps. Each cell shows the best arm of its kind: most seeds solved, then fewest

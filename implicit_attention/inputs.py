@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.cache import Cache, DecodeCache, Past
@@ -43,8 +44,18 @@ class Inputs:
 
     @property
     def packed(self) -> bool:
-        """Whether samples hold several documents."""
-        return (self.segments is not None or self.cu_seqlens is not None) and self.x.numel() > 0
+        """Whether samples hold several documents that are solved apart: without an `attn_mask`."""
+        named = self.segments is not None or self.cu_seqlens is not None
+        return named and self.attn_mask is None and self.x.numel() > 0
+
+    @property
+    def masked_documents(self) -> Tensor | None:
+        """Where the document of each token begins, `[B, N]`, if the `attn_mask` keeps documents apart; else None."""
+        if self.segments is None or self.attn_mask is None:
+            return None
+        place = torch.arange(self.segments.shape[1], device=self.segments.device)
+        same = F.pad(self.segments[:, 1:] == self.segments[:, :-1], (1, 0))
+        return place.expand_as(self.segments).masked_fill(same, 0).cummax(-1).values
 
     @property
     def source(self) -> Tensor:
@@ -84,6 +95,23 @@ class InputOptions(TypedDict, total=False):
     start: Tensor | None
 
 
+_NAMES = tuple(InputOptions.__annotations__)
+
+
+def check_names(given: Mapping[str, object]) -> None:
+    """Refuse inputs of other names.
+
+    Args:
+        given: What a call was given beside `x` and `context`.
+
+    Raises:
+        TypeError: If one has no name of `InputOptions`.
+    """
+    for name in given:
+        if name not in _NAMES:
+            raise TypeError(f"`{name}` is no input of the layer. It takes x, context, {', '.join(_NAMES)}.")
+
+
 def checked(
     settings: Settings,
     weight: Tensor | None,
@@ -117,7 +145,8 @@ def checked(
     """
     check_input("x", x, weight, settings.embed_dim)
     if segments is not None or cu_seqlens is not None:
-        others = {"context": context, "attn_mask": attn_mask, "cache": cache, "start": start}
+        others: dict[str, object] = {"context": context, "cache": cache, "start": start}
+        others |= {"attn_mask": attn_mask} if segments is None else {}
         _check_documents(x, segments, cu_seqlens, others)
     if context is not None:
         _check_context(settings, weight, x, context)
@@ -215,7 +244,7 @@ def _check_documents(
 
 _REMEDIES = {
     "context": "Give every document its own call.",
-    "attn_mask": "Documents are kept apart without a mask; key_padding_mask hides tokens within them.",
+    "attn_mask": "Say by segments which tokens form a document: they go with a mask.",
     "cache": "A cache holds one document per sample: fill it document by document.",
     "start": "Give every document its own call.",
 }
@@ -309,7 +338,16 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
             mask,
             "Its rows are output tokens, its columns the tokens they may see.",
         )
-    return replace(inputs, attn_mask=mask.reshape(*lead, rows, cols))
+    inputs = replace(inputs, attn_mask=mask.reshape(*lead, rows, cols))
+    documents = inputs.masked_documents
+    return inputs if documents is None else replace(inputs, attn_mask=_keeping_apart(inputs.attn_mask, documents))
+
+
+def _keeping_apart(mask: Tensor | None, documents: Tensor) -> Tensor:
+    """A mask `[1 or B, 1 or H, N, N]` that hides other documents, too."""
+    assert mask is not None
+    others = (documents[:, :, None] != documents[:, None, :])[:, None]
+    return mask | others if mask.dtype == torch.bool else mask.masked_fill(others, -torch.inf)
 
 
 def _check_mask(name: str, mask: object, like: Tensor) -> None:

@@ -14,7 +14,7 @@ from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.reports import Reporting
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.errors import bad_type, bad_value
-from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, checked
+from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, check_names, checked
 from implicit_attention.recommended import Recommended
 from implicit_attention.settings import Configured, Settings
 from implicit_attention.solving import make_adjoint, make_solver, own, settle
@@ -184,8 +184,10 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                 raises, it stays as it was.
             segments: Packed documents: `[B, N]` (or `[N]`), int32 or int64. Each run of one number is a document (two
                 runs are two), which is an equilibrium of its own: its tokens see no others, its positions begin at 0.
-                Not next to `context`, `attn_mask`, `cache`, `start`.
-            cu_seqlens: The same for one sample, as the boundaries of its documents, `[docs + 1]` from 0 to N.
+                No work is done between documents, unless there is an `attn_mask`: it then hides other documents, too,
+                and nothing is read on the host, as a compiled graph needs it. Not next to `context`, `cache`, `start`.
+            cu_seqlens: The same for one sample, as the boundaries of its documents, `[docs + 1]` from 0 to N; not next
+                to `attn_mask`.
             start: Where an iterative solver begins, `[B, N, H d]` or `[N, H d]`: `solve(...).value` of inputs like
                 these saves steps. It gets no gradient.
             need_weights: Also return the attention matrix at the equilibrium (the only thing that makes one).
@@ -291,6 +293,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         return DecodeCache(batch_size, settings.num_kv_heads, settings.head_dim, capacity, device=device, dtype=dtype)
 
     def _inputs(self, x: Tensor, context: Tensor | None, **options: Unpack[InputOptions]) -> Inputs:
+        check_names(options)
         return checked(self.settings, checked_against(self.W_K), x, context, **options)
 
     def _check_gains(self, gains: bool) -> None:

@@ -64,6 +64,7 @@ class Settings:
         self._check_groups()
         self._check_choices()
         self._check_numbers()
+        assert self.widths  # kept from here on: a compiled graph cannot take the lock of the first read
 
     @property
     def inner_dim(self) -> int:

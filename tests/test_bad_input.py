@@ -96,7 +96,7 @@ def test_unknown_keywords_are_errors(make):
 
 SETTINGS = {
     "rtol-zero": (lambda: Picard(rtol=0.0), ValueError, "rtol", "> 0", "got 0.0"),
-    "atol-negative": (lambda: Anderson(atol=-1e-3), ValueError, "atol", "> 0", "got -0.001"),
+    "atol-negative": (lambda: Anderson(atol=-1e-3), ValueError, "atol", ">= 0", "got -0.001"),
     "rtol-nan": (lambda: Broyden(rtol=NAN), ValueError, "rtol", "> 0", "got nan"),
     "atol-inf": (lambda: NewtonKrylov(atol=INF), ValueError, "atol", "finite", "got inf"),
     "rtol-text": (lambda: Picard(rtol="1e-3"), TypeError, "rtol", "a number", "1e-3"),

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, vmap
 
 from implicit_attention import (
     Anderson,
+    Contraction,
     ForwardSubstitution,
     Implicit,
     ImplicitQueryAttention,
@@ -30,6 +31,7 @@ TOL = 1e-10
 EXACT = ForwardSubstitution(rtol=1e-13, atol=1e-13)
 IN_TORCH = ForwardSubstitution(rtol=1e-13, atol=1e-13, kernel="torch", block=4)
 
+CONTRACTING = {"max_gain": 0.9, "solver": Contraction(rtol=1e-13)}
 OPTIONS = {
     "seed": {},
     "window": {"window": 3, "num_heads": 2},
@@ -47,6 +49,14 @@ OPTIONS = {
     "picard": {"num_heads": 2, "solver": Picard(rtol=1e-13, atol=1e-13, max_steps=400)},
     "unmasked": {"is_causal": False, "num_heads": 2, "query_input": True, "positions": "rope"},
     "unmasked-keys": {"is_causal": False, "normalize_over": "keys", "num_heads": 2, "query_input": True},
+    "contraction": {"is_causal": False, "num_heads": 2, "query_input": True, "positions": "rope", **CONTRACTING},
+    "contraction-keys": {
+        "is_causal": False,
+        "normalize_over": "keys",
+        "query_input": True,
+        "bias": True,
+        **CONTRACTING,
+    },
 }
 LENGTHS = {
     "one": [11],
@@ -74,18 +84,22 @@ def numbered(lengths):
     return torch.cat([torch.full((n,), 7 * (i % 2)) for i, n in enumerate(lengths)])
 
 
-def separate(layer, x, lengths, padding=None, **options):
+def separate(layer, x, lengths, padding=None, mask=None, **options):
     """One call for each document of a sample `[N, D]`."""
-    masks = [None] * len(lengths) if padding is None else padding.split(lengths)
-    return [layer(d, key_padding_mask=m, **options) for d, m in zip(x.split(lengths), masks, strict=True)]
+    nothing = [None] * len(lengths)
+    paddings = nothing if padding is None else padding.split(lengths)
+    if mask is not None:
+        nothing = [part.split(lengths, 1)[i] for i, part in enumerate(mask.split(lengths))]
+    parts = zip(x.split(lengths), paddings, nothing, strict=True)
+    return [layer(d, key_padding_mask=p, attn_mask=m, **options) for d, p, m in parts]
 
 
-def check(layer, x, lengths, tol=TOL, padding=None):
+def check(layer, x, lengths, tol=TOL, padding=None, mask=None):
     """Values, and gradients of x and of all parameters, for one sample."""
     x = x.detach().requires_grad_()
     inputs = [x, *layer.parameters()]
-    packed = layer(x, segments=numbered(lengths), key_padding_mask=padding)
-    expected = torch.cat(separate(layer, x, lengths, padding))
+    packed = layer(x, segments=numbered(lengths), key_padding_mask=padding, attn_mask=mask)
+    expected = torch.cat(separate(layer, x, lengths, padding, mask))
     close(packed, array(expected), tol)
     cotangent = torch.randn_like(x)
     found, wanted = (torch.autograd.grad(y, inputs, cotangent, allow_unused=True) for y in (packed, expected))
@@ -103,6 +117,15 @@ def tokens(lengths, dtype=torch.float64):
 @every_option
 def test_documents_are_what_they_are_alone(options, lengths):
     check(make(options), tokens(lengths), lengths)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "hidden", "added"])
+@every_option
+def test_documents_that_a_mask_keeps_apart_are_what_they_are_alone(options, kind):
+    lengths = LENGTHS["mixed"]
+    hidden = torch.rand(sum(lengths), sum(lengths)) < (0.3 if kind == "hidden" else 0.0)
+    mask = torch.randn(hidden.shape, dtype=torch.float64) if kind == "added" else hidden
+    check(make(options), tokens(lengths), lengths, mask=mask)
 
 
 @given(
@@ -425,8 +448,8 @@ def test_bad_documents(options, error, parts):
 def test_documents_and_what_does_not_go_with_them():
     layer, segments = make({}), torch.zeros(2, 6).long()
     x = torch.randn(2, 6, 8, dtype=torch.float64)
-    with refused(ValueError, "attn_mask", "None next to segments", "key_padding_mask hides"):
-        layer(x, attn_mask=torch.zeros(6, 6).bool(), segments=segments)
+    with refused(ValueError, "attn_mask", "None next to cu_seqlens", "by segments"):
+        layer(x[0], attn_mask=torch.zeros(6, 6).bool(), cu_seqlens=torch.tensor([0, 6]))
     with refused(ValueError, "cache", "None next to segments", "document by document"):
         layer(x, cache=layer.make_cache(2, 6), segments=segments)
     with refused(ValueError, "context", "None next to segments", "own call"):
@@ -446,5 +469,8 @@ def test_compiled_layers_leave_the_graph():
     with pytest.raises(torch._dynamo.exc.Unsupported, match="lengths of packed documents"):
         torch.compile(layer, backend="aot_eager", fullgraph=True)(x, segments=numbered(lengths))
     torch._dynamo.reset()
-    with refused(ValueError, "segments", "exported program", "key_padding_mask"):
+    whole = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    close(whole(x, segments=numbered(lengths), attn_mask=torch.zeros(9, 9).bool()), array(expected), 1e-6)
+    torch._dynamo.reset()
+    with refused(ValueError, "segments", "exported program", "next to an attn_mask"):
         torch.export.export(layer, (x,), {"segments": numbered(lengths)}, strict=False)

@@ -89,24 +89,23 @@ class Contraction(DirectSolver):
         passes = _Passes(_contracting(function), args)
         rtol, atol = self.tolerances(dtype)
         first, y = (2, passes.from_zero()) if passes.start is None else (1, passes.start.clone())
-        at, size = y, passes.size(y)
+        at, size, rounding = y, passes.size(y), passes.rounding()
         done, steps = torch.zeros_like(size, dtype=torch.bool), torch.zeros_like(size, dtype=torch.long)
         before = size if passes.start is None else None  # the length of the last step: the first goes from zero
         for count in range(first, (self.steps or passes.most()) + 1):
             at = y if self.steps or count == first else torch.where(passes.by_system(done), at, y)
             query, y, lse = passes.forward(at)
-            if count == first:  # a given start may have any size
-                wanted, rounding = atol + rtol * passes.size(y), passes.rounding()
-                allowed = wanted + rounding
-            residual = passes.size(y - at)
+            residual, size = passes.size(y - at), passes.size(y)
+            allowed = atol + rtol * size
             if before is not None:
                 rate = passes.rate(residual, before)
-                allowed = wanted * (_NEARER * (1.0 - rate) / rate).clamp_max(1.0) + rounding
+                allowed *= (_NEARER * (1.0 - rate) / rate).clamp_max(1.0)
+            allowed += rounding
             steps, done = torch.where(done, steps, count), done | (residual <= allowed)
             if self.steps is None and _settled((residual - allowed).masked_fill(done, 0.0)):
                 break
             before = residual
-        size = passes.size(y).clamp_min(torch.finfo(residual.dtype).tiny)
+        size = size.clamp_min(torch.finfo(residual.dtype).tiny)
         return Solution(
             value=y.to(dtype),
             residual=residual,
@@ -225,7 +224,7 @@ class _Passes:
             found["bias"] = pull.made.sum((0, 1))
         if self._needed("gate", needs):
             gate = t["gate"].clamp_min(torch.finfo(t["gate"].dtype).tiny)
-            found["gate"] = (pull.output.to(gate.dtype) * at).sum((1, 2), keepdim=True) / gate
+            found["gate"] = (pull.output.to(gate.dtype) * at).sum_to_size(gate.shape) / gate
         if any(self._needed(f"term{i}", needs) for i in range(len(self.terms))):
             terms = self._partial(pull.lam, query, y, lse, bias_grad=True)[3:]
             found |= {f"term{i}": g for i, g in enumerate(terms)}

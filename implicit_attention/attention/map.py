@@ -75,7 +75,7 @@ class QueryMap:
             added: `W_Q x`, `[B, N, D]`.
             rotation: `[2, N, d / 2]`.
             norm_weight: What multiplies normed queries, `[d]`.
-            gate: Factor on y, `[B, 1, 1]`, float32 or wider: its gradient may exceed what half precision holds.
+            gate: Factor on y, `[B, 1 or N, 1]`, float32 or wider: its gradient may exceed what half precision holds.
         """
         q = split_heads(self.linear(y if gate is None else gate.to(y.dtype) * y, weight, bias, added), self.num_heads)
         if self.normalize:

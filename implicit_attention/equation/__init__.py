@@ -186,7 +186,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
         own_key = own_key if weight is None else own_key * weight
         tensors["self_score"] = own_scores(own_key, made, settings.scale, normalize=normalize)
     if inputs.start is not None:
-        start = inputs.start.to(start.dtype)
+        start = inputs.start.to(start.dtype, copy=True)  # callers write the next frame into their buffer
         tensors["start"] = start
     terms = _terms(layer, inputs, dtype)
     tensors |= {f"term{i}": tensor for i, (_, tensor) in enumerate(terms)}
@@ -206,25 +206,29 @@ def _norm_apart(settings: Settings) -> bool:
 def _contracting(
     settings: Settings, inputs: Inputs, key: Tensor, value: Tensor, tensors: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and the factor on y, `[B, 1, 1]`, with which the map contracts by `max_gain`; float32 or wider."""
+    """Keys, values and the factor on y with which the map contracts by `max_gain`, float32 or wider.
+
+    Returns:
+        Keys and values as they were; the factor, `[B, 1, 1]`, or `[B, N, 1]` where a mask keeps documents apart.
+    """
     assert settings.max_gain is not None
-    hidden = hidden_columns(inputs.padding)
+    hidden, documents = hidden_columns(inputs.padding), inputs.masked_documents
     if hidden is not None:  # no row reads them; whatever stands there would count as the size of the values
         value = value.masked_fill(hidden[:, None, :, None], 0.0)
     if not settings.rows_are_keys:  # all scores of a row move alike: rounding of what they share would be amplified
-        key = centred(key, hidden)
+        key = centred(key, hidden, documents)
     found = gain(
         key, value, tensors["weight"], scale=settings.scale, rows_are_keys=settings.rows_are_keys,
         rotated="rotation" in tensors, dropout=settings.dropout, hidden=hidden,
-        made=tensors.get("added") if settings.rows_are_keys else None,
+        made=tensors.get("added") if settings.rows_are_keys else None, documents=documents,
     )  # fmt: skip
     if hidden is not None and found.rows is not None:
         # Hidden tokens do not count in the bound. Where their own gain is larger, smaller keys bring it down.
         tiny = torch.finfo(found.rows.dtype).tiny
-        squared = found.squared[:, None]
+        squared = found.squared
         shrunk = (squared / torch.maximum(found.rows, squared).clamp_min(tiny)).clamp_min(tiny)
         key = key * torch.where(hidden, shrunk.sqrt(), 1.0)[:, None, :, None].to(key.dtype)
-    return key, value, found.factor(settings.max_gain)[:, None, None]
+    return key, value, found.factor(settings.max_gain)[..., None]
 
 
 def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equation:

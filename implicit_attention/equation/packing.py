@@ -19,6 +19,7 @@ from implicit_attention.inputs import Inputs, document_lengths
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_IN_A_GRAPH = "segments next to an attn_mask (it may hide nothing: zeros(N, N) of bool) need no lengths."
 _OVERHEAD = 128  # tokens: what a batch costs beyond its own; between 64 and 256 the measured times hardly differ
 
 
@@ -215,10 +216,10 @@ def outside_graphs(solve: Callable[P, R]) -> Callable[P, R]:
     """
     if torch.compiler.is_exporting():
         raise bad_value("segments", "None, as cu_seqlens, in an exported program", Came("packed documents"),
-                        "Export it for documents as samples, [docs, L, D], with a key_padding_mask.")  # fmt: skip
+                        f"{_IN_A_GRAPH} Or export it for documents as samples, [docs, L, D].")  # fmt: skip
     torch._dynamo.graph_break(
         msg="The lengths of packed documents (segments, cu_seqlens) are read on the host. Compile without "
-        "fullgraph=True, or give documents as samples, [docs, L, D]."
+        f"fullgraph=True, or give documents as samples, [docs, L, D]. {_IN_A_GRAPH}"
     )
     outside: Callable[P, R] = torch.compiler.disable(solve)  # type: ignore[no-untyped-call]
     return outside

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.utils.import_utils import is_tracing, torch_compilable_check
+from transformers.utils.import_utils import is_tracing
 
-from implicit_attention.errors import Came, bad_type, bad_value
+from implicit_attention.errors import bad_type, bad_value, require
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.settings import ROTATING
 
@@ -26,7 +26,7 @@ class Tokens(NamedTuple):
         held: Which columns of the cache no row sees, `[B, C]`; None if all are seen.
         order: Which slot of a static cache each column shows, `[C]`: the newest token stands last, as windows and
             biases on distance expect. None if columns are slots.
-        mask: Of implicit blocks, `[B, H, n, C + n]`: bool (True = hidden) or float; None if there is none.
+        mask: Of implicit blocks, `[B, H, n, C + n]` or `[n, n]`: bool (True = hidden) or float; None if there is none.
         segments: Which document each new token belongs to, `[B, n]`, int64; None if samples are documents.
         positions: Position of each new token, `[B, n]`; None if it is its place behind the cached ones.
         size: Slots of a static cache; None if there is none.
@@ -96,13 +96,13 @@ def documents(
     if seq_idx is not None:
         if tuple(seq_idx.shape) != shape:
             raise bad_value("seq_idx", f"of shape {shape}", seq_idx, "It numbers every token's document.")
-        return seq_idx.long()
+        return F.pad(seq_idx.diff(dim=-1) != 0, (1, 0)).cumsum(-1)  # two runs of one number are two documents
     if cu_seq_lens is not None:
         if batch != 1:
             raise bad_value("cu_seq_lens_q", f"None for a batch of {batch}", cu_seq_lens,
                             "Put all documents into one sample, or give position_ids that restart.")  # fmt: skip
         place = torch.arange(length, device=cu_seq_lens.device)
-        torch_compilable_check(cu_seq_lens[-1] == length, "`cu_seq_lens_q` must end with the number of tokens.")
+        require(cu_seq_lens[-1] == length, f"`cu_seq_lens_q` must end with the number of tokens, {length}.")
         return torch.bucketize(place, cu_seq_lens[1:].long(), right=True)[None]
     return None if position_ids is None else find_packed_sequence_indices(position_ids)
 
@@ -141,15 +141,12 @@ def describe(
         assert isinstance(length, int)
         tokens = _in_columns(config, x, length, seen, full)
     tokens = tokens._replace(size=size)
-    if segments is not None and is_tracing(x):  # the layer would read their lengths
-        apart = (segments[:, None, :, None] != segments[:, None, None, :]).expand(
-            -1, config.num_attention_heads, -1, -1
-        )
-        tokens = tokens._replace(mask=apart)
-    elif segments is not None:
-        _check_inside(position_ids, segments)
-        return tokens._replace(segments=segments)
-    return tokens._replace(positions=_positions(config, tokens, seen, position_ids))
+    if segments is None:
+        return tokens._replace(positions=_positions(config, tokens, seen, position_ids))
+    _check_inside(position_ids, segments)
+    if is_tracing(x) and tokens.mask is None:  # with a mask of whatever kind the layer does not read lengths
+        tokens = tokens._replace(mask=torch.zeros(new, new, dtype=torch.bool, device=x.device))
+    return tokens._replace(segments=segments)
 
 
 def _check_mask(mask: object, batch: int, new: int, length: int | Tensor, size: int | None) -> None:
@@ -227,9 +224,11 @@ def _check_inside(position_ids: Tensor | None, segments: Tensor) -> None:
     if position_ids is None:
         return
     leaps = (position_ids.diff(dim=-1) != 1) & (segments.diff(dim=-1) == 0)
-    if bool(leaps.any()):
-        raise bad_value("position_ids", "consecutive within each document", Came("positions that leap"),
-                        "Leave them out, or number each document's tokens 0, 1, 2, ...")  # fmt: skip
+    require(
+        ~leaps.any(),
+        "`position_ids` must be consecutive within each document, but got positions that leap. Leave them out, or "
+        "number each document's tokens 0, 1, 2, ...",
+    )
 
 
 def _positions(
@@ -257,12 +256,9 @@ def _positions(
         # Padding in between would shorten distances.
         padding = torch.where((~seen).cumprod(-1).sum(-1, keepdim=True) == padding, padding, padding - new - 1)
     fits = (moved == 0) | (moved == padding) | ~counted
-    message = (
+    require(
+        fits.all(),
         "`position_ids` must be each token's place among those that are no padding: distances are counted in columns "
-        f"with positions={config.positions!r}, window={config.window}, is_causal={config.is_causal}. Leave them out."
+        f"with positions={config.positions!r}, window={config.window}, is_causal={config.is_causal}. Leave them out.",
     )
-    if is_tracing(position_ids):
-        torch_compilable_check(fits.all(), message)
-    elif not bool(fits.all()):
-        raise ValueError(message)
     return position_ids if turns else None

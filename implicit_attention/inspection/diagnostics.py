@@ -115,7 +115,8 @@ def row_gains(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]
     """
     _refuse_dropout(layer)
     if not layer.triangular:
-        raise bad_value("layer", 'one with is_causal=True and normalize_over="queries"', layer,
+        came = f"is_causal={layer.is_causal}, normalize_over={layer.normalize_over!r}"
+        raise bad_value("layer", 'one with is_causal=True and normalize_over="queries"', Came(came),
                         "Use spectral_radius.")  # fmt: skip
     x = x if x.dim() == 3 else x[None]
     equation, y = layer.equation(x, **inputs), layer.solve(x, **inputs).value
@@ -245,6 +246,8 @@ def contraction_bound(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack
 def _bound_and_factor(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     equation = _equation(layer, x, inputs)
     function = _one_map(equation)
+    if inputs.get("segments") is not None:
+        raise _of_documents()
     if function.value_map is not None:
         raise bad_value("layer", "one whose values read no outputs", Came('one with values="feedback"'),
                         "Its equilibrium is unique whatever the weights: there is nothing to bound.")  # fmt: skip
@@ -263,7 +266,8 @@ def _bound_and_factor(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) 
         made=tensors.get("added") if function.rows_are_keys else None,
     )  # fmt: skip
     bound = found.squared.sqrt()
-    return bound, torch.ones_like(bound) if layer.max_gain is None else found.factor(layer.max_gain)
+    factor = torch.ones_like(bound) if layer.max_gain is None else found.factor(layer.max_gain)
+    return bound[:, 0], factor[:, 0]
 
 
 def _padding(x: Tensor, inputs: Inputs) -> Tensor | None:
@@ -279,9 +283,13 @@ def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> Equat
 
 def _one_map(equation: Equation) -> AttentionMap:
     if isinstance(equation.function, PackedMap):
-        raise bad_value("segments", "None, as cu_seqlens, for this figure", Came("packed documents"),
-                        "Take it document by document.")  # fmt: skip
+        raise _of_documents()
     return equation.function
+
+
+def _of_documents() -> ValueError:
+    came = Came("packed documents")
+    return bad_value("segments", "None, as cu_seqlens, for this figure", came, "Take it document by document.")
 
 
 def _refuse_dropout(layer: ImplicitQueryAttention) -> None:

@@ -69,6 +69,8 @@ def random_case(seed, largest=1000.0, rtol=1e-7):
     if mask is not None:
         hidden = torch.rand(rows, columns) < 0.4
         inputs["attn_mask"] = hidden if mask == "bool" else torch.randn(rows, columns, dtype=torch.float64)
+    if "context" not in inputs and mask is not None and choose(draw, True, False):
+        inputs["segments"] = torch.randint(0, 2, (batch, rows)).cumsum(1)
     if choose(draw, False, False, True):
         hidden = torch.rand(batch, columns) < 0.4
         inputs["key_padding_mask"] = choose(draw, hidden, torch.where(hidden, -math.inf, 0.0).double())
@@ -338,7 +340,7 @@ def test_the_bound_takes_half_types_wide():
     assert found.squared.dtype == torch.float32
     wide = gain(key.double(), value.double(), weight.double(), scale=0.5, rows_are_keys=True)
     # What is stored is rounded to a few epsilons of bfloat16: that much is added to the squared radius of each head.
-    radius, size = gains._ball(value.double(), 0.0, None)
+    radius, size = gains._ball(value.double(), 0.0, None, None)
     added = (gains.ROUNDINGS * torch.finfo(torch.bfloat16).eps) ** 2 * size
     assert (found.squared >= wide.squared * (1 - 1e-5)).all()
     assert (found.squared <= wide.squared * (1 + (added / radius).amax() + 1e-5)).all()
@@ -501,6 +503,34 @@ def test_a_start_saves_steps_and_changes_nothing_else(cross):
     torch.testing.assert_close(
         compiled(x, *context, start=plain.value.detach()), layer(x, *context), atol=1e-8, rtol=1e-8
     )
+
+
+@pytest.mark.parametrize("by_queries", [False, True], ids=["keys", "queries"])
+@torch.no_grad()
+def test_a_far_start_does_not_widen_the_tolerance(by_queries):
+    """Its image can be larger than the equilibrium by far, and the tolerance is relative to what is returned."""
+    options = {"normalize_over": "keys", "query_input": True} if by_queries else {"positions": "rope"}
+    for seed in range(100, 150):
+        torch.manual_seed(seed)
+        layer = ImplicitQueryAttention(2, 1, max_gain=0.9, scale=5.0, **options)
+        for weight in layer.parameters():
+            weight.mul_(3)
+        x, start = torch.randn(2, 64, 2, 2).unbind()
+        found = layer.solve(x, start=100 * start)
+        size = found.value.abs().amax(2 if by_queries else (1, 2))
+        rounding = 8 * torch.finfo(x.dtype).eps * layer.Omega_V(x).abs().amax()
+        assert found.converged.all()
+        assert (found.residual <= 5e-2 * size + rounding).all(), seed
+
+
+def test_a_start_may_be_overwritten_before_the_backward_pass():
+    torch.manual_seed(0)
+    layer, x = ImplicitQueryAttention(16, 2, query_input=True, max_gain=0.9), torch.randn(2, 9, 16)
+    buffer, weight = layer.solve(x).value.detach(), layer.W_K.weight
+    wanted = torch.autograd.grad(layer(x, start=buffer).sum(), weight)
+    y = layer(x, start=buffer)
+    buffer.zero_()
+    assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], wanted[0])
 
 
 def test_iterative_solvers_begin_where_the_call_says():

@@ -42,6 +42,15 @@ def test_compiles_as_a_whole(options):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "max_gain": None}], ids=["encoder", "causal"])
+def test_compiles_after_a_setting_changed(options):
+    """What settings keep must be there before the graph: the lock of a first read cannot be in it."""
+    layer, x = make(**options)
+    layer.dropout = 0.1
+    layer.eval()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
 def test_a_solution_comes_through():
     layer, x = make()
     found, expected = torch.compile(layer.solve, fullgraph=True, backend="aot_eager")(x), layer.solve(x)

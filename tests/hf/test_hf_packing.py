@@ -72,6 +72,45 @@ def test_documents_in_a_graph(options):
     torch.testing.assert_close(found, model(**given).logits, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("positions", ["rope", "alibi", "relative", None])
+@torch.no_grad()
+def test_bidirectional_documents_in_a_graph(positions):
+    solver = {"name": "contraction", "rtol": 1e-12}
+    model = tiny.make(ImplicitAttentionModel, is_causal=False, positions=positions, solver=solver).eval()
+    batch = collated()
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    torch._dynamo.reset()
+    found = torch.compile(model, fullgraph=True, backend="eager")(**given).last_hidden_state
+    torch.testing.assert_close(found, model(**given).last_hidden_state, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["implicit", "attention"])
+@torch.no_grad()
+def test_runs_of_one_number_are_documents(kind):
+    """In a graph, too."""
+    model = tiny.make(use_cache=False, layer_types=[kind] * 2, **TIGHT).eval()
+    ids, numbers = tiny.tokens(1, 9), torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0, 0]])
+    wanted = torch.cat([model(part).logits for part in ids.split([2, 3, 4], 1)], 1)
+    torch._dynamo.reset()
+    for call in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        torch.testing.assert_close(call(ids, seq_idx=numbers).logits, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("named", ["position_ids", "cu_seq_lens_q"])
+@torch.no_grad()
+def test_a_graph_says_what_does_not_fit(named):
+    """In the words that a call without a graph has."""
+    model, batch = tiny.make(use_cache=False), collated()
+    wrong = {
+        "position_ids": {"cu_seq_lens_q": torch.tensor([0, 3, 13])} | {"position_ids": batch["position_ids"]},
+        "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 3, 12])},
+    }[named]
+    torch._dynamo.reset()
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        with pytest.raises(ValueError, match=f"`{named}` must"):
+            call(batch["input_ids"], **wrong)
+
+
 def test_what_packed_documents_exclude():
     model, batch = tiny.make(), collated()
     given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}

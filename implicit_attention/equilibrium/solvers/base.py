@@ -171,9 +171,10 @@ class Method:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
-        for name in ("rtol", "atol"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
+        if self.rtol is not None:
+            check_positive("rtol", self.rtol)
+        if self.atol is not None:
+            check_positive("atol", self.atol, zero=True)
 
     def tolerances(self, dtype: torch.dtype, *, linear: bool = False) -> tuple[float, float]:
         """Return the relative and the absolute tolerance for a dtype.

@@ -150,14 +150,19 @@ class DecodeCache:
             live = _joined(self._held(), (column.to(self.column.dtype), value.to(self.value.dtype)))
         with _for_any_mode():
             self.column[:, :, new], self.value[:, :, new] = column.detach(), value.detach()
-            if hidden is not None and bool(hidden.any()):
-                if self.hidden is None:
-                    shape = (len(self.column), self.capacity)
-                    self.hidden = torch.zeros(shape, dtype=torch.bool, device=self.column.device)
-                self.hidden[:, new] = hidden  # behind what is used
+            if self.hidden is None and hidden is not None and bool(hidden.any()):
+                shape = (len(self.column), self.capacity)
+                self.hidden = torch.zeros(shape, dtype=torch.bool, device=self.column.device)
+            self._hide(new, hidden)
         self._live, self.used = live, new.stop
         if hidden is not None:
             self._forget_trailing(hidden)
+
+    def _hide(self, new: slice, hidden: Tensor | None) -> None:
+        """Say which new slots hold padding; a call that was interrupted may have said otherwise."""
+        if self.hidden is not None:
+            with _for_any_mode():
+                self.hidden[:, new] = False if hidden is None else hidden
 
     def ahead(self, count: int) -> tuple[Tensor, Tensor]:
         """Return where the next tokens belong, for them to be filled in and then taken (`advance`).
@@ -177,6 +182,7 @@ class DecodeCache:
         Args:
             count: How many.
         """
+        self._hide(slice(self.used, self.used + count), None)
         self.used += count
 
     def check(self, new: Tensor) -> None:

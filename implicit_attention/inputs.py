@@ -281,7 +281,7 @@ def _past(settings: Settings, inputs: Inputs, cache: Cache) -> Past | None:
         raise bad_value("cache", "None next to a context", Came("a cache"), "The context stands in its place.")
     refuse_recomputation()
     padding = inputs.key_padding_mask
-    if padding is not None and padding.dtype != torch.bool:
+    if isinstance(padding, Tensor) and padding.dtype != torch.bool:
         raise bad_type("key_padding_mask", "bool with a cache", padding)
     if isinstance(cache, DecodeCache):
         cache.check(_like_values(settings, inputs.x))

@@ -16,7 +16,7 @@ from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.errors import bad_type, bad_value
 from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, check_names, checked
 from implicit_attention.recommended import Recommended
-from implicit_attention.settings import Configured, Settings
+from implicit_attention.settings import CHANGEABLE, Configured, Settings
 from implicit_attention.solving import make_adjoint, make_solver, own, settle
 
 
@@ -34,8 +34,11 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
     `for_encoder` or `for_cross_attention`. The seed's map itself has no mask and collapses to the mean of its values.
 
     The settings can be read as attributes (`layer.num_heads`). Those that shape no parameter can be changed:
-    `is_causal`, `window`, `self_query`, `dropout`, `scale`.
+    `is_causal`, `window`, `self_query`, `feedback_norm`, `dropout`, `max_gain`, `scale`. So can `adjoint` and `solver`;
+    a solver that "auto" chose follows the settings.
     """
+
+    solver: Method
 
     def __init__(
         self,
@@ -115,7 +118,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             arXiv 1909.01377 (2019). Attention to own outputs: the Recurrent Transformer, arXiv 2604.21215.
         """
         super().__init__()
-        self.settings = settings = Settings(
+        self.settings = Settings(
             embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,  # type: ignore[arg-type]
             is_causal=is_causal, window=window, self_query=self_query, normalize_over=normalize_over,
             query_input=query_input, query_output=query_output, qk_norm=qk_norm, values=values,
@@ -125,9 +128,18 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         if dtype is not None and not dtype.is_floating_point:
             raise bad_type("dtype", "a floating-point dtype", dtype)
         self.adjoint = make_adjoint(adjoint)
-        self.solver = make_solver(solver, settings, self.adjoint)
+        self.solver = solver  # type: ignore[assignment]  # what it names: see __setattr__
         self._begin_reports(on_failure, f"{type(self).__name__}({embed_dim}, num_heads={num_heads})")
         self._make_modules(positions, {"device": device, "dtype": dtype})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. The solver has to fit the settings, and one that "auto" chose follows them."""
+        if name == "solver":
+            self.__dict__["_chosen"] = isinstance(value, str)
+            value = make_solver(value, self.settings, self.adjoint)
+        super().__setattr__(name, value)
+        if (name in CHANGEABLE or name == "adjoint") and self.__dict__.get("_chosen", False):
+            super().__setattr__("solver", make_solver("auto", self.settings, self.adjoint))
 
     def _make_modules(self, positions: str | Positions | None, where: dict[str, Any]) -> None:
         settings, head_dim = self.settings, self.settings.head_dim

@@ -64,7 +64,7 @@ class Settings:
         self._check_groups()
         self._check_choices()
         self._check_numbers()
-        assert self.widths  # kept from here on: a compiled graph cannot take the lock of the first read
+        _ = self.widths  # the first read takes a lock (Python 3.11), which has no place in a compiled graph
 
     @property
     def inner_dim(self) -> int:
@@ -206,7 +206,7 @@ class Settings:
 
 NAMES = frozenset(field.name for field in fields(Settings))
 # What a made layer can still change: the others decide the shapes of its parameters.
-_CHANGEABLE = frozenset({"is_causal", "window", "self_query", "feedback_norm", "dropout", "max_gain", "scale"})
+CHANGEABLE = frozenset({"is_causal", "window", "self_query", "feedback_norm", "dropout", "max_gain", "scale"})
 _SEEN = {"query_input", "query_output", "out_proj", "bias"}  # the printed modules show them
 _MODULES = frozenset({"out_proj"})  # settings whose names belong to the modules that they make
 
@@ -225,7 +225,7 @@ class Configured(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Change a setting, which is checked as in the constructor."""
-        if name in _CHANGEABLE:
+        if name in CHANGEABLE:
             self.settings = replace(self.settings, **{name: value})
         elif name in NAMES - _MODULES:
             raise AttributeError(f"`{name}` decides the shapes of parameters: make a new layer to change it")

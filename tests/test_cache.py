@@ -270,6 +270,23 @@ def test_an_append_that_is_interrupted_leaves_the_cache_as_it_was(monkeypatch):
         close(layer(x[:, 3:], cache=cache), layer(x)[:, 3:])
 
 
+def test_an_interrupted_append_leaves_no_padding_behind(monkeypatch):
+    """The cache knows padding from before; what the interrupted call said of new tokens must not stay."""
+    layer, x = make("heads", 6)
+    hidden = torch.tensor([[True, False, False], [False, False, False]])
+    caches = [layer.make_cache(2, 9) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            layer(x[:, :3], cache=cache, key_padding_mask=hidden)
+        monkeypatch.setattr(DecodeCache, "_forget_trailing", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            layer(x[:, 3:], cache=caches[0], key_padding_mask=~hidden)
+        monkeypatch.undo()
+        found = [[layer(x[:, i : i + 1], cache=cache) for i in range(3, 6)] for cache in caches]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_reorder_and_reset():
     layer, x = make("qk_norm-rope", 7)
     cache = layer.make_cache(2, 7)

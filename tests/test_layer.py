@@ -6,10 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from implicit_attention import ImplicitQueryAttention, RelativeBias, Rotary
+from implicit_attention import (
+    Anderson,
+    Contraction,
+    ForwardSubstitution,
+    Implicit,
+    ImplicitQueryAttention,
+    Picard,
+    RelativeBias,
+    Rotary,
+    Unrolled,
+)
 from implicit_attention.attention import spec as spec_module
 from tests import oracle
 from tests.bridge import array, close, make_layer, oracle_gradients, problem_of
+from tests.test_bad_input import refused
 
 # Residuals are solved to 1e-13 and gradients to 1e-13 of their size; both are amplified by 1 / (1 - contraction)
 # < 100 for these weights, and float64 adds 1e-15 per rounding.
@@ -312,3 +323,24 @@ def test_the_solution_of_a_call(batched):
     assert solution.gain is None
     with pytest.raises(ValueError, match="`gains` must be False without need_solution=True"):
         layer(x, gains=True)
+
+
+def test_a_solver_that_auto_chose_follows_the_settings():
+    layer, x = ImplicitQueryAttention(8, 2), torch.randn(1, 3, 8)
+    assert layer.solver == Anderson()
+    layer.is_causal = True
+    assert layer.solver == ForwardSubstitution()
+    layer.adjoint = Unrolled()
+    assert layer.solver == Anderson()
+    layer.adjoint, layer.is_causal, layer.max_gain = Implicit(), False, 0.5
+    assert layer.solver == Contraction()
+    layer(x)
+    layer.max_gain = None
+    assert copy.deepcopy(layer).solver == Anderson()
+    layer.solver = Picard()
+    layer.is_causal = True
+    assert layer.solver == Picard()
+    layer.solver = "auto"
+    assert layer.solver == ForwardSubstitution()
+    with refused(TypeError, "solver", "solver object", "got 3"):
+        layer.solver = 3

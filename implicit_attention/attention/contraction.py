@@ -148,6 +148,10 @@ class Contraction(DirectSolver):
         by_arg = passes.gradients(pull, at, query, y, lse, needs)
         return AdjointSolution(by_arg, residual, done, count)
 
+    def per_sample(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[bool, ...]:
+        """Return, for each of the map's tensors, whether its first dimension counts samples."""
+        return _contracting(function).per_sample(args)
+
 
 class _Pull(NamedTuple):
     """Products of a cotangent with the transposed derivatives of F.

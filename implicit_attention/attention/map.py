@@ -13,6 +13,7 @@ from torch import Tensor
 
 from implicit_attention.attention import AttentionSpec, attention
 from implicit_attention.attention.chunked import weights, with_own_values
+from implicit_attention.attention.masks import AdditiveMask
 from implicit_attention.attention.positions import rotate
 
 NORM_EPS = 1e-6
@@ -140,6 +141,10 @@ class AttentionMap:
         max_gain: The rate at which F contracts, if it is made to.
     """
 
+    _OF_SAMPLES: ClassVar[frozenset[str]] = frozenset(
+        {"key", "value", "added", "gate", "past_column", "past_value", "self_score", "seeds", "start"}
+    )
+
     spec: AttentionSpec
     query_map: QueryMap
     rows_are_keys: bool
@@ -169,6 +174,13 @@ class AttentionMap:
             own = for_heads(t["value"], row.shape[1])
             out = with_own_values(spec, seeds, (row, column, value, score, *terms), own)
         return merge_heads(out).to(y.dtype)
+
+    def per_sample(self, tensors: tuple[Tensor, ...]) -> tuple[bool, ...]:
+        """Return, for each of the tensors, whether its first dimension counts samples."""
+        batch = len(tensors[self.names.index("value")])
+        masks = {f"term{i}" for i, term in enumerate(self.spec.terms) if isinstance(term, AdditiveMask)}
+        own = self._OF_SAMPLES | masks
+        return tuple(name in own and len(t) == batch for name, t in zip(self.names, tensors, strict=True))
 
     def weights(self, y: Tensor, *tensors: Tensor) -> Tensor:
         """Return the whole attention matrix `[B, H, N, M]` at y, before dropout."""

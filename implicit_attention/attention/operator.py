@@ -79,7 +79,7 @@ class _Description(NamedTuple):
 
     def solver(self) -> Contraction:
         """The solver that is described."""
-        return Contraction(rtol=self.rtol, atol=self.atol or None, steps=self.steps or None)
+        return Contraction(rtol=self.rtol, atol=self.atol, steps=self.steps or None)
 
     def outputs(self, tensors: list[Tensor], dtype: torch.dtype) -> Results:
         """Empty tensors for what a solve gives, in the order of `Described.outputs`."""

@@ -133,6 +133,18 @@ class ForwardSubstitution(DirectSolver):
         by_arg = [None if g is None else g.to(a.dtype) for g, a in zip(found.by_arg, args, strict=True)]
         return replace(found, by_arg=by_arg)
 
+    def per_sample(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[bool, ...]:
+        """Return, for each of the map's tensors, whether its first dimension counts samples.
+
+        Args:
+            function: As in `equilibrium`.
+            args: As in `equilibrium`.
+
+        Returns:
+            A flag for each tensor.
+        """
+        return _causal(function).per_sample(args)
+
     def _adjoint(self, kernel: str, system: CausalSystem, y: Tensor, *given: Any) -> AdjointSolution:
         """The adjoint of a map whose values read no outputs; again, with caution, if a trusted block did not settle."""
         told: dict[str, Any] = {"kernel": kernel, "block": self.block}

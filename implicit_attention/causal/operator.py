@@ -24,7 +24,7 @@ class _Description(NamedTuple):
         scale: Factor on the scores.
         dropout: Probability.
         rtol: Relative tolerance of the solver.
-        atol: Absolute tolerance of the solver, 0 for its default.
+        atol: Absolute tolerance of the solver.
         window: Window of the mask, 0 for none.
         query_heads: Heads of the queries.
         normalize: Whether queries are normed, 0 or 1.
@@ -84,7 +84,7 @@ class _Description(NamedTuple):
 
     def solver(self) -> ForwardSubstitution:
         """The solver that is described."""
-        return ForwardSubstitution(block=self.block, kernel=self.kernel, rtol=self.rtol, atol=self.atol or None)
+        return ForwardSubstitution(block=self.block, kernel=self.kernel, rtol=self.rtol, atol=self.atol)
 
     def outputs(self, tensors: list[Tensor], dtype: torch.dtype) -> Results:
         """Empty tensors for what a solve gives, in the order of `Described.outputs`."""

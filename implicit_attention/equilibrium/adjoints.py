@@ -266,19 +266,15 @@ class _Run:
         """Return the gradients of `args`: first order from the kept graph, higher orders by recursion."""
         if torch.is_grad_enabled() or maps.transforms_active():
             return self._composable_backward(y, args, grad)
-        # Solve samples with NaN in their cotangent for 0, so that no other sample sees NaN, then set theirs to NaN.
-        broken = ~torch.isfinite(largest(grad))
-        any_broken = bool(broken.any())
-        by_sample = broken.reshape(-1, *[1] * (grad.dim() - 1))
-        grad = grad.masked_fill(by_sample, 0.0) if any_broken else grad
         if isinstance(self.adjoint_solver, DirectSolver):
-            by_arg = self._substitute_adjoint(self.adjoint_solver, y, args, memo, grad)
-            return [_poisoned(g, a, broken) for g, a in zip(by_arg, args, strict=True)] if any_broken else by_arg
+            given = (self.problem.function, args, y, memo, grad, self.needs)
+            return direct_gradients(self.adjoint_solver, *given, self.problem.report)
         kept = self.linearization
         if kept is None or not torch.equal(kept.y, y):
             kept = maps.Linearization(self.problem.function, y, args, self.needs)
+        grad, broken = _without_broken(grad)
         lam, by_arg = self._iterate_adjoint(kept, grad)
-        return kept.vjp(lam.masked_fill(by_sample, torch.nan))[1] if any_broken else by_arg
+        return by_arg if broken is None else kept.vjp(lam.masked_fill(_like(lam, broken), torch.nan))[1]
 
     def _iterate_adjoint(self, linearization: maps.Linearization, grad: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         last: tuple[Tensor, list[Tensor | None]] | None = None
@@ -293,14 +289,6 @@ class _Run:
         if last is not None and torch.equal(last[0], lam):
             return last  # the last product was taken at the solution, so it holds the gradients of the arguments
         return lam, linearization.vjp(lam)[1]
-
-    def _substitute_adjoint(
-        self, solver: DirectSolver, y: Tensor, args: tuple[Tensor, ...], memo: tuple[Tensor, ...], grad: Tensor
-    ) -> list[Tensor | None]:
-        with torch.autocast(y.device.type, enabled=False):
-            found = solver.adjoint(self.problem.function, args, y, memo, grad, self.needs)
-        self.problem.report.adjoint(found, grad, solver)
-        return found.by_arg
 
     def _composable_backward(self, y: Tensor, args: tuple[Tensor, ...], grad: Tensor) -> list[Tensor | None]:
         """As `backward`, in differentiable operations: the adjoint is the fixed point of a linear map."""
@@ -345,13 +333,56 @@ def _solve_opaquely(run: _Run, y0: Tensor, args: tuple[Tensor, ...]) -> Solution
 _FIGURES = 6  # outputs before the memo: value, residual, steps, converged, abs_trace, rel_trace
 
 
-def _poisoned(grad: Tensor | None, arg: Tensor, broken: Tensor) -> Tensor | None:
-    """Set a gradient to NaN in the samples whose cotangent holds NaN, or everywhere if samples share the tensor."""
-    if grad is None:
-        return None
-    if arg.shape[:1] == broken.shape and len(broken) > 1:
-        return grad.masked_fill(broken.reshape(-1, *[1] * (grad.dim() - 1)), torch.nan)
-    return torch.full_like(grad, torch.nan)
+def direct_gradients(
+    solver: DirectSolver,
+    function: maps.MapFunction,
+    args: tuple[Tensor, ...],
+    y: Tensor,
+    memo: tuple[Tensor, ...],
+    grad: Tensor,
+    needs: tuple[bool, ...],
+    report: Report,
+) -> list[Tensor | None]:
+    """Return the gradients of a map's tensors, by a direct solver's adjoint.
+
+    A sample with NaN or Inf in its cotangent does not reach the others. The gradients of its own tensors are NaN, and
+    so are those of tensors that samples share.
+
+    Args:
+        solver: The solver.
+        function: As in `DirectSolver.adjoint`, as are all up to `needs`.
+        args: Likewise.
+        y: Likewise.
+        memo: Likewise.
+        grad: Likewise, but it may hold NaN or Inf.
+        needs: Likewise.
+        report: Is told how it went.
+
+    Returns:
+        The gradients, None where they are not needed.
+    """
+    grad, broken = _without_broken(grad)
+    with torch.autocast(y.device.type, enabled=False):  # the solver chooses its precision itself
+        found = solver.adjoint(function, args, y, memo, grad, needs)
+    report.adjoint(found, grad, solver)
+    if broken is None:
+        return found.by_arg
+    own = solver.per_sample(function, args)
+    return [
+        None if g is None else g.masked_fill(_like(g, broken), torch.nan) if is_own else torch.full_like(g, torch.nan)
+        for g, is_own in zip(found.by_arg, own, strict=True)
+    ]
+
+
+def _without_broken(grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A cotangent with zeros in samples that hold NaN or Inf, and which these are, `[B]`; None if there are none."""
+    broken = ~torch.isfinite(largest(grad))
+    return (grad.masked_fill(_like(grad, broken), 0.0), broken) if bool(broken.any()) else (grad, None)
+
+
+def _like(t: Tensor, by_sample: Tensor) -> Tensor:
+    """A mask of samples, `[B]`, with as many dimensions as a tensor."""
+    return by_sample.reshape(-1, *[1] * (t.dim() - 1))
 
 
 def _refuse_old_batching(grad: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from implicit_attention.equilibrium.adjoints import direct_gradients
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.equilibrium.solvers.base import DirectSolver
@@ -92,10 +93,10 @@ def registered(
             return [t.new_zeros(t.shape) for t in tensors]
         d = described(words, numbers, counts)
         solver = replace(d.solver(), atol=None)  # cotangents have no scale of their own
-        with torch.autocast(y.device.type, enabled=False):
-            found = solver.adjoint(d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs))
-        FailureReport.of(d.report).adjoint(found, grad, solver)
-        pairs = zip(found.by_arg, tensors, strict=True)
+        found = direct_gradients(
+            solver, d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs), FailureReport.of(d.report)
+        )
+        pairs = zip(found, tensors, strict=True)
         return [t.new_zeros(t.shape) if g is None else g.contiguous() for g, t in pairs]
 
     @adjoint.register_fake

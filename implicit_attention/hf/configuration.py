@@ -12,6 +12,7 @@ from transformers.configuration_utils import remap_legacy_layer_types
 from implicit_attention import recommended
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 from implicit_attention.hf.settings import make_adjoint, make_solver
+from implicit_attention.settings import Settings
 
 BLOCK_TYPES = ("implicit", "full_attention")
 
@@ -251,8 +252,6 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     def validate(self) -> None:
         """Refuse values that do not fit; called for a new config and before one is saved.
 
-        The layers' own options are checked by the layers themselves, when a model is made.
-
         Raises:
             TypeError: If a value is of the wrong type.
             ValueError: If it does not fit.
@@ -275,9 +274,25 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise bad_value("hidden_act", "an activation that transformers knows", self.hidden_act)
         self._validate_layers()
+        if "implicit" in self.block_types:
+            self.layer_settings()
         make_solver(self.solver)
         make_adjoint(self.adjoint)
         self.validate_token_ids()
+
+    def layer_settings(self) -> Settings:
+        """Return the settings of the implicit layers.
+
+        Raises:
+            TypeError: If one is of the wrong type.
+            ValueError: If one is unknown, out of range, or without effect next to the others.
+        """
+        names = ("head_dim", "is_causal", "window", "self_query", "normalize_over", "query_input", "query_output",
+                 "qk_norm", "values", "feedback_norm", "out_proj", "bias", "dropout", "max_gain", "scale")  # fmt: skip
+        return Settings(
+            embed_dim=self.hidden_size, num_heads=self.num_attention_heads, num_kv_heads=self.num_key_value_heads,
+            **{name: getattr(self, name) for name in names},
+        )  # fmt: skip
 
     def _validate_layers(self) -> None:
         types = self.block_types

@@ -455,10 +455,12 @@ def test_refusals():
         Contraction(steps=1)
     with pytest.raises(TypeError, match=r"`fallback` must be an iterative solver"):
         Contraction(fallback=None)
-    layer = ImplicitQueryAttention(8, max_gain=0.9)
+    layer = ImplicitQueryAttention(8, max_gain=0.9, solver=Contraction())
     layer.max_gain = None
     with pytest.raises(ValueError, match=r"does not contract by a known rate"):
         layer(torch.randn(1, 3, 8))
+    with pytest.raises(ValueError, match=r"`solver` must be one for maps of any kind"):
+        layer.solver = Contraction(rtol=1e-3)
 
 
 def test_nan_is_said():

@@ -1,5 +1,6 @@
 """Gradients through an equilibrium: by differences, against each other, and what is said when they fail."""
 
+import math
 import warnings
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ from implicit_attention import (
     Broyden,
     ConvergenceError,
     ConvergenceWarning,
+    ForwardSubstitution,
     Implicit,
+    ImplicitQueryAttention,
     NewtonKrylov,
     Phantom,
     Picard,
@@ -261,6 +264,40 @@ def test_a_cotangent_that_is_not_finite_stays_so_and_stays_in_its_sample(bad):
     assert not bool(found[1].isfinite().all())
     other = found[0][1]
     assert not bool(other.isfinite().any()) or torch.allclose(other, expected[1], rtol=0.0, atol=1e-10)
+
+
+DIRECT = {
+    "causal": {"is_causal": True, "positions": "alibi", "qk_norm": True},
+    "causal-torch": {"is_causal": True, "positions": "relative", "solver": ForwardSubstitution(kernel="torch")},
+    "encoder": {"query_input": True, "max_gain": 0.9, "positions": "relative"},
+    "keys": {"normalize_over": "keys", "query_input": True, "max_gain": 0.9, "positions": "rope"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, where a graph ends
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("options", DIRECT.values(), ids=DIRECT)
+def test_a_broken_cotangent_breaks_all_shared_gradients_and_no_other_sample(options, compiled):
+    """As many samples as rows of each weight: what is shared is not told from its shape. Nothing is reported."""
+    torch.manual_seed(0)
+    layer = ImplicitQueryAttention(8, 2, on_failure="raise", **options)
+    x, mask = torch.randn(8, 5, 8), torch.randn(8, 2, 5, 5)
+    torch._dynamo.reset()
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    grad = torch.randn(8, 5, 8)
+    grad[3, 1, 2] = math.nan
+    found = []
+    for cotangent in (grad, grad.nan_to_num(0.0)):
+        leaf, seen = x.clone().requires_grad_(), mask.clone().requires_grad_()
+        shared = [p for p in layer.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(call(leaf, attn_mask=seen), (leaf, seen, *shared), cotangent))
+    (own, own_mask, *shared), (wanted, wanted_mask, *_) = found
+    others = torch.arange(8) != 3
+    assert own[3].isnan().all()
+    assert own_mask[3].isnan().all()
+    assert torch.equal(own[others], wanted[others])
+    assert torch.equal(own_mask[others], wanted_mask[others])
+    assert all(g.isnan().all() for g in shared)
 
 
 def test_backward_twice_through_one_solve():

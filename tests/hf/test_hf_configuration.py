@@ -194,3 +194,30 @@ def test_positions_have_weights_only_where_they_should():
     names = dict(ImplicitAttentionModel(tiny.config(positions="alibi")).named_parameters())
     assert not [name for name in names if "positions" in name]
     assert torch.is_tensor(ImplicitAttentionModel(tiny.config(positions="alibi")).layers[0].attention.positions.slopes)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"values": "fedback"}, "`values` must be one of"),
+        ({"self_query": "x"}, "`self_query` must be one of"),
+        ({"normalize_over": "z"}, "`normalize_over` must be one of"),
+        ({"dropout": 2.0}, "`dropout` must be a number in"),
+        ({"scale": -1}, "`scale` must be a number > 0"),
+        ({"max_gain": 3.0, "is_causal": False}, "`max_gain` must be a number in"),
+        ({"max_gain": 0.9}, "`max_gain` must be None with is_causal=True"),
+        ({"values": "feedback", "is_causal": False}, '`values` must be "feedback" only with is_causal=True'),
+    ],
+    ids=lambda given: ", ".join(given) if isinstance(given, dict) else "",
+)
+def test_the_layers_options_are_checked_with_the_configuration(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        ImplicitAttentionConfig(hidden_size=16, num_attention_heads=2, **options)
+
+
+def test_a_layers_option_that_changed_is_checked_before_it_is_saved(tmp_path):
+    config = ImplicitAttentionConfig(hidden_size=16, num_attention_heads=2)
+    config.values = "fedback"
+    with pytest.raises(ValueError, match="`values` must be one of"):
+        config.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -234,6 +234,15 @@ class DirectSolver(Method, ABC):
             needs: For each of `args`, whether its gradient is needed.
         """
 
+    @abstractmethod
+    def per_sample(self, function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[bool, ...]:
+        """Return, for each of the map's tensors, whether its first dimension counts samples.
+
+        Args:
+            function: The map.
+            args: Its tensors.
+        """
+
 
 @dataclass(frozen=True)
 class AdjointSolution:

@@ -167,7 +167,7 @@ def no_help(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> li
 def recommendation(found: Records) -> list[str]:
     """Return a paragraph for each option that the records compare."""
     return [
-        sentences.choice(choice, value, choices.compared(choice, found), [t for t in choice.tables if t in found])
+        sentences.choice(choice, value, choices.compared(choice, found), _with_rivals(choice, found))
         for choice in choices.CHOICES
         if (value := choices.recommended(choice, found)) is not None
     ]
@@ -200,3 +200,9 @@ def write(directory: Path, found: Records, tables: Mapping[str, Table], budget: 
             figure = pictures.table(table, in_order(table, found[table.name]))
             figure.savefig(images / IMAGE.format(table.name))
     (directory / "results.md").write_text(page(found, tables, budget), encoding="utf-8")
+
+
+def _with_rivals(choice: choices.Choice, found: Records) -> list[str]:
+    """The tables that have two candidates of an option or more."""
+    candidates = set(choice.rows.values())
+    return [table for table in choice.tables if len(candidates & found.get(table, {}).keys()) > 1]

@@ -57,8 +57,8 @@ def demo(
     """Show how implicit-query attention settles, and train it next to ordinary attention.
 
     Part 1 runs the original example: ten steps and a gradient. Part 2 compares six solvers on a real text, the source
-    of Python's standard library. Part 3 trains one layer of ordinary and one of implicit-query attention on associative
-    recall, with as many parameters and on the same data.
+    of Python's standard library. Part 3 trains three layers on associative recall: ordinary attention, the same with a
+    convolution on its keys, and implicit-query attention, with as many parameters and on the same data.
 
     Writes convergence.png, recall.png, attention.png and summary.json, which has every figure shown.
     """

@@ -183,7 +183,7 @@ class FailureReport:
         """Report rows where the derivative of the equilibrium does not exist to working precision.
 
         Args:
-            rows: How many have a gain (an eigenvalue of their own Jacobian) within 1e-3 of 1.
+            rows: How many have an eigenvalue of their own Jacobian within 1e-3 of 1.
             of: Of how many.
 
         Raises:
@@ -194,9 +194,9 @@ class FailureReport:
         count = self._count("near-singular gradient")
         if self._due(count):
             self._say(
-                f"the gradient is not to be trusted: {rows} of {of} rows have a gain within 1e-3 of 1, where the "
-                "equilibrium has no derivative. Keep gains down (weight decay, qk_norm, diagnostics.gain_penalty), or "
-                'use self_query="input", whose gains are 0.',
+                f"the gradient is not to be trusted: {rows} of {of} rows have an eigenvalue within 1e-3 of 1, "
+                "where the equilibrium has no derivative. Keep gains down (weight decay, qk_norm, "
+                'diagnostics.gain_penalty), or use self_query="input", whose gains are 0.',
                 count,
             )
 

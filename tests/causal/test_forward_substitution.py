@@ -222,7 +222,9 @@ def test_a_gradient_at_a_fold_is_reported(kernel):
         low, high = (low, middle) if solved(middle).value[0, 1, 0].item() > 0 else (middle, high)
     solution = solved(high)
     assert abs(solution.gain[0, 1].item() - 1.0) < 1e-3
-    with pytest.warns(ConvergenceWarning, match=r"gradient is not to be trusted: 1 of 2 rows have a gain within 1e-3"):
+    with pytest.warns(
+        ConvergenceWarning, match=r"gradient is not to be trusted: 1 of 2 rows have an eigenvalue within 1e-3"
+    ):
         solution.value.sum().backward()
     layer = make_layer(4, 2, is_causal=True, on_failure="raise")  # an ordinary one says nothing
     layer(torch.randn(2, 9, 4, dtype=F64)).sum().backward()

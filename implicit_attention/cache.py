@@ -18,7 +18,8 @@ class Past(NamedTuple):
             equilibria, or their keys with `normalize_over="keys"`.
         value: Their values, `[B, G, P, d]`.
         hidden: Columns that no row sees (padding), `[B, P]`, True = hidden; None if all are seen.
-        position: Position of the first new token: a number, or `[B]` where samples differ.
+        position: Position of the first new token: a number, a tensor without dimensions, or `[B]` where samples differ;
+            or of every new token, `[B, n]`.
     """
 
     column: Tensor

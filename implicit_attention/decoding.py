@@ -282,7 +282,7 @@ def _iterate(layer: Layer, projected: Projected, token: _Token, tolerance: tuple
     """Iterate from p = 1 until a step is within tolerance; None where steps do not halve. `e` stands for `(1, p)`."""
     batch, heads, dim = token.a.shape
     groups = layer.settings.num_kv_heads
-    made = _linear_query(layer, projected, token)  # [B G, 1 + H, d]
+    made = _linear_query(projected, token)  # [B G, 1 + H, d]
     forms = torch.bmm(token.key.view(batch * groups, -1, dim), made.mT).view(batch, heads, 1 + heads)
     if layer.settings.qk_norm:  # of each group's query, the mean square with eps is `e square e`
         square = torch.baddbmm(_first(1 + heads, made.dtype, made.device), made, made.mT, alpha=1 / dim)
@@ -313,7 +313,7 @@ def _iterate(layer: Layer, projected: Projected, token: _Token, tolerance: tuple
     return None
 
 
-def _linear_query(layer: Layer, projected: Projected, token: _Token) -> Tensor:
+def _linear_query(projected: Projected, token: _Token) -> Tensor:
     """The query before its norm as a linear map of `(1, p)`: `[B G, 1 + H, d]`."""
     assert projected.query_map is not None
     batch, heads, dim = token.a.shape

@@ -49,7 +49,7 @@ class Inputs:
         return named and self.attn_mask is None and self.x.numel() > 0
 
     @property
-    def masked_documents(self) -> Tensor | None:
+    def document_starts(self) -> Tensor | None:
         """Where the document of each token begins, `[B, N]`, if the `attn_mask` keeps documents apart; else None."""
         if self.segments is None or self.attn_mask is None:
             return None
@@ -339,14 +339,14 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
             "Its rows are output tokens, its columns the tokens they may see.",
         )
     inputs = replace(inputs, attn_mask=mask.reshape(*lead, rows, cols))
-    documents = inputs.masked_documents
-    return inputs if documents is None else replace(inputs, attn_mask=_keeping_apart(inputs.attn_mask, documents))
+    starts = inputs.document_starts
+    return inputs if starts is None else replace(inputs, attn_mask=_keeping_apart(inputs.attn_mask, starts))
 
 
-def _keeping_apart(mask: Tensor | None, documents: Tensor) -> Tensor:
+def _keeping_apart(mask: Tensor | None, starts: Tensor) -> Tensor:
     """A mask `[1 or B, 1 or H, N, N]` that hides other documents, too."""
     assert mask is not None
-    others = (documents[:, :, None] != documents[:, None, :])[:, None]
+    others = (starts[:, :, None] != starts[:, None, :])[:, None]
     return mask | others if mask.dtype == torch.bool else mask.masked_fill(others, -torch.inf)
 
 

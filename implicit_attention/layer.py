@@ -223,7 +223,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             x, context, attn_mask=attn_mask, key_padding_mask=key_padding_mask, cache=cache, segments=segments,
             cu_seqlens=cu_seqlens, start=start,
         )  # fmt: skip
-        found = settle(self, self._report, inputs, short=not (need_weights or gains), projected=True)
+        found = settle(self, self._report, inputs, short=not (need_weights or gains), wants_output=True)
         out: Any = found.output
         weights = found.weights(average_attn_weights) if need_weights else None
         solution = found.with_gains(self._report) if gains else found.solution

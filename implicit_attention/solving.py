@@ -213,7 +213,7 @@ def settle(
     *,
     history: bool = False,
     short: bool = False,
-    projected: bool = False,
+    wants_output: bool = False,
 ) -> Found:
     """Solve the equation of a call.
 
@@ -223,7 +223,7 @@ def settle(
         inputs: Of the call, checked.
         history: Keep every iterate.
         short: Whether the short way of one new token will do, which makes no equation.
-        projected: Whether the output is wanted.
+        wants_output: Whether the layer's output is wanted, too.
 
     Returns:
         What was found.
@@ -236,7 +236,7 @@ def settle(
         found = outside_graphs(_settle)(layer, report, inputs, history, False)
     else:
         found = _settle(layer, report, inputs, history, short)
-    return found._replace(output=_output(layer, inputs, found.solution.value)) if projected else found
+    return found._replace(output=_output(layer, inputs, found.solution.value)) if wants_output else found
 
 
 def _settle(layer: SolvedLayer, report: FailureReport, inputs: Inputs, history: bool, short: bool) -> Found:

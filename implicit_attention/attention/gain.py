@@ -62,7 +62,7 @@ def gain(
     dropout: float = 0.0,
     hidden: Tensor | None = None,
     made: Tensor | None = None,
-    documents: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> Gain:
     """Return the bound for `f = 1`.
 
@@ -76,8 +76,8 @@ def gain(
         dropout: Probability p. A dropped weight stands for a value of 0, any other for `v / (1 - p)`.
         hidden: Columns hidden from every row, `[B, M]`: they count neither as values nor as rows.
         made: What queries are made of besides y, `[B, M, G d]`; None if nothing, or if rows belong to queries.
-        documents: Where the document of each token begins, `[B, M]`, if a mask keeps them apart; None if samples are
-            documents.
+        starts: Where the document of each token begins, `[B, M]`, if a mask keeps documents apart; None if samples
+            are documents.
 
     Returns:
         The bound.
@@ -85,31 +85,31 @@ def gain(
     stored = ROUNDINGS * torch.finfo(value.dtype).eps
     key, value, weight = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (key, value, weight))
     if not rows_are_keys:
-        key = centred(key, hidden, documents)
-    hidden, documents = (None if t is None else t[:, None] for t in (hidden, documents))  # [B, 1, M]
+        key = centred(key, hidden, starts)
+    hidden, starts = (None if t is None else t[:, None] for t in (hidden, starts))  # [B, 1, M]
     pulled = _pulled(key, weight, rotated)  # [B, H, M]
     heads = pulled.shape[1]
     computed = ROUNDINGS * torch.finfo(value.dtype).eps
     # Without `made` nothing: torch.export cannot save a region without gradients that has no operations.
-    given = 0.0 if made is None else _given_scores(key, made, scale, heads, hidden, documents)  # [B, H, 1 or M]
+    given = 0.0 if made is None else _given_scores(key, made, scale, heads, hidden, starts)  # [B, H, 1 or M]
     rounding = stored**2 + computed + computed**2 * given
-    radius, size = (for_heads(t, heads) for t in _ball(value, dropout, hidden, documents))
+    radius, size = (for_heads(t, heads) for t in _ball(value, dropout, hidden, starts))
     by_head = pulled * (scale**2 * (radius + rounding * size))
     if not rows_are_keys:
-        return Gain(_largest(by_head, hidden, documents).sum(1), None)
+        return Gain(_largest(by_head, hidden, starts).sum(1), None)
     rows = by_head.sum(1, keepdim=True)
-    return Gain(_largest(rows, hidden, documents)[:, 0], rows[:, 0])
+    return Gain(_largest(rows, hidden, starts)[:, 0], rows[:, 0])
 
 
-def centred(key: Tensor, hidden: Tensor | None, documents: Tensor | None = None) -> Tensor:
+def centred(key: Tensor, hidden: Tensor | None, starts: Tensor | None = None) -> Tensor:
     """Return keys less the mean of those that are not hidden, which changes no weight if rows belong to queries.
 
     Args:
         key: `[B, G, M, d]`.
         hidden: Columns hidden from every row, `[B, M]`.
-        documents: As in `gain`.
+        starts: As in `gain`.
     """
-    return key - _mean(key, *(None if t is None else t[:, None] for t in (hidden, documents)))
+    return key - _mean(key, *(None if t is None else t[:, None] for t in (hidden, starts)))
 
 
 def hidden_columns(padding: Tensor | None) -> Tensor | None:
@@ -127,52 +127,52 @@ def predicted_steps(max_gain: float, reduction: float) -> int:
     return math.ceil(math.log(reduction) / math.log(max_gain))
 
 
-def _mean(t: Tensor, hidden: Tensor | None, documents: Tensor | None) -> Tensor:
+def _mean(t: Tensor, hidden: Tensor | None, starts: Tensor | None) -> Tensor:
     """The mean of the columns of `[B, G, M, d]` that are not hidden, `[B, G, 1, d]`; by document `[B, G, M, d]`."""
-    if hidden is None and documents is None:
+    if hidden is None and starts is None:
         return t.mean(-2, keepdim=True)
     seen = torch.ones_like(t[:, :1, :, :1]) if hidden is None else (~hidden[..., None]).to(t.dtype)
-    total, count = (_sum(part, documents) for part in (t * seen, seen))
+    total, count = (_sum(part, starts) for part in (t * seen, seen))
     mean: Tensor = total / count.clamp_min(1.0)
     return mean
 
 
-def _sum(t: Tensor, documents: Tensor | None) -> Tensor:
+def _sum(t: Tensor, starts: Tensor | None) -> Tensor:
     """The sum of the columns of `[B, G, M, d]`, `[B, G, 1, d]`; of those of each column's document, `[B, G, M, d]`."""
-    if documents is None:
+    if starts is None:
         return t.sum(-2, keepdim=True)
-    place = documents[..., None].expand_as(t)
+    place = starts[..., None].expand_as(t)
     return torch.zeros_like(t).scatter_add(-2, place, t).gather(-2, place)
 
 
 @torch.no_grad()
 def _given_scores(
-    key: Tensor, made: Tensor, scale: float, heads: int, hidden: Tensor | None, documents: Tensor | None
+    key: Tensor, made: Tensor, scale: float, heads: int, hidden: Tensor | None, starts: Tensor | None
 ) -> Tensor:
     """A bound of the squares of the scores at y = 0, `[B, H, 1 or M]`, without a gradient: it measures rounding."""
     made = split_heads(made.to(key.dtype), made.shape[-1] // key.shape[-1])
-    sizes = (_largest(torch.linalg.vector_norm(t, dim=-1), hidden, documents) for t in (made, key))
+    sizes = (_largest(torch.linalg.vector_norm(t, dim=-1), hidden, starts) for t in (made, key))
     asked, given = (for_heads(size, heads) for size in sizes)
     largest = 1.0 / torch.finfo(key.dtype).eps  # beyond that nothing is left of the weights
     return (scale * given * asked).clamp_max(largest).square()
 
 
-def _ball(value: Tensor, dropout: float, hidden: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+def _ball(value: Tensor, dropout: float, hidden: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """A ball around all that a weight can stand for: its squared radius, and a bound of squared values, `[B, G, 1]`."""
-    mean = _mean(value, hidden, documents)
-    radius, middle = _largest((value - mean).square().sum(-1), hidden, documents), mean.square().sum(-1)
+    mean = _mean(value, hidden, starts)
+    radius, middle = _largest((value - mean).square().sum(-1), hidden, starts), mean.square().sum(-1)
     size = 2.0 * (radius + middle)
     if dropout:
         radius = torch.maximum(radius, middle) / (1.0 - dropout) ** 2
     return radius, size
 
 
-def _largest(t: Tensor, hidden: Tensor | None, documents: Tensor | None) -> Tensor:
+def _largest(t: Tensor, hidden: Tensor | None, starts: Tensor | None) -> Tensor:
     """The largest of `[B, G, M]`, none negative, that is not hidden, `[B, G, 1]`; by document `[B, G, M]`."""
     t = t if hidden is None else t.masked_fill(hidden, 0.0)
-    if documents is None:
+    if starts is None:
         return t.amax(-1, keepdim=True)
-    place = documents.expand_as(t)
+    place = starts.expand_as(t)
     return torch.zeros_like(t).scatter_reduce(-1, place, t, "amax").gather(-1, place)
 
 

@@ -26,7 +26,8 @@ class BlockAdjoint:
         d_made: Cotangent of the linear map's output, `[B, n, G d]`.
         d_key: Cotangent of the keys, `[B, H, n, d]`.
         d_value: Cotangent of the values, `[B, G, n, d]`.
-        slope: Cotangent of the scores with their biases, `[B, H, n, n]`.
+        slope: Cotangent of the scores with their biases, `[B, H, n, n]`; from compiled kernels that were not asked for
+            them all, the diagonal alone, `[B, H, n, 1]`.
         residual: Residual of the adjoint equation, `[B]`.
         sweeps: Number of sweeps.
         near_singular: Number of rows with a gain within `NEAR_SINGULAR` of 1.

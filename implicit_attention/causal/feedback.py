@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from implicit_attention.causal.feedback_rows import State, TorchAdjoint, TorchForward, Values, merge
-from implicit_attention.causal.system import CausalSystem
+from implicit_attention.causal.feedback_rows import State, TorchAdjoint, TorchForward, Values
+from implicit_attention.causal.system import CausalSystem, merge
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.equilibrium.solvers.base import AdjointSolution
 from implicit_attention.errors import NonFiniteError, all_finite

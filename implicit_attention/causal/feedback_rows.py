@@ -9,7 +9,7 @@ from torch import Tensor
 
 from implicit_attention.attention.map import NORM_EPS
 from implicit_attention.causal.diagonal_block import DiagonalBlock
-from implicit_attention.causal.system import CausalSystem, Queries
+from implicit_attention.causal.system import CausalSystem, Queries, finite, merge
 
 State = dict[str, Tensor]
 
@@ -82,7 +82,7 @@ class TorchForward:
                 key = block.key[:, :, i].reshape(*groups, system.dim)
                 scores = (key @ query[:, :, :i].to(key.dtype).mT).view(*block.shape[:2], i) + strict[:, :, i, :i]
                 inner = scores.logsumexp(-1)
-                weights = (scores - _finite(inner)[..., None]).exp_()
+                weights = (scores - finite(inner)[..., None]).exp_()
                 weights = weights if block.keep is None else weights * block.keep[:, :, i, :i]
                 out = weights.view(*groups, i) @ value[:, :, :i].to(key.dtype)
                 merge(y[:, :, i], lse[:, :, i], out.view(*block.shape[:2], system.dim), inner)
@@ -91,19 +91,6 @@ class TorchForward:
             state["query"][:, at], state["value"][:, at] = made.query, self.values.made(state["y"][:, at], at)
             if made.inverse is not None:
                 state["inverse"][:, at] = made.inverse
-
-
-def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
-    """Merge attention over more columns into `out` and `lse`, in place."""
-    total = torch.logaddexp(lse, more_lse)
-    share = torch.exp(more_lse - _finite(total))[..., None]
-    out.lerp_(more, share)
-    lse.copy_(total)
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """The same, finite: rows that have seen no column get weights exp(-inf) = 0, not NaN."""
-    return lse.clamp_min(torch.finfo(lse.dtype).min)
 
 
 class TorchAdjoint:

@@ -19,7 +19,7 @@ from implicit_attention.causal.backward_substitution import At, Backward
 from implicit_attention.causal.diagonal import BlockSolver, Unsettled
 from implicit_attention.causal.own_columns import own_jacobian
 from implicit_attention.causal.row_problem import gelfand_radius
-from implicit_attention.causal.system import CausalSystem, halves
+from implicit_attention.causal.system import CausalSystem, halves, merge
 from implicit_attention.equilibrium.solvers import NewtonKrylov, Solution, Solver
 from implicit_attention.equilibrium.solvers.base import AdjointSolution, DirectSolver
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
@@ -301,13 +301,7 @@ class _Forward:
         if self.merger is not None:
             self.merger.merge(rows, out, lse)
             return
-        before = self.lse[:, :, rows]
-        total = torch.logaddexp(before, lse)
-        # A finite total: rows that have seen no column get a share exp(-inf) = 0, not NaN.
-        share = torch.exp(lse - total.clamp_min(torch.finfo(total.dtype).min))[..., None]
-        y = self.y[:, rows].transpose(1, 2)
-        y.lerp_(out.to(self.system.wide), share)
-        before.copy_(total)
+        merge(self.y[:, rows].transpose(1, 2), self.lse[:, :, rows], out.to(self.system.wide), lse)
 
     def _settle(self, rows: slice) -> None:
         n = rows.stop - rows.start

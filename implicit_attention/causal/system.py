@@ -315,3 +315,22 @@ def halves(low: int, high: int, block: int) -> int:
     """Return where to cut a range of rows: after half of its blocks, rounded up."""
     blocks = -(-(high - low) // block)
     return low + block * ((blocks + 1) // 2)
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Merge attention over more columns into `out` and `lse`, in place.
+
+    Args:
+        out: Attention of some rows, `[..., d]`.
+        lse: Its log-sum-exp, `[...]`.
+        more: Attention of the same rows over other columns, `[..., d]`.
+        more_lse: Its log-sum-exp, `[...]`.
+    """
+    total = torch.logaddexp(lse, more_lse)
+    out.lerp_(more, torch.exp(more_lse - finite(total))[..., None])
+    lse.copy_(total)
+
+
+def finite(lse: Tensor) -> Tensor:
+    """Return a log-sum-exp made finite: rows that have seen no column get weights exp(-inf) = 0, not NaN."""
+    return lse.clamp_min(torch.finfo(lse.dtype).min)

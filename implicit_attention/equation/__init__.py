@@ -159,7 +159,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     value = split_heads(projected.value, groups)
     key = normed_keys(layer, key)
     tensors = _query_tensors(layer, inputs, projected)
-    rotation, turned = _rotation(layer, inputs, source, dtype), key
+    rotation, unrotated = _rotation(layer, inputs, source, dtype), key
     if rotation is not None:
         key = rotate(key, rotation)
     if settings.max_gain is not None:
@@ -180,7 +180,7 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     normalize = bool(settings.qk_norm) and not _norm_apart(settings)
     query_map = QueryMap(groups if by_keys else heads, normalize, settings.query_output)
     if settings.self_query == "input":
-        own_key = key if tensors.get("weight") is None and query_map.reads_output else turned
+        own_key = key if tensors.get("weight") is None and query_map.reads_output else unrotated
         made = query_map.linear(start, *(tensors.get(n) for n in ("weight", "bias", "added")))
         weight = tensors.get("norm_weight")
         own_key = own_key if weight is None else own_key * weight
@@ -212,15 +212,15 @@ def _contracting(
         Keys and values as they were; the factor, `[B, 1, 1]`, or `[B, N, 1]` where a mask keeps documents apart.
     """
     assert settings.max_gain is not None
-    hidden, documents = hidden_columns(inputs.padding), inputs.masked_documents
+    hidden, starts = hidden_columns(inputs.padding), inputs.document_starts
     if hidden is not None:  # no row reads them; whatever stands there would count as the size of the values
         value = value.masked_fill(hidden[:, None, :, None], 0.0)
     if not settings.rows_are_keys:  # all scores of a row move alike: rounding of what they share would be amplified
-        key = centred(key, hidden, documents)
+        key = centred(key, hidden, starts)
     found = gain(
         key, value, tensors["weight"], scale=settings.scale, rows_are_keys=settings.rows_are_keys,
         rotated="rotation" in tensors, dropout=settings.dropout, hidden=hidden,
-        made=tensors.get("added") if settings.rows_are_keys else None, documents=documents,
+        made=tensors.get("added") if settings.rows_are_keys else None, starts=starts,
     )  # fmt: skip
     if hidden is not None and found.rows is not None:
         # Hidden tokens do not count in the bound. Where their own gain is larger, smaller keys bring it down.

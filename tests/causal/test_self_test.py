@@ -83,6 +83,16 @@ def test_an_engine_that_raises_is_found():
         return solved_with("torch", function, args, grad)
 
     assert as_in_a_new_process(solve) == "RuntimeError: no kernel image"
+    assert not self_test.path().exists()  # it may pass in the next process
+
+
+def test_an_engine_whose_files_changed_is_tested_again(monkeypatch):
+    solve = Solve(0.5)
+    assert as_in_a_new_process(solve)
+    solve.error = 0.0
+    assert as_in_a_new_process(solve)
+    monkeypatch.setattr(self_test, "_sources", lambda kernel: "other")
+    assert as_in_a_new_process(solve) is None
 
 
 @pytest.fixture

@@ -20,12 +20,13 @@ class Solution:
     """The result of a solve, the same for all solvers.
 
     The residual is the largest componentwise difference `|F(value) - value|`, measured at the returned value. It has
-    the same meaning for every sequence length. An independent system is a sample, `[B]`, or a token, `[B, N]`, if
+    the same meaning for every sequence length. `Contraction` and `Phantom` measure it at the iterate that `value` was
+    made from, which is farther from the equilibrium. An independent system is a sample, `[B]`, or a token, `[B, N]`, if
     tokens do not depend on each other. Causal maps report row by row, `[B, N]`.
 
     Attributes:
         value: The equilibrium, with the shape and dtype of the start.
-        residual: Absolute residual per system, at `value`.
+        residual: Absolute residual per system.
         steps: Steps per system; for rows of one system, until the row was within tolerance for good.
         converged: Whether the residual is within tolerance, per system.
         abs_trace: Absolute residual at each iterate, the start first, `[steps + 1, *systems]`. A direct solver such as

@@ -151,40 +151,26 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     projected = project(layer, inputs) if projected is None else projected
     if inputs.packed:
         return _prepare_packed(layer, inputs, projected)
-    settings = layer.settings
+    settings, dtype = layer.settings, projected.key.dtype
     heads, groups, by_keys = settings.num_heads, settings.num_kv_heads, settings.rows_are_keys
-    x, source, past = inputs.x, inputs.source, inputs.past
-    key = split_heads(projected.key, heads if by_keys else groups)
-    dtype = key.dtype
-    value = split_heads(projected.value, groups)
-    key = normed_keys(layer, key)
-    tensors = _query_tensors(layer, inputs, projected)
-    rotation, unrotated = _rotation(layer, inputs, source, dtype), key
+    rotation = _rotation(layer, inputs, inputs.x, dtype)
+    tensors = _query_tensors(layer, projected, rotation)
+    unrotated = normed_keys(layer, split_heads(projected.key, heads if by_keys else groups))
+    key, value = unrotated, split_heads(projected.value, groups)
     if rotation is not None:
-        key = rotate(key, rotation)
+        of_keys = rotation if inputs.context is None else _rotation(layer, inputs, inputs.source, dtype)
+        assert of_keys is not None
+        key = rotate(key, of_keys)
     if settings.max_gain is not None:
         key, value, tensors["gate"] = _contracting(settings, inputs, key, value, tensors)
-    if set(tensors) == {"weight"} and heads == 1 and not (settings.qk_norm or settings.feeds_back):
+    absorbed = set(tensors) == {"weight"} and heads == 1 and not (settings.qk_norm or settings.feeds_back)
+    if absorbed:
         key = key @ tensors.pop("weight")  # k . Omega_Q y = (Omega_Q^T k) . y: queries are y itself
-    tensors |= {"key": key, "value": value}
-    value_map = None
-    if projected.value_map is not None:
-        value_map = ValueMap(groups, settings.feedback_norm)
-        tensors |= {n: t for n, t in zip(ValueMap.names, projected.value_map, strict=True) if t is not None}
-    if past is not None:
-        tensors |= {"past_column": past.column.to(dtype), "past_value": past.value.to(dtype)}
-    own = value if inputs.context is None else split_heads(values(layer, x, dtype), groups)
-    start = merge_heads(_repeated(own, heads // groups))
-    if torch.compiler.is_compiling():
-        start = start.clone()  # torch.compile rebuilds outputs that are views of each other wrongly
-    normalize = bool(settings.qk_norm) and not _norm_apart(settings)
-    query_map = QueryMap(groups if by_keys else heads, normalize, settings.query_output)
+    tensors |= {"key": key, "value": value, **_value_tensors(projected), **_past_tensors(inputs, dtype)}
+    start = _first_outputs(layer, inputs, value)
+    query_map = QueryMap(groups if by_keys else heads, _norms_queries(settings), settings.query_output)
     if settings.self_query == "input":
-        own_key = key if tensors.get("weight") is None and query_map.reads_output else unrotated
-        made = query_map.linear(start, *(tensors.get(n) for n in ("weight", "bias", "added")))
-        weight = tensors.get("norm_weight")
-        own_key = own_key if weight is None else own_key * weight
-        tensors["self_score"] = own_scores(own_key, made, settings.scale, normalize=normalize)
+        tensors["self_score"] = _own_scores(settings, key if absorbed else unrotated, query_map, tensors, start)
     if inputs.start is not None:
         start = inputs.start.to(start.dtype, copy=True)  # callers write the next frame into their buffer
         tensors["start"] = start
@@ -192,10 +178,47 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
     tensors |= {f"term{i}": tensor for i, (_, tensor) in enumerate(terms)}
     dropout = settings.dropout if layer.training else 0.0
     if dropout:
-        tensors["seeds"] = torch.randint(2**62, x.shape[:1], device=x.device)
+        tensors["seeds"] = torch.randint(2**62, inputs.x.shape[:1], device=inputs.x.device)
     spec = AttentionSpec(settings.scale, settings.is_causal, tuple(term for term, _ in terms), dropout, settings.window)
+    value_map = None if projected.value_map is None else ValueMap(groups, settings.feedback_norm)
     function = AttentionMap(spec, query_map, by_keys, tuple(tensors), value_map, settings.max_gain)
     return Equation(function, tuple(tensors.values()), start)
+
+
+def _value_tensors(projected: Projected) -> dict[str, Tensor]:
+    """The tensors of the map from outputs to values, by name."""
+    given = projected.value_map or (None, None)
+    return {name: t for name, t in zip(ValueMap.names, given, strict=True) if t is not None}
+
+
+def _past_tensors(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The columns of a cache, by name."""
+    past = inputs.past
+    return {} if past is None else {"past_column": past.column.to(dtype), "past_value": past.value.to(dtype)}
+
+
+def _first_outputs(layer: Layer, inputs: Inputs, value: Tensor) -> Tensor:
+    """The values of the rows' own tokens, from which iteration starts, `[B, N, D]`."""
+    groups = layer.settings.num_kv_heads
+    own = value if inputs.context is None else split_heads(values(layer, inputs.x, value.dtype), groups)
+    start = merge_heads(_repeated(own, layer.settings.num_heads // groups))
+    # torch.compile rebuilds outputs that are views of each other wrongly
+    return start.clone() if torch.compiler.is_compiling() else start
+
+
+def _own_scores(
+    settings: Settings, key: Tensor, query_map: QueryMap, tensors: dict[str, Tensor], start: Tensor
+) -> Tensor:
+    """The score of each token's key, not rotated, with the query that is made from its start, `[B, H, N]`."""
+    made = query_map.linear(start, *(tensors.get(name) for name in ("weight", "bias", "added")))
+    weight = tensors.get("norm_weight")
+    key = key if weight is None else key * weight
+    return own_scores(key, made, settings.scale, normalize=query_map.normalize)
+
+
+def _norms_queries(settings: Settings) -> bool:
+    """Whether whole queries are normed, with what y makes of them."""
+    return bool(settings.qk_norm) and not _norm_apart(settings)
 
 
 def _norm_apart(settings: Settings) -> bool:
@@ -270,15 +293,13 @@ def _repeated(t: Tensor, times: int) -> Tensor:
     return t if times == 1 else t.repeat_interleave(times, 1)
 
 
-def _query_tensors(layer: Layer, inputs: Inputs, projected: Projected) -> dict[str, Tensor]:
+def _query_tensors(layer: Layer, projected: Projected, rotation: Tensor | None) -> dict[str, Tensor]:
     """The tensors of phi, by name."""
     weight, bias = projected.query_map or (None, None)
-    given = {"weight": weight, "bias": bias, "added": projected.added}
+    given = {"weight": weight, "bias": bias, "added": projected.added, "rotation": rotation}
     if not _norm_apart(layer.settings):
         given["norm_weight"] = norm_weight(layer, projected.key.dtype)
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    rotation = _rotation(layer, inputs, inputs.x, projected.key.dtype)
-    return tensors if rotation is None else tensors | {"rotation": rotation}
+    return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
 def _rotation(layer: Layer, inputs: Inputs, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:

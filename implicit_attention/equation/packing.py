@@ -19,7 +19,9 @@ from implicit_attention.inputs import Inputs, document_lengths
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_IN_A_GRAPH = "segments next to an attn_mask (it may hide nothing: zeros(N, N) of bool) need no lengths."
+_IN_A_GRAPH = (
+    "Or give segments next to an attn_mask, which may hide nothing (zeros(N, N) of bool): no lengths are read then."
+)
 _OVERHEAD = 128  # tokens: what a batch costs beyond its own; between 64 and 256 the measured times hardly differ
 
 
@@ -216,7 +218,7 @@ def outside_graphs(solve: Callable[P, R]) -> Callable[P, R]:
     """
     if torch.compiler.is_exporting():
         raise bad_value("segments", "None, as cu_seqlens, in an exported program", Came("packed documents"),
-                        f"{_IN_A_GRAPH} Or export it for documents as samples, [docs, L, D].")  # fmt: skip
+                        f"Export it for documents as samples, [docs, L, D]. {_IN_A_GRAPH}")  # fmt: skip
     torch._dynamo.graph_break(
         msg="The lengths of packed documents (segments, cu_seqlens) are read on the host. Compile without "
         f"fullgraph=True, or give documents as samples, [docs, L, D]. {_IN_A_GRAPH}"

@@ -30,7 +30,7 @@ class BlockAdjoint:
             them all, the diagonal alone, `[B, H, n, 1]`.
         residual: Residual of the adjoint equation, `[B]`.
         sweeps: Number of sweeps.
-        near_singular: Number of rows with a gain within `NEAR_SINGULAR` of 1.
+        near_singular: Number of rows with an eigenvalue within `NEAR_SINGULAR` of 1.
     """
 
     lam: Tensor

@@ -254,7 +254,7 @@ class AdjointSolution:
         residual: Residual of the adjoint equation per sample, `[B]`.
         converged: Whether the residual is within tolerance, `[B]`.
         steps: Largest number of sweeps of a block.
-        near_singular: Number of rows with a gain so close to 1 that the gradient cannot be trusted.
+        near_singular: Number of rows with an eigenvalue so close to 1 that the gradient cannot be trusted.
     """
 
     by_arg: list[Tensor | None]

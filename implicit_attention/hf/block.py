@@ -159,25 +159,8 @@ def implicit_attention(
         config.positions_of(layer_idx), config.num_attention_heads, config.head_dim, config.max_position_embeddings
     )
     return ImplicitQueryAttention(
-        config.hidden_size,
-        config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        window=config.window,
-        is_causal=config.is_causal,
-        self_query=config.self_query,
-        normalize_over=config.normalize_over,
-        query_input=config.query_input,
-        query_output=config.query_output,
-        qk_norm=config.qk_norm,
-        max_gain=config.max_gain,  # type: ignore[arg-type]  # no longer "auto"
+        **config.layer_options() | {"scale": attention_scale(config, positions)},
         positions=positions,
-        values=config.values,
-        feedback_norm=config.feedback_norm,
-        out_proj=config.out_proj,
-        bias=config.bias,
-        dropout=config.dropout,
-        scale=attention_scale(config, positions),
         solver=make_solver(config.solver),
         adjoint=make_adjoint(config.adjoint),
         on_failure=config.on_failure,

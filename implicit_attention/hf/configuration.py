@@ -275,24 +275,17 @@ class ImplicitAttentionConfig(PreTrainedConfig):
             raise bad_value("hidden_act", "an activation that transformers knows", self.hidden_act)
         self._validate_layers()
         if "implicit" in self.block_types:
-            self.layer_settings()
+            Settings(**self.layer_options())  # which checks them
         make_solver(self.solver)
         make_adjoint(self.adjoint)
         self.validate_token_ids()
 
-    def layer_settings(self) -> Settings:
-        """Return the settings of the implicit layers.
-
-        Raises:
-            TypeError: If one is of the wrong type.
-            ValueError: If one is unknown, out of range, or without effect next to the others.
-        """
+    def layer_options(self) -> dict[str, Any]:
+        """Return the settings of the implicit layers, as arguments of `ImplicitQueryAttention`."""
         names = ("head_dim", "is_causal", "window", "self_query", "normalize_over", "query_input", "query_output",
                  "qk_norm", "values", "feedback_norm", "out_proj", "bias", "dropout", "max_gain", "scale")  # fmt: skip
-        return Settings(
-            embed_dim=self.hidden_size, num_heads=self.num_attention_heads, num_kv_heads=self.num_key_value_heads,
-            **{name: getattr(self, name) for name in names},
-        )  # fmt: skip
+        sizes = {"embed_dim": self.hidden_size, "num_heads": self.num_attention_heads}
+        return sizes | {"num_kv_heads": self.num_key_value_heads} | {name: getattr(self, name) for name in names}
 
     def _validate_layers(self) -> None:
         types = self.block_types

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.effects import EffectType
 
 
 class ConvergenceWarning(UserWarning):
@@ -98,33 +97,43 @@ def all_finite(tensor: Tensor) -> bool:
     return isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
-def require(holds: Tensor, message: str) -> None:
-    """Raise unless a condition holds. Not checked under `torch.func` transforms, which have no numbers to look at.
+LOOKS = (torch.Tag.cudagraph_unsafe,)  # of operators that look at numbers: they cannot be captured in a CUDA graph
+
+
+def required(value: Tensor, holds: Tensor, message: str) -> Tensor:
+    """Return a tensor, or raise unless a condition holds.
+
+    A graph that uses what it returns checks the condition whenever it runs. Not checked under `torch.func` transforms,
+    which have no numbers to look at.
 
     Args:
+        value: The tensor.
         holds: The condition, a bool tensor without dimensions.
         message: Of the error.
+
+    Returns:
+        `value`.
 
     Raises:
         ValueError: If it does not hold; from a compiled or exported graph when it runs.
     """
     if torch._C._are_functorch_transforms_active():
-        return
+        return value
     if torch.compiler.is_compiling():
-        _require(holds, message)
-    elif not bool(holds):
-        raise ValueError(message)
-
-
-@torch.library.custom_op("implicit_attention::require", mutates_args=())
-def _require(holds: Tensor, message: str) -> None:
+        # The compiler drops an operator whose result is not used.
+        return torch.where(_require(holds, message), value, value.new_zeros(()))
     if not bool(holds):
         raise ValueError(message)
+    return value
+
+
+@torch.library.custom_op("implicit_attention::require", mutates_args=(), tags=LOOKS)
+def _require(holds: Tensor, message: str) -> Tensor:
+    if not bool(holds):
+        raise ValueError(message)
+    return holds.clone()
 
 
 @_require.register_fake
-def _(holds: Tensor, message: str) -> None:
-    return None
-
-
-_require.register_effect(EffectType.ORDERED)  # without it the compiler drops an operator that returns nothing
+def _(holds: Tensor, message: str) -> Tensor:
+    return torch.empty_like(holds)

@@ -7,7 +7,7 @@ from implicit_attention.attention import AttentionSpec
 from implicit_attention.attention.linear_map import checked_against, linear_map
 from implicit_attention.attention.map import AttentionMap, QueryMap
 from implicit_attention.equilibrium import maps
-from implicit_attention.errors import check_positive, require
+from implicit_attention.errors import check_positive, required
 from implicit_attention.inputs import check_input, non_finite
 
 
@@ -71,7 +71,8 @@ class ImplicitQueryAttentionLinearV(nn.Module):
                 history.append(y.reshape(*lead, *x.shape[-2:]).clone())
         y = y.reshape(*lead, *x.shape[-2:])
         if torch.compiler.is_compiling():
-            require(torch.isfinite(y).all(), "The output holds NaN or Inf: check the input and the weights.")
+            message = "The output holds NaN or Inf: check the input and the weights."
+            y = required(y, torch.isfinite(y).all(), message)
         elif not maps.transforms_active() and not bool(torch.isfinite(y).all()):
             raise non_finite({"x": x, **dict(self.named_parameters())})
         return y if history is None else (y, history)

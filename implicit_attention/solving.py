@@ -20,7 +20,7 @@ from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Method, Solution
-from implicit_attention.errors import NonFiniteError, all_finite, bad_type, bad_value, require
+from implicit_attention.errors import NonFiniteError, all_finite, bad_type, bad_value, required
 from implicit_attention.inputs import Inputs, non_finite
 from implicit_attention.settings import Settings
 
@@ -267,8 +267,8 @@ def _output(layer: SolvedLayer, inputs: Inputs, y: Tensor) -> Tensor:
     out: Tensor = layer.out_proj(y)
     overflow = "The output of `out_proj` overflows: scale it down, or use a wider dtype."
     if torch.compiler.is_compiling():
-        require(torch.isfinite(out).all(), overflow)
-    elif not maps.transforms_active() and not all_finite(out):
+        return required(out, torch.isfinite(out).all(), overflow)
+    if not maps.transforms_active() and not all_finite(out):
         raise non_finite({**inputs.named(), **dict(layer.named_parameters())}, overflow)
     return out
 

@@ -15,11 +15,16 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from implicit_attention.equilibrium import maps
-from implicit_attention.errors import Came, bad_value, first_non_finite, require
+from implicit_attention.errors import Came, bad_value, first_non_finite, required
 
 _SIZE = 64.0  # of the unit vectors, a power of two: beside a large bias the weight then keeps its digits
 _ROUNDING = 2.0**-7  # relative; what a module computes in bfloat16 inside stays below
 _QUANTISED = 2.0**-5  # the same where activations have 8 bits
+_NOT_AFFINE = (
+    "must be an affine map that treats every token alike, but got a module whose output for a combination of tokens is "
+    "not that combination of its outputs. A solve applies it by its weight and bias alone: take away the hook or the "
+    "forward that does something else."
+)
 _PER_CALL = {"adapter_names", "alora_offsets"}  # what peft passes to adapters, one entry per sample
 
 
@@ -72,7 +77,8 @@ def linear_map(module: nn.Module, name: str, like: Tensor, size: int) -> LinearM
     bias = out[0, -2]
     weight = ((out[:, :-2] - bias).flatten(0, 1)[:size] / _SIZE).mT.contiguous()
     if not any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in module.modules()):
-        _require_affine(module, name, out.detach(), LinearMap(weight.detach(), bias.detach()), combination)
+        holds = _is_affine(module, out.detach(), LinearMap(weight.detach(), bias.detach()), combination)
+        weight = required(weight, holds, f"`{name}` {_NOT_AFFINE}")
     return LinearMap(weight, bias)
 
 
@@ -159,16 +165,11 @@ def _not_finite(module: nn.Module, out: Tensor) -> bool:
     return first_non_finite(dict(module.named_parameters())) is None
 
 
-def _require_affine(module: nn.Module, name: str, out: Tensor, found: LinearMap, combination: Tensor) -> None:
+def _is_affine(module: nn.Module, out: Tensor, found: LinearMap, combination: Tensor) -> Tensor:
     weight, bias = (t.to(torch.promote_types(out.dtype, torch.float32)) for t in found if t is not None)
     combination = combination.to(weight.dtype)
     rounding = _QUANTISED if _quantised(module) else max(torch.finfo(out.dtype).eps ** 0.5, _ROUNDING)
     allowed = rounding * (weight.abs() @ combination.abs() + bias.abs())
     off = torch.maximum((out[:, -1] - weight @ combination - bias).abs(), (out[:, -2] - bias).abs())
     holds = ~(off > allowed).any()  # NaN in a parameter passes: the solve names it
-    require(
-        torch.zeros_like(holds) if _not_finite(module, out) else holds,
-        f"`{name}` must be an affine map that treats every token alike, but got a module whose output for a "
-        "combination of tokens is not that combination of its outputs. A solve applies it by its weight and "
-        "bias alone: take away the hook or the forward that does something else.",
-    )
+    return torch.zeros_like(holds) if _not_finite(module, out) else holds

@@ -15,6 +15,7 @@ from implicit_attention.equilibrium.adjoints import direct_gradients
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.equilibrium.solvers.base import DirectSolver
+from implicit_attention.errors import LOOKS
 
 Plain = tuple[str, list[float], list[int]]  # words with semicolons, real numbers, integers
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -57,7 +58,7 @@ def registered(
         the gradient.
     """
 
-    @torch.library.custom_op(f"implicit_attention::{name}", mutates_args=())
+    @torch.library.custom_op(f"implicit_attention::{name}", mutates_args=(), tags=LOOKS)
     def forward(
         tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -84,7 +85,7 @@ def registered(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return described(words, numbers, counts).outputs(tensors, dtype)
 
-    @torch.library.custom_op(f"implicit_attention::{name}_adjoint", mutates_args=())
+    @torch.library.custom_op(f"implicit_attention::{name}_adjoint", mutates_args=(), tags=LOOKS)
     def adjoint(
         grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], words: str,
         numbers: list[float], counts: list[int],

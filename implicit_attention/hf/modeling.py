@@ -167,7 +167,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         segments = documents((x.shape[0], x.shape[1]), restarts, boundaries, numbers)
         cache = self._cache(cache, use_cache, segments if not is_tracing(x) else None)
         self._check_room(cache, x.shape[1])
-        tokens = describe(self.config, x, cache, attention_mask, position_ids, segments)
+        tokens, x = describe(self.config, x, cache, attention_mask, position_ids, segments)
         mask = self._ordinary_mask(x, cache, attention_mask, segments)
         gains, shown, stats = either(output_gains, self.config.output_gains), Shown(), []
         if gains and not (self.config.is_causal and self.config.normalize_over == "queries"):

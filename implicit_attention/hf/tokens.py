@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
-from implicit_attention.errors import bad_type, bad_value, require
+from implicit_attention.errors import bad_type, bad_value, required
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.settings import ROTATING
 
@@ -102,7 +102,8 @@ def documents(
             raise bad_value("cu_seq_lens_q", f"None for a batch of {batch}", cu_seq_lens,
                             "Put all documents into one sample, or give position_ids that restart.")  # fmt: skip
         place = torch.arange(length, device=cu_seq_lens.device)
-        require(cu_seq_lens[-1] == length, f"`cu_seq_lens_q` must end with the number of tokens, {length}.")
+        message = f"`cu_seq_lens_q` must end with the number of tokens, {length}."
+        cu_seq_lens = required(cu_seq_lens, cu_seq_lens[-1] == length, message)
         return torch.bucketize(place, cu_seq_lens[1:].long(), right=True)[None]
     return None if position_ids is None else find_packed_sequence_indices(position_ids)
 
@@ -114,8 +115,8 @@ def describe(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     segments: Tensor | None,
-) -> Tokens:
-    """Return what implicit blocks need to know of a call's tokens.
+) -> tuple[Tokens, Tensor]:
+    """Return what implicit blocks need to know of a call's tokens, and the tokens, for blocks to be called with.
 
     Args:
         config: Of the model.
@@ -142,11 +143,12 @@ def describe(
         tokens = _in_columns(config, x, length, seen, full)
     tokens = tokens._replace(size=size)
     if segments is None:
-        return tokens._replace(positions=_positions(config, tokens, seen, position_ids))
-    _check_inside(position_ids, segments)
+        positions, x = _positions(config, x, tokens, seen, position_ids)
+        return tokens._replace(positions=positions), x
+    x = _inside(x, position_ids, segments)
     if is_tracing(x) and tokens.mask is None:  # with a mask of whatever kind the layer does not read lengths
         tokens = tokens._replace(mask=torch.zeros(new, new, dtype=torch.bool, device=x.device))
-    return tokens._replace(segments=segments)
+    return tokens._replace(segments=segments), x
 
 
 def _check_mask(mask: object, batch: int, new: int, length: int | Tensor, size: int | None) -> None:
@@ -219,12 +221,13 @@ def _hiding(mask: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:
     return mask.expand(batch, heads, -1, -1)
 
 
-def _check_inside(position_ids: Tensor | None, segments: Tensor) -> None:
-    """Refuse positions that leap within a document: the layer counts them itself."""
+def _inside(x: Tensor, position_ids: Tensor | None, segments: Tensor) -> Tensor:
+    """The tokens, once their positions leap nowhere within a document: the layer counts them itself."""
     if position_ids is None:
-        return
+        return x
     leaps = (position_ids.diff(dim=-1) != 1) & (segments.diff(dim=-1) == 0)
-    require(
+    return required(
+        x,
         ~leaps.any(),
         "`position_ids` must be consecutive within each document, but got positions that leap. Leave them out, or "
         "number each document's tokens 0, 1, 2, ...",
@@ -232,19 +235,19 @@ def _check_inside(position_ids: Tensor | None, segments: Tensor) -> None:
 
 
 def _positions(
-    config: ImplicitAttentionConfig, tokens: Tokens, seen: Tensor | None, position_ids: Tensor | None
-) -> Tensor | None:
-    """The positions that rotations have to follow; None if they are the tokens' places."""
+    config: ImplicitAttentionConfig, x: Tensor, tokens: Tokens, seen: Tensor | None, position_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """The positions that rotations have to follow, None if they are the tokens' places; and the tokens."""
     names = config.position_names
     if position_ids is None or (names == {None} and config.window is None):
-        return None
+        return None, x
     new = position_ids.shape[1]
     place = tokens.length + torch.arange(new, device=position_ids.device)
     if not is_tracing(position_ids) and bool((position_ids == place).all()):
-        return None
+        return None, x
     turns = bool(names & ROTATING) and not names & _BY_DISTANCE and config.is_causal
     if turns and config.window is None:
-        return position_ids
+        return position_ids, x
     # Biases and windows count columns, as do layers without a causal mask: positions may move only as a whole, by the
     # padding before them.
     moved = place - position_ids
@@ -256,9 +259,10 @@ def _positions(
         # Padding in between would shorten distances.
         padding = torch.where((~seen).cumprod(-1).sum(-1, keepdim=True) == padding, padding, padding - new - 1)
     fits = (moved == 0) | (moved == padding) | ~counted
-    require(
+    x = required(
+        x,
         fits.all(),
         "`position_ids` must be each token's place among those that are no padding: distances are counted in columns "
         f"with positions={config.positions!r}, window={config.window}, is_causal={config.is_causal}. Leave them out.",
     )
-    return position_ids if turns else None
+    return position_ids if turns else None, x

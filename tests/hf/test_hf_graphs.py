@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from transformers import CompileConfig, StaticCache
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
@@ -69,6 +71,26 @@ def test_a_compiled_step_that_raises_adds_nothing():
     for i, call in ((6, step), (7, model), (8, step)):
         found = call(tokens[:, i : i + 1], cache=cache).logits[:, 0]
         torch.testing.assert_close(found, expected[:, i], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [*KINDS.values(), {"is_causal": False, "max_gain": 0.9}], ids=[*KINDS, "no-mask"])
+def test_what_looks_at_numbers_is_cut_out_of_cuda_graphs(options):
+    """`generate` compiles a step with a static cache for CUDA graphs, which cannot wait for a number."""
+    kind = ImplicitAttentionForCausalLM if options.get("is_causal", True) else ImplicitAttentionForMaskedLM
+    model, tokens, graphs = tiny.make(kind, use_cache=False, **options), tiny.tokens(), []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    places = torch.arange(tokens.shape[1])[None]
+    compiled(tokens, position_ids=places).logits.sum().backward()
+    targets = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    ours = [target for target in targets if getattr(target, "namespace", "") == "implicit_attention"]
+    assert {"require", "adjoint"} <= {target.__name__.split(".")[0].rsplit("_", 1)[-1] for target in ours}
+    assert all(torch.Tag.cudagraph_unsafe in target.tags for target in ours)
+    assert not any("effects" in str(target) for target in targets), "no tag is read from an operator in a wrapper"
 
 
 @torch.no_grad()

@@ -165,19 +165,14 @@ def _delta(task: Task, sizes: Sizes, width: int) -> Block:
     return ParallelBlock(GatedDeltaNet(sizes.embed_dim, sizes.num_heads), sizes.embed_dim, width)
 
 
-def _hopfield(task: Task, sizes: Sizes, width: int) -> Block:
-    return _equilibrium(task, sizes, width, normalize_over="keys")
-
-
 def _bounded(rtol: float | None = None) -> Callable[[Task, Sizes, int], Block]:
     return lambda task, sizes, width: _equilibrium(task, sizes, width, max_gain=MAX_GAIN, contraction=rtol)
 
 
 def _equilibrium(
-    task: Task, sizes: Sizes, width: int, *, self_query: str = "output", normalize_over: str = "queries",
-    max_gain: float | None = None, contraction: float | None = None, **options: Any,
+    task: Task, sizes: Sizes, width: int, *, max_gain: float | None = None, contraction: float | None = None,
+    **options: Any,
 ) -> ParallelBlock:  # fmt: skip
-    exact = task.is_causal and normalize_over == "queries"
     rtol = atol = sizes.tolerance
     iterative = (
         Anderson(rtol=rtol, atol=atol, max_steps=MOST_STEPS) if max_gain is None else Contraction(rtol=contraction)
@@ -186,14 +181,12 @@ def _equilibrium(
         sizes.embed_dim,
         sizes.num_heads,
         is_causal=task.is_causal,
-        self_query=self_query,
-        normalize_over=normalize_over,
         query_input=sizes.query_input,
         qk_norm=sizes.qk_norm,
         max_gain=max_gain,
         positions=_positions(sizes) if sizes.positions == "relative" else sizes.positions,
         out_proj=True,
-        solver=ForwardSubstitution(kernel=sizes.kernel, rtol=rtol, atol=atol) if exact else iterative,
+        solver=ForwardSubstitution(kernel=sizes.kernel, rtol=rtol, atol=atol) if task.is_causal else iterative,
         adjoint=ADJOINTS[known("adjoint", sizes.adjoint, ADJOINTS)],
         on_failure="ignore",  # each run records the share of rows that missed the tolerance
         **options,
@@ -228,7 +221,6 @@ ARMS = {
             Arm(f"bounded-{rtol:.0e}", f"{_BOUNDED}, tolerance {rtol:g}", _bounded(rtol), free_only=True, ours=True)
             for rtol in CONTRACTIONS
         ),
-        Arm("hopfield", 'implicit, `normalize_over="keys"`', _hopfield, ours=True),
         _ours("strict", _STRICT, _strict),
         _ours("strict-one", f"{_STRICT}, in the first block", _strict, every=0),
         _ours("strict-half", f"{_STRICT}, in every other block", _strict, every=2),

@@ -5,7 +5,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from studies.campaign import Watch
 from studies.run import Record, Run
-from studies.table import RATE_SEED, Table
+from studies.table import Table
 
 
 class Display:
@@ -47,11 +47,10 @@ class Display:
         self.going.pop(_key(run), None)
         self.ended += 1
         self._move()
-        what = f"rate {run.rate:g}" if run.seed == RATE_SEED else f"seed {run.seed}"
         score = "no score" if record["score"] is None else f"score {record['score']:.4f}"
         self.console.print(
-            f"{run.table}, {run.row}, {what}: {score} after {record['last_step']} steps ({record['end']}), "
-            f"{record['seconds']:.0f} s",
+            f"{run.table}, {run.row}, rate {run.rate:g}, seed {run.seed}: {score} after {record['last_step']} steps "
+            f"({record['end']}), {record['seconds']:.0f} s",
             highlight=False,
             soft_wrap=True,
         )

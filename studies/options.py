@@ -1,4 +1,4 @@
-"""The tables that compare values of one option of the layer. Short runs on one seed chose their learning rates."""
+"""The tables that compare values of one option of the layer."""
 
 import json
 from dataclasses import replace
@@ -10,8 +10,10 @@ from studies.arms import ADJOINTS, ARMS, CONTRACTIONS, Sizes
 from studies.run import Training
 from studies.table import Row, Table, rows_of
 
-_RECALL = Training(steps=500, rate_steps=250, batch_size=16, evaluate_every=25)
-_BYTES = Training(steps=500, rate_steps=200, batch_size=8, evaluate_every=50, held_out=128, solved=None)
+_RECALL = Training(steps=500, batch_size=16, evaluate_every=25)
+_BYTES = Training(
+    steps=500, batch_size=8, evaluate_every=50, held_out=128, solved=None, rates=(3e-3, 1e-2, 3e-2, 1e-1)
+)  # fmt: skip
 _RECALL_SIZES = Sizes(num_heads=2, mlp=256, max_distance=64)
 _BYTES_SIZES = Sizes(num_heads=4, mlp=256, loops=2)
 

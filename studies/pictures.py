@@ -21,7 +21,6 @@ STYLES = {
     "looped": ("#E69F00", "-"),
     "strict": ("#56B4E9", "-"),
     "implicit": ("#0072B2", "-"),
-    "hopfield": ("#CC79A7", "-"),
     "recurrent": ("#009E73", "-"),
     "gru": ("#D55E00", "-"),
     "keys-2": ("#E69F00", ":"),

@@ -11,7 +11,6 @@ from typing import Any
 
 from implicit_attention.errors import Came, bad_value
 from studies.run import Record, Run
-from studies.table import RATE_SEED
 
 CHOICE = "rate.json"
 
@@ -24,10 +23,8 @@ def path(directory: Path, run: Run, *, trial: bool = False) -> Path:
         run: The run.
         trial: Whether it is one of those that choose the learning rate.
     """
-    name = f"seed-{run.seed}.json"
-    if trial:
-        name = f"rate-{run.rate:g}.json" if run.seed == RATE_SEED else f"rate-{run.rate:g}-seed-{run.seed}.json"
-    return directory / run.table / run.row / name
+    rate = f"rate-{run.rate:g}-" if trial else ""
+    return directory / run.table / run.row / f"{rate}seed-{run.seed}.json"
 
 
 def finished(directory: Path, run: Run, *, trial: bool = False) -> Record | None:

@@ -37,7 +37,6 @@ class Training:
         held_out: Held-out sequences of each kind.
         solved: The score of the hardest kind at which the task counts as solved; None if there is none.
         rates: Learning rates to choose from.
-        rate_steps: Steps of the runs that choose, on a seed of their own; 0 if the whole runs of all seeds choose.
         gradients: Whether gradients are compared at each evaluation.
     """
 
@@ -46,8 +45,7 @@ class Training:
     evaluate_every: int
     held_out: int = 256
     solved: float | None = 0.99
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    rate_steps: int = 0
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     gradients: bool = False
 
     def __post_init__(self) -> None:

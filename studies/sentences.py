@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from studies.choices import Choice
 from studies.run import Record
-from studies.table import RATE_SEED, Table
+from studies.table import Table
 
 INTRODUCTION = """What one implicit layer learns, next to other layers of the same size, and what it does not learn.
 `implicit-attention eval --all --budget cpu` makes this page from the records in `docs/data/eval/`, and makes the
@@ -27,8 +27,7 @@ How arms are compared:
 - FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps.
 - Times are processor time of one thread, with one run on each core. The same seed gives the same scores again on the
   same kind of processor with the same commit. Another processor rounds otherwise. Most scores then move within their
-  spread; parity beyond the trained length moves more ([both](choosing.md#values-that-read-outputs)). Tables that name
-  no commit were made before records kept it, by an older causal engine, which took other numbers of solver steps."""
+  spread; parity beyond the trained length moves more ([both](choosing.md#values-that-read-outputs))."""
 
 OVERVIEW = """The deciding score of each table, mean ± standard deviation over seeds; where a task can be solved, the
 seeds that solved it and their median steps. Each cell shows the best arm of its kind: most seeds solved, then fewest
@@ -127,8 +126,6 @@ def rates(table: Table) -> list[str]:
     tried = ", ".join(f"{rate:g}" for rate in table.training.rates)
     if len(table.training.rates) == 1:
         return []
-    if table.training.rate_steps:
-        return [f"Learning rates: {tried}, chosen by runs of {table.training.rate_steps} steps on seed {RATE_SEED}."]
     if table.finalists:
         return [f"Learning rates: {tried} for the first seed, the best {table.finalists} of these for all seeds."]
     return [f"Learning rates: {tried}, each for all seeds."]

@@ -22,7 +22,6 @@ from studies.table import Row, Table, rows_of
 BUDGETS = ("smoke", "cpu")
 
 
-HOPS = ("ordinary", "ordinary-2", "looped", "strict", "implicit", "hopfield", "recurrent", "gru")
 LOOKUP = (
     "ordinary", "ordinary-2", "keys-2", "keys-4", "strict", "implicit", "strict-convolved", "feedback", "delta", "gru"
 )  # fmt: skip
@@ -35,8 +34,6 @@ TEXT = (
     "feedback-alone", "delta", "gru",
 )  # fmt: skip
 BIDIRECTIONAL = ("ordinary", "implicit", "bounded")
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-FINALISTS = 2  # rates that all seeds try, of those that the first seed tries
 
 
 def tables(budget: str) -> dict[str, Table]:
@@ -69,7 +66,7 @@ def chosen(budget: str, name: str) -> list[Table]:
     return [table for table in every.values() if name in (table.name, table.group)]
 
 
-_RECALL = Training(steps=1000, batch_size=16, evaluate_every=25, held_out=128, rates=RATES)
+_RECALL = Training(steps=1000, batch_size=16, evaluate_every=25, held_out=128)
 _RECALL_TRAINING = {
     64: _RECALL,
     128: _RECALL,
@@ -86,8 +83,8 @@ def _recall() -> list[Table]:
         arms = (*arms, "looped", "recurrent") if length == 64 else arms
         task = MQAR(length, pairs, vocabulary)
         training = _RECALL_TRAINING[length]
-        finalists = None if length == 64 else FINALISTS  # the first was made when all seeds tried all rates
-        made.append(Table(name, "recall", title, task, rows_of(arms, _RECALL_SIZES), training, 3, finalists))
+        made.append(Table(name, "recall", title, task, rows_of(arms, _RECALL_SIZES), training, 3))
+    made[0] = replace(made[0], finalists=None)  # was made when all seeds tried all rates, as gaps, parity and words
     return made
 
 
@@ -97,38 +94,32 @@ def _gapped() -> list[Table]:
     chained = replace(_RECALL, steps=1500, evaluate_every=50)
     return [
         Table("gaps", "gapped", "Recall: 0 to 6 fillers between key and value", GappedRecall(),
-              rows_of(GAPPED, _RECALL_SIZES), training, 3),
+              rows_of(GAPPED, _RECALL_SIZES), training, 3, finalists=None),
         Table("gaps-keys", "gapped", "Recall: the same with keys of two tokens", GappedRecall(key_tokens=2),
-              rows_of(GAPPED, _RECALL_SIZES), training, 3, FINALISTS),
+              rows_of(GAPPED, _RECALL_SIZES), training, 3),
         Table("chains", "chains", "Chains of assignments, 1 to 16 steps", Chains(),
-              rows_of((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8)), chained, 3, FINALISTS),
+              rows_of((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8)), chained, 3),
     ]  # fmt: skip
 
 
 def _hops() -> list[Table]:
-    sizes = Sizes(num_heads=2, mlp=256, max_distance=64, loops=8)
-    training = Training(steps=800, rate_steps=400, batch_size=16, evaluate_every=100, held_out=128)
-    return [
-        Table(f"khop-{n}", "khop", f"1 to 8 hops in {n} tokens", KHop(n), rows_of(HOPS, sizes), training, 3)
-        for n in (48, 100)
-    ]
+    rows = rows_of((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8))
+    training = replace(_RECALL, steps=1600, evaluate_every=100)
+    return [Table("khop-48", "khop", "1 to 8 hops in 48 tokens", KHop(48), rows, training, 3)]
 
 
 def _states() -> list[Table]:
     sizes = Sizes(num_heads=2, mlp=256, max_distance=64, loops=8)
-    training = Training(steps=800, batch_size=16, evaluate_every=50, held_out=128, rates=RATES)
+    training = Training(steps=800, batch_size=16, evaluate_every=50, held_out=128)
     rows = rows_of((*STATE, "recurrent"), sizes)
     for positions in (None, "alibi", "rope"):
         title = f"{ARMS['feedback'].title}, `positions={json.dumps(positions) if positions else None}`"
         rows[f"feedback-{positions or 'none'}"] = Row("feedback", title, replace(sizes, positions=positions))
-    short = replace(training, rates=(1e-3, 3e-3, 1e-2), rate_steps=400)
     return [
         Table("parity", "parity", "Parity: learned at 40 bits, judged at up to 160", Parity(judged=(40, 80, 160)),
-              rows, training, 3),
+              rows, training, 3, finalists=None),
         Table("words-s3", "words", "Word problem of S3: learned at 32, judged at up to 128", GroupWords(group="S3"),
-              rows_of(STATE, sizes), replace(training, steps=2400, evaluate_every=100), 3),
-        Table("words-a5", "words", "Word problem of A5: learned at 32, judged at up to 128", GroupWords(group="A5"),
-              rows_of(HOPS, sizes), short, 3),
+              rows_of(STATE, sizes), replace(training, steps=2400, evaluate_every=100), 3, finalists=None),
     ]  # fmt: skip
 
 
@@ -143,7 +134,7 @@ def _bytes() -> list[Table]:
     arms = {1: TEXT, 2: TEXT, 4: deep, 8: ("ordinary", "convolved", "strict-half", "feedback-half", "feedback-one")}
     return [
         Table(f"bytes-{blocks}", "bytes", f"Bytes of Python's library: {blocks} block{'s' * (blocks > 1)}",
-              ByteText(), rows_of(names, replace(_BYTES_SIZES, blocks=blocks)), _BYTES, 3, FINALISTS)
+              ByteText(), rows_of(names, replace(_BYTES_SIZES, blocks=blocks)), _BYTES, 3)
         for blocks, names in arms.items()
     ]  # fmt: skip
 
@@ -156,16 +147,15 @@ def _bidirectional() -> list[Table]:
     sizes = Sizes(num_heads=4, mlp=256, qk_norm=False, tolerance=1e-3)
     made = [
         Table(f"digits-{blocks}", "digits", f"Digits: which one, {blocks} block{'s' * (blocks > 1)}", DigitClasses(),
-              rows_of(BIDIRECTIONAL, replace(sizes, blocks=blocks)), replace(training, held_out=360), 5, FINALISTS)
+              rows_of(BIDIRECTIONAL, replace(sizes, blocks=blocks)), replace(training, held_out=360), 5)
         for blocks in (1, 2)
     ]  # fmt: skip
     return [
         *made,
         Table("pixels", "digits", "Digits: half of the pixels from the other half", Digits(),
-              rows_of(BIDIRECTIONAL, sizes), training, 5, FINALISTS),
+              rows_of(BIDIRECTIONAL, sizes), training, 5),
         Table("masked-bytes", "digits", "Hidden bytes of Python's library, 2 blocks", MaskedBytes(),
-              rows_of(BIDIRECTIONAL, replace(sizes, blocks=2)), replace(training, steps=1000, rates=RATES), 3,
-              FINALISTS),
+              rows_of(BIDIRECTIONAL, replace(sizes, blocks=2)), replace(training, steps=1000, rates=_RECALL.rates), 3),
     ]  # fmt: skip
 
 
@@ -174,7 +164,7 @@ def _sized(table: Table, budget: str) -> Table:
     if budget == "cpu":
         return table
     training = table.training
-    tiny = replace(training, steps=2, rate_steps=1, batch_size=2, evaluate_every=1, held_out=2, rates=(3e-3,))
+    tiny = replace(training, steps=2, batch_size=2, evaluate_every=1, held_out=2, rates=(3e-3,))
     rows = {name: replace(row, sizes=_small(row.sizes)) for name, row in table.rows.items()}
     return replace(table, training=tiny, rows=rows, seeds=1)
 

@@ -1,15 +1,12 @@
 """A table of the results: runs that are compared with each other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from implicit_attention.errors import bad_value
 from implicit_attention.tasks.task import Task
 from studies.arms import ARMS, Sizes
 from studies.names import known
 from studies.run import Run, Training
-
-RATE_SEED = 1000  # seed of the runs that choose a learning rate; no other run has it
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class Table:
         rows: Its rows by name.
         training: How they are trained.
         seeds: Number of seeds, from 0 on.
-        finalists: How many learning rates all seeds try, where whole runs choose: those that are best for the first
-            seed, which tries all. None if all seeds try all rates.
+        finalists: How many learning rates all seeds try: those that are best for the first seed, which tries all. None
+            if all seeds try all rates.
     """
 
     name: str
@@ -50,7 +47,7 @@ class Table:
     rows: Mapping[str, Row]
     training: Training
     seeds: int
-    finalists: int | None = None
+    finalists: int | None = 2
 
     def run(self, row: str, seed: int, rate: float) -> Run:
         """Return a run of the table.
@@ -61,14 +58,13 @@ class Table:
             rate: The learning rate that was chosen.
 
         Raises:
-            ValueError: If there is no such row, or the seed is the one that chooses learning rates.
+            ValueError: If there is no such row.
         """
-        if seed == RATE_SEED:
-            raise bad_value("seed", f"another than {RATE_SEED}", seed, "That seed chooses the learning rate.")
-        return self._run(row, seed, rate, self.training)
+        entry = self.rows[known("arm", row, self.rows)]
+        return Run(self.name, row, entry.arm, self.task, entry.sizes, self.training, rate, seed)
 
     def rate_runs(self, row: str) -> list[Run]:
-        """Return the runs that try all learning rates of a row: whole ones of these seeds, or short ones of another.
+        """Return the runs that try all learning rates of a row: of the first seed, without finalists of all seeds.
 
         Args:
             row: Name of the row.
@@ -76,12 +72,8 @@ class Table:
         Raises:
             ValueError: If there is no such row.
         """
-        rates, short = self.training.rates, self.training.rate_steps
-        if not short:
-            seeds = range(1 if self.finalists else self.seeds)
-            return [self._run(row, seed, rate, self.training) for rate in rates for seed in seeds]
-        training = replace(self.training, steps=short, gradients=False)
-        return [self._run(row, RATE_SEED, rate, training) for rate in rates]
+        seeds = range(1 if self.finalists else self.seeds)
+        return [self.run(row, seed, rate) for rate in self.training.rates for seed in seeds]
 
     def final_runs(self, row: str, rates: Sequence[float]) -> list[Run]:
         """Return the runs of the seeds after the first at the rates that were best for it; none without finalists.
@@ -94,11 +86,7 @@ class Table:
             ValueError: If there is no such row.
         """
         seeds = range(1, self.seeds if self.finalists else 1)
-        return [self._run(row, seed, rate, self.training) for rate in rates for seed in seeds]
-
-    def _run(self, row: str, seed: int, rate: float, training: Training) -> Run:
-        entry = self.rows[known("arm", row, self.rows)]
-        return Run(self.name, row, entry.arm, self.task, entry.sizes, training, rate, seed)
+        return [self.run(row, seed, rate) for rate in rates for seed in seeds]
 
 
 def rows_of(names: tuple[str, ...], sizes: Sizes) -> dict[str, Row]:

@@ -12,7 +12,7 @@ from studies.run import Training
 from studies.table import Row
 
 SIZES = Sizes(embed_dim=16, num_heads=2, mlp=64, max_distance=4, loops=2, kernel="torch")
-TRAINING = Training(steps=4, batch_size=4, evaluate_every=2, held_out=8, rates=(1e-3, 1e-2), rate_steps=2)
+TRAINING = Training(steps=4, batch_size=4, evaluate_every=2, held_out=8, rates=(1e-3, 1e-2))
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,10 @@ def test_unknown_arm_suggests_the_nearest():
 
 def test_the_implicit_arms_differ_in_one_option_each():
     made = {}
-    for name in ("implicit", "strict", "hopfield"):
+    for name in ("implicit", "strict", "feedback"):
         (layer,) = [m for m in build(ARMS[name], CAUSAL, SIZES, 0).modules() if isinstance(m, ImplicitQueryAttention)]
-        made[name] = (layer.self_query, layer.normalize_over)
-    assert made == {"implicit": ("output", "queries"), "strict": ("input", "queries"), "hopfield": ("output", "keys")}
+        made[name] = (layer.self_query, layer.values)
+    assert made == {"implicit": ("output", "linear"), "strict": ("input", "linear"), "feedback": ("input", "feedback")}
 
 
 def test_recurrent_rows_attend_to_outputs_of_the_rows_before():

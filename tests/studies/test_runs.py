@@ -10,9 +10,8 @@ import torch
 from implicit_attention import ImplicitQueryAttention
 from studies import ARMS, build, campaign, perform, pool, records, tables
 from studies.blocks import SequenceModel
-from studies.run import JUDGED_SEED, parameter_groups, rate_factor
+from studies.run import parameter_groups, rate_factor
 from studies.suite import chosen
-from studies.table import RATE_SEED
 from tests.studies.simple import SIZES, TRAINING, Before, table
 
 NOTHING = campaign.Watch()
@@ -102,17 +101,17 @@ def test_what_is_done_is_not_done_again(tmp_path):
     watch = campaign.Watch(done=lambda run, record: done.append((run.seed, run.rate)))
     settings = {"workers": 1, "environment": {}, "watch": watch}
     campaign.perform(shown, ["ordinary"], [0], tmp_path, **settings)
-    assert done[:2] == [(RATE_SEED, 1e-3), (RATE_SEED, 1e-2)]
-    assert len(done) == 3
-    campaign.perform(shown, ["ordinary"], [0, 1], tmp_path, **settings)
-    assert [seed for seed, _ in done[3:]] == [1]
+    assert done[:2] == [(0, 1e-3), (0, 1e-2)]
+    assert len(done) == 4
+    campaign.perform(shown, ["ordinary"], [0, 1, 2], tmp_path, **settings)
+    assert [seed for seed, _ in done[4:]] == [2]
     choice = json.loads((tmp_path / "before" / "ordinary" / "rate.json").read_text())
     assert choice["chosen"] == done[-1][1]
     assert set(choice["tried"]) == {"0.001", "0.01"}
 
 
 def test_whole_runs_of_all_seeds_choose_the_rate_and_count(tmp_path):
-    shown, done, totals = table(training=replace(TRAINING, rate_steps=0)), [], []
+    shown, done, totals = replace(table(), finalists=None), [], []
     watch = campaign.Watch(
         total=lambda table, runs, before: totals.append((runs, before)),
         done=lambda run, record: done.append((run.seed, run.rate)),
@@ -131,7 +130,7 @@ def test_whole_runs_of_all_seeds_choose_the_rate_and_count(tmp_path):
 
 
 def test_all_seeds_try_the_rates_that_were_best_for_the_first(tmp_path):
-    training = replace(TRAINING, rates=(1e-4, 1e-3, 1e-2), rate_steps=0)
+    training = replace(TRAINING, rates=(1e-4, 1e-3, 1e-2))
     shown, done, totals = replace(table(training=training), seeds=3, finalists=2), [], []
     watch = campaign.Watch(
         total=lambda table, runs, before: totals.append((runs, before)),
@@ -191,12 +190,6 @@ def test_a_failing_run_says_which(workers):
     run = replace(table().run("ordinary", 0, 1e-2), arm="nothing")
     with pytest.raises(RuntimeError, match=r"before, ordinary, seed 0 failed:"):
         list(pool.records([run, run], workers, lambda run, done: None))
-
-
-def test_the_seed_of_the_choice_counts_for_nothing():
-    with pytest.raises(ValueError, match="chooses the learning rate"):
-        table().run("ordinary", RATE_SEED, 1e-2)
-    assert JUDGED_SEED != RATE_SEED
 
 
 def test_names_stand_for_tables_and_groups():

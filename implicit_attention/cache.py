@@ -32,7 +32,7 @@ class Cache(Protocol):
     """What a layer needs of a cache."""
 
     def past(self) -> Past | None:
-        """Return the columns so far, None if there are none."""
+        """Return the columns so far, or none with the position that the next token has; None if that is 0."""
 
     def append(self, column: Tensor, value: Tensor, hidden: Tensor | None) -> None:
         """Take the columns of new tokens.

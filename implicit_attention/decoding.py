@@ -93,7 +93,7 @@ def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None
     x, past, cache, settings = inputs.x, inputs.past, inputs.cache, layer.settings
     assert past is not None
     assert isinstance(layer.solver, ForwardSubstitution)
-    rotation = None if layer.positions is None else layer.positions.rotation(1, x, past.position)
+    rotation = None if layer.positions is None else layer.positions.rotation(1, x, inputs.position)
     made, value = projected.key, split_heads(projected.value, settings.num_kv_heads)
     past = past._replace(column=_in(past.column, made.dtype), value=_in(past.value, made.dtype))
     fits = settings.self_query == "output" and layer.query_norm is None

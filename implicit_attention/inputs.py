@@ -25,6 +25,7 @@ class Inputs:
         key_padding_mask: Of the new columns, `[B, M]`, bool or float.
         cache: Takes the new tokens.
         past: The P columns it holds; None if there are none.
+        position: Of the first new token, or of all, as in `Past`.
         batched: Whether x came with a batch dimension.
         segments: Which document each token belongs to, `[B, N]`, int; None if samples are documents.
         cu_seqlens: The same for a batch of one, as the boundaries of documents, `[docs + 1]`.
@@ -37,6 +38,7 @@ class Inputs:
     key_padding_mask: Tensor | None = None
     cache: Cache | None = None
     past: Past | None = None
+    position: int | Tensor = 0
     batched: bool = True
     segments: Tensor | None = None
     cu_seqlens: Tensor | None = None
@@ -163,8 +165,9 @@ def checked(
         context = None if context is None else context[None]
         segments, start = (None if t is None else t[None] for t in (segments, start))
         inputs = replace(inputs, x=x[None], context=context, key_padding_mask=padding, segments=segments, start=start)
-    if cache is not None:
-        inputs = replace(inputs, past=_past(settings, inputs, cache))
+    past = None if cache is None else _past(settings, inputs, cache)
+    if past is not None:
+        inputs = replace(inputs, past=past if past.column.shape[-2] else None, position=past.position)
     return _with_masks(settings, inputs)
 
 

@@ -305,8 +305,7 @@ def _query_tensors(layer: Layer, projected: Projected, rotation: Tensor | None) 
 def _rotation(layer: Layer, inputs: Inputs, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
     if layer.positions is None:
         return None
-    first = 0 if inputs.past is None else inputs.past.position
-    return layer.positions.rotation(tokens.shape[-2], tokens.to(dtype), first)
+    return layer.positions.rotation(tokens.shape[-2], tokens.to(dtype), inputs.position)
 
 
 def _terms(layer: Layer, inputs: Inputs, dtype: torch.dtype) -> list[tuple[BiasTerm, Tensor]]:

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -125,19 +124,14 @@ class ImplicitAttentionBlock(GradientCheckpointingLayer):
         self, layer: ImplicitQueryAttention, x: Tensor, tokens: Tokens, cache: Cache | None, show: bool, gains: bool
     ) -> BlockOutput:
         """What an implicit layer adds. It is called, so that hooks and offloading act on it as on any module."""
-        held, mask = None, tokens.mask
-        if cache is not None or tokens.positions is not None:
-            shape = (layer.settings.num_kv_heads, layer.settings.head_dim)
-            held = LayerCache(cache, self.layer_idx, tokens, x, shape)
-        extra = 0 if held is None else held.extra
-        if mask is not None and extra:
-            mask = F.pad(mask, (extra, 0))  # the column is hidden already
+        needed = cache is not None or tokens.positions is not None
+        held = LayerCache(cache, self.layer_idx, tokens) if needed else None
         with weights_on_device(layer):
             y, weights, solution = layer(
-                x, attn_mask=mask, key_padding_mask=tokens.hidden, cache=held, segments=tokens.segments,
+                x, attn_mask=tokens.mask, key_padding_mask=tokens.hidden, cache=held, segments=tokens.segments,
                 need_weights=show, average_attn_weights=False, need_solution=True, gains=gains,
             )  # fmt: skip
-        weights = None if weights is None else tokens.weights_by_slot(weights[..., extra:])
+        weights = None if weights is None else tokens.weights_by_slot(weights)
         return BlockOutput(y, weights, layer_stats(solution))
 
 

@@ -28,38 +28,28 @@ class LayerCache:
     Padding is not kept in a transformers cache: it comes anew with each call, in the attention mask.
     """
 
-    def __init__(
-        self, cache: Cache | None, layer_idx: int, tokens: Tokens, like: Tensor, shape: tuple[int, int]
-    ) -> None:
+    def __init__(self, cache: Cache | None, layer_idx: int, tokens: Tokens) -> None:
         """Look at a cache.
 
         Args:
             cache: The cache of all layers; None if there is none, and only positions are to be told.
             layer_idx: Which of its entries is the layer's.
             tokens: What the call says of its tokens.
-            like: New tokens `[B, n, D]`.
-            shape: Number of heads of columns and values, and size of a head.
         """
-        self.cache, self.layer_idx, self.tokens, self.like, self.shape = cache, layer_idx, tokens, like, shape
-
-    @property
-    def extra(self) -> int:
-        """Columns before the new tokens that stand for no token: a hidden one, where there are only positions."""
-        return int(self._empty and self.tokens.positions is not None)
-
-    @property
-    def _empty(self) -> bool:
-        return isinstance(self.tokens.length, int) and self.tokens.length == 0
+        self.cache, self.layer_idx, self.tokens = cache, layer_idx, tokens
 
     def past(self) -> Past | None:
-        """Return the columns so far, None if there are none.
+        """Return the columns so far, or none with the positions of the new tokens; None if these are their places.
 
         Raises:
             ValueError: If the cache does not keep all of them as they are.
         """
         length, held, positions = self.tokens.length, self.tokens.held, self.tokens.positions
-        if self._empty:
-            return None if positions is None else self._nothing(positions)
+        if isinstance(length, int) and length == 0:
+            if positions is None:
+                return None
+            nothing = positions.new_empty(1, 1, 0, 1)
+            return Past(nothing, nothing, None, positions)
         assert self.cache is not None
         layer = self.cache.layers[self.layer_idx]
         keys, values = (layer.keys, layer.values) if isinstance(layer, CacheLayerMixin) else (None, None)
@@ -72,14 +62,6 @@ class LayerCache:
             keys, values = keys.index_select(2, self.tokens.order), values.index_select(2, self.tokens.order)
         keys, values = kept(layer, keys), kept(layer, values)
         return Past(keys, values, held, length if positions is None else positions)
-
-    def _nothing(self, positions: Tensor) -> Past:
-        """A hidden column: the layer takes positions of new tokens from what it knows of those before."""
-        kind, dtype = self.like.device.type, self.like.dtype
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-        heads, size = self.shape
-        column = self.like.new_zeros(self.like.shape[0], heads, 1, size, dtype=dtype)
-        return Past(column, column, self.like.new_ones(self.like.shape[0], 1, dtype=torch.bool), positions)
 
     def append(self, column: Tensor, value: Tensor, hidden: Tensor | None) -> None:
         """Take the columns of new tokens.

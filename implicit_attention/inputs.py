@@ -30,6 +30,7 @@ class Inputs:
         segments: Which document each token belongs to, `[B, N]`, int; None if samples are documents.
         cu_seqlens: The same for a batch of one, as the boundaries of documents, `[docs + 1]`.
         start: Where iteration begins, `[B, N, H d]`, without a graph; None for the values.
+        document_starts: Where the document of each token begins, `[B, N]`, if `attn_mask` keeps documents apart.
     """
 
     x: Tensor
@@ -43,21 +44,13 @@ class Inputs:
     segments: Tensor | None = None
     cu_seqlens: Tensor | None = None
     start: Tensor | None = None
+    document_starts: Tensor | None = None
 
     @property
     def packed(self) -> bool:
         """Whether samples hold several documents that are solved apart: without an `attn_mask`."""
         named = self.segments is not None or self.cu_seqlens is not None
         return named and self.attn_mask is None and self.x.numel() > 0
-
-    @property
-    def document_starts(self) -> Tensor | None:
-        """Where the document of each token begins, `[B, N]`, if the `attn_mask` keeps documents apart; else None."""
-        if self.segments is None or self.attn_mask is None:
-            return None
-        place = torch.arange(self.segments.shape[1], device=self.segments.device)
-        same = F.pad(self.segments[:, 1:] == self.segments[:, :-1], (1, 0))
-        return place.expand_as(self.segments).masked_fill(same, 0).cummax(-1).values
 
     @property
     def source(self) -> Tensor:
@@ -341,14 +334,22 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
             mask,
             "Its rows are output tokens, its columns the tokens they may see.",
         )
-    inputs = replace(inputs, attn_mask=mask.reshape(*lead, rows, cols))
-    starts = inputs.document_starts
-    return inputs if starts is None else replace(inputs, attn_mask=_keeping_apart(inputs.attn_mask, starts))
+    mask = mask.reshape(*lead, rows, cols)
+    if inputs.segments is None:
+        return replace(inputs, attn_mask=mask)
+    starts = _document_starts(inputs.segments)
+    return replace(inputs, attn_mask=_keeping_apart(mask, starts), document_starts=starts)
 
 
-def _keeping_apart(mask: Tensor | None, starts: Tensor) -> Tensor:
+def _document_starts(segments: Tensor) -> Tensor:
+    """Where the document of each token begins, `[B, N]`."""
+    place = torch.arange(segments.shape[1], device=segments.device)
+    same = F.pad(segments[:, 1:] == segments[:, :-1], (1, 0))
+    return place.expand_as(segments).masked_fill(same, 0).cummax(-1).values
+
+
+def _keeping_apart(mask: Tensor, starts: Tensor) -> Tensor:
     """A mask `[1 or B, 1 or H, N, N]` that hides other documents, too."""
-    assert mask is not None
     others = (starts[:, :, None] != starts[:, None, :])[:, None]
     return mask | others if mask.dtype == torch.bool else mask.masked_fill(others, -torch.inf)
 

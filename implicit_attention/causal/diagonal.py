@@ -98,12 +98,11 @@ class BlockSolver(BlockRows):
         Raises:
             NonFiniteError: If the map returns NaN or Inf.
         """
-        limit = MOST_SWEEPS if self.n > 1 else 2 * MOST_SWEEPS  # a single row cannot be halved
         # Attention to earlier columns is usually closest to the output; a row without any starts from its value.
         alone = torch.isneginf(self.before_lse).transpose(1, 2)[..., None]
         y = torch.where(alone, self.value, self.before.transpose(1, 2))
-        asked = max(1, MOST_SWEEPS // 6)  # rows that must be final by then
-        for sweep in range(1, limit + 3 * MOST_SWEEPS * self.n):
+        allowance = _Allowance(MOST_SWEEPS if self.n > 1 else 2 * MOST_SWEEPS)  # a single row cannot be halved
+        for sweep in range(1, allowance.limit + 3 * MOST_SWEEPS * self.n):
             queries = self.system.phi(y, self.rows)
             a, lse, own = self.attend(queries.query)
             p = self.own_weight(own, lse)
@@ -112,38 +111,24 @@ class BlockSolver(BlockRows):
             residual, size = change.abs().amax((2, 3)), f.abs().amax((2, 3))
             if sweep == 1 and not bool(torch.isfinite(residual).all()):
                 raise NonFiniteError("the map gave NaN or Inf")
-            final = self._final(sweep, queries, residual, size, size * rtol + atol)
-            everyone = checked = bool(self._waits.all())
+            allowed = size * rtol + atol
+            final = self._final(sweep, queries, residual, size, allowed)
+            settled = checked = bool(self._waits.all())
             if self.roots is not None:
-                corrected = self._newton(sweep, queries, (a, p), f, change)
-                f = corrected if sweep <= STEADY else torch.where(self._plain[..., None, None], f, corrected)
-                if everyone or sweep > PATIENCE:
-                    # Of weights, whose error the distance from a to v multiplies.
-                    reach = (self.value - a).abs_().amax((2, 3)).clamp_min_(1.0)
-                    tolerance = 0.1 * float(((size * rtol + atol) / reach).min())
-                    found = Sweep(a, lse, p, f)
-                    if everyone:
-                        f, moved = self.roots.check(found, tolerance)
-                        self._waits &= ~moved
-                        if bool(moved.any()):  # rows after it start again
-                            everyone, limit, asked = False, max(limit, sweep + MOST_SWEEPS // 2), 1
-                    else:
-                        f = self.roots.solve_slow(found, self._slow & ~self._waits[:, None], final, tolerance)
-            if everyone:
+                f = self._newton(sweep, queries, (a, p), f, change)
+                f, moved = self._at_roots(self.roots, sweep, Sweep(a, lse, p, f), final, allowed)
+                if moved:
+                    settled = False
+                    allowance.begin_again(sweep)
+            if settled or allowance.ends(sweep, final | self._waits[:, None]):
                 break
-            if sweep == limit:
-                reached = int((final | self._waits[:, None]).long().cumprod(1).sum(1).min())
-                if reached < asked:
-                    break
-                limit, asked = limit + MORE_SWEEPS, reached + MORE_SWEEPS // 4
             stays = self._waits[:, None] | self._held()
             # The first rows that are final now stay: they would go on changing by their rounding, which later rows
             # amplify. Not after a check, which moves final rows to other roots.
             if sweep > STEADY + PLAIN and not checked:
                 stays = stays | (final & ~self._slow).long().cumprod(1).bool()
             y = torch.lerp(y, f, (~stays)[..., None, None].to(y.dtype))
-        total = torch.logaddexp(lse, own)
-        return Block(y, queries, total, residual, size, sweep, everyone)
+        return Block(y, queries, torch.logaddexp(lse, own), residual, size, sweep, settled)
 
     def _held(self) -> Tensor:
         """Rows that are given up, `[B, n]`."""
@@ -187,7 +172,57 @@ class BlockSolver(BlockRows):
             return f
         if self._step is None or (sweep - 2) % RELINEARIZED == 0:
             self._step = NewtonStep(self.system, self.rows, queries, self.value - a, p)
-        return mixed(a, self.value, self._step.weights(p, change))
+        corrected = mixed(a, self.value, self._step.weights(p, change))
+        return corrected if sweep <= STEADY else torch.where(self._plain[..., None, None], f, corrected)
+
+    def _at_roots(
+        self, roots: OwnRoots, sweep: int, found: Sweep, final: Tensor, allowed: Tensor
+    ) -> tuple[Tensor, bool]:
+        """Return F(y) with slow rows solved exactly; if all rows are final, with those at other roots moved.
+
+        Args:
+            roots: The row equations.
+            sweep: Number of the sweep.
+            found: What it found.
+            final: Which rows are final, `[B, n]`.
+            allowed: Largest residual within tolerance, `[B, n]`.
+
+        Returns:
+            F(y), and whether rows were moved: their samples and all rows after them go on.
+        """
+        everyone = bool(self._waits.all())
+        if not everyone and sweep <= PATIENCE:
+            return found.f, False
+        # Of weights, whose error the distance from a to v multiplies.
+        reach = (self.value - found.a).abs_().amax((2, 3)).clamp_min_(1.0)
+        tolerance = 0.1 * float((allowed / reach).min())
+        if not everyone:
+            return roots.solve_slow(found, self._slow & ~self._waits[:, None], final, tolerance), False
+        f, moved = roots.check(found, tolerance)
+        self._waits &= ~moved
+        return f, bool(moved.any())
+
+
+class _Allowance:
+    """How many sweeps a block may take: some, then more as long as rows become final."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.asked = max(1, MOST_SWEEPS // 6)  # rows that must be final by then
+
+    def ends(self, sweep: int, final: Tensor) -> bool:
+        """Return whether no sweep is left, given which rows are final, `[B, n]`."""
+        if sweep < self.limit:
+            return False
+        reached = int(final.long().cumprod(1).sum(1).min())
+        if reached < self.asked:
+            return True
+        self.limit, self.asked = self.limit + MORE_SWEEPS, reached + MORE_SWEEPS // 4
+        return False
+
+    def begin_again(self, sweep: int) -> None:
+        """Allow more sweeps after a check that moved rows: those after them start again."""
+        self.limit, self.asked = max(self.limit, sweep + MOST_SWEEPS // 2), 1
 
 
 def hand_back(into: dict[str, Tensor], y: Tensor, lse: Tensor, rows: slice, done: list[int]) -> int:

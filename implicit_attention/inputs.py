@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from implicit_attention.cache import Cache, DecodeCache, Past
+from implicit_attention.documents import check_documents, document_starts, kept_apart
 from implicit_attention.errors import Came, NonFiniteError, bad_type, bad_value, first_non_finite
 from implicit_attention.settings import Settings
 
@@ -142,7 +141,7 @@ def checked(
     if segments is not None or cu_seqlens is not None:
         others: dict[str, object] = {"context": context, "cache": cache, "start": start}
         others |= {"attn_mask": attn_mask} if segments is None else {}
-        _check_documents(x, segments, cu_seqlens, others)
+        check_documents(x, segments, cu_seqlens, others)
     if context is not None:
         _check_context(settings, weight, x, context)
     if start is not None:
@@ -216,60 +215,6 @@ def _checked_start(settings: Settings, x: Tensor, start: object) -> Tensor:
     return start.detach()
 
 
-def _check_documents(
-    x: Tensor, segments: Tensor | None, cu_seqlens: Tensor | None, others: Mapping[str, object]
-) -> None:
-    """Refuse what cannot say which tokens form a document, and what does not go with documents."""
-    name, given = ("segments", segments) if segments is not None else ("cu_seqlens", cu_seqlens)
-    if segments is not None and cu_seqlens is not None:
-        raise bad_value("cu_seqlens", "None next to segments", cu_seqlens, "Both say the same: give one of them.")
-    for other, value in others.items():
-        if value is not None:
-            came = value if isinstance(value, Tensor) else Came(f"a {other}")
-            raise bad_value(other, f"None next to {name}", came, _REMEDIES[other])
-    if not isinstance(given, Tensor) or given.dtype not in (torch.int32, torch.int64):
-        raise bad_type(name, "an int32 or int64 tensor", given)
-    if segments is not None and segments.shape != x.shape[:-1]:
-        raise bad_value(name, f"of shape {tuple(x.shape[:-1])}, like x", segments, "It numbers every token's document.")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 2):
-        raise bad_value(name, "of shape [documents + 1]", cu_seqlens, "It holds 0 and the end of every document.")
-    if cu_seqlens is not None and x.dim() == 3 and len(x) != 1:
-        raise bad_value(name, f"None for a batch of {len(x)}", cu_seqlens,
-                        "Put all documents into one sample, or give segments [B, N].")  # fmt: skip
-
-
-_REMEDIES = {
-    "context": "Give every document its own call.",
-    "attn_mask": "Say by segments which tokens form a document: they go with a mask.",
-    "cache": "A cache holds one document per sample: fill it document by document.",
-    "start": "Give every document its own call.",
-}
-
-
-def document_lengths(inputs: Inputs) -> tuple[int, ...]:
-    """Return the lengths of the documents of packed inputs, one sample after the other. It reads them on the host.
-
-    Args:
-        inputs: With `segments` or `cu_seqlens`.
-
-    Raises:
-        ValueError: If `cu_seqlens` does not rise from 0 to the number of tokens.
-    """
-    batch, length = inputs.x.shape[:2]
-    if inputs.segments is not None:
-        segments = inputs.segments.cpu()
-        begins = segments.new_ones(batch, length, dtype=torch.bool)
-        begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        ends = [*begins.flatten().nonzero()[:, 0].tolist(), batch * length]
-    else:
-        assert inputs.cu_seqlens is not None
-        ends = inputs.cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
-            shown = ends if len(ends) < 10 else [*ends[:4], "...", *ends[-4:]]
-            raise bad_value("cu_seqlens", f"rising from 0 to the number of tokens, {length}", Came(shown))
-    return tuple(end - begin for begin, end in pairwise(ends) if end > begin)
-
-
 def _past(settings: Settings, inputs: Inputs, cache: Cache) -> Past | None:
     """What a cache holds, if it can take the new tokens."""
     check_cacheable(settings)
@@ -337,21 +282,8 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
     mask = mask.reshape(*lead, rows, cols)
     if inputs.segments is None:
         return replace(inputs, attn_mask=mask)
-    starts = _document_starts(inputs.segments)
-    return replace(inputs, attn_mask=_keeping_apart(mask, starts), document_starts=starts)
-
-
-def _document_starts(segments: Tensor) -> Tensor:
-    """Where the document of each token begins, `[B, N]`."""
-    place = torch.arange(segments.shape[1], device=segments.device)
-    same = F.pad(segments[:, 1:] == segments[:, :-1], (1, 0))
-    return place.expand_as(segments).masked_fill(same, 0).cummax(-1).values
-
-
-def _keeping_apart(mask: Tensor, starts: Tensor) -> Tensor:
-    """A mask `[1 or B, 1 or H, N, N]` that hides other documents, too."""
-    others = (starts[:, :, None] != starts[:, None, :])[:, None]
-    return mask | others if mask.dtype == torch.bool else mask.masked_fill(others, -torch.inf)
+    starts = document_starts(inputs.segments)
+    return replace(inputs, attn_mask=kept_apart(mask, starts), document_starts=starts)
 
 
 def _check_mask(name: str, mask: object, like: Tensor) -> None:

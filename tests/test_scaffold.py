@@ -29,6 +29,7 @@ ORDER = [
     "equilibrium",
     "attention",
     "cache",
+    "documents",
     "inputs",
     "causal",
     "equation",

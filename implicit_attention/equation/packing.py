@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from implicit_attention.attention.map import AttentionMap
+from implicit_attention.documents import document_lengths
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.errors import Came, bad_value
-from implicit_attention.inputs import Inputs, document_lengths
+from implicit_attention.inputs import Inputs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,7 +60,7 @@ class Packing:
         Raises:
             ValueError: If `cu_seqlens` does not hold the boundaries of documents.
         """
-        lengths = document_lengths(inputs)
+        lengths = document_lengths(inputs.x, inputs.segments, inputs.cu_seqlens)
         groups = grouped(lengths, padded=padded)
         size = torch.tensor(lengths, device="cpu")
         first = size.cumsum(0) - size

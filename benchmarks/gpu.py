@@ -112,7 +112,10 @@ def run(
         if keep is not None:
             records.write(keep, result | {"rows": rows, "failed": failed, "left": left})
     if trace is not None and device == "cuda":
-        profile(BLOCK_LENGTHS[0], device, dtype, trace)
+        try:
+            profile(BLOCK_LENGTHS[0], device, dtype, trace)
+        except Exception as error:  # what has been measured counts
+            failed["trace"] = f"{type(error).__name__}: {error}"
     found = targets(rows)
     if plot is not None and (shapes := [row for row in rows.values() if row["kind"] == "shape"]):
         draw(shapes, plot)

@@ -29,6 +29,7 @@ from implicit_attention.causal import engines
 from implicit_attention.causal.forward_substitution import ForwardSubstitution, solved_with
 from implicit_attention.equation import Layer, Projected, norm_weight, normed_keys
 from implicit_attention.equilibrium.solvers import Solution
+from implicit_attention.equilibrium.triton_available import launching_on
 from implicit_attention.errors import all_finite
 from implicit_attention.inputs import Inputs
 
@@ -97,7 +98,7 @@ def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None
     made, value = projected.key, split_heads(projected.value, settings.num_kv_heads)
     past = past._replace(column=_in(past.column, made.dtype), value=_in(past.value, made.dtype))
     fits = settings.self_query == "output" and layer.query_norm is None
-    kernels = engines.token_kernels(layer.solver.kernel, x, solved_with) if fits else None
+    kernels = engines.token_kernels(layer.solver.kernel, made, settings.num_heads, solved_with) if fits else None
     if kernels is None:
         find = _explicit if settings.self_query == "input" else _in_torch
         found = find(layer, projected, value, past, rotation)
@@ -110,10 +111,11 @@ def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None
                 return None
         return Decoded(_solution(found, made), found.column, value, filled=False)
     slot = cache.ahead(1) if isinstance(cache, DecodeCache) and cache.column.dtype == made.dtype else None
-    found, within = _in_few(kernels, layer, projected, value, past, rotation, slot)
-    solution = _solution(found, made)
-    if not all(within.tolist()):  # looked at last, when next to nothing else is left to do
-        return None
+    with launching_on(made.device):
+        found, within = _in_few(kernels, layer, projected, value, past, rotation, slot)
+        solution = _solution(found, made)
+        if not all(within.tolist()):  # looked at last, when next to nothing else is left to do
+            return None
     return Decoded(solution, found.column, value, filled=slot is not None)
 
 

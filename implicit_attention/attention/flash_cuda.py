@@ -84,6 +84,7 @@ def _suits_cudnn(spec: AttentionSpec, query: Tensor, key: Tensor) -> bool:
         and query.shape[-1] % _MULTIPLE == 0
         and query.shape[-1] <= _CUDNN_WIDEST
         and query.device.type == "cuda"
+        and torch.version.hip is None  # which calls its devices "cuda", too
         and not torch.are_deterministic_algorithms_enabled()  # its backward pass adds with atomics
         and torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         and torch.cuda.get_device_capability(query.device) >= _CUDNN_OLDEST

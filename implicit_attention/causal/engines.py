@@ -19,7 +19,7 @@ from torch import Tensor
 from implicit_attention.causal import cpu, self_test, triton
 from implicit_attention.causal.diagonal_adjoint import BlockAdjoint
 from implicit_attention.causal.system import CausalSystem
-from implicit_attention.equilibrium.triton_available import check_version, misplaced
+from implicit_attention.equilibrium.triton_available import check_version
 from implicit_attention.errors import Came, bad_value, missing_extra
 
 _LOG = logging.getLogger("implicit_attention")
@@ -214,8 +214,7 @@ def _say_once(missing: str) -> None:
 def _warn_once(name: str, device: torch.device, wrong: str) -> None:
     warnings.warn(
         f'kernel="auto": the {name} kernels fail their self-test on {device} ({wrong}), so torch computes causal '
-        "layers there, several times slower. They are tested again with other versions of torch or Triton, or after "
-        f"{self_test.path()} is deleted.",
+        "layers there, several times slower. The next process tests them again.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -301,12 +300,13 @@ def sweeper(name: str, system: CausalSystem, block: int) -> tuple[Any, int]:
     return sweeps, max(block, sweeps.widest(system.length))
 
 
-def token_kernels(kernel: str, like: Tensor, solve: self_test.Solve) -> Any:
+def token_kernels(kernel: str, key: Tensor, heads: int, solve: self_test.Solve) -> Any:
     """Return the module that decodes one token per sample in few launches, None for torch, which takes many.
 
     Args:
         kernel: As in `chosen`.
-        like: A tensor of the map.
+        key: The tokens' keys, `[..., H d]`.
+        heads: H.
         solve: As in `chosen`.
 
     Returns:
@@ -317,14 +317,11 @@ def token_kernels(kernel: str, like: Tensor, solve: self_test.Solve) -> Any:
         ValueError: As in `chosen`.
     """
     if kernel == "auto":
-        if (
-            like.device.type != _ENGINES["triton"].automatic
-            or misplaced(like)
-            or not _works("triton", like.device, solve)
-        ):
+        apt = key.device.type == _ENGINES["triton"].automatic and not triton.decode_hindrance(key, heads)
+        if not (apt and _works("triton", key.device, solve)):
             return None
     elif kernel == "triton":
-        _check(kernel, misplaced(like))
+        _check(kernel, triton.decode_hindrance(key, heads))
     else:
         return None
     return token_module("triton")

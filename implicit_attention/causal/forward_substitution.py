@@ -22,6 +22,7 @@ from implicit_attention.causal.row_problem import gelfand_radius
 from implicit_attention.causal.system import CausalSystem, halves, merge
 from implicit_attention.equilibrium.solvers import NewtonKrylov, Solution, Solver
 from implicit_attention.equilibrium.solvers.base import AdjointSolution, DirectSolver
+from implicit_attention.equilibrium.triton_available import launching_on
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 
 # Rows that go to torch together when a compiled kernel gives up on the first of them. More rows share torch's launch
@@ -81,6 +82,10 @@ class ForwardSubstitution(DirectSolver):
             ValueError: If the map is not causal.
             NonFiniteError: If the map returns NaN or Inf.
         """
+        with launching_on(args[0].device):
+            return self._equilibrium(function, args, dtype)
+
+    def _equilibrium(self, function: Callable[..., Tensor], args: tuple[Tensor, ...], dtype: torch.dtype) -> Solution:
         system, kernel = self._prepared(function, args)
         if system.value_map is not None:
             found = feedback.Forward(system, engines.feedback_engine(kernel), self.block).solution(dtype)
@@ -124,12 +129,13 @@ class ForwardSubstitution(DirectSolver):
         Returns:
             The gradients, and the residual of the adjoint equation.
         """
-        system, kernel = self._prepared(function, args)
-        if system.value_map is not None:
-            engine = engines.feedback_engine(kernel)
-            found = feedback.Backward(system, engine, self.block, y, memo, grad, needs).solution()
-        else:
-            found = self._adjoint(kernel, system, y, memo, grad, needs)
+        with launching_on(args[0].device):
+            system, kernel = self._prepared(function, args)
+            if system.value_map is not None:
+                engine = engines.feedback_engine(kernel)
+                found = feedback.Backward(system, engine, self.block, y, memo, grad, needs).solution()
+            else:
+                found = self._adjoint(kernel, system, y, memo, grad, needs)
         by_arg = [None if g is None else g.to(a.dtype) for g, a in zip(found.by_arg, args, strict=True)]
         return replace(found, by_arg=by_arg)
 
@@ -212,7 +218,8 @@ def solved_with(kernel: str, function: AttentionMap, args: tuple[Tensor, ...], g
     found = solver.equilibrium(function, args, grad.dtype)
     tokens, last = engines.token_module(kernel), found.value[:, -1:]
     if tokens is not None:
-        last = tokens.last_row(CausalSystem(_causal(function), args), found.memo[0], solver.tolerances(grad.dtype))
+        with launching_on(grad.device):
+            last = tokens.last_row(CausalSystem(_causal(function), args), found.memo[0], solver.tolerances(grad.dtype))
     back = solver.adjoint(function, args, found.value, found.memo, grad, (True,) * len(args))
     return [found.value, last, *(g for g in back.by_arg if g is not None)]
 

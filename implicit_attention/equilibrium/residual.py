@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from implicit_attention.equilibrium.triton_available import check_version, misplaced
+from implicit_attention.equilibrium.triton_available import check_version, launching_on, misplaced
 from implicit_attention.errors import Came, bad_value, missing_extra
 
 KERNELS = ("auto", "torch", "triton")
@@ -68,8 +68,9 @@ def fused(y: Tensor, f: Tensor, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
     count, whole = rows[0] * rows[1], torch.int64 if f.dtype == torch.float64 else torch.int32
     length, found = f.numel() // count, torch.zeros(2, count, dtype=whole, device=f.device)
     span = triton_kernel.SPAN
-    triton_kernel.largest_in_rows[(count * -(-length // span),)](
-        y.detach().contiguous(), f.detach().contiguous(), found, length, count, span
-    )
+    with launching_on(f.device):
+        triton_kernel.largest_in_rows[(count * -(-length // span),)](
+            y.detach().contiguous(), f.detach().contiguous(), found, length, count, span
+        )
     residual, size = found.view(f.dtype).view(2, *rows).unbind()
     return residual, size

@@ -2,7 +2,9 @@
 
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +41,27 @@ def check_version(argument: str) -> None:
 
 def misplaced(tensor: Tensor) -> str | None:
     """Return why the kernels cannot run on a tensor's device, in words; None if they can."""
-    device = tensor.device
-    if device.type == "cuda":
-        current = torch.cuda.current_device()
-        if device.index == current:
-            return None
-        # Triton launches on the current device, wherever the tensors are.
-        return f"the tensors are on {device} and the current device is {current}, which torch.cuda.set_device changes"
-    return None if device.type == "cpu" and interpreted() else f"the tensors are on {device}"
+    kind = tensor.device.type
+    return None if kind == "cuda" or (kind == "cpu" and interpreted()) else f"the tensors are on {tensor.device}"
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a CUDA device is the current one: Triton launches there, wherever the tensors are.
+
+    Args:
+        device: The tensors' device.
+
+    Returns:
+        The context; one that does nothing on other devices.
+
+    Raises:
+        RuntimeError: If a CUDA graph is being captured there.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "A solve reads whether it has settled, and a CUDA graph that is being captured cannot wait for that. Use "
+            'torch.compile(layer, mode="reduce-overhead"), which leaves solves out of its graphs.'
+        )
+    return torch.cuda.device(device)

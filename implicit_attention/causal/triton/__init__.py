@@ -4,8 +4,10 @@ Importing this package does not import triton. `engine` does, and is imported wh
 """
 
 import torch
+from torch import Tensor
 
 from implicit_attention.causal.system import CausalSystem
+from implicit_attention.causal.triton.tiles import too_large
 from implicit_attention.equilibrium.triton_available import misplaced
 
 
@@ -21,4 +23,16 @@ def hindrance(system: CausalSystem) -> str | None:
         return "values read outputs, row after row, which torch computes"
     if system.norm_weight is not None:
         return "the norm of queries has weights"
-    return "dropout is on" if system.spec.dropout else None
+    if system.spec.dropout:
+        return "dropout is on"
+    return too_large(system.key, system.heads, system.dim, maps=system.weight is not None)
+
+
+def decode_hindrance(key: Tensor, heads: int) -> str | None:
+    """Return why the kernels cannot decode tokens, in words; None if they can.
+
+    Args:
+        key: Their keys, `[..., H d]`.
+        heads: H.
+    """
+    return misplaced(key) or too_large(key, heads, key.shape[-1] // heads, maps=False)

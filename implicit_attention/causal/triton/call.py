@@ -3,25 +3,19 @@
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from implicit_attention.causal.system import CausalSystem
+from implicit_attention.causal.triton.tiles import padded
 from implicit_attention.equilibrium.triton_available import interpreted
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
-_LEAST = 16  # smallest tile dimension of `tl.dot`
 AT_ONCE = 2**25  # numbers made together where rows are taken in parts: 128 MiB in float32; fewer take more launches
 # Change of an own weight since y = v beyond which its row equation is solved. Larger: fewer are, but a row may settle
 # at a root that iteration from y = v does not reach. Several roots need a slope p (1 - p) beta > 1.
 FAR = 0.02
 _FARTHEST = 2**20  # largest stride of rows: the kernels compute offsets within a block in 32 bits
-
-
-def padded(size: int) -> int:
-    """Return the power of two to which a tile pads a size."""
-    return max(_LEAST, int(triton.next_power_of_2(size)))
 
 
 class Call:

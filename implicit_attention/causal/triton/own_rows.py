@@ -8,8 +8,9 @@ from torch import Tensor
 
 from implicit_attention.attention.map import by_read_head
 from implicit_attention.causal.own_roots import SAME_ROOT
-from implicit_attention.causal.triton.call import AT_ONCE, TYPES, Call, padded
+from implicit_attention.causal.triton.call import AT_ONCE, TYPES, Call
 from implicit_attention.causal.triton.kernels import own_rows
+from implicit_attention.causal.triton.tiles import padded
 from implicit_attention.causal.triton.token import solve_rows
 
 

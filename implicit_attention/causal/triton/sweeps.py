@@ -6,6 +6,7 @@ before it reads whether the last one settled. If that one did not settle, the wh
 each block (`Unsettled`).
 """
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -58,10 +59,31 @@ def widest(length: int) -> int:
     return next(rows for least, rows in WIDEST if length >= least)
 
 
+class _Side(threading.local):
+    """Streams on which a thread captures, by device.
+
+    PyTorch deals out the same 32 streams to all of a process. A new one for each capture would soon be one on which
+    another thread works, whose launches would be captured, too.
+    """
+
+    def __init__(self) -> None:
+        self.streams: dict[int, torch.cuda.Stream] = {}
+
+    def stream(self) -> torch.cuda.Stream:
+        """The stream of this thread on the current device."""
+        device = torch.cuda.current_device()
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self.streams[device]
+
+
+_SIDE = _Side()
+
+
 def _captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Capture launches as a CUDA graph, without launching them and without waiting for the device."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(side):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(_SIDE.stream()):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             work()
@@ -103,7 +125,7 @@ class _Sweeps:
             "wide": TYPES[system.wide], "operand": self.call.operand, "precision": self.call.precision,
         }  # fmt: skip
         # A graph holds addresses, and those of biases change from block to block: graphs without biases only.
-        self.graphed = device.type == "cuda" and system.spec.plain and not torch.cuda.is_current_stream_capturing()
+        self.graphed = device.type == "cuda" and system.spec.plain
         self.repeats = self.graphed and system.length >= _REPEATED * rows
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the number of sweeps
         self.calm, self.hopeful = False, self.graphed and not cautious and _Wary.solves == 0
@@ -126,7 +148,10 @@ class _Sweeps:
             return
         sweep(done, most)
         if self.repeats and n == self.rows and not self.graphs:  # captured while the device works on the first block
-            self.graphs = {count: _captured(partial(sweep, 0, count)) for count in (_FEW, _MORE)}
+            try:
+                self.graphs = {count: _captured(partial(sweep, 0, count)) for count in (_FEW, _MORE)}
+            except RuntimeError:  # another thread disturbed the capture: launches do the same
+                self.repeats = False
 
     def begin(self, rows: slice) -> dict[str, Any]:
         """Check the last block, go to the next, and return its biases as keyword arguments of kernels."""

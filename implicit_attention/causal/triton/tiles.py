@@ -1,15 +1,18 @@
-"""Sizes of tiles, and launch options of the programs that sweep over blocks of many rows."""
+"""Sizes of tiles, whether they fit a device, and launch options of programs that sweep over blocks of many rows."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.equilibrium.triton_available import interpreted
 
 _NARROW_DIM = 64  # largest head with room for three stages and four programs on a multiprocessor
 _SPARE = 10 * 1024  # bytes of shared memory that a program takes beside its tiles, at most
+_SPARE_OF_ONE = 1024  # the same of a program that takes a whole block
+_LEAST = 16  # smallest tile dimension of `tl.dot`
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,33 @@ class Tiles:
     against: int
     attends: dict[str, int]
     pulls: dict[str, int]
+
+
+def padded(size: int) -> int:
+    """Return the power of two to which a tile pads a size."""
+    return max(_LEAST, 1 << (size - 1).bit_length())
+
+
+def too_large(key: Tensor, heads: int, dim: int, *, maps: bool) -> str | None:
+    """Return why a program's tiles do not fit the shared memory of a multiprocessor, in words; None if they do.
+
+    Args:
+        key: Tells the dtype and the device.
+        heads: H.
+        dim: d.
+        maps: Whether the program applies Omega_Q, of which it holds the tile of a head.
+    """
+    if interpreted() or key.device.type != "cuda":
+        return None
+    wide = torch.promote_types(key.dtype, torch.float32).itemsize
+    needed = 2 * wide * padded(heads) * padded(dim)  # of a row equation: keys, and how the queries follow p
+    if maps:
+        needed = max(needed, key.dtype.itemsize * padded(dim) * (padded(dim) + 32))  # rows stand beside the tile
+    device: Any = torch.cuda.get_device_properties(key.device)
+    room = device.shared_memory_per_block_optin
+    if needed + _SPARE_OF_ONE <= room:
+        return None
+    return f"{heads} heads of {dim} in {key.dtype} need {needed} bytes of shared memory, and the device has {room}"
 
 
 def tiles_for(system: CausalSystem) -> Tiles | None:

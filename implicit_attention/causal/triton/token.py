@@ -7,8 +7,9 @@ from torch import Tensor
 
 from implicit_attention.attention.map import NORM_EPS, by_read_head
 from implicit_attention.causal.system import CausalSystem
-from implicit_attention.causal.triton.call import TYPES, padded
+from implicit_attention.causal.triton.call import TYPES
 from implicit_attention.causal.triton.kernels.token import prepare_ends, prepare_keys, settle_token
+from implicit_attention.causal.triton.tiles import padded
 
 
 class Keys(NamedTuple):
@@ -55,7 +56,7 @@ def keys(made: Tensor, temperature: Tensor | None, rotation: Tensor | None, scal
     key = torch.empty_like(made).view(batch, heads, 1, dim)
     scaled = made.new_empty(batch, heads, dim, dtype=torch.promote_types(made.dtype, torch.float32))
     turn, turn_b = _turn(rotation)
-    prepare_keys[(heads, batch)](
+    prepare_keys[(batch, heads)](
         made, temperature, turn, key, scaled, turn_b, scale, eps, dim, padded(dim), heads, num_warps=1
     )
     return Keys(key, scaled)
@@ -90,7 +91,7 @@ def solve_token(
     a = a if a.stride(-1) == 1 else a.contiguous()
     value = value if value.stride(-1) == 1 else value.contiguous()
     ends = by_head.new_empty(heads, 2 * batch, dim)
-    prepare_ends[(heads, batch)](
+    prepare_ends[(batch, heads)](
         a, value, ends, *value.stride()[:2], *a.stride()[:2], batch, heads, groups, dim, dp, TYPES[key.dtype],
         num_warps=1,
     )  # fmt: skip

@@ -4,13 +4,16 @@ Without a device they run in Triton's interpreter, which takes about a milliseco
 instructions: sizes are the smallest that have every kind of edge.
 """
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from implicit_attention import DecodeCache, ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention.causal import engines, self_test
+from implicit_attention.causal import engines, self_test, triton
 from implicit_attention.causal import forward_substitution as substitution
 from implicit_attention.causal.backward_substitution import At
 from implicit_attention.causal.diagonal import BlockSolver
@@ -18,7 +21,9 @@ from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjoi
 from implicit_attention.causal.forward_substitution import solved_with
 from implicit_attention.causal.own_columns import own_jacobian
 from implicit_attention.causal.system import CausalSystem
+from implicit_attention.causal.triton import tiles
 from implicit_attention.causal.triton.engine import AdjointKernel, ForwardKernel
+from implicit_attention.equilibrium.triton_available import launching_on
 
 pytestmark = pytest.mark.usefixtures("brisk_interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -334,7 +339,7 @@ def kernel_for(layer, x):
 def test_choice_is_visible():
     x = inputs(1, 20)
     assert kernel_for(make("triton", 1e-8, x.dtype), x) == "triton"
-    assert kernel_for(make("auto", 1e-8, x.dtype), x) != "triton", "what has not been measured is not picked"
+    assert (kernel_for(make("auto", 1e-8, x.dtype), x) == "triton") == (DEVICE == "cuda"), "not the interpreter"
 
 
 def test_maps_on_a_cuda_device(monkeypatch):
@@ -342,13 +347,15 @@ def test_maps_on_a_cuda_device(monkeypatch):
         """A map whose tensors say that they are on a CUDA device."""
 
         def __init__(self, system):
-            self.spec, self.length = system.spec, system.length
-            self.key = self.value = self
+            self.spec, self.length, self.heads, self.dim = system.spec, system.length, system.heads, system.dim
+            self.key = self.value = self.weight = self
             self.value_map = self.norm_weight = None
 
         dtype, device = torch.bfloat16, torch.device("cuda:1")
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    room = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    monkeypatch.setattr(tiles, "interpreted", lambda: False)
     equation = make("auto", 1e-8, F64).equation(inputs(1, 20))
     system, wrong = OnDevice(CausalSystem(equation.function, equation.args)), None
     monkeypatch.setattr(self_test, "verdict", lambda name, device, solve: wrong)
@@ -360,9 +367,40 @@ def test_maps_on_a_cuda_device(monkeypatch):
         assert engines.chosen("auto", system, solved_with) == "torch"
     with pytest.raises(ValueError, match=r"`kernel` must be .* where the tensors are on cuda"):
         engines.chosen("cpp", system, solved_with)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # where Triton would launch
-    with pytest.raises(ValueError, match="the tensors are on cuda:1 and the current device is 0"):
+    system.dim = 256
+    assert engines.chosen("auto", system, solved_with) == "torch"
+    with pytest.raises(ValueError, match=r"2 heads of 256 in torch\.bfloat16 need 147456 bytes of shared memory"):
         engines.chosen("triton", system, solved_with)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "dtype", "maps", "needed"),
+    [
+        (4, 256, torch.float32, True, 294912),
+        (4, 256, torch.bfloat16, True, 147456),
+        (4, 128, torch.float32, True, 81920),
+        (4, 160, torch.float64, True, 589824),
+        (64, 128, torch.bfloat16, False, 65536),
+        (128, 100, torch.bfloat16, False, 131072),
+    ],
+)
+def test_tiles_that_do_not_fit_the_device_are_left_to_torch(monkeypatch, heads, dim, dtype, maps, needed):
+    """Bytes of the tiles, as Triton's compiler counts them for the largest kernel of each kind."""
+    monkeypatch.setattr(tiles, "interpreted", lambda: False)
+    key = SimpleNamespace(dtype=dtype, device=torch.device("cuda"), shape=(1, 1, heads * dim))
+    for room, fits in ((needed + 1024, True), (needed + 1023, False)):
+        device = SimpleNamespace(shared_memory_per_block_optin=room)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, device=device: device)
+        assert (tiles.too_large(key, heads, dim, maps=maps) is None) == fits
+        if not maps:
+            assert (triton.decode_hindrance(key, heads) is None) == fits
+
+
+def test_a_solve_is_refused_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert isinstance(launching_on(torch.device("cpu")), nullcontext)
+    with pytest.raises(RuntimeError, match=r"cannot wait for that. Use torch\.compile"):
+        launching_on(torch.device("cuda"))
 
 
 def test_triton_where_it_cannot_serve_is_an_error(monkeypatch):
@@ -383,6 +421,7 @@ def test_missing_triton(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 def test_cuda_graphs_of_compiled_layers():
     """Solves look at numbers, which a graph cannot: the compiler cuts them out of its graphs."""
     layer = make("auto", 1e-5, torch.float32, embed=128, qk_norm=True, out_proj=True)
@@ -394,3 +433,18 @@ def test_cuda_graphs_of_compiled_layers():
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
         pairs = [torch.autograd.grad(y.sin().sum(), [x, layer.W_K.weight])[0].clone() for y in (wanted, found)]
         torch.testing.assert_close(*pairs, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_tokens_decoded_on_a_device(dtype):
+    """A prompt by blocks, then token by token, by the kernels that "auto" takes there."""
+    options = {"embed": 128, "heads": 4, "num_kv_heads": 2, "qk_norm": True, "positions": "rope", "query_input": True}
+    layer, x = make("auto", None, dtype, **options), inputs(2, 90, 128, dtype)
+    assert engines.token_kernels("auto", x, 4, solved_with) is not None
+    cache = layer.make_cache(2, 90)
+    parts = [layer(x[:, :80], cache=cache), *(layer(x[:, i : i + 1], cache=cache) for i in range(80, 90))]
+    wanted = layer(x).float()
+    off = (torch.cat(parts, 1).float() - wanted).abs().max() / wanted.abs().max()
+    assert float(off) <= (1e-3 if dtype == torch.float32 else 5e-2)

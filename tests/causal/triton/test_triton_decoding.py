@@ -128,7 +128,7 @@ def test_auto_decodes_by_kernels_that_pass_their_self_test(on_a_device):
     layer, x = case("qk_norm-rope", n=5)
     layer.solver = ForwardSubstitution(rtol=1e-12, atol=1e-12)
     cache = cached(layer, x[:, :-1])
-    assert engines.token_kernels("auto", x, solved_with) is token
+    assert engines.token_kernels("auto", x, 2, solved_with) is token
     found = decoded(layer, x[:, -1:], cache)
     assert found is not None
     torch.testing.assert_close(found.value, layer.solve(x).value[:, -1:], rtol=0, atol=1e-11)
@@ -139,7 +139,7 @@ def test_token_kernels_that_are_wrong_are_not_taken(on_a_device, monkeypatch):
     solve = token.solve_token
     monkeypatch.setattr(token, "solve_token", lambda *args: (found := solve(*args))._replace(y=1.5 * found.y))
     with pytest.warns(RuntimeWarning, match="a decoded token at 5 tokens is off by"):
-        assert engines.token_kernels("auto", torch.zeros(1), solved_with) is None
+        assert engines.token_kernels("auto", torch.zeros(1), 1, solved_with) is None
 
 
 @torch.no_grad()

@@ -221,6 +221,8 @@ def solve_block(
 
     key += b * key_b + first.to(tl.int64) * key_n
     value += b * value_b + first.to(tl.int64) * value_n
+    key_h = tl.cast(key_h, tl.int64)  # the heads of a sample may be more than 2^31 numbers apart
+    value_g = tl.cast(value_g, tl.int64)
     y += (b * length + first) * heads * dim
     grad += (b * length + first) * heads * dim
     query += (b * length + first) * groups * dim

@@ -36,8 +36,8 @@ def prepare_keys(
         key: As `made`, filled with the key as it enters scores.
         scaled: `[B, H, d]`, filled with the key before its rotation times `scale`.
     """
-    b = tl.program_id(1).to(tl.int64)
-    h = tl.program_id(0)
+    b = tl.program_id(0).to(tl.int64)  # the dimension that has room for any batch
+    h = tl.program_id(1)
     wide: tl.constexpr = scaled.dtype.element_ty
     narrow: tl.constexpr = key.dtype.element_ty
     at = tl.arange(0, dp)
@@ -71,8 +71,8 @@ def prepare_ends(
         ends: `[H, 2 B, d]`, filled.
         wide: Type in which the way is taken.
     """
-    b = tl.program_id(1).to(tl.int64)
-    h = tl.program_id(0)
+    b = tl.program_id(0).to(tl.int64)  # the dimension that has room for any batch
+    h = tl.program_id(1)
     at = tl.arange(0, dp)
     real = at < dim
     start = tl.load(a + b * a_b + h * a_h + at, mask=real, other=0.0).to(wide)

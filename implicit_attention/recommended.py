@@ -7,10 +7,10 @@ the examples.
 
 Decoders: `self_query="input"`. Every weight matrix then has exactly one equilibrium, no row has an equation to be
 solved, and all gains are 0, so nothing can fail to converge in a long run.
-`self_query="output"` is the original equation. It was ahead in 0 of 5 comparisons of `docs/results.md` and behind in
+`self_query="output"` is the original equation. It was ahead in 0 of 2 comparisons of `docs/results.md` and behind in
 none: try it where a run is watched. `qk_norm=True` keeps scores bounded while weights grow. `positions="rope"` has no
-weights and no largest distance, and is what trained models have. Relative biases were ahead of it in 1 of 2 comparisons
-and behind in none: they learn recall in fewer steps.
+weights and no largest distance, and is what trained models have. Relative biases were ahead of it in 2 of 2 comparisons
+and behind in none: they learn recall in fewer steps, and bytes better.
 
 Encoders: `query_input=True`. Queries that see the input differ from the start. `max_gain=0.9` keeps the map contracting
 while weights grow: one equilibrium for any weights, found in a few steps in training too.

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from studies import verdicts
+from studies.arms import ARMS
 from studies.run import Record
 from studies.table import Table
 
@@ -154,7 +155,9 @@ def solver_table(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
         last = [entry for run in runs if run["curve"] for entry in run["curve"][-1].get("solver", {}).values()]
         if not last:
             continue
-        starts = [run["path_independence"] for run in runs if run["path_independence"]]
+        arms = [ARMS.get(run["settings"]["arm"]) for run in runs]
+        unique = all(arm is not None and arm.free_only for arm in arms)
+        starts = [] if unique else [run["path_independence"] for run in runs if run["path_independence"]]
         lines.append([
             table.rows[name].title if name in table.rows else name,
             f"{statistics.mean(e['steps'] for e in last):.1f}",

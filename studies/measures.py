@@ -63,9 +63,11 @@ def path_independence(model: SequenceModel, batch: Batch) -> Figures | None:
 
     Returns:
         Share of rows whose second solve arrived; of these the share that differ by at most 100 tolerances; and the
-        largest difference among them. None for a model without implicit layers.
+        largest difference among them. None for a model without implicit layers, or with `max_gain`: those have one
+        equilibrium, and tolerances too large to compare two solves.
     """
-    if not (layers := implicit_layers(model)):
+    layers = implicit_layers(model)
+    if not layers or layers[0].max_gain is not None:
         return None
     layer = layers[0]
     first = model.blocks[0]

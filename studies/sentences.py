@@ -47,7 +47,8 @@ ARMS = "What `--arm` and the folders of records call them:"
 
 SMOKE = "Made with `--budget smoke`: two steps of tiny models, to see that everything runs. Their figures say nothing."
 
-SOLVER = "How the solver did at the last evaluation, and whether a second start leads to the same equilibrium:"
+SOLVER = """How the solver did at the last evaluation, and whether a second start leads to the same equilibrium (layers
+with `max_gain` have only one):"""
 
 GRADIENTS = """Cosine between each gradient and the exact one (float64, equilibrium and adjoint to 1e-10), over all
 weights, at the evaluations of the runs above. Rows are grouped by the spectral radius at that time:"""

@@ -33,7 +33,7 @@ def test_help_teaches():
 
 def test_list_shows_tables_and_arms():
     page = invoke("eval", "list").output
-    for words in ("recall", "parity", "digits", "hopfie"):
+    for words in ("recall", "parity", "digits", "convolved"):
         assert words in page
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import sysconfig
+from contextlib import suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -22,17 +23,21 @@ class CustomBuildHook(BuildHookInterface[Any]):
         if self.target_name != "wheel":
             return
         room = Path(self.root) / ROOM
+        script, why = _build_script(room), ""
         try:
-            library = _build_script(room).compile_library(room)
-        except RuntimeError as error:
-            if os.environ.get(REQUIRED) == "1":
-                raise
-            print(f"implicit-attention: the C++ kernels do not build here and are left out.\n{error}", file=sys.stderr)
-            library = None
+            library = script.compile_library(room)
+        except (RuntimeError, OSError) as error:
+            library, why = None, str(error)
         if library is None:
             if os.environ.get(REQUIRED) == "1":
-                raise RuntimeError(f"{REQUIRED}=1, and there is no C++ compiler on the PATH")
+                raise RuntimeError(f"{REQUIRED}=1, and {why or 'there is no C++ compiler on the PATH'}")
+            if why:
+                print(f"implicit-attention: the C++ kernels do not build and are left out.\n{why}", file=sys.stderr)
+                with suppress(OSError):  # a checkout that cannot be written to
+                    script.REASON.write_text(why, encoding="utf-8")
+                    build_data["artifacts"].append((ROOM / script.REASON.name).as_posix())
             return
+        script.REASON.unlink(missing_ok=True)
         build_data["pure_python"] = False
         # The library knows neither Python nor torch's headers: one wheel serves every version of both.
         build_data["tag"] = f"py3-none-{_platform()}"

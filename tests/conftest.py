@@ -50,7 +50,7 @@ def pytest_runtest_call(item):
         missing = cpu.problem()
         if missing and missing in str(error):
             pytest.skip(missing)
-        if "No working C++ compiler found" in str(error) and build.find_compiler() is None:
+        if "No working C++ compiler found" in str(error) and not build.find_compilers():
             pytest.skip("torch.compile needs a C++ compiler for a CPU")
         raise
 

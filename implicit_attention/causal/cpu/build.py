@@ -3,8 +3,10 @@
 SET is one of `CAPABILITIES`, or "native": this processor's.
 """
 
+import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
+REASON = Path(__file__).parent / "not_built.txt"  # why an installation has no library
 NAME = "libimplicit_attention_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra",
+    "-fno-fast-math",  # the default of some compilers, and wrong: sums in another order, no NaN, no Inf
     "-fno-math-errno", "-fno-trapping-math",  # neither changes what NaN and Inf mean
 )  # fmt: skip
 # Watched by sanitizers: one set of instructions, compiled in less time.
@@ -26,17 +30,38 @@ SANITIZERS = (
 )  # fmt: skip
 CAPABILITIES: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
+    # By name, and no more than `csrc/library.cpp` looks for: levels such as x86-64-v3 are known from GCC 11 on.
     CAPABILITIES = {
-        "baseline": ("-march=x86-64-v2",),
-        "avx2": ("-march=x86-64-v3",),
-        "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    }
+        "baseline": ("-msse4.2", "-mpopcnt"),
+        "avx2": ("-mavx2", "-mfma"),
+        "avx512": (
+            "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512",
+        ),
+    }  # fmt: skip
 
 
-def find_compiler(compiler: str | None = None) -> str | None:
-    """Return the compiler to use: the one given, that of the variable CXX, or the first of `COMPILERS` on the PATH."""
-    wanted = (compiler,) if compiler else (os.environ.get("CXX"), *COMPILERS)
-    return next((found for name in wanted if name and (found := shutil.which(name))), None)
+def fingerprint() -> str | None:
+    """Return what tells one state of the sources from another; None where they are not here."""
+    files = sorted(SOURCES.glob("*.*"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16] if files else None
+
+
+def find_compilers(compiler: str | None = None) -> list[list[str]]:
+    """Return the compilers to try, as commands.
+
+    Args:
+        compiler: The one to use. If None, that of the variable CXX; without it those of `COMPILERS` on the PATH.
+
+    Raises:
+        RuntimeError: If the one to use is not there.
+    """
+    asked = compiler or os.environ.get("CXX")
+    if not asked:
+        return [[found] for name in COMPILERS if (found := shutil.which(name))]
+    command = shlex.split(asked)
+    if not shutil.which(command[0]):
+        raise RuntimeError(f"The C++ compiler {asked}, which was asked for (CXX), is not on the PATH.")
+    return [command]
 
 
 def compile_library(out_dir: Path, compiler: str | None = None, *, sanitize: str | None = None) -> Path | None:
@@ -44,7 +69,7 @@ def compile_library(out_dir: Path, compiler: str | None = None, *, sanitize: str
 
     Args:
         out_dir: Where the library goes.
-        compiler: Name or path; `find_compiler` chooses if None.
+        compiler: As in `find_compilers`, whose first that succeeds is used.
         sanitize: The one set of instructions over which AddressSanitizer and UBSan watch; the process that loads the
             library must have their runtime. None for all sets, unwatched.
 
@@ -52,15 +77,25 @@ def compile_library(out_dir: Path, compiler: str | None = None, *, sanitize: str
         The library; None without a compiler, after a line that says so.
 
     Raises:
-        RuntimeError: If the compiler fails; the message holds what it said.
+        RuntimeError: If all compilers fail; the message holds what they said.
     """
-    found = find_compiler(compiler)
-    if found is None:
-        names = compiler or ", ".join(COMPILERS)
-        print(
-            f"implicit-attention: no C++ compiler ({names}) on the PATH; the CPU kernels are left out.", file=sys.stderr
-        )
+    said = []
+    if sys.platform == "win32":  # there are no kernels for Windows yet, whatever compiler there is
         return None
+    for command in find_compilers(compiler):
+        try:
+            return _compile(command, out_dir, sanitize)
+        except RuntimeError as error:
+            said.append(str(error))
+    if said:
+        raise RuntimeError("\n".join(said))
+    print(f"implicit-attention: no C++ compiler ({', '.join(COMPILERS)}) on the PATH; the CPU kernels are left out.",
+          file=sys.stderr)  # fmt: skip
+    return None
+
+
+def _compile(compiler: list[str], out_dir: Path, sanitize: str | None) -> Path:
+    """Compile and link with one compiler; arguments as in `compile_library`."""
     extra: tuple[str, ...] = ()
     capabilities = CAPABILITIES
     if sanitize is not None:
@@ -69,6 +104,7 @@ def compile_library(out_dir: Path, compiler: str | None = None, *, sanitize: str
         f"kernels_{name}": ("kernels.cpp", (*flags, f"-DCAPABILITY={name}")) for name, flags in capabilities.items()
     }
     units |= {name: (f"{name}.cpp", capabilities["baseline"]) for name in ("library", "row_solver", "row_curve")}
+    extra += (f'-DSOURCES="{fingerprint()}"',)
     out = out_dir / NAME
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
@@ -76,19 +112,20 @@ def compile_library(out_dir: Path, compiler: str | None = None, *, sanitize: str
         def compile_unit(name: str) -> str:
             source, flags = units[name]
             made = str(Path(folder) / f"{name}.o")
-            _run(found, *FLAGS, *extra, *flags, "-c", str(SOURCES / source), "-o", made)
+            _run(*compiler, *FLAGS, *extra, *flags, "-c", str(SOURCES / source), "-o", made)
             return made
 
         objects = list(pool.map(compile_unit, units))
         linked = Path(folder) / NAME
-        _run(found, "-shared", *extra, *objects, "-o", str(linked))
-        shutil.copyfile(linked, out.with_suffix(".part"))
-        out.with_suffix(".part").replace(out)  # at once: a process that has the old one loaded keeps it
+        _run(*compiler, "-shared", *extra, *objects, "-o", str(linked))
+        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".") as beside:
+            shutil.copyfile(linked, Path(beside) / NAME)
+            (Path(beside) / NAME).replace(out)  # at once: a process that has the old one loaded keeps it
     return out
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
 

@@ -49,11 +49,12 @@ class Kernel:
         """Set arguments that are dense tensors; an absent or empty one stays null."""
         for name, t in tensors.items():
             if t is not None and t.numel():
-                self.kept[name] = t = t.contiguous()
+                self.kept[name] = t = _stored(t).contiguous()
                 setattr(self.arguments, name, t.data_ptr())
 
     def pass_strided(self, name: str, t: Tensor, dims: str) -> None:
         """Set an argument that is a tensor with strides, those of `dims`."""
+        t = _stored(t)
         self.kept[name] = t = t if t.stride(-1) == 1 else t.contiguous()
         setattr(self.arguments, name, t.data_ptr())
         for dim, stride in zip(dims, t.stride(), strict=False):
@@ -69,6 +70,11 @@ class Kernel:
         if self.system.spec.dropout:
             self.pass_contiguous(keep=self.system.keep(rows))
         library.call(self.name, self.arguments)
+
+
+def _stored(t: Tensor) -> Tensor:
+    """The same numbers in memory: torch may only note that a tensor is zero, or is to be negated."""
+    return t.clone() if t.is_neg() or t._is_zerotensor() else t
 
 
 class ForwardKernel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from implicit_attention.causal.cpu.build import NAME
+from implicit_attention.causal.cpu.build import NAME, fingerprint
 
 PATH = Path(os.environ.get("IMPLICIT_ATTENTION_CPU_LIBRARY", Path(__file__).parent / NAME))  # one with sanitizers, say
 VARIABLE = "IMPLICIT_ATTENTION_CPU_CAPABILITY"
@@ -95,12 +95,18 @@ def load() -> ctypes.CDLL:
         The library.
 
     Raises:
-        ImportError: If it has not been built.
+        ImportError: If it has not been built, or from other sources.
+        OSError: If it cannot be loaded.
         RuntimeError: If the environment asks for an instruction set that the processor does not have.
     """
     if not PATH.exists():
         raise ImportError(f"The CPU kernels are not built: {PATH} is missing.")
     library = ctypes.CDLL(str(PATH))
+    sources = getattr(library, "implicit_attention_sources", None)
+    if sources is not None:
+        sources.restype = ctypes.c_char_p
+    if fingerprint() not in (None, sources and sources().decode()):
+        raise ImportError(f"{PATH} was built from other sources than those beside it.")
     library.implicit_attention_use_threads.argtypes = [ctypes.c_void_p]
     library.implicit_attention_use_threads.restype = None
     library.implicit_attention_capability.restype = ctypes.c_char_p
@@ -136,7 +142,7 @@ def call(name: str, arguments: Arguments) -> None:
     """
     status = getattr(load(), f"implicit_attention_{name}")(ctypes.byref(arguments))
     if status == _WRONG_STRUCT:
-        raise RuntimeError(f"{PATH} was built from other sources than this file: build it again.")
+        raise RuntimeError(f"{PATH} was built from other sources than {__file__}: build it again.")
     if status != _DONE:
         raise RuntimeError("The CPU kernels had no memory for their scratch.")
 

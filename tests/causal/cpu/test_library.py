@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
+from implicit_attention.causal import cpu
 from implicit_attention.causal.cpu import build, library
 from tests.causal.cpu.cases import inputs, run
 
@@ -162,12 +164,136 @@ def test_a_struct_of_another_size_is_refused():
         library.call("forward32", library.ForwardArguments(bytes=8))
 
 
-def test_without_a_compiler_nothing_is_built(tmp_path, capsys):
-    assert build.compile_library(tmp_path, "no-such-compiler") is None
-    assert "no C++ compiler (no-such-compiler)" in capsys.readouterr().err
+def test_without_a_compiler_nothing_is_built(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.compile_library(tmp_path) is None
+    assert "no C++ compiler (c++, g++, clang++)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_was_asked_for_is_the_one(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="no-such-compiler, which was asked for"):
+        build.compile_library(tmp_path, "no-such-compiler")
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    with pytest.raises(RuntimeError, match="no-such-compiler -O1, which was asked for"):
+        build.find_compilers()
+    monkeypatch.setenv("CXX", f"{sys.executable} -c pass")
+    assert build.find_compilers() == [[sys.executable, "-c", "pass"]]
 
 
 def test_what_the_compiler_says_is_passed_on(tmp_path):
     with pytest.raises(RuntimeError, match="failed"):
         build.compile_library(tmp_path, "false")
+
+
+def test_the_next_compiler_is_tried(tmp_path, monkeypatch):
+    """An old one may come first on the PATH."""
+    made = []
+
+    def compiled(command, out_dir, sanitize):
+        made.append(command)
+        if len(made) == 1:
+            raise RuntimeError("the first knows no C++17")
+        return out_dir
+
+    monkeypatch.setattr(build, "find_compilers", lambda compiler: [["first"], ["second"]])
+    monkeypatch.setattr(build, "_compile", compiled)
+    assert build.compile_library(tmp_path) == tmp_path
+    assert made == [["first"], ["second"]]
+
+
+def test_fast_math_is_switched_off():
+    """Some compilers have it on. Sums in another order give wrong solutions that count as converged."""
+    for command in build.find_compilers():
+        asked = [*command, "-ffast-math", *build.FLAGS, "-x", "c++", "-dM", "-E", "-"]
+        said = subprocess.run(asked, input="", capture_output=True, text=True, check=True).stdout
+        assert "__FAST_MATH__" not in said
+
+
+@pytest.fixture
+def loaded_anew():
+    library.load.cache_clear()
+    cpu.problem.cache_clear()
+    yield
+    library.load.cache_clear()
+    cpu.problem.cache_clear()
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch, loaded_anew):
+    """As after a pull into an editable installation."""
+    monkeypatch.setattr(library, "fingerprint", lambda: "other")
+    assert "was built from other sources than those beside it). Build them again" in cpu.problem()
+    monkeypatch.setattr(library, "fingerprint", lambda: None)  # where the sources are not shipped
+    library.load.cache_clear()
+    cpu.problem.cache_clear()
+    assert cpu.problem() is None
+
+
+def test_an_older_library_is_not_used(tmp_path, monkeypatch, loaded_anew):
+    """It does not say what it was built from, and lacks kernels."""
+    source = tmp_path / "empty.cpp"
+    source.write_text('extern "C" void implicit_attention_use_threads(void*) {}')
+    subprocess.run([*build.find_compilers()[0], "-shared", "-fPIC", source, "-o", tmp_path / "old.so"], check=True)
+    monkeypatch.setattr(library, "PATH", tmp_path / "old.so")
+    assert "was built from other sources" in cpu.problem()
+    monkeypatch.setattr(library, "fingerprint", lambda: None)
+    library.load.cache_clear()
+    cpu.problem.cache_clear()
+    assert "undefined symbol" in cpu.problem() or "symbol not found" in cpu.problem()
+
+
+def test_what_kept_it_from_being_built_is_said(tmp_path, monkeypatch, loaded_anew):
+    monkeypatch.setattr(library, "PATH", tmp_path / "missing.so")
+    monkeypatch.setattr(cpu, "REASON", tmp_path / "not_built.txt")
+    assert "Install g++" in cpu.problem() or "Xcode" in cpu.problem()
+    (tmp_path / "not_built.txt").write_text("g++ failed: unrecognized command-line option")
+    cpu.problem.cache_clear()
+    assert "unrecognized command-line option" in cpu.problem()
+    monkeypatch.setattr(sys, "platform", "win32")
+    cpu.problem.cache_clear()
+    assert "there are no C++ kernels for" in cpu.problem()
+    assert build.compile_library(tmp_path) is None
+
+
+class Copied(torch.Tensor):
+    """A tensor that is made of another, as quantised weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args = torch.utils._pytree.tree_map_only(cls, lambda t: t.inner, args)
+        return function(*args, **(kwargs or {}))
+
+
+def test_tensors_without_memory_of_their_own_are_left_to_torch():
+    layer, x = ImplicitQueryAttention(8, 2, is_causal=True), torch.randn(1, 5, 8)
+    function, args, _ = layer.equation(x)
+    wrapped = tuple(Copied(t) if t.dim() == 2 else t for t in args)
+    assert ForwardSubstitution().kernel_for(function, args) == "cpp"
+    assert ForwardSubstitution().kernel_for(function, wrapped) == "torch"
+    with pytest.raises(ValueError, match="where a tensor is made of other tensors"):
+        ForwardSubstitution(kernel="cpp").kernel_for(function, wrapped)
+
+
+@pytest.mark.parametrize("lazy", ["zero", "negated"])
+def test_cotangents_that_torch_has_not_written_down(lazy):
+    layer, x = ImplicitQueryAttention(8, 2, is_causal=True, qk_norm=True), torch.randn(1, 5, 8, requires_grad=True)
+    y = layer(x)
+    grad = torch._efficientzerotensor(y.shape) if lazy == "zero" else torch._neg_view(torch.randn_like(y))
+    found = torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+    plain = torch.zeros_like(y) if lazy == "zero" else grad.resolve_neg()
+    torch.testing.assert_close(found, torch.autograd.grad(y, x, plain)[0], rtol=0, atol=0)

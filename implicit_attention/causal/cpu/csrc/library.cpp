@@ -1,4 +1,5 @@
 // What the library exports, and which instruction set it uses. No symbol of torch or Python is needed.
+#include <atomic>
 #include <cstring>
 
 #include "kernels.h"
@@ -24,19 +25,23 @@ const Capability kCapabilities[] = {
     {"avx2", avx2::kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
     {"avx512", avx512::kernels,
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
 #endif
 };
 
-const Capability* chosen = nullptr;
+std::atomic<const Capability*> chosen{nullptr};
 
+// Several threads may come here at once: each finds the same, and stores nothing in between.
 const Capability& capability() {
-  if (chosen == nullptr)
+  const Capability* found = chosen.load();
+  if (found == nullptr) {
     for (const Capability& one : kCapabilities)
-      if (one.supported()) chosen = &one;
-  return *chosen;
+      if (one.supported()) found = &one;
+    chosen.store(found);
+  }
+  return *found;
 }
 
 enum Status : int32_t { kDone = 0, kWrongStruct = 1, kFailed = 2 };
@@ -61,6 +66,9 @@ using namespace implicit_attention;
 // Take the address of torch's `torch_parallel_for`; null for one thread.
 EXPORT void implicit_attention_use_threads(ParallelFor function) { parallel_for_of_torch = function; }
 
+// Which sources the library was built from (`build.fingerprint`).
+EXPORT const char* implicit_attention_sources() { return SOURCES; }
+
 // The instruction set in use.
 EXPORT const char* implicit_attention_capability() { return capability().name; }
 
@@ -68,7 +76,7 @@ EXPORT const char* implicit_attention_capability() { return capability().name; }
 EXPORT int32_t implicit_attention_use_capability(const char* name) {
   for (const Capability& one : kCapabilities) {
     if (std::strcmp(one.name, name) == 0 && one.supported()) {
-      chosen = &one;
+      chosen.store(&one);
       return 1;
     }
   }

@@ -11,6 +11,10 @@
 #include <limits>
 #include <type_traits>
 
+#ifdef __FAST_MATH__
+#error "fast-math gives wrong solutions: sums must keep their order, and NaN and Inf their meaning"
+#endif
+
 #ifndef CAPABILITY
 #define CAPABILITY baseline
 #endif

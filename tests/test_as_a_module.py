@@ -6,12 +6,14 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from implicit_attention import (
     ALiBi,
     Anderson,
     ImplicitQueryAttention,
     ImplicitQueryAttentionLinearV,
+    Picard,
     fixed_point,
     inspect,
 )
@@ -229,3 +231,27 @@ def test_weights_that_are_shared_or_tied():
             values.append(layer(x).sin().sum())
             layer.W_K.weight.add_(step, alpha=-h)
     torch.testing.assert_close((grad * step).sum(), (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-6)
+
+
+CHECKPOINTED = {
+    "no-mask": {"query_input": True},
+    "keys": {"normalize_over": "keys", "is_causal": True, "query_input": True},
+    "picard": {"is_causal": True, "solver": Picard()},
+    "max_gain": {"query_input": True, "max_gain": 0.9},
+    "causal": {"is_causal": True},
+}
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("options", CHECKPOINTED.values(), ids=CHECKPOINTED)
+def test_checkpointing_solves_once_more(options, reentrant):
+    """Whatever a backward pass asks of the graph: checkpointing must not be asked once for each of its products."""
+    layer, solves = ImplicitQueryAttention(16, num_heads=2, out_proj=True, **options), []
+    x = torch.randn(2, 9, 16, requires_grad=True)
+    wanted = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    layer.register_forward_pre_hook(lambda *called: solves.append(called))
+    y = checkpoint(layer, x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    assert len(solves) == 2
+    for found, one in zip([x.grad, *(p.grad for p in layer.parameters())], wanted, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)

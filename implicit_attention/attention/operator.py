@@ -44,7 +44,6 @@ class _Description(NamedTuple):
         query_heads: Heads of the queries.
         by_keys: Whether rows belong to keys, 0 or 1.
         steps: Steps of the solver, 0 to stop at the tolerance.
-        report: Handle of the layer's report.
     """
 
     names: str
@@ -57,7 +56,6 @@ class _Description(NamedTuple):
     query_heads: int
     by_keys: int
     steps: int
-    report: int
 
     @classmethod
     def of(cls, words: str, numbers: list[float], counts: list[int]) -> "_Description":
@@ -112,7 +110,7 @@ def serves(solver: Method, adjoint: Adjoint, function: AttentionMap) -> bool:
 
 
 def solve(
-    solver: Contraction, function: AttentionMap, args: tuple[Tensor, ...], dtype: torch.dtype, report: int
+    solver: Contraction, function: AttentionMap, args: tuple[Tensor, ...], dtype: torch.dtype, report: Tensor
 ) -> Solution:
     """Solve a map by the operator.
 
@@ -131,9 +129,9 @@ def solve(
     kinds = ",".join([KINDS[type(term)] for term in function.spec.terms])
     described = _Description(
         ",".join(function.names), kinds, function.spec.scale, function.spec.dropout, function.max_gain, rtol, atol,
-        function.query_map.num_heads, int(function.rows_are_keys), solver.steps or 0, report,
+        function.query_map.num_heads, int(function.rows_are_keys), solver.steps or 0,
     )  # fmt: skip
-    return _solve(described, args, dtype)
+    return _solve(described, args, dtype, report)
 
 
 _forward, _solve = registered("contraction", _Description.of)

@@ -31,7 +31,6 @@ class _Description(NamedTuple):
         reads_output: Whether queries read outputs, 0 or 1.
         feedback: 0 if values read no outputs, 1 if they do, 2 if they read normed ones.
         block: Rows of the solver's diagonal blocks.
-        report: Handle of the layer's report.
     """
 
     names: str
@@ -47,19 +46,16 @@ class _Description(NamedTuple):
     reads_output: int
     feedback: int
     block: int
-    report: int
 
     @classmethod
-    def of_map(
-        cls, solver: ForwardSubstitution, function: AttentionMap, rtol: float, atol: float, report: int
-    ) -> "_Description":
-        """The description of a map and its solver, with the tolerances and the report's handle."""
+    def of_map(cls, solver: ForwardSubstitution, function: AttentionMap, rtol: float, atol: float) -> "_Description":
+        """The description of a map and its solver, with the tolerances."""
         spec, query_map = function.spec, function.query_map
         return cls(
             ",".join(function.names), ",".join([KINDS[type(term)] for term in spec.terms]), solver.kernel,
             spec.scale, spec.dropout, rtol, atol,
             spec.window or 0, query_map.num_heads, int(query_map.normalize), int(query_map.reads_output),
-            0 if function.value_map is None else 1 + function.value_map.normalize, solver.block, report,
+            0 if function.value_map is None else 1 + function.value_map.normalize, solver.block,
         )  # fmt: skip
 
     @classmethod
@@ -116,7 +112,7 @@ def serves(solver: Method, adjoint: Adjoint, function: AttentionMap) -> bool:
 
 
 def solve(
-    solver: ForwardSubstitution, function: AttentionMap, args: tuple[Tensor, ...], dtype: torch.dtype, report: int
+    solver: ForwardSubstitution, function: AttentionMap, args: tuple[Tensor, ...], dtype: torch.dtype, report: Tensor
 ) -> Solution:
     """Solve a causal map by the operator.
 
@@ -130,8 +126,8 @@ def solve(
     Returns:
         The solution, whose value carries the gradient.
     """
-    described = _Description.of_map(solver, function, *solver.tolerances(dtype), report)
-    return _solve(described, args, dtype)
+    described = _Description.of_map(solver, function, *solver.tolerances(dtype))
+    return _solve(described, args, dtype, report)
 
 
 _forward, _solve = registered("forward_substitution", _Description.of)

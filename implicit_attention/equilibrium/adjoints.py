@@ -233,6 +233,8 @@ class _Run:
             solution = self.problem.solve(call, y0, history=self.history)
         if self.linearization is not None:
             self._refuse_closures(self.linearization)
+        if _kept_elsewhere():
+            self.linearization = None
         self.evaluations, self.iterates = solution.evaluations, solution.history
         return solution
 
@@ -319,6 +321,13 @@ class _Run:
         return replace(
             self.problem, function=function, solver=self.adjoint_solver, name="adjoint equation", linear=True
         )
+
+
+def _kept_elsewhere() -> bool:
+    """Whether hooks say where tensors for the backward pass are kept, as in activation checkpointing."""
+    # A graph that is recorded then asks them for its tensors at each product, and checkpointing computes all of them
+    # anew each time. The backward pass records a graph of its own instead.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _solve_opaquely(run: _Run, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:

@@ -24,10 +24,6 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 class Described(Protocol):
     """A map and its solver in plain values."""
 
-    @property
-    def report(self) -> int:
-        """Handle of the layer's `FailureReport`."""
-
     def arguments(self) -> Plain:
         """Return the description as an operator takes it."""
 
@@ -46,7 +42,7 @@ D = TypeVar("D", bound=Described)
 
 def registered(
     name: str, described: Callable[[str, list[float], list[int]], D]
-) -> tuple[Any, Callable[[D, tuple[Tensor, ...], torch.dtype], Solution]]:
+) -> tuple[Any, Callable[[D, tuple[Tensor, ...], torch.dtype, Tensor], Solution]]:
     """Register an operator, `implicit_attention::{name}`, and that of its gradient.
 
     Args:
@@ -54,13 +50,13 @@ def registered(
         described: Makes a description of an operator's plain arguments.
 
     Returns:
-        The operator, and what solves a described map with given tensors in a dtype by it. The solution's value carries
-        the gradient.
+        The operator, and what solves a described map with given tensors in a dtype by it, and tells the report with a
+        handle. The solution's value carries the gradient.
     """
 
     @torch.library.custom_op(f"implicit_attention::{name}", mutates_args=(), tags=LOOKS)
     def forward(
-        tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
+        tensors: list[Tensor], dtype: torch.dtype, report: Tensor, words: str, numbers: list[float], counts: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         d = described(words, numbers, counts)
         empty = d.outputs(tensors, dtype)
@@ -71,7 +67,7 @@ def registered(
             found = solver.equilibrium(d.function(tensors), tuple(tensors), dtype)
         # What the report keeps is its own: a compiled graph may write over what it no longer needs.
         kept = {name: getattr(found, name).clone() for name in ("residual", "steps", "converged")}
-        FailureReport.of(d.report)(replace(found, **kept), "equilibrium", solver)
+        FailureReport.of(report)(replace(found, **kept), "equilibrium", solver)
         first, second, third = (t.contiguous() for t in found.memo)
         # The trace is cloned: an operator must not return views of its other results.
         return (
@@ -81,48 +77,49 @@ def registered(
 
     @forward.register_fake
     def _(
-        tensors: list[Tensor], dtype: torch.dtype, words: str, numbers: list[float], counts: list[int]
+        tensors: list[Tensor], dtype: torch.dtype, report: Tensor, words: str, numbers: list[float], counts: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return described(words, numbers, counts).outputs(tensors, dtype)
 
     @torch.library.custom_op(f"implicit_attention::{name}_adjoint", mutates_args=(), tags=LOOKS)
     def adjoint(
-        grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], words: str,
-        numbers: list[float], counts: list[int],
+        grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], report: Tensor,
+        words: str, numbers: list[float], counts: list[int],
     ) -> list[Tensor]:  # fmt: skip
         if not y.numel():
             return [t.new_zeros(t.shape) for t in tensors]
         d = described(words, numbers, counts)
         solver = replace(d.solver(), atol=None)  # cotangents have no scale of their own
         found = direct_gradients(
-            solver, d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs), FailureReport.of(d.report)
+            solver, d.function(tensors), tuple(tensors), y, tuple(memo), grad, tuple(needs), FailureReport.of(report)
         )
         pairs = zip(found, tensors, strict=True)
         return [t.new_zeros(t.shape) if g is None else g.contiguous() for g, t in pairs]
 
     @adjoint.register_fake
     def _(
-        grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], words: str,
-        numbers: list[float], counts: list[int],
+        grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], report: Tensor,
+        words: str, numbers: list[float], counts: list[int],
     ) -> list[Tensor]:  # fmt: skip
         return [t.new_empty(t.shape) for t in tensors]
 
     def keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Results) -> None:
-        tensors, _, *ctx.plain = inputs  # type: ignore[attr-defined]
+        tensors, _, report, *ctx.plain = inputs  # type: ignore[attr-defined]
         assert isinstance(tensors, list)
+        assert isinstance(report, Tensor)
         ctx.needs = [t.requires_grad for t in tensors]  # type: ignore[attr-defined]
-        ctx.save_for_backward(output[0], *output[5:], *tensors)
+        ctx.save_for_backward(output[0], *output[5:], report, *tensors)
 
     def pull(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[object, ...]:
-        y, first, second, third, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
+        y, first, second, third, report, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
         needs, plain = ctx.needs, ctx.plain  # type: ignore[attr-defined]
-        found = adjoint(grad, y, [first, second, third], tensors, needs, *plain)
-        return [g if need else None for g, need in zip(found, needs, strict=True)], None, *(None for _ in plain)
+        found = adjoint(grad, y, [first, second, third], tensors, needs, report, *plain)
+        return [g if need else None for g, need in zip(found, needs, strict=True)], None, None, *(None for _ in plain)
 
     forward.register_autograd(pull, setup_context=keep)
 
-    def solve(d: D, args: tuple[Tensor, ...], dtype: torch.dtype) -> Solution:
-        value, residual, steps, converged, relative, *memo = forward(list(args), dtype, *d.arguments())
+    def solve(d: D, args: tuple[Tensor, ...], dtype: torch.dtype, report: Tensor) -> Solution:
+        value, residual, steps, converged, relative, *memo = forward(list(args), dtype, report, *d.arguments())
         return Solution(value, residual, steps, converged, residual[None], relative[None], memo=tuple(memo))
 
     return forward, solve

@@ -68,7 +68,8 @@ class FailureReport:
         advice: What the layer could be made with, as a sentence that follows the solver's own remedy.
         calls: Solves of the equilibrium so far.
         last: The record of the last of them.
-        handle: Its number, by which a compiled graph names it. Its remainder modulo 3 is the mode.
+        handle: Its number, by which a compiled graph names it, as a tensor without dimensions: what is an input of a
+            graph is no part of it, so that layers of one kind share a graph. Its remainder modulo 3 is the mode.
     """
 
     on_failure: str = "warn"
@@ -79,7 +80,7 @@ class FailureReport:
     _failures: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
     _owner: "weakref.ref[nn.Module] | None" = field(default=None, repr=False, compare=False)
     _model: "weakref.ref[nn.Module] | None" = field(default=None, repr=False, compare=False)
-    handle: int = field(init=False, repr=False, compare=False)
+    handle: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse an unknown mode."""
@@ -87,8 +88,9 @@ class FailureReport:
         self._register()
 
     def _register(self) -> None:
-        self.handle = 3 * next(_HANDLES) + MODES.index(self.on_failure)
-        _REPORTS[self.handle] = self
+        number = 3 * next(_HANDLES) + MODES.index(self.on_failure)
+        self.handle = torch.tensor(number, device="cpu")
+        _REPORTS[number] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {"on_failure": self.on_failure, "label": self.label}
@@ -98,9 +100,10 @@ class FailureReport:
         self.__init__(state["on_failure"], state.get("label", "a layer"))  # type: ignore[misc]
 
     @staticmethod
-    def of(handle: int) -> "FailureReport":
+    def of(handle: Tensor) -> "FailureReport":
         """Return the report with a handle; one of its mode where it is gone, or belongs to another process."""
-        return _REPORTS.get(handle) or FailureReport(MODES[handle % 3], "a compiled layer")
+        number = int(handle)
+        return _REPORTS.get(number) or FailureReport(MODES[number % 3], "a compiled layer")
 
     def belong_to(self, layer: nn.Module) -> None:
         """Speak for a layer, by its place in the model where there is one.

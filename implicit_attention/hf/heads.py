@@ -52,7 +52,7 @@ class ImplicitAttentionForCausalLM(Headed, GenerationMixin):
         return F.pad(attention_mask, (0, cache.get_max_length() - attention_mask.shape[1]), value=1)
 
     def _prepare_position_ids_for_generation(self, *arguments: Any, **options: Any) -> Any:
-        """Let `generate` make no `position_ids`: they would say again what the mask says, and cost a hidden column."""
+        """Let `generate` make no `position_ids`: they would say again what the mask says."""
         # But dynamic rotary positions change with the largest position, in which padding must not count.
         if not self.config.has_dynamic_positions:
             return None

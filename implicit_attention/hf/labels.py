@@ -20,6 +20,8 @@ class ImplicitAttentionForSequenceClassification(Headed):
     tokens. Its padding is what `attention_mask` says; without it, the runs of `pad_token_id` at both ends.
     """
 
+    accepts_loss_kwargs = False  # the loss is a mean over this call: Trainer divides by the number of calls
+
     def __init__(self, config: ImplicitAttentionConfig) -> None:
         """Make the model with new weights.
 
@@ -144,6 +146,8 @@ class ImplicitAttentionForTokenClassification(Headed):
 
 class ImplicitAttentionForQuestionAnswering(Headed):
     """Where in a text the answer to a question begins and ends."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over this call: Trainer divides by the number of calls
 
     def __init__(self, config: ImplicitAttentionConfig) -> None:
         """Make the model with new weights.

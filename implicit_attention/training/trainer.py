@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from implicit_attention import RelativeBias
 from implicit_attention.training import checkpoint as storage
 from implicit_attention.training import rates
 from implicit_attention.training.faults import RunError, unwritable
@@ -142,6 +143,16 @@ class TextTrainer(Trainer):
         made: Optimizer = super().create_optimizer(model)
         rates.split(made, self.model, self._rate)
         return made
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters that decay: those of matrices, but not tables of relative biases.
+
+        Args:
+            model: The model.
+        """
+        tables = {id(module.table) for module in model.modules() if isinstance(module, RelativeBias)}
+        matrices = {n for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in tables}
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the gradient's norm, the same on every process. Raise if it is not finite."""

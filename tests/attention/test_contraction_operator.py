@@ -128,5 +128,5 @@ def test_the_operators_fit_what_the_compiler_was_told(dtype):
     rtol = 1e-10 if dtype == torch.float64 else 3e-2
     numbers = [function.spec.scale, 0.0, 0.9, rtol, 0.0]
     operator = torch.ops.implicit_attention.contraction.default
-    given = (args, dtype, words, numbers, [4, 1, 0, layer._report.handle])
+    given = (args, dtype, layer._report.handle, words, numbers, [4, 1, 0])
     torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))

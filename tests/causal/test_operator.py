@@ -11,6 +11,7 @@ from implicit_attention import (
     ConvergenceWarning,
     ForwardSubstitution,
     Implicit,
+    ImplicitQueryAttention,
     Picard,
     diagonal,
     operator,
@@ -117,6 +118,22 @@ def test_copies_report_for_themselves():
     assert FailureReport.of(handle).on_failure == "raise", "as it was made, in another process too"
 
 
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"query_input": True, "max_gain": 0.9}], ids=["causal", "gain"]
+)
+def test_layers_of_one_kind_share_a_graph(options):
+    """What tells them apart, such as the report that names them, is an input of the graph: there may be any number."""
+    many = range(torch._dynamo.config.recompile_limit + 2)
+    layers = [ImplicitQueryAttention(8, num_heads=2, out_proj=True, **options) for _ in many]
+    x = torch.randn(2, 5, 8)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for layer in layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+        layer(x).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    assert all(layer.last_solve is not None for layer in layers)
+
+
 def test_other_solvers_and_adjoints_go_their_own_way():
     layer, x = make({"num_heads": 2})
     function = layer.equation(x).function
@@ -132,6 +149,6 @@ def test_operator_keeps_its_promises(options, dtype):
     layer, x = make(options, on_failure="ignore")
     function, args, _ = layer.to(dtype).equation(x.to(dtype))
     rtol = 1e-10 if dtype == torch.float64 else 1e-2
-    described = operator._Description.of_map(ForwardSubstitution(block=4), function, rtol, rtol, layer._report.handle)
+    described = operator._Description.of_map(ForwardSubstitution(block=4), function, rtol, rtol)
     leaves = [a.detach().requires_grad_() for a in args]
-    torch.library.opcheck(operator._forward, (leaves, dtype, *described.arguments()))
+    torch.library.opcheck(operator._forward, (leaves, dtype, layer._report.handle, *described.arguments()))

@@ -229,3 +229,29 @@ def test_reward_training(tmp_path):
 
 def test_the_class_is_registered():
     assert type(AutoModelForCausalLM.from_config(tiny.config())) is ImplicitAttentionForCausalLM
+
+
+class Labelled(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return {"input_ids": tiny.tokens(1, 12, seed=i)[0].clamp_min(1), "labels": i % 2}
+
+
+def test_a_classifier_learns_the_same_from_parts_of_a_batch(tmp_path):
+    """Trainer divides by the number of parts, unless a model says that its loss is divided already."""
+
+    def first_step(parts):
+        settings = TrainingArguments(
+            tmp_path / str(parts), max_steps=1, per_device_train_batch_size=8 // parts, seed=3, logging_steps=1,
+            gradient_accumulation_steps=parts, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
+            learning_rate=0.0,
+        )  # fmt: skip
+        model = tiny.make(ImplicitAttentionForSequenceClassification, num_labels=2, **MIXED).train()
+        trainer = Trainer(model, settings, train_dataset=Labelled())
+        trainer.train()
+        return [trainer.state.log_history[0][name] for name in ("loss", "grad_norm")]
+
+    assert first_step(4) == pytest.approx(first_step(1), rel=1e-4)
+    assert not ImplicitAttentionForQuestionAnswering.accepts_loss_kwargs

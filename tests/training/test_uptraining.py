@@ -19,6 +19,7 @@ from implicit_attention.training.packed import Packed, _bytes_per_token, pack
 from implicit_attention.training.settings import Settings
 from implicit_attention.training.tokenizer import byte_tokenizer
 from implicit_attention.training.windows import HeldOutWindows
+from tests.hf import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*pin_memory.*:UserWarning")
 SETTINGS = {
@@ -140,6 +141,21 @@ def test_the_query_map_has_its_own_learning_rate(trained, tmp_path):
     assert rates.keys() == set(names.values())
     assert {rate for name, rate in rates.items() if "Omega_Q" in name} == {0.5}
     assert {rate for name, rate in rates.items() if "Omega_Q" not in name} == {0.1}
+
+
+def test_matrices_decay_and_nothing_else(tmp_path):
+    settings = run.plan({"data": str(text(tmp_path)), **SETTINGS}, {}, resume=False).settings
+    made = run.make_trainer(settings, corpus.read(settings.data))
+    names = {parameter: name for name, parameter in made.model.named_parameters()}
+    groups = made.create_optimizer().param_groups
+    decaying = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert {name for name in names.values() if name.endswith(("Omega_Q.weight", "gate.weight"))} <= decaying
+    assert all("norm" in name or name.endswith("temperature") for name in set(names.values()) - decaying)
+    other = tiny.make(positions="relative")
+    free = {name for name, _ in other.named_parameters()} - set(made.get_decay_parameter_names(other))
+    assert {name for name in free if "norm" not in name} == {
+        f"model.layers.{i}.attention.{name}" for i in (0, 1) for name in ("temperature", "positions.table")
+    }
 
 
 @pytest.mark.parametrize("options", [{}, {"train": "lora", "learning_rate": 0.1}], ids=["query-map", "lora"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from implicit_attention.causal.cpu import library
 from implicit_attention.causal.diagonal import SLOW, hand_back
@@ -50,13 +51,13 @@ class Kernel:
         for name, t in tensors.items():
             if t is not None and t.numel():
                 self.kept[name] = t = _stored(t).contiguous()
-                setattr(self.arguments, name, t.data_ptr())
+                setattr(self.arguments, name, _address(t))
 
     def pass_strided(self, name: str, t: Tensor, dims: str) -> None:
         """Set an argument that is a tensor with strides, those of `dims`."""
         t = _stored(t)
         self.kept[name] = t = t if t.stride(-1) == 1 else t.contiguous()
-        setattr(self.arguments, name, t.data_ptr())
+        setattr(self.arguments, name, _address(t))
         for dim, stride in zip(dims, t.stride(), strict=False):
             setattr(self.arguments, f"{name}_{dim}", stride)
 
@@ -75,6 +76,17 @@ class Kernel:
 def _stored(t: Tensor) -> Tensor:
     """The same numbers in memory: torch may only note that a tensor is zero, or is to be negated."""
     return t.clone() if t.is_neg() or t._is_zerotensor() else t
+
+
+def _address(t: Tensor) -> int:
+    """Where the numbers of a tensor are."""
+    address = 0 if isinstance(t, FakeTensor) else t.data_ptr()
+    if not address and t.numel():
+        raise RuntimeError(
+            f"The C++ kernels read numbers, and a {type(t).__name__} has none. Trace the layer with torch.compile or "
+            "torch.export, which do not call them, or measure it with tensors that have numbers."
+        )
+    return address
 
 
 class ForwardKernel:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
 from implicit_attention.causal import cpu
@@ -297,3 +298,9 @@ def test_cotangents_that_torch_has_not_written_down(lazy):
     found = torch.autograd.grad(y, x, grad, retain_graph=True)[0]
     plain = torch.zeros_like(y) if lazy == "zero" else grad.resolve_neg()
     torch.testing.assert_close(found, torch.autograd.grad(y, x, plain)[0], rtol=0, atol=0)
+
+
+def test_tensors_without_numbers_are_refused():
+    """As estimators of memory make them: null pointers would end the process."""
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"a FakeTensor has none\. Trace the layer with"):
+        ImplicitQueryAttention(8, 2, is_causal=True)(torch.randn(1, 5, 8))

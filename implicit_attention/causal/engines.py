@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from implicit_attention.causal import cpu, self_test, triton
 from implicit_attention.causal.diagonal_adjoint import BlockAdjoint
@@ -173,8 +174,15 @@ def chosen(kernel: str, system: CausalSystem, solve: self_test.Solve) -> str:
         return kernel
     if kernel == "auto":
         return next((name for name in _ENGINES if _serves(name, system, solve)), "torch")
-    _check(kernel, _ENGINES[kernel].hindrance(system))
+    _check(kernel, _hindrance(kernel, system))
     return kernel
+
+
+def _hindrance(kernel: str, system: CausalSystem) -> str | None:
+    """Why an engine cannot compute a map, in words; None if it can."""
+    if any(type(t) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(t) for t in system.args):
+        return "a tensor is made of other tensors"  # and has no memory that a kernel could read
+    return _ENGINES[kernel].hindrance(system)
 
 
 def _check(kernel: str, hindrance: str | None) -> None:
@@ -189,7 +197,7 @@ def _check(kernel: str, hindrance: str | None) -> None:
 
 def _serves(name: str, system: CausalSystem, solve: self_test.Solve) -> bool:
     device = system.key.device
-    apt = device.type == _ENGINES[name].automatic and _ENGINES[name].hindrance(system) is None
+    apt = device.type == _ENGINES[name].automatic and _hindrance(name, system) is None
     return apt and _works(name, device, solve)
 
 

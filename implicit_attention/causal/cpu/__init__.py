@@ -8,8 +8,6 @@ import sys
 from functools import cache
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from implicit_attention.causal.cpu import library
 from implicit_attention.causal.cpu.build import REASON
@@ -24,8 +22,6 @@ def hindrance(system: CausalSystem) -> str | None:
     kinds = {t.dtype for t in (system.key, system.value)}
     if not kinds <= {torch.float16, torch.bfloat16, torch.float32, torch.float64} or len(kinds) > 1:
         return f"the tensors are {' and '.join(sorted(map(str, kinds)))}"
-    if any(type(t) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(t) for t in system.args):
-        return "a tensor is made of other tensors"
     if system.value_map is not None and system.norm_weight is not None:
         return "values read outputs and the norm of queries has weights, both of which torch computes"
     return None

@@ -42,7 +42,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 def fingerprint() -> str | None:
     """Return what tells one state of the sources from another; None where they are not here."""
-    files = sorted(SOURCES.glob("*.*"))
+    files = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16] if files else None
 
 

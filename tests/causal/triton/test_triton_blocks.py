@@ -350,6 +350,7 @@ def test_maps_on_a_cuda_device(monkeypatch):
             self.spec, self.length, self.heads, self.dim = system.spec, system.length, system.heads, system.dim
             self.key = self.value = self.weight = self
             self.value_map = self.norm_weight = None
+            self.args = ()
 
         dtype, device = torch.bfloat16, torch.device("cuda:1")
 

@@ -25,7 +25,7 @@ demo: $(KERNELS) ## solve the original example, compare solvers, train three sma
 QUICK := tests/test_scaffold.py tests/test_bad_input.py tests/test_oracle.py tests/test_cache.py tests/test_seed.py \
 	tests/attention/test_attention.py tests/equilibrium/test_linear.py tests/equilibrium/test_solvers.py \
 	tests/causal/test_engine_oracle.py tests/causal/test_gains.py
-check: $(KERNELS) lint types ## lint, types, and a quick part of the tests (1 minute)
+check: $(KERNELS) lint types ## lint, types, and a quick part of the tests (1 to 2 minutes)
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(QUICK) $(ARGS)
 
 # One thread per worker: the workers fill the cores, and threads of torch's own would compete with them.

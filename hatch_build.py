@@ -24,6 +24,8 @@ class CustomBuildHook(BuildHookInterface[Any]):
             return
         room = Path(self.root) / ROOM
         script, why = _build_script(room), ""
+        with suppress(OSError):  # there may be none, from an earlier try
+            script.REASON.unlink()
         try:
             library = script.compile_library(room)
         except (RuntimeError, OSError) as error:
@@ -37,7 +39,6 @@ class CustomBuildHook(BuildHookInterface[Any]):
                     script.REASON.write_text(why, encoding="utf-8")
                     build_data["artifacts"].append((ROOM / script.REASON.name).as_posix())
             return
-        script.REASON.unlink(missing_ok=True)
         build_data["pure_python"] = False
         # The library knows neither Python nor torch's headers: one wheel serves every version of both.
         build_data["tag"] = f"py3-none-{_platform()}"

@@ -97,7 +97,7 @@ def all_finite(tensor: Tensor) -> bool:
     return isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
-LOOKS = (torch.Tag.cudagraph_unsafe,)  # of operators that look at numbers: they cannot be captured in a CUDA graph
+READS_NUMBERS = (torch.Tag.cudagraph_unsafe,)  # tags of operators that a CUDA graph cannot hold
 
 
 def required(value: Tensor, holds: Tensor, message: str) -> Tensor:
@@ -127,7 +127,7 @@ def required(value: Tensor, holds: Tensor, message: str) -> Tensor:
     return value
 
 
-@torch.library.custom_op("implicit_attention::require", mutates_args=(), tags=LOOKS)
+@torch.library.custom_op("implicit_attention::require", mutates_args=(), tags=READS_NUMBERS)
 def _require(holds: Tensor, message: str) -> Tensor:
     if not bool(holds):
         raise ValueError(message)

@@ -15,7 +15,7 @@ from implicit_attention.equilibrium.adjoints import direct_gradients
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.equilibrium.solvers.base import DirectSolver
-from implicit_attention.errors import LOOKS
+from implicit_attention.errors import READS_NUMBERS
 
 Plain = tuple[str, list[float], list[int]]  # words with semicolons, real numbers, integers
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -54,7 +54,7 @@ def registered(
         handle. The solution's value carries the gradient.
     """
 
-    @torch.library.custom_op(f"implicit_attention::{name}", mutates_args=(), tags=LOOKS)
+    @torch.library.custom_op(f"implicit_attention::{name}", mutates_args=(), tags=READS_NUMBERS)
     def forward(
         tensors: list[Tensor], dtype: torch.dtype, report: Tensor, words: str, numbers: list[float], counts: list[int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -81,7 +81,7 @@ def registered(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return described(words, numbers, counts).outputs(tensors, dtype)
 
-    @torch.library.custom_op(f"implicit_attention::{name}_adjoint", mutates_args=(), tags=LOOKS)
+    @torch.library.custom_op(f"implicit_attention::{name}_adjoint", mutates_args=(), tags=READS_NUMBERS)
     def adjoint(
         grad: Tensor, y: Tensor, memo: list[Tensor], tensors: list[Tensor], needs: list[bool], report: Tensor,
         words: str, numbers: list[float], counts: list[int],

@@ -116,7 +116,9 @@ def describe(
     position_ids: Tensor | None,
     segments: Tensor | None,
 ) -> tuple[Tokens, Tensor]:
-    """Return what implicit blocks need to know of a call's tokens, and the tokens, for blocks to be called with.
+    """Return what implicit blocks need to know of a call's tokens, and the tokens for them.
+
+    The tokens are x, and in a graph carry the checks of positions: what is not used is not checked there.
 
     Args:
         config: Of the model.

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from studies import verdicts
-from studies.arms import ARMS
 from studies.run import Record
 from studies.table import Table
 
@@ -155,9 +154,7 @@ def solver_table(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
         last = [entry for run in runs if run["curve"] for entry in run["curve"][-1].get("solver", {}).values()]
         if not last:
             continue
-        arms = [ARMS.get(run["settings"]["arm"]) for run in runs]
-        unique = all(arm is not None and arm.free_only for arm in arms)
-        starts = [] if unique else [run["path_independence"] for run in runs if run["path_independence"]]
+        starts = [run["path_independence"] for run in runs if run["path_independence"]]
         lines.append([
             table.rows[name].title if name in table.rows else name,
             f"{statistics.mean(e['steps'] for e in last):.1f}",

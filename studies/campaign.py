@@ -71,7 +71,7 @@ def _announce(
     every = table.training.rates
     trials = [run for runs in first.values() for run in runs]
     possible = [run for row, runs in first.items() if runs for run in table.final_runs(row, every)]
-    finals = len(possible) * (table.finalists or 0) // len(every)
+    finals = len(possible) * table.finalists // len(every)
     tried = {(run.row, run.seed) for run in (*trials, *possible)}
     further = [table.run(row, seed, every[0]) for row in first for seed in seeds if (row, seed) not in tried]
     before = sum(records.finished(directory, run, trial=True) is not None for run in trials)

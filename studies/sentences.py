@@ -127,9 +127,7 @@ def rates(table: Table) -> list[str]:
     tried = ", ".join(f"{rate:g}" for rate in table.training.rates)
     if len(table.training.rates) == 1:
         return []
-    if table.finalists:
-        return [f"Learning rates: {tried} for the first seed, the best {table.finalists} of these for all seeds."]
-    return [f"Learning rates: {tried}, each for all seeds."]
+    return [f"Learning rates: {tried} for the first seed, the best {table.finalists} of these for all seeds."]
 
 
 def origin(table: Table, rows: Mapping[str, Sequence[Record]], budget: str) -> str:

@@ -84,17 +84,16 @@ def _recall() -> list[Table]:
         task = MQAR(length, pairs, vocabulary)
         training = _RECALL_TRAINING[length]
         made.append(Table(name, "recall", title, task, rows_of(arms, _RECALL_SIZES), training, 3))
-    made[0] = replace(made[0], finalists=None)  # was made when all seeds tried all rates, as gaps, parity and words
     return made
 
 
 def _gapped() -> list[Table]:
     """Tasks that tell content from position: fillers between key and value, keys of two tokens, chains."""
-    training = replace(_RECALL, batch_size=32, evaluate_every=50, held_out=64)
+    training = replace(_RECALL, steps=2000, batch_size=32, evaluate_every=50, held_out=64)
     chained = replace(_RECALL, steps=1500, evaluate_every=50)
     return [
         Table("gaps", "gapped", "Recall: 0 to 6 fillers between key and value", GappedRecall(),
-              rows_of(GAPPED, _RECALL_SIZES), training, 3, finalists=None),
+              rows_of(GAPPED, _RECALL_SIZES), training, 3),
         Table("gaps-keys", "gapped", "Recall: the same with keys of two tokens", GappedRecall(key_tokens=2),
               rows_of(GAPPED, _RECALL_SIZES), training, 3),
         Table("chains", "chains", "Chains of assignments, 1 to 16 steps", Chains(),
@@ -117,9 +116,9 @@ def _states() -> list[Table]:
         rows[f"feedback-{positions or 'none'}"] = Row("feedback", title, replace(sizes, positions=positions))
     return [
         Table("parity", "parity", "Parity: learned at 40 bits, judged at up to 160", Parity(judged=(40, 80, 160)),
-              rows, training, 3, finalists=None),
+              rows, training, 3),
         Table("words-s3", "words", "Word problem of S3: learned at 32, judged at up to 128", GroupWords(group="S3"),
-              rows_of(STATE, sizes), replace(training, steps=2400, evaluate_every=100), 3, finalists=None),
+              rows_of(STATE, sizes), replace(training, steps=2400, evaluate_every=100), 3),
     ]  # fmt: skip
 
 

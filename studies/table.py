@@ -36,8 +36,7 @@ class Table:
         rows: Its rows by name.
         training: How they are trained.
         seeds: Number of seeds, from 0 on.
-        finalists: How many learning rates all seeds try: those that are best for the first seed, which tries all. None
-            if all seeds try all rates.
+        finalists: How many learning rates all seeds try: those that are best for the first seed, which tries all.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Table:
     rows: Mapping[str, Row]
     training: Training
     seeds: int
-    finalists: int | None = 2
+    finalists: int = 2
 
     def run(self, row: str, seed: int, rate: float) -> Run:
         """Return a run of the table.
@@ -64,7 +63,7 @@ class Table:
         return Run(self.name, row, entry.arm, self.task, entry.sizes, self.training, rate, seed)
 
     def rate_runs(self, row: str) -> list[Run]:
-        """Return the runs that try all learning rates of a row: of the first seed, without finalists of all seeds.
+        """Return the runs that try all learning rates of a row, all of the first seed.
 
         Args:
             row: Name of the row.
@@ -72,11 +71,10 @@ class Table:
         Raises:
             ValueError: If there is no such row.
         """
-        seeds = range(1 if self.finalists else self.seeds)
-        return [self.run(row, seed, rate) for rate in self.training.rates for seed in seeds]
+        return [self.run(row, 0, rate) for rate in self.training.rates]
 
     def final_runs(self, row: str, rates: Sequence[float]) -> list[Run]:
-        """Return the runs of the seeds after the first at the rates that were best for it; none without finalists.
+        """Return the runs of the seeds after the first at the rates that were best for it.
 
         Args:
             row: Name of the row.
@@ -85,8 +83,7 @@ class Table:
         Raises:
             ValueError: If there is no such row.
         """
-        seeds = range(1, self.seeds if self.finalists else 1)
-        return [self.run(row, seed, rate) for rate in rates for seed in seeds]
+        return [self.run(row, seed, rate) for rate in rates for seed in range(1, self.seeds)]
 
 
 def rows_of(names: tuple[str, ...], sizes: Sizes) -> dict[str, Row]:

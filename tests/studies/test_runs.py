@@ -110,8 +110,8 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert set(choice["tried"]) == {"0.001", "0.01"}
 
 
-def test_whole_runs_of_all_seeds_choose_the_rate_and_count(tmp_path):
-    shown, done, totals = replace(table(), finalists=None), [], []
+def test_a_seed_that_is_asked_for_later_is_trained_at_the_chosen_rate(tmp_path):
+    shown, done, totals = table(), [], []
     watch = campaign.Watch(
         total=lambda table, runs, before: totals.append((runs, before)),
         done=lambda run, record: done.append((run.seed, run.rate)),

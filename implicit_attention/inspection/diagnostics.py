@@ -164,14 +164,17 @@ def own_jacobians(equation: Equation, y: Tensor) -> Tensor:
     if system.self_score is not None:
         return y.new_zeros(*y.shape[:3], system.heads)
     everything = slice(0, system.length)
-    queries = system.phi(y, everything)
+    gate = system.tensors.get("gate")  # [B, 1 or N, 1]: with `max_gain`, queries read `gate * y`
+    gate = None if gate is None else gate.to(system.wide)[..., None]
+    queries = system.phi(y if gate is None else gate * y, everything)
     query = system.per_head(queries.query.transpose(1, 2).to(system.narrow))
     lse = log_sum_exp(system.key, query, system.spec, terms=system.terms)
     lse = lse.masked_fill(torch.isneginf(lse), torch.inf)  # rows that see nothing have no weight on themselves
     own = (system.key * query).sum(-1) * system.spec.scale
     own_bias = [_own_bias(system, i) for i in range(0, system.length, _ROWS)]
     p = torch.exp(own + torch.cat(own_bias, -1) - lse)
-    return own_jacobian(system, everything, y, queries, p)
+    found = own_jacobian(system, everything, y, queries, p)
+    return found if gate is None else gate * found
 
 
 def _own_bias(system: CausalSystem, first: int) -> Tensor:

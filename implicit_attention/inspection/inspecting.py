@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from implicit_attention.equation import Equation
 from implicit_attention.equation.packing import PackedMap
+from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.errors import Came, bad_type, bad_value, check_positive, missing_extra
 from implicit_attention.inputs import InputOptions
+from implicit_attention.inspection.evaluating import evaluating
 from implicit_attention.inspection.measuring import measure
 from implicit_attention.inspection.report import Report
 from implicit_attention.layer import ImplicitQueryAttention
@@ -73,10 +75,16 @@ def inspect(
         raise bad_type("x_or_text", "a tensor or a text", x_or_text)
     if not given.is_floating_point() and given.dim() == 1:
         given = given[None]
-    calls = _calls(layer_or_model, given, inputs, layers)
-    found = tuple(measure(call.layer, call.name, _equation(call), iterations) for call in calls)
+    with torch.inference_mode(False):  # the adjoint is measured too
+        calls = _calls(layer_or_model, _ordinary(given), {n: _ordinary(v) for n, v in inputs.items()}, layers)
+        found = tuple(measure(call.layer, call.name, _equation(call), iterations) for call in calls)
     count = len(found[0].gain)
     return Report(found, _labels(count, given, tokenizer, tokens))
+
+
+def _ordinary(value: Any) -> Any:
+    """A tensor that autograd may keep, if it was made in inference mode; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def implicit_layers(model: nn.Module) -> list[str]:
@@ -119,13 +127,8 @@ def _calls(model: nn.Module, given: Tensor, inputs: dict[str, Any], wanted: list
     calls: dict[str, _Call] = {}
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs = {"use_cache": False, **inputs}
-    training = model.training
-    with _listening(chosen, calls), torch.no_grad():
-        try:
-            model.eval()
-            model(given, **inputs)
-        finally:
-            model.train(training)
+    with _listening(chosen, calls), evaluating(model), torch.no_grad():
+        model(given, **inputs)
     silent = [name for name in chosen if name not in calls]
     if silent:
         raise bad_value("layer_or_model", f"one whose call uses its layer {silent[0]}", Came("one that does not"))
@@ -134,8 +137,8 @@ def _calls(model: nn.Module, given: Tensor, inputs: dict[str, Any], wanted: list
 
 @contextmanager
 def _listening(layers: dict[str, nn.Module], calls: dict[str, _Call]) -> Iterator[None]:
-    """Keep what layers are called with, by `layer(...)` or `layer.solve(...)`."""
-    handles, solving = [], []
+    """Keep what layers are called with, by `layer(...)` or `layer.solve(...)`. What does not settle is not reported."""
+    handles, solving, reports = [], [], []
     for name, layer in layers.items():
 
         def keep(module: Any, arguments: tuple[Any, ...], options: dict[str, Any], name: str = name) -> None:
@@ -150,6 +153,8 @@ def _listening(layers: dict[str, nn.Module], calls: dict[str, _Call]) -> Iterato
 
             layer.solve = solve  # type: ignore[method-assign] # a model may call it instead of the layer
             solving.append(layer)
+            reports.append((layer, layer._report))
+            layer._report = FailureReport("ignore")
     try:
         yield
     finally:
@@ -157,6 +162,8 @@ def _listening(layers: dict[str, nn.Module], calls: dict[str, _Call]) -> Iterato
             handle.remove()
         for changed in solving:
             del changed.solve
+        for layer, report in reports:
+            layer._report = report
 
 
 def _solved_form(layer: nn.Module) -> ImplicitQueryAttention:
@@ -175,13 +182,8 @@ def _equation(call: _Call) -> Equation:
     options = {n: v for n, v in call.options.items() if n in ("context", *InputOptions.__annotations__)}
     if options.pop("cache", None) is not None:
         raise bad_value("cache", "None for an inspection", Came("a cache"), "Give the whole text at once.")
-    training = call.layer.training
-    try:
-        call.layer.eval()
-        with torch.no_grad():
-            equation = call.layer.equation(*call.arguments, **options)
-    finally:
-        call.layer.train(training)
+    with evaluating(call.layer), torch.no_grad():
+        equation = call.layer.equation(*call.arguments, **options)
     if isinstance(equation.function, PackedMap):
         raise bad_value("segments", "None for an inspection", Came("packed documents"), "Give one document at a time.")
     if equation.start.shape[0] != 1 or not equation.start.numel():

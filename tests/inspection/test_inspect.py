@@ -26,6 +26,8 @@ LAYERS = {
     "causal-qk_norm-rope": {"is_causal": True, "qk_norm": True, "positions": "rope", "query_input": True},
     "causal-input": {"is_causal": True, "self_query": "input"},
     "unmasked": {"query_input": True},
+    "contracting": {"query_input": True, "max_gain": 0.9},
+    "contracting-qk_norm-rope": {"query_input": True, "max_gain": 0.9, "qk_norm": True, "positions": "rope"},
     "unmasked-relative-groups": {"query_input": True, "positions": "relative", "num_kv_heads": 1},
     "independent": {"normalize_over": "keys", "query_input": True},
 }
@@ -179,6 +181,31 @@ def test_layers_within_a_model_are_seen_and_left_as_they_are():
     assert "solve" not in vars(model.first)
     assert not model.first._forward_pre_hooks
     assert [layer.name for layer in inspect(model, x, layers=["old"]).layers] == ["old"]
+
+
+def test_frozen_modules_stay_in_eval_mode():
+    model = torch.nn.Sequential(torch.nn.Dropout(), ImplicitQueryAttention(8, 2, is_causal=True)).train()
+    model[0].eval()
+    inspect(model, torch.randn(1, 5, 8))
+    assert [module.training for module in model] == [False, True]
+
+
+def test_what_does_not_settle_is_reported_and_not_raised():
+    """Also for a layer that raises, and without a trace in the figures of its training."""
+    layer = ImplicitQueryAttention(8, 2, query_input=True, solver=Anderson(max_steps=1), on_failure="raise")
+    model, x = torch.nn.Sequential(layer), torch.randn(1, 5, 8)
+    assert not inspect(model, x).settles
+    assert layer.last_solve is None
+    with pytest.raises(implicit_attention.ConvergenceError):
+        model(x)
+
+
+def test_inference_mode_is_left_for_the_measurement():
+    model = Model()
+    with torch.inference_mode():
+        x = torch.randn(1, 5, 8)
+        found = inspect(model, x, mask=torch.zeros(1, 5, dtype=torch.bool))
+    torch.testing.assert_close(found.layers[0].gain, inspect(model, x.clone()).layers[0].gain)
 
 
 @pytest.mark.parametrize(

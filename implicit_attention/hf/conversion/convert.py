@@ -27,6 +27,7 @@ from implicit_attention.hf.conversion.architecture import (
 from implicit_attention.hf.heads import ImplicitAttentionForCausalLM
 from implicit_attention.hf.labels import ImplicitAttentionForSequenceClassification
 from implicit_attention.hf.modeling import ImplicitAttentionModel, ImplicitAttentionPreTrainedModel
+from implicit_attention.inspection.evaluating import evaluating
 
 _LOG = logging.getLogger("implicit_attention")
 _HEADS: dict[str, type[ImplicitAttentionPreTrainedModel]] = {
@@ -291,13 +292,10 @@ def _tokens(config: PreTrainedConfig) -> Tensor:
 @torch.no_grad()
 def _outputs(model: PreTrainedModel) -> Tensor:
     """Logits, scores or last hidden states of a model for a few tokens, without a cache, in float64."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     like: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     tokens = _tokens(model.config).to(like.device)
-    out = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-    for module, mode in modes.items():
-        module.training = mode
+    with evaluating(model):
+        out = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     found: Tensor = out.last_hidden_state if "last_hidden_state" in out else out.logits
     return found.double().cpu()
 

@@ -12,6 +12,9 @@ from implicit_attention.documents import check_documents, document_starts, kept_
 from implicit_attention.errors import Came, NonFiniteError, bad_type, bad_value, first_non_finite
 from implicit_attention.settings import Settings
 
+# From here on a float mask hides, as -inf does: beside such numbers a log-sum-exp in float32 has no digits left.
+HIDDEN = -1e6
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -266,6 +269,7 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
         if tuple(padding.shape) != (batch, new):
             remedy = "It covers the new tokens; the cache keeps what it hid before." if inputs.cache is not None else ""
             raise bad_value("key_padding_mask", f"of shape ({batch}, {new})", padding, remedy)
+        inputs = replace(inputs, key_padding_mask=_hiding(padding))
     if mask is None:
         return inputs
     _check_mask("attn_mask", mask, inputs.x)
@@ -279,7 +283,7 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
             mask,
             "Its rows are output tokens, its columns the tokens they may see.",
         )
-    mask = mask.reshape(*lead, rows, cols)
+    mask = _hiding(mask).reshape(*lead, rows, cols)
     if inputs.segments is None:
         return replace(inputs, attn_mask=mask)
     starts = document_starts(inputs.segments)
@@ -291,6 +295,11 @@ def _check_mask(name: str, mask: object, like: Tensor) -> None:
         raise bad_type(name, "a bool tensor (True = hidden) or a float tensor (added to the scores)", mask)
     if mask.device != like.device:
         raise bad_value(name, f"on the input's device, {like.device}", mask, f"Move it: {name}.to(x.device).")
+
+
+def _hiding(mask: Tensor) -> Tensor:
+    """A float mask with -inf where it hides; a bool mask as it is."""
+    return mask if mask.dtype == torch.bool else mask.masked_fill(mask <= HIDDEN, -torch.inf)
 
 
 OVERFLOW = (

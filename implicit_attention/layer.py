@@ -127,13 +127,15 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         )  # fmt: skip
         if dtype is not None and not dtype.is_floating_point:
             raise bad_type("dtype", "a floating-point dtype", dtype)
-        self.adjoint = make_adjoint(adjoint)
+        self.adjoint: Adjoint = adjoint  # type: ignore[assignment]  # what it names: see __setattr__
         self.solver = solver  # type: ignore[assignment]  # what it names: see __setattr__
         self._begin_reports(on_failure, f"{type(self).__name__}({embed_dim}, num_heads={num_heads})")
         self._make_modules(positions, {"device": device, "dtype": dtype})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. The solver has to fit the settings, and one that "auto" chose follows them."""
+        """Set an attribute. A name becomes what it names; a solver that "auto" chose follows the settings."""
+        if name == "adjoint":
+            value = make_adjoint(value)
         if name == "solver":
             self.__dict__["_chosen"] = isinstance(value, str)
             value = make_solver(value, self.settings, self.adjoint)
@@ -189,7 +191,8 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             x: Input, `[B, N, D]` or `[N, D]`, of the parameters' dtype and device.
             context: Source of keys and values, `[B, M, D]` or `[M, D]`; x if None. Needs `normalize_over="keys"`.
             attn_mask: `[N, M]`, `[B * H, N, M]` or `[B, H, N, M]`: bool, **True = hidden**, or float, added to
-                the scores. Rows are output tokens, columns the tokens they see (those in the cache first).
+                the scores (numbers of -1e6 or less hide, as -inf does). Rows are output tokens, columns the tokens
+                they see (those in the cache first).
             key_padding_mask: `[B, M]` (or `[M]`): columns hidden from every row; bool or float alike. With a cache
                 those of the new tokens, bool.
             cache: Causal only: the tokens before x, to which those of x are added, `layer.make_cache(...)`. If the call

@@ -206,6 +206,38 @@ def test_rows_that_see_nothing_are_zero_with_finite_gradients(case):
     assert all(bool(t.grad.isfinite().all()) for t in (x, *layer.parameters()))
 
 
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+@pytest.mark.parametrize("number", [-1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True, "self_query": "input"},
+        {"is_causal": True},
+        {"is_causal": True, "self_query": "input", "values": "feedback"},
+        {"query_input": True, "max_gain": 0.9},
+        {"query_input": True, "normalize_over": "keys"},
+    ],
+    ids=["input", "output", "feedback", "contracting", "keys"],
+)
+def test_large_negative_numbers_hide_as_minus_infinity_does(options, number, kernel):
+    """Also in rows that see nothing else: beside such numbers a log-sum-exp in float32 has no digits left."""
+    torch.manual_seed(0)
+    solver = ForwardSubstitution(kernel=kernel) if "is_causal" in options else "auto"
+    layer, x = ImplicitQueryAttention(16, 2, solver=solver, qk_norm=True, **options), torch.randn(2, 8, 16)
+    hidden = torch.zeros(2, 8, dtype=torch.bool)
+    hidden[0, :4] = True
+    numbers = torch.zeros(2, 8).masked_fill(hidden, number)
+    for name, shape in (("key_padding_mask", (2, 8)), ("attn_mask", (2, 2, 8, 8))):
+        found = []
+        for mask in (hidden, numbers):
+            layer.zero_grad()
+            y = layer(x, **{name: mask.view(2, *[1] * (len(shape) - 2), 8).expand(shape)})
+            y.square().sum().backward()
+            found.append([y, *(p.grad for p in layer.parameters())])
+        for expected, same in zip(*found, strict=True):
+            torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_all_columns_hidden():
     layer, x, _, _ = make_inputs(OPTIONS["heads"], 2, 5)
     y = layer(x.requires_grad_(), key_padding_mask=torch.tensor([[True] * 5, [False] * 5]))
@@ -323,6 +355,18 @@ def test_the_solution_of_a_call(batched):
     assert solution.gain is None
     with pytest.raises(ValueError, match="`gains` must be False without need_solution=True"):
         layer(x, gains=True)
+
+
+def test_a_gradient_is_set_by_its_name():
+    layer, x = ImplicitQueryAttention(8, 2, is_causal=True), torch.randn(1, 3, 8)
+    layer.adjoint = "unrolled"
+    assert (layer.adjoint, layer.solver) == (Unrolled(), Anderson())
+    layer(x).sum().backward()
+    with refused(ValueError, "adjoint", '"implicit", "unrolled"', "'exact'"):
+        layer.adjoint = "exact"
+    with refused(TypeError, "adjoint", "object such as Implicit()", "got 3"):
+        layer.adjoint = 3
+    assert layer.adjoint == Unrolled()
 
 
 def test_a_solver_that_auto_chose_follows_the_settings():

@@ -28,6 +28,7 @@ from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.causal import engines
 from implicit_attention.causal.forward_substitution import ForwardSubstitution, solved_with
 from implicit_attention.equation import Layer, Projected, norm_weight, normed_keys
+from implicit_attention.equilibrium.maps import makes_plain_tensors
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.equilibrium.triton_available import launching_on
 from implicit_attention.errors import all_finite
@@ -287,7 +288,8 @@ def _iterate(layer: Layer, projected: Projected, token: _Token, tolerance: tuple
     made = _linear_query(projected, token)  # [B G, 1 + H, d]
     forms = torch.bmm(token.key.view(batch * groups, -1, dim), made.mT).view(batch, heads, 1 + heads)
     if layer.settings.qk_norm:  # of each group's query, the mean square with eps is `e square e`
-        square = torch.baddbmm(_first(1 + heads, made.dtype, made.device), made, made.mT, alpha=1 / dim)
+        first = (_first if makes_plain_tensors(made) else _first.__wrapped__)(1 + heads, made.dtype, made.device)
+        square = torch.baddbmm(first, made, made.mT, alpha=1 / dim)
         forms = torch.cat([forms, square.view(batch, -1, 1 + heads)], 1)
     allowed = tolerance[0] * token.a.abs().amax((1, 2)) + tolerance[1]  # of y, judged by a; `decode` looks again
     limits = (allowed / token.step.abs().amax((1, 2))).tolist()  # of p

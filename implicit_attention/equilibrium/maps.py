@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from implicit_attention.errors import bad_type
 
@@ -101,3 +102,13 @@ def transforms_active() -> bool:
     """Return whether the caller runs inside a `torch.func` transform (grad, vmap, jvp ...)."""
     active: Any = torch._C._are_functorch_transforms_active()
     return bool(active)
+
+
+def makes_plain_tensors(like: Tensor) -> bool:
+    """Return whether what a call makes now are plain tensors, which later calls may use again.
+
+    Args:
+        like: A tensor of the call; one without numbers makes more of its kind.
+    """
+    plain = type(like) in (Tensor, nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None

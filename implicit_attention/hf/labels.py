@@ -10,6 +10,7 @@ from transformers.utils.generic import TransformersKwargs
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.modeling import Headed
 from implicit_attention.hf.outputs import ImplicitClassifierOutput, ImplicitSpanOutput, ImplicitTokenClassifierOutput
+from implicit_attention.hf.tokens import cached_length
 
 
 class ImplicitAttentionForSequenceClassification(Headed):
@@ -69,22 +70,23 @@ class ImplicitAttentionForSequenceClassification(Headed):
         real = None if input_ids is None or padding is None else input_ids != padding
         if attention_mask is None and real is not None and not self.config.is_causal:
             attention_mask = _inner(real)
+        before = cached_length(cache)
         out = self.read(
             input_ids, attention_mask, cache, inputs_embeds, use_cache=bool(use_cache), position_ids=position_ids,
             **kwargs,
         )  # fmt: skip
-        logits = self.score(self._pool(out.last_hidden_state, attention_mask, real))
+        x = out.last_hidden_state
+        logits = self.score(self._pool(x, _of_new_tokens(attention_mask, before, x), real))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         return ImplicitClassifierOutput(loss=loss, logits=logits, cache=out.cache, **out.shared())
 
-    def _pool(self, x: Tensor, attention_mask: Tensor | None, real: Tensor | None) -> Tensor:
-        """`[B, n, D] -> [B, D]`; `real` is where tokens are no padding by their number, `[B, n]`."""
-        seen: Tensor | None = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            seen = attention_mask[:, -x.shape[1] :].to(x.device) != 0
+    def _pool(self, x: Tensor, seen: Tensor | None, real: Tensor | None) -> Tensor:
+        """`[B, n, D] -> [B, D]`; where tokens are no padding by the mask and by their number, `[B, n]` both."""
         if not self.config.is_causal:
+            if seen is None and real is not None:
+                seen = _inner(real).bool()
             return x.mean(1) if seen is None else (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp_min(1)
         if real is not None:
             seen = real if seen is None else seen & real
@@ -92,6 +94,14 @@ class ImplicitAttentionForSequenceClassification(Headed):
             return x[:, -1]
         last = (torch.arange(x.shape[1], device=x.device) * seen).argmax(-1)
         return x[torch.arange(x.shape[0], device=x.device), last]
+
+
+def _of_new_tokens(attention_mask: Tensor | None, before: int | Tensor, x: Tensor) -> Tensor | None:
+    """Which new tokens x `[B, n, D]` are no padding, `[B, n]`, of a mask that may be as long as a static cache."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    place = before + torch.arange(x.shape[1], device=attention_mask.device)
+    return attention_mask.index_select(1, place).to(x.device) != 0
 
 
 class ImplicitAttentionForTokenClassification(Headed):
@@ -197,7 +207,7 @@ class ImplicitAttentionForQuestionAnswering(Headed):
         return ImplicitSpanOutput(loss=loss, start_logits=start, end_logits=end, **out.shared())
 
 
-def _inner(real: Tensor) -> Tensor | None:
+def _inner(real: Tensor) -> Tensor:
     """A mask of all but the padding at both ends, `[B, n]`, from which tokens are no pad tokens."""
     inner = (real.cumsum(-1) > 0) & (real.flip(-1).cumsum(-1).flip(-1) > 0)
     inner = inner | ~real.any(-1, keepdim=True)  # a sample of pad tokens alone is read as it is

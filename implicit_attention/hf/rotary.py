@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from implicit_attention.attention.positions import Positions
+from implicit_attention.equilibrium.maps import makes_plain_tensors
 from implicit_attention.errors import bad_type, bad_value, check_positive
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -72,7 +73,7 @@ class ScaledRotary(Positions):
     def rotation(self, length: int, like: Tensor, first: int | Tensor = 0) -> Tensor:
         """Return cosines and sines, `[2, length, d / 2]` or `[2, B, 1, length, d / 2]`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        if isinstance(first, int) and not torch.compiler.is_compiling():
+        if isinstance(first, int) and makes_plain_tensors(like):
             return _rotation(self._frequencies(first + length), first, length, like.device, dtype)
         place = torch.arange(length, device=like.device)
         if isinstance(first, Tensor) and first.dim():

@@ -1,8 +1,11 @@
 """Calls as transformers' own models take them: positions, caches, labels, masks, hidden states, attention functions."""
 
+import contextlib
+
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from implicit_attention.hf import (
@@ -253,6 +256,43 @@ def test_classifier_knows_padding_by_its_token(is_causal, left):
     alone = model(padded[:1, 4:] if left else padded[:1, :5]).logits
     torch.testing.assert_close(model(padded).logits[:1], alone, rtol=0, atol=1e-6)
     torch.testing.assert_close(model(padded).logits[1:], model(tokens).logits[1:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [slice(0, 2), slice(7, 9)], ids=["left", "right"])
+@torch.no_grad()
+def test_classifier_reads_the_last_new_token_whatever_the_size_of_the_cache(hidden):
+    model = tiny.make(ImplicitAttentionForSequenceClassification, num_labels=3, initializer_range=0.1)
+    tokens, mask = tiny.tokens().clamp_min(1), torch.ones(2, 9, dtype=torch.long)
+    mask[0, hidden] = 0
+    expected = model(tokens, attention_mask=mask).logits
+    cache = StaticCache(config=model.config, max_cache_len=14)
+    padded = torch.nn.functional.pad(mask, (0, 5))
+    torch.testing.assert_close(model(tokens, attention_mask=padded, cache=cache).logits, expected, rtol=0, atol=1e-6)
+    cache = StaticCache(config=model.config, max_cache_len=14)
+    for part in (slice(0, 4), slice(4, 9)):
+        out = model(tokens[:, part], attention_mask=padded, cache=cache)
+    torch.testing.assert_close(out.logits[1:], expected[1:], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_bidirectional_classifier_leaves_padding_out_of_the_mean_with_a_mask_of_four_dimensions():
+    options = {"is_causal": False, "num_labels": 3, "initializer_range": 0.1, "pad_token_id": 0}
+    model = tiny.make(ImplicitAttentionForSequenceClassification, **options)
+    tokens = tiny.tokens().clamp_min(1)
+    tokens[0, 6:] = 0
+    whole = (tokens != 0)[:, None, None].expand(2, 1, 9, 9)
+    states = model.base_model(tokens, attention_mask=whole).last_hidden_state
+    expected = model.score(torch.stack([states[0, :6].mean(0), states[1].mean(0)]))
+    torch.testing.assert_close(model(tokens, attention_mask=whole).logits, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_tensors_without_numbers_are_not_kept_for_later_calls():
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny.make(positions={"name": "scaled_rope", "parameters": rope})
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(RuntimeError):
+        model(tiny.tokens())
+    model(tiny.tokens())
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

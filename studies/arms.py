@@ -153,8 +153,10 @@ def _keys(taps: int) -> Callable[[Task, Sizes, int], Block]:
     return lambda task, sizes, width: ParallelBlock(_attention(task, sizes, taps), sizes.embed_dim, width)
 
 
-def _convolved(task: Task, sizes: Sizes, width: int) -> Block:
-    return ParallelBlock(Convolved(_attention(task, sizes), sizes.embed_dim), sizes.embed_dim, width)
+def _convolved(taps: int) -> Callable[[Task, Sizes, int], Block]:
+    return lambda task, sizes, width: ParallelBlock(
+        Convolved(_attention(task, sizes), sizes.embed_dim, taps), sizes.embed_dim, width
+    )
 
 
 def _strict_convolved(task: Task, sizes: Sizes, width: int) -> Block:
@@ -211,7 +213,8 @@ ARMS = {
         _baseline("keys-2", "ordinary attention, 2-tap convolution on keys", _keys(2)),
         _baseline("keys-4", "ordinary attention, 4-tap convolution on keys", _keys(4)),
         _baseline("keys-8", "ordinary attention, 8-tap convolution on keys", _keys(8)),
-        _baseline("convolved", "ordinary attention behind a 4-tap convolution", _convolved),
+        _baseline("convolved", "ordinary attention behind a 4-tap convolution", _convolved(4)),
+        _baseline("convolved-9", "ordinary attention behind a 9-tap convolution", _convolved(9)),
         _baseline("recurrent", "keys and values of its own outputs, row by row", _recurrent),
         _baseline("delta", "Gated DeltaNet", _delta),
         _baseline("gru", "GRU", _gru),

@@ -1,6 +1,7 @@
 """The tables of the page of results: one row an arm, every figure from its records."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -8,7 +9,7 @@ from studies import verdicts
 from studies.run import Record
 from studies.table import Table
 
-Spent = Callable[[Record, Record], float]  # of a run, up to one of its evaluations
+Cost = Callable[[Sequence[Record], Record], float]  # what a step of a run costs, given all runs of its row
 
 
 def cells(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[list[str]]:
@@ -33,16 +34,14 @@ def cells(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[list[str]]
         line += [spread(value(run, kinds[0], other, 1) for run in runs) for other in others]
         if table.training.solved is not None:
             line += solved(runs)
-        if table.group == "bytes":
-            line += [
-                spread(at_equal(runs, min_spent(rows, spent), spent, sign)) for spent in (seconds_spent, flops_spent)
-            ]
+        if table.training.solved is None:
+            line += [spread(at_equal(runs, least(rows, cost), cost, sign)) for cost in (seconds, operations)]
         if not table.task.is_causal:
             line.append(settled(runs))
         lines.append(line + costs(runs))
     if table.training.solved is not None:
         head += ["seeds solved", "steps to solve", "TFLOPs to solve", "seconds to solve", "of all rates"]
-    if table.group == "bytes":
+    if table.training.solved is None:
         head += ["at equal seconds", "at equal FLOPs"]
     if not table.task.is_causal:
         head.append("unsettled, at worst")
@@ -80,9 +79,9 @@ def solved(runs: Sequence[Record]) -> list[str]:
     operations = verdicts.median(runs, verdicts.operations_to_solve)
     return [
         f"{count} of {len(runs)}",
-        f"{verdicts.median(runs, lambda run: run['solved_at']):.0f}",
+        f"{verdicts.median(runs, verdicts.steps_to_solve):.0f}",
         f"{operations / 1e12:.3g}",
-        f"{verdicts.median(runs, verdicts.seconds_to_solve):.3g}",
+        f"{verdicts.median(runs, verdicts.steps_to_solve) * verdicts.pace(runs):.3g}",
         every,
     ]
 
@@ -102,47 +101,57 @@ def settled(runs: Sequence[Record]) -> str:
 def costs(runs: Sequence[Record]) -> list[str]:
     """Return learning rate, parameters, operations and milliseconds of a step."""
     flops = [run["flops"] for run in runs if run["flops"] is not None]
-    per_step = [1e3 * run["seconds"] / run["last_step"] for run in runs if run["last_step"]]
     rates = sorted({run["settings"]["rate"] for run in runs})
+    pace = 1e3 * verdicts.pace(runs)
     return [
-        ", ".join(f"{rate:g}" for rate in rates),
+        ", ".join(f"{rate:g}{edge(rate, runs[0]['settings']['training']['rates'])}" for rate in rates),
         f"{runs[0]['parameters']:,}",
         f"{statistics.mean(flops) / 1e9:.3g}" if flops else "",
-        f"{statistics.median(per_step):.0f}" if per_step else "",
+        f"{pace:.0f}" if math.isfinite(pace) else "",
     ]
 
 
-def seconds_spent(run: Record, entry: Record) -> float:
-    """Return the seconds of training before an evaluation."""
-    return float(entry["seconds"])
+def edge(rate: float, tried: Sequence[float]) -> str:
+    """Return whether a chosen learning rate is the smallest or the largest of those tried; "" if it is neither."""
+    if len(tried) < 2 or min(tried) < rate < max(tried):
+        return ""
+    return " (smallest)" if rate <= min(tried) else " (largest)"
 
 
-def flops_spent(run: Record, entry: Record) -> float:
-    """Return the operations of training before an evaluation; infinity if they are not known."""
-    return float("inf") if run["flops"] is None else float(run["flops"] * entry["step"])
+def seconds(runs: Sequence[Record], run: Record) -> float:
+    """Return the seconds of a step of a run: those of its row's fastest run."""
+    return verdicts.pace(runs)
 
 
-def min_spent(rows: Mapping[str, Sequence[Record]], spent: Spent) -> float:
-    """Return what the row that spends least spends (a median over its runs), at which all rows are compared."""
-    return min(
-        statistics.median(spent(run, run["curve"][-1]) for run in runs if run["curve"]) for runs in rows.values()
+def operations(runs: Sequence[Record], run: Record) -> float:
+    """Return the operations of a step of a run; infinity if they are not known."""
+    return float("inf") if run["flops"] is None else float(run["flops"])
+
+
+def least(rows: Mapping[str, Sequence[Record]], cost: Cost) -> float:
+    """Return what the row whose training costs least spends (a median over its runs): all rows are compared there."""
+    spent: Iterable[float] = (
+        statistics.median(cost(runs, run) * run["curve"][-1]["step"] for run in runs if run["curve"])
+        for runs in rows.values()
     )
+    return min(spent)
 
 
-def at_equal(runs: Sequence[Record], most: float, spent: Spent, sign: int) -> list[float | None]:
+def at_equal(runs: Sequence[Record], most: float, cost: Cost, sign: int) -> list[float | None]:
     """Return each run's score at its last evaluation that had spent no more than `most`; None if there is none."""
     found = []
     for run in runs:
-        within = [e["score"] for e in run["curve"] if spent(run, e) <= most * 1.02 and e["score"] is not None]
+        each = cost(runs, run)
+        within = [e["score"] for e in run["curve"] if each * e["step"] <= most * 1.02 and e["score"] is not None]
         found.append(sign * within[-1] if within else None)
     return found
 
 
 def at_equal_seconds(rows: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
     """Return the records with the score that each run had when the fastest row was done."""
-    most = min_spent(rows, seconds_spent)
+    most = least(rows, seconds)
     return {
-        name: [{**run, "score": score} for run, score in zip(runs, at_equal(runs, most, seconds_spent, 1), strict=True)]
+        name: [{**run, "score": score} for run, score in zip(runs, at_equal(runs, most, seconds, 1), strict=True)]
         for name, runs in rows.items()
     }
 

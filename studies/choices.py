@@ -27,7 +27,7 @@ class Choice:
 CHOICES = (
     Choice(
         "self_query",
-        ("recall-64", "recall-128", "recall-256", "gaps", "gaps-keys", "chains", "khop-48", "bytes-1", "bytes-2"),
+        ("recall-64", "recall-128", "recall-256", "gaps", "gaps-keys", "khop-48", "bytes-1", "bytes-2"),
         {'"output"': "implicit", '"input"': "strict"},
     ),
     Choice("qk_norm", ("qk-norm",), {"True": "implicit", "False": "implicit-no-norm"}),

@@ -4,8 +4,9 @@ Two operations for each multiplication with an addition in linear maps, in score
 norms, softmax or activations. The backward pass counts twice the forward pass. Attention counts the pairs of tokens
 that see each other: `N (N + 1) / 2` under a causal mask. An equilibrium counts one whole application of its map, plus,
 for each further step that its solver took on average, what a step costs: the query map again, and the pairs within a
-block on the diagonal (causal, by forward substitution) or all pairs (elsewhere). Its adjoint counts twice that, and so
-does another gradient in its place.
+block on the diagonal (causal, by forward substitution) or all pairs (elsewhere). With `self_query="input"` the query
+map is applied to the start as well. The adjoint counts twice all that, and so does another gradient in its place. What
+keeps a map contracting (`max_gain`) is not counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,8 +54,9 @@ def _mixer(mixer: Mixer, length: int, steps: Iterator[float]) -> float:
         weights = sum(p.numel() for name, p in mixer.cells.named_parameters() if name.startswith("weight"))
         return length * (2 * weights + _linear(mixer.out_proj))
     if isinstance(mixer, GatedDeltaNet):
-        state = 3 * mixer.gate.out_features**2 // mixer.num_heads  # decay and two products with the state
-        return length * (_linear(mixer) + _taps(mixer) + 2 * state)
+        # The state decays, is read twice, and changes by an outer product.
+        state = 7 * mixer.gate.out_features**2 // mixer.num_heads
+        return length * (_linear(mixer) + _taps(mixer) + state)
     if isinstance(mixer, Convolved):
         return length * _taps(mixer.convolution) + _mixer(mixer.mixer, length, steps)
     assert isinstance(mixer, Implicit)
@@ -67,7 +69,8 @@ def _mixer(mixer: Mixer, length: int, steps: Iterator[float]) -> float:
     further = max(0.0, next(steps) - 1)
     asked = 0 if layer.Omega_Q is None else _linear(layer.Omega_Q)
     step = length * asked + _attend(within, layer.embed_dim)
-    return length * _linear(layer) + _attend(pairs, layer.embed_dim) + further * step
+    start = asked if layer.settings.self_query == "input" else 0
+    return length * (_linear(layer) + start) + _attend(pairs, layer.embed_dim) + further * step
 
 
 def _attend(pairs: float, width: int) -> float:

@@ -3,6 +3,7 @@
 A mixer maps `[B, N, D]` to `[B, N, D]` and says, where it solves for an equilibrium, how that went.
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -136,7 +137,8 @@ class GatedDeltaNet(Mixer):
 
     With the state `S`, `[d, d]` per head: `S <- a S + b k (v - k^T a S)^T`, `o = q^T S`, where `a` in (0, 1) and `b` in
     (0, 2) come from the token. Above `b = 1` the state's transition has a negative eigenvalue. Keys and queries have
-    length 1; they and the values pass a convolution and SiLU; the output is normed, gated and projected.
+    length 1; they and the values pass a convolution and SiLU; the output is normed, gated and projected. Decays are
+    drawn as its authors draw them, and `b` starts at 1/2, where theirs does without negative eigenvalues.
 
     Reference:
         Yang, Kautz and Hatamizadeh 2024, "Gated delta networks", arXiv 2412.06464; negative eigenvalues: Grazzi et al.
@@ -156,7 +158,11 @@ class GatedDeltaNet(Mixer):
         self.projections = nn.ModuleList(nn.Linear(embed_dim, embed_dim, bias=False) for _ in range(3))  # q, k, v
         self.convolutions = nn.ModuleList(Convolution(embed_dim, taps) for _ in range(3))
         self.write, self.decay = nn.Linear(embed_dim, num_heads), nn.Linear(embed_dim, num_heads)
-        self.log_speed = nn.Parameter(torch.linspace(-4.0, 0.0, num_heads))  # of the decay: memories of many lengths
+        self.log_speed = nn.Parameter(torch.empty(num_heads).uniform_(1e-3, 16.0).log())
+        at_start = torch.empty(num_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        with torch.no_grad():
+            self.decay.bias.copy_(at_start.expm1().log())  # softplus gives `at_start`
+            self.write.bias.fill_(-math.log(3.0))
         self.gate = nn.Linear(embed_dim, embed_dim, bias=False)
         self.norm = nn.RMSNorm(embed_dim // num_heads)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=False)

@@ -97,35 +97,38 @@ def overview(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> l
         lines.append([
             table.title, score.lstrip("-").replace("_", " ") + worst,
             *(contender(table, found[kind]) for kind in ("baseline", "implicit", "feedback")),
-            "; ".join(compared(table, rows, found)),
+            "; ".join(
+                f"{label}: {judged.words}"
+                for kind, label in (("implicit", "implicit"), ("feedback", "values"))
+                if (judged := verdict(table, rows, kind))
+            ),
         ])  # fmt: skip
     return lines
 
 
-def compared(
-    table: Table, rows: Mapping[str, Sequence[Record]], found: Mapping[str, verdicts.Contender | None]
-) -> list[str]:
-    """Return how the best implicit arms compare with the strongest baseline; of bytes, at equal seconds too.
+def verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> verdicts.Verdict | None:
+    """Return how the best implicit arm compares with the strongest baseline; without a goal, at equal seconds too.
 
     Args:
         table: The table.
         rows: Its records.
-        found: The best row of each kind.
+        kind: "implicit" or "feedback".
+
+    Returns:
+        The comparison, None if one of the two has no records. Without a goal an arm helps only if it is ahead both at
+        equal steps and at equal seconds.
     """
-    in_time = at_equal_seconds(rows) if table.group == "bytes" else None
-    said = []
-    for kind, label in (("implicit", "implicit"), ("feedback", "values")):
-        ours, baseline = found[kind], found["baseline"]
-        if ours is None or baseline is None:
-            continue
-        words = verdicts.compare(table, ours, baseline).words
-        if in_time is not None:
-            mine, theirs = (verdicts.strongest(table, in_time, which) for which in (kind, "baseline"))
-            assert mine is not None
-            assert theirs is not None
-            words += f"; at equal seconds {verdicts.compare(table, mine, theirs).words}"
-        said.append(f"{label}: {words}")
-    return said
+    found = _verdict(table, rows, kind)
+    if found is None or table.training.solved is not None:
+        return found
+    in_time = _verdict(table, at_equal_seconds(rows), kind)
+    assert in_time is not None
+    return verdicts.Verdict(f"{found.words}; at equal seconds {in_time.words}", found.helps and in_time.helps)
+
+
+def _verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> verdicts.Verdict | None:
+    ours, baseline = (verdicts.strongest(table, rows, which) for which in (kind, "baseline"))
+    return None if ours is None or baseline is None else verdicts.compare(table, ours, baseline)
 
 
 def contender(table: Table, found: verdicts.Contender | None) -> str:
@@ -154,12 +157,15 @@ def no_help(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> li
     lines = []
     for table, rows in shown:
         baseline = verdicts.strongest(table, rows, "baseline")
-        ours = [c for kind in ("implicit", "feedback") if (c := verdicts.strongest(table, rows, kind))]
-        if table.group == "studies" or baseline is None or not ours:
+        found = {
+            ours.title: judged
+            for kind in ("implicit", "feedback")
+            if (ours := verdicts.strongest(table, rows, kind)) and (judged := verdict(table, rows, kind))
+        }
+        if table.group == "studies" or baseline is None or not found:
             continue
-        found = {c.title: verdicts.compare(table, c, baseline) for c in ours}
-        if not any(verdict.helps for verdict in found.values()):
-            words = "; ".join(f"{title}: {verdict.words}" for title, verdict in found.items())
+        if not any(judged.helps for judged in found.values()):
+            words = "; ".join(f"{title}: {judged.words}" for title, judged in found.items())
             lines.append(f"- **{table.title}.** Strongest baseline: {baseline.title}. {words[0].upper()}{words[1:]}.")
     return ["\n".join(lines)] if lines else []
 

@@ -12,8 +12,9 @@ records that are not there.
 
 How arms are compared:
 
-- All arms of a table have the same embedding, learned relative bias, head and optimiser, and parameter counts within
-  2 %. An arm whose mixer has more weights has narrower MLPs.
+- All arms of a table have the same embedding, head and optimiser, and parameter counts within 2 %. An arm whose mixer
+  has more weights has narrower MLPs. Attention has a learned relative bias, unless a row names other positions. GRU and
+  Gated DeltaNet know the order of tokens without one.
 - The optimiser is AdamW. Gradients are clipped to a norm of 1. The learning rate rises over the first twentieth of the
   steps, then falls along a cosine to a tenth. Relative biases have ten times that rate and no weight decay.
 - Implicit layers have `query_input=True` (their queries read the input, too), `out_proj=True` and, with a causal mask,
@@ -22,19 +23,28 @@ How arms are compared:
 - Each arm has its own learning rate in each table, the best of those that the table names, by seeds solved, then steps,
   then score of its whole runs. That is a choice by the figures that are shown, so they flatter every arm a little, and
   alike. *Of all rates* counts the solved runs at every rate.
-- Training stops early when the hardest kind of held-out sequences is solved at two evaluations in a row.
+  A chosen rate that is the smallest or the largest of those tried is marked: a better one may lie beyond.
+- Training stops early when the hardest kind of held-out sequences is solved at two evaluations in a row. So scores of
+  seeds that solved a task say no more than that; compare their steps.
 - Scores are mean ± standard deviation over seeds, at the last evaluation.
-- FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps.
-- Times are processor time of one thread, with one run on each core. The same seed gives the same scores again on the
-  same kind of processor with the same commit. Another processor rounds otherwise. Most scores then move within their
+- FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps of the last
+  training step.
+- Times are processor time of one thread. *Ms a step* is that of an arm's fastest run, since others may have shared a
+  core; the other columns of seconds follow from it. They still differ by up to 40 % between processors and with what
+  else ran, so look at steps and FLOPs first. Gated DeltaNet and the row-by-row arm are loops in Python; the GRU and the
+  implicit layers have kernels in C++. The same seed gives the same scores again on the same kind of processor with the
+  same commit. Another processor rounds otherwise. Most scores then move within their
   spread; parity beyond the trained length moves more ([both](choosing.md#values-that-read-outputs))."""
 
 OVERVIEW = """The deciding score of each table, mean ± standard deviation over seeds; where a task can be solved, the
 seeds that solved it and their median steps. Each cell shows the best arm of its kind: most seeds solved, then fewest
-seconds, then the best mean. *At equal seconds* each row has the score that it had when the fastest arm was done.
+steps, then the best mean. *At equal seconds* each row has the score that it had when the fastest arm was done: its
+learning rate had not fallen yet, which costs slower arms something.
 *Ahead* and *behind* mean by more than the sum of both deviations."""
 
-NO_HELP = """Tasks whose strongest baseline is at least as good as every implicit arm:"""
+NO_HELP = (
+    """Tasks whose strongest baseline is at least as good as every implicit arm, at equal steps or at equal seconds:"""
+)
 
 DEFAULTS = """What the tables below recommend for the options of `ImplicitQueryAttention`. One of two rows is *ahead* if
 more of its seeds solved the task. If all seeds of both did, it is ahead if it took fewer steps; else if its mean score
@@ -47,8 +57,9 @@ ARMS = "What `--arm` and the folders of records call them:"
 
 SMOKE = "Made with `--budget smoke`: two steps of tiny models, to see that everything runs. Their figures say nothing."
 
-SOLVER = """How the solver did at the last evaluation, and whether a second start leads to the same equilibrium (layers
-with `max_gain` have only one):"""
+SOLVER = """How the solver did at the last evaluation, and whether a second start leads to the same equilibrium, within
+100 tolerances. That is left out where 100 tolerances are more than 1 % of the largest output, and for layers with
+`max_gain`, which have one equilibrium:"""
 
 GRADIENTS = """Cosine between each gradient and the exact one (float64, equilibrium and adjoint to 1e-10), over all
 weights, at the evaluations of the runs above. Rows are grouped by the spectral radius at that time:"""
@@ -110,7 +121,7 @@ def settings(table: Table, rows: Mapping[str, Sequence[Record]], budget: str) ->
     sentences += rates(table)
     if training["solved"] is not None:
         sentences.append(f"Solved: {training['solved']:g} or more in every kind.")
-    if table.group == "bytes":
+    if table.training.solved is None:
         sentences.append(
             "*At equal seconds* is the score at the last evaluation within the training time of the fastest arm, *at "
             "equal FLOPs* within the operations of the cheapest. The other scores are at equal steps and parameters."

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 from implicit_attention.tasks.byte_text import ByteText
-from implicit_attention.tasks.chains import Chains
 from implicit_attention.tasks.digit_classes import DigitClasses
 from implicit_attention.tasks.digits import Digits
 from implicit_attention.tasks.gapped_recall import GappedRecall
@@ -23,9 +22,13 @@ BUDGETS = ("smoke", "cpu")
 
 
 LOOKUP = (
-    "ordinary", "ordinary-2", "keys-2", "keys-4", "strict", "implicit", "strict-convolved", "feedback", "delta", "gru"
+    "ordinary", "ordinary-2", "keys-2", "keys-4", "convolved", "strict", "implicit", "strict-convolved", "feedback",
+    "delta", "gru",
 )  # fmt: skip
 GAPPED = (*LOOKUP, "keys-8", "looped")  # 8 taps reach from each value to its key
+# Keys of two tokens: 9 taps reach from each value to both, and a row that looks a key up has to see both.
+GAPPED_KEYS = ("ordinary", "ordinary-2", "convolved", "convolved-9", "strict", "implicit", "strict-convolved",
+               "feedback", "delta", "gru", "looped")  # fmt: skip
 STATE = (
     "ordinary", "ordinary-2", "convolved", "strict", "feedback", "feedback-plain", "feedback-alone", "delta", "gru"
 )  # fmt: skip
@@ -33,7 +36,7 @@ TEXT = (
     "ordinary", "ordinary-2", "keys-4", "convolved", "strict", "implicit", "strict-convolved", "feedback",
     "feedback-alone", "delta", "gru",
 )  # fmt: skip
-BIDIRECTIONAL = ("ordinary", "implicit", "bounded")
+BIDIRECTIONAL = ("ordinary", "ordinary-2", "looped", "implicit", "bounded")
 
 
 def tables(budget: str) -> dict[str, Table]:
@@ -88,21 +91,18 @@ def _recall() -> list[Table]:
 
 
 def _gapped() -> list[Table]:
-    """Tasks that tell content from position: fillers between key and value, keys of two tokens, chains."""
+    """Tasks that tell content from position: fillers between key and value, keys of two tokens."""
     training = replace(_RECALL, steps=2000, batch_size=32, evaluate_every=50, held_out=64)
-    chained = replace(_RECALL, steps=1500, evaluate_every=50)
     return [
         Table("gaps", "gapped", "Recall: 0 to 6 fillers between key and value", GappedRecall(),
               rows_of(GAPPED, _RECALL_SIZES), training, 3),
         Table("gaps-keys", "gapped", "Recall: the same with keys of two tokens", GappedRecall(key_tokens=2),
-              rows_of(GAPPED, _RECALL_SIZES), training, 3),
-        Table("chains", "chains", "Chains of assignments, 1 to 16 steps", Chains(),
-              rows_of((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8)), chained, 3),
+              rows_of(GAPPED_KEYS, _RECALL_SIZES), training, 3),
     ]  # fmt: skip
 
 
 def _hops() -> list[Table]:
-    rows = rows_of((*LOOKUP, "looped"), replace(_RECALL_SIZES, loops=8))
+    rows = rows_of((*LOOKUP, "looped", "recurrent"), replace(_RECALL_SIZES, loops=8))
     training = replace(_RECALL, steps=1600, evaluate_every=100)
     return [Table("khop-48", "khop", "1 to 8 hops in 48 tokens", KHop(48), rows, training, 3)]
 

@@ -42,7 +42,7 @@ class Verdict:
 
 
 def strongest(table: Table, rows: Mapping[str, Runs], kind: str) -> Contender | None:
-    """Return the best row of a kind: most seeds solved, then fewest seconds to solve, then the best score.
+    """Return the best row of a kind: most seeds solved, then fewest steps to solve, then the best score.
 
     Args:
         table: The table.
@@ -66,14 +66,21 @@ def _kind(table: Table, row: str) -> str:
 def merit(runs: Runs) -> tuple[float, float, float]:
     """Return the figures that contenders are compared by, larger for better ones."""
     solved, score = choices.merit(runs)
-    return solved, -median(runs, seconds_to_solve) if solved else 0.0, score
+    return solved, -median(runs, steps_to_solve) if solved else 0.0, score
 
 
-def seconds_to_solve(run: Record) -> float | None:
-    """Return the training time at the first of the two evaluations that solved the task, None if nothing did."""
-    if run["solved_at"] is None:
-        return None
-    return float(next(entry["seconds"] for entry in run["curve"] if entry["step"] == run["solved_at"]))
+def pace(runs: Runs) -> float:
+    """Return the seconds of a training step: those of the row's fastest run, since the others may have shared a core.
+
+    Args:
+        runs: The records of a row.
+    """
+    return min((run["seconds"] / run["last_step"] for run in runs if run["last_step"]), default=float("inf"))
+
+
+def steps_to_solve(run: Record) -> float | None:
+    """Return the first of the two evaluations that solved the task, None if nothing did."""
+    return None if run["solved_at"] is None else float(run["solved_at"])
 
 
 def operations_to_solve(run: Record) -> float | None:
@@ -105,13 +112,11 @@ def compare(table: Table, ours: Contender, baseline: Contender) -> Verdict:
     if not mine:
         verdict = _by_score(ours.runs, baseline.runs)
         return Verdict(f"neither within {table.training.steps} steps; {verdict.words}", verdict.helps)
-    steps, seconds = (
-        median(ours.runs, figure) / median(baseline.runs, figure)
-        for figure in (lambda run: run["solved_at"], seconds_to_solve)
-    )
+    steps = median(ours.runs, steps_to_solve) / median(baseline.runs, steps_to_solve)
+    seconds = steps * pace(ours.runs) / pace(baseline.runs)
     return Verdict(
         f"both solve {_solved(ours.runs)} seeds; {steps:.2g} times the steps, {seconds:.2g} times the seconds",
-        helps=seconds < 1,
+        helps=choices.ahead(ours.runs, baseline.runs),
     )
 
 

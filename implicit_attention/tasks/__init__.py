@@ -1,7 +1,6 @@
 """Tasks and data that need no download, and small models to learn them."""
 
 from implicit_attention.tasks.byte_text import ByteText
-from implicit_attention.tasks.chains import Chains
 from implicit_attention.tasks.digit_classes import DigitClasses
 from implicit_attention.tasks.digits import Digits
 from implicit_attention.tasks.gapped_recall import GappedRecall
@@ -21,7 +20,6 @@ __all__ = [
     "MQAR",
     "Batch",
     "ByteText",
-    "Chains",
     "DigitClasses",
     "Digits",
     "GappedRecall",

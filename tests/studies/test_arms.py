@@ -138,6 +138,15 @@ def test_operations_are_those_that_torch_counts(name):
     assert flops.training_step(model, 3, 12) == counted.get_total_flops()
 
 
+def test_queries_that_start_from_values_cost_the_query_map_once_more():
+    """Layers with `self_query="input"` apply Omega_Q to the start, and then to the solution."""
+    models = [build(ARMS[name], CAUSAL, replace(SIZES, mlp=64), 0) for name in ("implicit", "strict")]
+    for model in models:
+        model.blocks[0].mlp = models[0].blocks[0].mlp
+    iterated, strict = (flops.training_step(model, 3, 12, [1]) for model in models)
+    assert strict - iterated == 3 * 3 * 12 * 2 * 16 * 16
+
+
 def test_operations_of_an_equilibrium_grow_with_its_steps():
     model = build(ARMS["implicit"], CAUSAL, SIZES, 0)
     one, two, three = (flops.training_step(model, 3, 12, [steps]) for steps in (1, 2, 3))

@@ -19,7 +19,14 @@ def run(seed, score, *, solved_at=None, steps=4, seconds=2.0, rate=0.01):
         "settings": {
             "task": {"name": "Before", "length": 12},
             "sizes": {"embed_dim": 16, "num_heads": 2, "mlp": 64, "loops": 2, "tolerance": 1e-4},
-            "training": {"steps": 4, "batch_size": 4, "evaluate_every": 2, "held_out": 8, "solved": 0.99},
+            "training": {
+                "steps": 4,
+                "batch_size": 4,
+                "evaluate_every": 2,
+                "held_out": 8,
+                "solved": 0.99,
+                "rates": [0.001, 0.01],
+            },
             "rate": rate,
             "seed": seed,
         },
@@ -49,10 +56,15 @@ def test_figures_are_means_deviations_and_counts():
     assert cell(lines, 1, "accuracy") == "0.750 ± 0.354"
     assert cell(lines, 1, "seeds solved") == "1 of 2"
     assert cell(lines, 1, "steps to solve") == "2"
-    assert cell(lines, 1, "learning rate") == "0.01"
+    assert cell(lines, 1, "learning rate") == "0.01 (largest)"
     assert cell(lines, 1, "parameters") == "1,234"
     assert cell(lines, 1, "GFLOPs a step") == "2.5"
-    assert cell(lines, 1, "ms a step") == "750"
+    assert cell(lines, 1, "ms a step") == "500", "of the faster run: the other shared its core"
+
+
+def test_a_chosen_rate_at_the_edge_is_marked():
+    assert [cells.edge(rate, (1e-3, 1e-2, 1e-1)) for rate in (1e-3, 1e-2, 1e-1)] == [" (smallest)", "", " (largest)"]
+    assert cells.edge(1e-2, (1e-2,)) == "", "there was no choice"
 
 
 def test_a_run_without_a_score_is_counted_and_not_hidden():
@@ -68,12 +80,21 @@ def test_rows_come_in_the_order_of_the_table():
 
 def test_equal_seconds_are_those_of_the_fastest_row():
     rows = {"ordinary": [run(0, 0.8, seconds=2.0)], "implicit": [run(0, 1.0, seconds=4.0)]}
-    assert cells.min_spent(rows, cells.seconds_spent) == 2.0
-    assert cells.at_equal(rows["implicit"], 2.0, cells.seconds_spent, 1) == [0.5]
-    assert cells.at_equal(rows["implicit"], 1.0, cells.seconds_spent, 1) == [None]
-    assert cells.at_equal(rows["implicit"], 2.5e9 * 2, cells.flops_spent, 1) == [0.5]
-    bytes_table = replace(table(), group="bytes")
-    assert cell(cells.cells(bytes_table, rows), 2, "at equal seconds") == "0.500"
+    assert cells.least(rows, cells.seconds) == 2.0
+    assert cells.at_equal(rows["implicit"], 2.0, cells.seconds, 1) == [0.5]
+    assert cells.at_equal(rows["implicit"], 1.0, cells.seconds, 1) == [None]
+    assert cells.at_equal(rows["implicit"], 2.5e9 * 2, cells.operations, 1) == [0.5]
+    endless = replace(table(), training=replace(TRAINING, solved=None))
+    assert cell(cells.cells(endless, rows), 2, "at equal seconds") == "0.500"
+
+
+def test_without_a_goal_an_arm_helps_if_it_is_ahead_at_equal_steps_and_at_equal_seconds():
+    endless = replace(table("ordinary", "implicit"), training=replace(TRAINING, solved=None))
+    rows = {"ordinary": [run(0, 0.8, seconds=2.0)], "implicit": [run(0, 1.0, seconds=4.0)]}
+    assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead; at equal seconds behind", helps=False)
+    rows["implicit"] = [run(0, 1.0, seconds=2.0)]
+    assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead; at equal seconds ahead", helps=True)
+    assert report.verdict(endless, rows, "feedback") is None
 
 
 def test_a_row_is_ahead_by_seeds_solved_or_by_more_than_the_spread():
@@ -131,7 +152,7 @@ def test_the_overview_sets_the_strongest_baseline_beside_the_implicit_arm():
     assert cell(lines, 1, "verdict") == "implicit: both solve 1 of 1 seeds; 2 times the steps, 8 times the seconds"
     (line,) = report.no_help([(shown, rows)])
     assert "Strongest baseline: ordinary attention, twice the layers. Implicit: both solve 1 of 1 seeds" in line
-    rows["implicit"] = [run(0, 1.0, solved_at=2, seconds=0.5)]
+    rows |= {"implicit": [run(0, 1.0, solved_at=2)], "ordinary-2": [run(0, 1.0, solved_at=4)]}
     assert report.no_help([(shown, rows)]) == []
     assert len(report.overview([(replace(shown, group="studies"), rows)])) == 1
 
@@ -154,10 +175,10 @@ def test_a_verdict_compares_with_the_strongest_baseline(ours, baseline, words, h
     assert verdicts.compare(table(), *made) == verdicts.Verdict(words, helps)
 
 
-def test_seconds_and_operations_to_solve_are_those_at_the_step():
+def test_steps_and_operations_to_solve_are_those_at_the_step():
     one = run(0, 1.0, solved_at=2, seconds=4.0)
-    assert (verdicts.seconds_to_solve(one), verdicts.operations_to_solve(one)) == (2.0, 5e9)
-    assert verdicts.seconds_to_solve(run(0, 0.5)) is None
+    assert (verdicts.steps_to_solve(one), verdicts.operations_to_solve(one)) == (2.0, 5e9)
+    assert verdicts.steps_to_solve(run(0, 0.5)) is None
     tried = {"tried": {"0.01": [{"solved_at": 2}, {"solved_at": None}], "0.1": [{"solved_at": None}] * 2}}
     lines = cells.cells(table(), {"ordinary": [one | {"choice": tried}]})
     assert cell(lines, 1, "seconds to solve") == "2"

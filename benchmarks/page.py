@@ -290,7 +290,7 @@ def machine(result: Result) -> str:
 
 def main() -> None:
     """Write the pages and the pictures."""
-    from benchmarks import plotting, readme
+    from benchmarks import choosing, plotting, readme
     from studies import records
 
     results = load()
@@ -308,9 +308,12 @@ def main() -> None:
     training.write_text(training_page(training.read_text(encoding="utf-8"), found), encoding="utf-8")
     if found and found["correct"]:
         plotting.learning(found).savefig(DOCS / "images" / "language_model.png")
-    text = README.read_text(encoding="utf-8")
-    filled = readme.filled(text, results.get("layer"), records.load(DOCS / "data" / "eval"))
-    README.write_text(filled, encoding="utf-8")
+    learned = records.load(DOCS / "data" / "eval")
+    README.write_text(
+        readme.filled(README.read_text(encoding="utf-8"), results.get("layer"), learned), encoding="utf-8"
+    )
+    guide = DOCS / "choosing.md"
+    guide.write_text(choosing.filled(guide.read_text(encoding="utf-8"), learned), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Records = Mapping[str, Mapping[str, Sequence[Result]]]
 TASKS = {
     "recall-64": "look up 4 pairs in 64 tokens",
     "gaps": "look up 6 pairs, 0 to 6 fillers between key and value",
-    "chains": "follow chains of assignments, up to 16 steps",
     "khop-48": "follow 1 to 8 hops in 48 tokens",
     "parity": "parity, learned at 40 bits, judged at up to 160",
     "words-s3": "products in S3, learned at 32, judged at up to 128",

@@ -27,6 +27,8 @@ How arms are compared:
 - Training stops early when the hardest kind of held-out sequences is solved at two evaluations in a row. So scores of
   seeds that solved a task say no more than that; compare their steps.
 - Scores are mean ± standard deviation over seeds, at the last evaluation.
+- Tasks that no arm learned have no table: products in A5, up to 16 hops in 100 tokens, and chains of assignments, where
+  no arm learned to follow a second assignment.
 - FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps of the last
   training step.
 - Times are processor time of one thread. *Ms a step* is that of an arm's fastest run, since others may have shared a

@@ -25,7 +25,8 @@ class ByteText:
 
     Windows are at random places. Each has `length` bytes to read, and the byte after each to predict. A tenth of the
     files is held out, chosen by a hash of their names; `implicit-attention train` holds out the same files. Compare
-    figures only within one version of Python, since its library is the text.
+    figures only within one version of Python, since its library is the text. Its files repeat each other: about one in
+    eight strings of 64 bytes of the held-out files stands in the others, too.
 
     The score of repeated bigrams measures recall: there, the byte before and the byte to predict came next to each
     other earlier in the window.

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import bidirectional, causal, decode, hard, measure, packing, page, peers, plotting, reference
+from benchmarks import bidirectional, causal, choosing, decode, hard, measure, packing, page, peers, plotting, reference
 from benchmarks.gate import Gate
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
+from studies import records
 
 TINY = {"batch": 1, "length": 32, "embed_dim": 8, "repeats": 2}
 
@@ -285,6 +286,8 @@ def test_the_page_is_what_the_json_makes_it():
     assert training == page.training_page(training, results.get("language_model"))
     convert = (page.DOCS / "convert.md").read_text(encoding="utf-8")
     assert convert == page.conversion_page(convert, results.get("conversion"), page.load_uptrained())
+    guide = (page.DOCS / "choosing.md").read_text(encoding="utf-8")
+    assert guide == choosing.filled(guide, records.load(page.DOCS / "data" / "eval"))
 
 
 def test_the_page_shows_every_figure(causal_result, hard_result):

@@ -32,9 +32,9 @@ def feedback(result: Result) -> list[str]:
 def encoder(result: Result) -> list[str]:
     """The layer without a mask, beside `nn.MultiheadAttention`."""
     text = (
-        "The recommended layer without a mask (`for_encoder`, a contraction by construction) without positions, against "
-        "`torch.nn.MultiheadAttention`, forward and backward, counted in processor time. *Sharp*: the weights that "
-        "make scores are four times as large."
+        "The recommended layer without a mask (`for_encoder`, a contraction by construction), here without positions, "
+        "against `torch.nn.MultiheadAttention`, forward and backward, counted in processor time. *Sharp*: the weights "
+        "that make scores are four times as large."
     )
     head = ["batch, tokens", "weights", "times", "evaluations", "adjoint's", "bound of the gain", "its radius"]
     rows = [

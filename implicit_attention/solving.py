@@ -162,7 +162,7 @@ def row_gains(equation: Equation, solution: Solution) -> Tensor:
         solution: Its solution, by any solver.
     """
     function, memo = equation.function, solution.memo
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(solution.value.device.type, enabled=False):  # in float32 or wider
         if not isinstance(function, PackedMap):
             return ForwardSubstitution().gains(function, equation.args, solution.value, memo)
         parts, each = _batches(function, equation.args, solution.value), len(memo) // len(function.maps)

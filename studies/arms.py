@@ -1,6 +1,7 @@
 """The arms: models that differ only in how they mix tokens.
 
-All have the same embedding, relative bias and head. The width of the MLPs is chosen so that all have as many weights.
+All have the same embedding and head, and those with attention the same relative bias. The width of the MLPs is chosen
+so that all have as many weights.
 """
 
 import functools

@@ -260,8 +260,8 @@ def make_positions(positions: "str | Positions | None", num_heads: int, head_dim
         ValueError: If the name is unknown, the encoding is made for another number or size of heads, or head_dim is odd
             for rotary positions.
     """
-    if isinstance(positions, Rotary) and positions.head_dim != head_dim:
-        raise bad_value("positions", f"Rotary({head_dim}) for heads of size {head_dim}", positions)
+    if isinstance(positions, Positions) and getattr(positions, "head_dim", head_dim) != head_dim:
+        raise bad_value("positions", f"made for heads of size {head_dim}", positions)
     made_for = positions.num_heads if isinstance(positions, ALiBi) else num_heads
     made_for = len(positions.table) if isinstance(positions, RelativeBias) else made_for
     if made_for != num_heads:

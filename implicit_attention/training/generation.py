@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionForCausalLM
+from implicit_attention.hf import ConversionError, ImplicitAttentionConfig, ImplicitAttentionForCausalLM
+from implicit_attention.hf.conversion.loading import load_whole
 from implicit_attention.training import checkpoint as storage
 from implicit_attention.training.faults import RunError
 from implicit_attention.training.tokenizer import END, VOCABULARY
@@ -65,9 +66,11 @@ def load(directory: Path, *, device: str = "auto") -> ImplicitAttentionForCausal
         raise RunError(f"--model {path} is not a model of this program: its config.json has model_type {kind!r}")
     disable_progress_bar()
     try:
-        model: ImplicitAttentionForCausalLM = ImplicitAttentionForCausalLM.from_pretrained(
-            path, local_files_only=True, use_safetensors=True
+        model = load_whole(
+            ImplicitAttentionForCausalLM, str(path), name=str(path), local_files_only=True, use_safetensors=True
         )
+    except ConversionError as error:
+        raise RunError(f"--model {error}") from None
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
         raise storage.damaged(path / storage.WEIGHTS, error) from None
     if model.config.vocab_size != VOCABULARY:

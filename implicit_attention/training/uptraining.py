@@ -12,6 +12,7 @@ from implicit_attention.hf import ConversionError, ImplicitAttentionConfig, Impl
 from implicit_attention.hf.conversion import converted
 from implicit_attention.hf.conversion.architecture import NEW, OWN
 from implicit_attention.hf.conversion.convert import read_config, target
+from implicit_attention.hf.conversion.loading import load_whole
 from implicit_attention.training import lora
 from implicit_attention.training.faults import RunError, reason
 from implicit_attention.training.settings import Settings
@@ -124,9 +125,10 @@ def _from_source(settings: Settings, solver: dict[str, str]) -> ImplicitAttentio
     try:
         found = read_config(source)
         if found.model_type == OWN and _implicit(found):
-            return ImplicitAttentionForCausalLM.from_pretrained(
-                source, solver=solver, dtype=torch.float32, local_files_only=True
-            )
+            return load_whole(
+                ImplicitAttentionForCausalLM, source, name=source, solver=solver, dtype=torch.float32,
+                local_files_only=True,
+            )  # fmt: skip
         model = converted(
             source, _implicit(config), self_query=settings.self_query, values=settings.values, solver=solver,
             dtype=torch.float32,

@@ -105,7 +105,7 @@ BAD = {
         lambda t, p: ["--model", changed(t, p, quantization_config={"quant_method": "gptq", "bits": 4})],
         "The weights are quantised",
     ),
-    "weights": (lambda t, p: ["--model", changed(t, p, hidden_size=16)], "cannot be read"),
+    "weights": (lambda t, p: ["--model", changed(t, p, hidden_size=16)], "has another shape for 30 weights"),
     "self-query": (lambda t, p: ["--model", t, "--self-query", "both"], "--self-query: must be one of input, output"),
 }
 

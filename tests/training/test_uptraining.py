@@ -6,14 +6,19 @@ import sys
 import pytest
 import torch
 import transformers as tf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_run import curve, make_trained, text
 from test_training_run import Cut, CutAfter
 
 from implicit_attention import ImplicitQueryAttention
-from implicit_attention.hf import ImplicitAttentionForCausalLM, ImplicitAttentionForSequenceClassification, convert
+from implicit_attention.hf import (
+    ConversionError,
+    ImplicitAttentionForCausalLM,
+    ImplicitAttentionForSequenceClassification,
+    convert,
+)
 from implicit_attention.hf.conversion import files
-from implicit_attention.training import checkpoint, corpus, run, uptraining
+from implicit_attention.training import checkpoint, corpus, generation, run, uptraining
 from implicit_attention.training.faults import RunError
 from implicit_attention.training.packed import Packed, _bytes_per_token, pack
 from implicit_attention.training.settings import Settings
@@ -104,6 +109,38 @@ def test_low_rank_changes_are_merged_in_what_is_left(trained, tmp_path, layers):
     with torch.no_grad():
         model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "run")
         assert float(model(tokens, labels=tokens).loss) == pytest.approx(result.history[-1]["final_loss"], rel=1e-4)
+
+
+def test_a_checkpoint_with_low_rank_changes_is_no_model(trained, tmp_path):
+    train(tmp_path, trained, train="lora", layers="none", learning_rate=0.3)
+    directory, newest = tmp_path / "run", tmp_path / "run" / "checkpoint-6"
+    remedy = f"checkpoint-6 keeps low-rank changes apart .* `implicit-attention train --resume --out {directory}`, then"
+    with pytest.raises(RunError, match=rf"--model .*{remedy}"):
+        generation.load(newest)
+    with pytest.raises(ConversionError, match=remedy):
+        convert(newest, layers=[0])
+    (tmp_path / "next").mkdir()
+    with pytest.raises(RunError, match=rf"from: .*{remedy}"):
+        train(tmp_path / "next", newest)
+    generation.load(directory)
+    (directory / "config.json").unlink()
+    with pytest.raises(RunError, match=rf"--model .*{remedy}"):
+        generation.load(directory)
+
+
+@pytest.mark.parametrize("change", ["lacks", "has no place for"])
+def test_a_model_whose_weights_do_not_fit_is_refused(trained, tmp_path, change):
+    source = converted(tmp_path, trained, layers=[1])
+    tensors = weights(source)
+    if change == "lacks":
+        del tensors["model.layers.1.attention.W_K.weight"]
+    else:
+        tensors["model.layers.1.attention.more"] = torch.zeros(2)
+    save_file(tensors, source / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=rf"from: .* {change} 1 weights, such as model.layers.1.attention"):
+        train(tmp_path, source)
+    with pytest.raises(RunError, match=rf"--model .* {change} 1 weights, such as model.layers.1.attention"):
+        generation.load(source)
 
 
 def test_low_rank_changes_have_about_as_many_weights_as_are_asked_for(trained, tmp_path):

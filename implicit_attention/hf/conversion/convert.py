@@ -24,6 +24,7 @@ from implicit_attention.hf.conversion.architecture import (
     described,
     renamed,
 )
+from implicit_attention.hf.conversion.loading import load_whole
 from implicit_attention.hf.heads import ImplicitAttentionForCausalLM
 from implicit_attention.hf.labels import ImplicitAttentionForSequenceClassification
 from implicit_attention.hf.modeling import ImplicitAttentionModel, ImplicitAttentionPreTrainedModel
@@ -219,18 +220,13 @@ def _read(path: str | PathLike[str], config: PreTrainedConfig, dtype: str | torc
     if not options:  # a file in GGUF format names no class, and has a language model
         _head(cls.__name__)
     try:
-        found: PreTrainedModel
-        found, report = cls.from_pretrained(
-            folder, dtype=dtype, use_safetensors=None if options else True, trust_remote_code=False,
-            output_loading_info=True, **options,
-        )  # fmt: skip
+        found: PreTrainedModel = load_whole(
+            cls, folder, name=fspath(path), dtype=dtype, use_safetensors=None if options else True, **options
+        )
+    except ConversionError:
+        raise
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
         raise ConversionError(f"{fspath(path)} cannot be read: {_first_line(error)}") from None
-    for kind, words in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for"),
-                        ("mismatched_keys", "has another shape for")):  # fmt: skip
-        if keys := sorted(map(str, report.get(kind) or ())):
-            raise ConversionError(f"{fspath(path)} {words} {len(keys)} weights, such as {keys[0]}.")
-    found.eval()
     return found
 
 

@@ -308,7 +308,8 @@ class Checkpoints(TrainerCallback):
         self.trainer, self.fresh = trainer, fresh
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the first checkpoint."""
+        """Write the first checkpoint. Of a resumed run, take the intervals of its settings."""
+        state.compute_steps(args, state.max_steps)  # the state in a checkpoint brings those it was made with
         if self.fresh:
             self.trainer._save_checkpoint(self.trainer.model, None)
 

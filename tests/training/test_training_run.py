@@ -159,6 +159,17 @@ def test_a_finished_run_can_be_lengthened_with_another_learning_rate(tmp_path, f
         run.plan({"out": chosen.out, "steps": 2}, {}, resume=True)
 
 
+def test_a_lengthened_run_takes_other_intervals(tmp_path):
+    chosen = settings(tmp_path, steps=3, save_every=3, eval_every=3, log_every=3, attention="ordinary")
+    train(chosen)
+    intervals = {"save_every": 4, "eval_every": 5, "log_every": 2, "keep": 9}
+    result = run.run(run.plan({"out": chosen.out, "steps": 12, **intervals}, {}, resume=True))
+    steps = {int(path.name.rpartition("-")[2]) for path in checkpoint.checkpoints(chosen.directory)}
+    assert steps == {0, 3, 4, 8, 12}
+    assert [e["step"] for e in result.history if "eval_loss" in e] == [3, 5, 10, 12]
+    assert [e["step"] for e in result.history if "loss" in e] == [3, 4, 6, 8, 10, 12]
+
+
 def test_an_earlier_run_is_never_overwritten(tmp_path, finished):
     chosen, _ = finished
     with pytest.raises(RunError, match=r"has a run already \(checkpoint-6\): continue it with --resume, or"):

@@ -11,6 +11,7 @@ checkpoint-250/
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -192,13 +193,26 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, error: Exception) -> RunError:
-    """Return the error for a damaged file of a checkpoint.
+    """Return the error for a damaged file of a checkpoint, or of the model that a run has left.
 
     Args:
         path: The file.
         error: What is wrong with it.
     """
-    return RunError(
-        f"{path} is damaged ({reason(error)}): remove {path.parent} to continue from the checkpoint before it, "
-        "if there is one"
-    )
+    directory = path.parent
+    if _NAME.fullmatch(directory.name):
+        remedy = f"remove {directory} to continue from the checkpoint before it, if there is one"
+    elif checkpoints(directory):
+        remedy = f"use one of its checkpoints, or write it again: {resuming(directory)}"
+    else:
+        remedy = "copy the model again"
+    return RunError(f"{path} is damaged ({reason(error)}): {remedy}")
+
+
+def resuming(directory: Path) -> str:
+    """Return the command that continues a run.
+
+    Args:
+        directory: Directory of the run.
+    """
+    return f"implicit-attention train --resume --out {shlex.quote(str(directory))}"

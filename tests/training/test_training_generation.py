@@ -86,6 +86,29 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(tmp_path):
     assert all(torch.equal(weights[name], newest[name]) for name in weights)
 
 
+def test_a_damaged_model_of_a_run_costs_no_checkpoint(tmp_path):
+    chosen = settings(tmp_path, steps=2, attention="ordinary", out=str(tmp_path / "a run"))
+    train(chosen)
+    whole = load(chosen.directory).state_dict()
+    (chosen.directory / "config.json").write_text("{")
+    again = f"use one of its checkpoints, or write it again: implicit-attention train --resume --out '{chosen.out}'"
+    with pytest.raises(RunError, match=rf"config.json is damaged \(.*\): {again}$"):
+        load(chosen.directory)
+    load(chosen.directory / "checkpoint-2")
+    train(chosen, resume=True)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in load(chosen.directory).state_dict().items())
+    (chosen.directory / "checkpoint-2" / "config.json").write_text("{")
+    with pytest.raises(RunError, match=f": remove {chosen.directory}/checkpoint-2 to continue from the checkpoint"):
+        load(chosen.directory / "checkpoint-2")
+
+
+def test_a_damaged_model_without_a_run_is_to_be_copied_again(tmp_path, directory):
+    broken = copy(directory, tmp_path / "model")
+    (broken / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"is damaged .*: copy the model again$"):
+        load(broken)
+
+
 def copy(directory, target):
     target.mkdir()
     for name in ("config.json", "model.safetensors"):

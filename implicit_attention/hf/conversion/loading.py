@@ -1,5 +1,6 @@
 """Reading a model whole: weights that its files lack or have in excess are an error, and not a warning."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def _check(report: Mapping[str, Any], name: str) -> None:
     # A weight of another shape comes with its shapes.
     odd = {kind: sorted(key if isinstance(key, str) else key[0] for key in report.get(kind) or ()) for kind in _FAULTS}
     if any(".lora_" in key for key in odd["unexpected_keys"]):
-        run = Path(name).parent
+        run = shlex.quote(str(Path(name).parent))
         raise ConversionError(
             f"{name} keeps low-rank changes apart from the weights, and a run merges them when it ends: finish it with "
             f"`implicit-attention train --resume --out {run}`, then use {run}."

@@ -87,14 +87,15 @@ class Corpus:
     sizes: tuple[list[int], list[int]]
 
 
-def read(data: str) -> Corpus:
+def read(data: str, *, without: Path | None = None) -> Corpus:
     """Read the text that `--data` names.
 
     Of several files, a tenth is held out as whole files. A hash of each file's name decides, so the split does not
     change when files are added. Of a single file, the last tenth is held out; the file is not read at once.
 
     Args:
-        data: A file; a directory, whose hidden files are left out; or "default".
+        data: A file; a directory, in which hidden files and the directories of runs are left out; or "default".
+        without: The directory of a run that may have no checkpoint yet. It is left out, too.
 
     Returns:
         The text.
@@ -114,27 +115,32 @@ def read(data: str) -> Corpus:
     except OSError as error:
         raise unreadable("--data", path, error) from None
     if path.is_dir():
-        files = _files_in(path)
+        files = _files_in(path, without)
         return _from_files(data, path, files) if len(files) > 1 else _from_file(data, files[0])
     if not path.is_file():
         raise RunError(f"cannot read --data {path}: it is neither a file nor a directory")
     return _from_file(data, path)
 
 
-def _files_in(directory: Path) -> list[Path]:
-    """The files in a directory and below it in the order of their names, hidden ones left out."""
+def _files_in(directory: Path, without: Path | None) -> list[Path]:
+    """The files in a directory and below it in the order of their names, without hidden ones and those of runs."""
 
     def refuse(error: OSError) -> None:
         raise unreadable("--data", Path(error.filename), error)
 
     found: list[Path] = []
     for folder, folders, names in os.walk(directory, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_run(Path(folder, name), without)]
         paths = (Path(folder, name) for name in names if not name.startswith("."))
         found += (path for path in paths if path.is_file() or path.is_symlink())
     if not found:
-        raise RunError(f"--data {directory} has no file to learn from (hidden files are left out)")
+        raise RunError(f"--data {directory} has no file to learn from (hidden files and runs are left out)")
     return sorted(found, key=lambda path: path.relative_to(directory).as_posix())
+
+
+def _is_run(directory: Path, own: Path | None) -> bool:
+    """Whether a run keeps its checkpoints in a directory, or is going to."""
+    return (own is not None and directory.resolve() == own.resolve()) or any(directory.glob("checkpoint-*/run.json"))
 
 
 def _from_files(name: str, root: Path, files: list[Path]) -> Corpus:

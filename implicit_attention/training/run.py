@@ -103,6 +103,11 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
             raise RunError(
                 f"--out {settings.directory} has a model already ({model}), which would be lost: choose another --out"
             )
+        if settings.data != "default" and settings.directory.resolve() == Path(settings.data).resolve():
+            raise RunError(
+                f"--out {settings.directory} is the directory of --data, and a run must not learn from its own files: "
+                "choose another --out, which may be in it"
+            )
         check_kind({**file, **flags}, settings.source)
         if settings.source is not None:
             check_effect({**file, **flags}, settings)
@@ -141,7 +146,7 @@ def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[T
     settings = plan.settings
     disable_progress_bar()  # of transformers' own
     first = int(os.environ.get("RANK", "0")) == 0
-    text = corpus.read(settings.data)
+    text = corpus.read(settings.data, without=settings.directory)
     if plan.fingerprint not in (None, text.fingerprint):
         raise RunError(
             f"--data {settings.data} has changed since the run in {settings.directory} started, so it cannot continue: "

@@ -93,7 +93,7 @@ def test_fingerprint_of_a_large_file_looks_everywhere_but_not_at_everything(tmp_
     [
         (lambda path: None, "cannot read --data {path}: No such file or directory"),
         (lambda path: path.write_bytes(b""), "--data {path} is empty: there is nothing to learn from"),
-        (lambda path: path.mkdir(), "--data {path} has no file to learn from (hidden files are left out)"),
+        (lambda path: path.mkdir(), "--data {path} has no file to learn from (hidden files and runs are left out)"),
         (os.mkfifo, "cannot read --data {path}: it is neither a file nor a directory"),
     ],
     ids=["missing", "empty", "empty directory", "pipe"],

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import small_run
@@ -176,6 +177,25 @@ def test_an_earlier_run_is_never_overwritten(tmp_path, finished):
         run.plan({"out": chosen.out}, {}, resume=False)
     with pytest.raises(RunError, match="has no checkpoint to resume from: leave out --resume to start a run"):
         run.plan({"out": str(tmp_path)}, {}, resume=True)
+
+
+@pytest.mark.parametrize("out", ["run", "runs/tiny"])
+def test_a_run_within_its_data_learns_from_no_run(tmp_path, out):
+    (tmp_path / "more").write_bytes(b"another text\n" * 40)
+    (tmp_path / out).mkdir(parents=True)
+    (tmp_path / out / "notes").write_bytes(b"notes on this run\n")
+    chosen = settings(tmp_path, steps=2, data=str(tmp_path), out=str(tmp_path / out), attention="ordinary")
+    first = train(chosen)
+    assert first.training_bytes in (len(small_run.TEXT), 520)
+    assert train(replace(chosen, steps=3), resume=True).training_bytes == first.training_bytes
+    other = replace(chosen, out=str(tmp_path / "other"))
+    assert train(other).training_bytes == first.training_bytes
+
+
+def test_a_run_in_the_very_directory_of_its_data_is_refused(tmp_path):
+    chosen = settings(tmp_path, data=str(tmp_path), out=str(tmp_path))
+    with pytest.raises(RunError, match=rf"--out {tmp_path} is the directory of --data, .*: choose another --out"):
+        train(chosen)
 
 
 def test_resuming_refuses_other_data_and_other_sizes(tmp_path):

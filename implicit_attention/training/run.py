@@ -89,9 +89,11 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
     """
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
         flags = {"fsdp": True, **flags}  # `training.sharding` does it instead of accelerate, on every device
-    # What names the directory; the run in it has the rest.
-    naming = {name: flags[name] for name in flags if name in NAMING} if resume else flags
-    settings = resolve(naming, file)
+    if resume:  # what names the directory; the run in it has the rest
+        flags_of_name, file_of_name = ({n: part[n] for n in part if n in NAMING} for part in (flags, file))
+        settings = resolve(flags_of_name, file_of_name)
+    else:
+        settings = resolve(flags, file)
     found = storage.checkpoints(settings.directory)
     if not resume:
         if found:

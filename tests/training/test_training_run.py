@@ -171,6 +171,29 @@ def test_a_lengthened_run_takes_other_intervals(tmp_path):
     assert [e["step"] for e in result.history if "loss" in e] == [3, 4, 6, 8, 10, 12]
 
 
+@pytest.mark.parametrize(
+    ("file", "more"),
+    [({"heads": 3}, {"embed_dim": 24, "learning_rate": 0.1}), ({"layers": "0-1"}, {"source": "trained"})],
+    ids=["heads", "layers"],
+)
+def test_a_run_is_resumed_with_its_own_settings_in_a_file(tmp_path, monkeypatch, file, more):
+    monkeypatch.chdir(tmp_path)
+    small_run.make_trained(tmp_path / "trained")
+    data = str(small_run.text(tmp_path))
+    flags = {"data": data, "out": "run", "length": 16, "batch_size": 4, "steps": 1, "device": "cpu", **more}
+    first = run.plan(flags, file, resume=False)
+    first.settings.directory.mkdir()
+    run.run(first)
+    for again in (flags, {"out": "run"}, {"out": "run", "steps": 2}):
+        plan = run.plan(again, {**file, "steps": 3}, resume=True)
+        assert replace(plan.settings, steps=1) == first.settings
+        assert plan.settings.steps == again.get("steps", 3)
+    with pytest.raises(RunError, match=r"(heads|layers): 5 contradicts the run"):
+        run.plan({"out": "run"}, dict.fromkeys(file, 5), resume=True)
+    with pytest.raises(RunError, match="steps: must be an integer"):
+        run.plan({"out": "run"}, {"steps": "many"}, resume=True)
+
+
 def test_an_earlier_run_is_never_overwritten(tmp_path, finished):
     chosen, _ = finished
     with pytest.raises(RunError, match=r"has a run already \(checkpoint-6\): continue it with --resume, or"):

@@ -59,33 +59,19 @@ def resolve(
     return settings
 
 
-def check_kind(said: Mapping[str, Any], source: str | None) -> None:
-    """Refuse settings without effect on a new model, or on one that is trained already.
-
-    Args:
-        said: Settings that the user gave.
-        source: The setting of that name.
-
-    Raises:
-        RunError: If there is one.
-    """
-    useless = OF_A_TRAINED_MODEL if source is None else OF_A_NEW_MODEL
-    for name in useless:
-        if said.get(name, FIELDS[name].default) != FIELDS[name].default:
-            end = "only acts with --from DIR" if source is None else "comes from the model of --from"
-            raise RunError(f"{name}: {end}: leave it out.")
-
-
 def check_effect(said: Mapping[str, Any], settings: Settings) -> None:
-    """Refuse settings that have no effect on what is trained of a model that is trained already.
+    """Refuse settings that have no effect on what is trained.
 
     Args:
         said: Settings that the user gave.
-        settings: All settings, with a `source`.
+        settings: All settings.
 
     Raises:
         RunError: If there is one.
     """
+    _check_kind(said, settings.source)
+    if settings.source is None:
+        return
     useless = {
         "learning_rate": (settings.train == "query-map", "with --train query-map all that learns has --map-rate"),
         "lora_weights": (settings.train != "lora", "only acts with --train lora"),
@@ -94,6 +80,15 @@ def check_effect(said: Mapping[str, Any], settings: Settings) -> None:
     for name, (ignored, why) in useless.items():
         if ignored and said.get(name) is not None:
             raise RunError(f"{name}: {why}: leave it out.")
+
+
+def _check_kind(said: Mapping[str, Any], source: str | None) -> None:
+    """Refuse settings without effect on a new model, or on one that is trained already."""
+    useless = OF_A_TRAINED_MODEL if source is None else OF_A_NEW_MODEL
+    for name in useless:
+        if said.get(name, FIELDS[name].default) != FIELDS[name].default:
+            end = "only acts with --from DIR" if source is None else "comes from the model of --from"
+            raise RunError(f"{name}: {end}: leave it out.")
 
 
 def _check_agreement(said: Mapping[str, Any], run: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from implicit_attention.training import corpus, uptraining
 from implicit_attention.training.faults import RunError, reason, unwritable
 from implicit_attention.training.model import build
 from implicit_attention.training.packed import pack
-from implicit_attention.training.resolving import check_effect, check_kind, resolve
+from implicit_attention.training.resolving import check_effect, resolve
 from implicit_attention.training.settings import Settings
 from implicit_attention.training.tensorboard import TensorBoard
 from implicit_attention.training.tokenizer import byte_tokenizer
@@ -110,9 +110,8 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
                 f"--out {settings.directory} is the directory of --data, and a run must not learn from its own files: "
                 "choose another --out, which may be in it"
             )
-        check_kind({**file, **flags}, settings.source)
+        check_effect({**file, **flags}, settings)
         if settings.source is not None:
-            check_effect({**file, **flags}, settings)
             uptraining.check(settings, {**file, **flags})
         return Plan(settings)
     if not found:
@@ -121,7 +120,7 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
         )
     content = storage.load_run(found[-1])
     settings = resolve({**flags, "out": str(settings.directory)}, file, content["settings"])
-    check_kind({**file, **flags}, settings.source)
+    check_effect({**file, **flags}, settings)
     if settings.steps < content["done"]:
         raise RunError(
             f"steps: the run in {settings.directory} is at step {content['done']} already, beyond {settings.steps}"

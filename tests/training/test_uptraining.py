@@ -280,6 +280,13 @@ def test_rates_and_weights_without_effect_are_refused(trained, tmp_path):
     refuse(trained, tmp_path, "map_rate: only acts where layers are implicit", layers="none", train="all", map_rate=0.1)
 
 
+def test_rates_without_effect_are_refused_on_resuming_too(trained, tmp_path):
+    train(tmp_path, trained, steps=1)
+    with pytest.raises(RunError, match="learning_rate: with --train query-map all that learns has --map-rate"):
+        run.plan({"out": str(tmp_path / "run"), "learning_rate": 0.1}, {}, resume=True)
+    assert run.plan({"out": str(tmp_path / "run"), "map_rate": 0.1}, {}, resume=True).settings.map_rate == 0.1
+
+
 def test_a_model_of_another_kind_is_refused(trained, tmp_path):
     model = ImplicitAttentionForSequenceClassification.from_pretrained(converted(tmp_path, trained))
     model.save_pretrained(tmp_path / "classifier")

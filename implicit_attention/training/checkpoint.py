@@ -48,6 +48,25 @@ def checkpoints(directory: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def models(directory: Path) -> list[Path]:
+    """Return where models of a run may be, the newest first: its directory and its checkpoints.
+
+    Args:
+        directory: Directory of the run, or of a model alone.
+
+    Raises:
+        RunError: If the directory cannot be read, or its record is damaged.
+    """
+    found = checkpoints(directory)
+    done = load_json(directory / RUN).get("done") if (directory / RUN).is_file() else None
+    newer = [path for path in found if isinstance(done, int) and _step(path) > done]
+    return [*reversed(newer), directory, *reversed(found[: len(found) - len(newer)])]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def save(
     directory: Path,
     model: PreTrainedModel,
@@ -81,14 +100,20 @@ def save(
         for name in (OPTIMIZER, RANDOM):
             _save_tensors(dict(tensors[name]), new / name)
         state.save_to_json(str(new / STATE))
-        (new / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        _save_run(new, run)
     for old in checkpoints(directory)[:-keep]:
         remove_directory(old)
     return path
 
 
 def save_model(
-    directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor]
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Mapping[str, Tensor],
+    run: Mapping[str, Any],
+    *,
+    done: int,
 ) -> None:
     """Write a trained model into the directory of its run, for `from_pretrained`.
 
@@ -97,12 +122,15 @@ def save_model(
         model: The model, whose configuration is saved.
         tokenizer: Its tokenizer.
         weights: Its weights, whole.
+        run: As for `save`.
+        done: Steps taken.
 
     Raises:
         OSError: If it cannot be written.
     """
     with whole_files(directory) as new:
         _save_model(new, model, tokenizer, weights)
+        _save_run(new, {**run, "done": done})
 
 
 def _save_model(
@@ -120,6 +148,10 @@ def _save_model(
     finally:
         config.use_cache, config.solver = training
     tokenizer.save_pretrained(path)
+
+
+def _save_run(path: Path, run: Mapping[str, Any]) -> None:
+    (path / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

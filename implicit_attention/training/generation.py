@@ -51,7 +51,8 @@ def load(directory: Path, *, device: str = "auto") -> ImplicitAttentionForCausal
     """Load a model that `train` has made. Nothing is downloaded, unpickled or executed.
 
     Args:
-        directory: Directory of a run or of a checkpoint. Of an unfinished run, the newest checkpoint is loaded.
+        directory: Directory of a run or of a checkpoint. Of a run that is unfinished, also of one that goes on
+            after its end, the newest checkpoint is loaded.
         device: "auto", "cpu" or "cuda".
 
     Returns:
@@ -89,8 +90,7 @@ def _find(directory: Path) -> Path:
         raise RunError(
             f"--model {directory} is not a directory: name a directory that `implicit-attention train` has written"
         )
-    candidates = [directory, *reversed(storage.checkpoints(directory))]
-    for path in candidates:
+    for path in storage.models(directory):
         if (path / "config.json").is_file() and (path / storage.WEIGHTS).is_file():
             return path
     raise RunError(f"--model {directory} has no model: config.json or {storage.WEIGHTS} is missing")

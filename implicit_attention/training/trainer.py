@@ -234,7 +234,7 @@ class TextTrainer(Trainer):
         """
         weights = merged(model_tensors(self.model))
         self.on_first_process(lambda directory: storage.save_model(
-            directory, self.model, self.processing_class, weights
+            directory, self.model, self.processing_class, weights, self._run, done=self.state.global_step
         ))  # fmt: skip
 
     def on_first_process(self, write: Callable[[Path], object]) -> None:

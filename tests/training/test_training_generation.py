@@ -3,10 +3,12 @@
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from small_run import settings, train
+from test_training_run import Cut, CutAfter
 
 from implicit_attention.training import generation
 from implicit_attention.training.faults import RunError
@@ -84,6 +86,21 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(tmp_path):
     weights = load(chosen.directory).state_dict()
     newest = load(chosen.directory / "checkpoint-4").state_dict()
     assert all(torch.equal(weights[name], newest[name]) for name in weights)
+
+
+def test_a_run_that_was_lengthened_and_cut_gives_its_newest_checkpoint(tmp_path):
+    chosen = settings(tmp_path, steps=2, attention="ordinary")
+    train(chosen)
+    first = load(chosen.directory).state_dict()
+    with pytest.raises(Cut):
+        train(replace(chosen, steps=6), resume=True, callbacks=[CutAfter(3)])
+    assert all(torch.equal(first[name], tensor) for name, tensor in load(chosen.directory).state_dict().items())
+    with pytest.raises(Cut):
+        train(replace(chosen, steps=6), resume=True, callbacks=[CutAfter(5)])
+    newest = load(chosen.directory / "checkpoint-4").state_dict()
+    assert all(torch.equal(newest[name], tensor) for name, tensor in load(chosen.directory).state_dict().items())
+    (chosen.directory / "run.json").unlink()  # as runs of before left it
+    assert all(torch.equal(first[name], tensor) for name, tensor in load(chosen.directory).state_dict().items())
 
 
 def test_a_damaged_model_of_a_run_costs_no_checkpoint(tmp_path):

@@ -34,6 +34,8 @@ def whole_directory(path: Path) -> Iterator[Path]:
 def whole_files(directory: Path) -> Iterator[Path]:
     """Write files that replace files of the same names in a directory, one by one, when all are on the disk.
 
+    Directories may be written too: their files join those that a directory of the same name has.
+
     Args:
         directory: The directory.
 
@@ -46,10 +48,18 @@ def whole_files(directory: Path) -> Iterator[Path]:
     with _unfinished(directory / "files") as temporary:
         yield temporary
         _flush_all(temporary)
-        for file in sorted(temporary.iterdir()):
-            file.replace(directory / file.name)
-        temporary.rmdir()
-    _flush(directory)
+        _move_all(temporary, directory)
+
+
+def _move_all(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            (target / path.name).mkdir(exist_ok=True)
+            _move_all(path, target / path.name)
+        else:
+            path.replace(target / path.name)
+    source.rmdir()
+    _flush(target)
 
 
 @contextmanager
@@ -89,8 +99,8 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def _flush_all(directory: Path) -> None:
-    for file in directory.iterdir():
-        _flush(file)
+    for path in directory.iterdir():
+        (_flush_all if path.is_dir() else _flush)(path)
     _flush(directory)
 
 

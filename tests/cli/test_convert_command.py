@@ -31,17 +31,22 @@ def trained(tmp_path_factory):
     tf.LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (folder / "tekken.json").write_text("[]")
     return folder
 
 
 def test_a_model_is_converted(trained, tmp_path):
-    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    before = {path: path.read_bytes() for path in trained.rglob("*.*")}
     out = tmp_path / "new"
     result = invoke("--model", trained, "--layers", "1-2", "--out", out, "--max-shard-size", "20KB")
     assert result.exit_code == 0, result.output
     assert "2 of 3 layers are implicit; the largest difference of a logit is" in result.stdout
-    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+    assert {path: path.read_bytes() for path in trained.rglob("*.*")} == before
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+    assert (out / "tekken.json").read_text() == "[]"
     assert len(list(out.glob("*.safetensors"))) > 1
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     model = tf.AutoModelForCausalLM.from_pretrained(out)

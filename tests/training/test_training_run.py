@@ -273,6 +273,40 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path, name, change):
         run.run(plan)
 
 
+def test_a_tokenizer_with_several_templates_is_saved_again_and_again(tmp_path, monkeypatch):
+    plain, ending = run.byte_tokenizer, ["one"]
+
+    def with_templates(length):
+        tokenizer = plain(length)
+        tokenizer.chat_template = {"default": "{{ messages }}", "tools": f"{{{{ tools }}}}{ending[0]}"}
+        return tokenizer
+
+    monkeypatch.setattr(run, "byte_tokenizer", with_templates)
+    chosen = settings(tmp_path, steps=1, attention="ordinary")
+    train(chosen)
+    ending[0] = "two"
+    train(replace(chosen, steps=2), resume=True)
+    template = "additional_chat_templates/tools.jinja"
+    assert (chosen.directory / template).read_text() == "{{ tools }}two"
+    assert (chosen.directory / "checkpoint-1" / template).read_text() == "{{ tools }}one"
+    assert AutoTokenizer.from_pretrained(chosen.directory).chat_template["tools"] == "{{ tools }}two"
+    assert not list(chosen.directory.glob(".unfinished*"))
+
+
+def test_every_file_is_flushed_before_a_directory_appears(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files, "_flush", lambda path: flushed.append(path.name))
+    with files.whole_directory(tmp_path / "new") as new:
+        (new / "inner").mkdir()
+        (new / "inner" / "file").write_text("x")
+    assert flushed[:2] == ["file", "inner"]
+    with files.whole_files(tmp_path / "new") as new:
+        (new / "inner").mkdir()
+        (new / "inner" / "file").write_text("y")
+    assert (tmp_path / "new" / "inner" / "file").read_text() == "y"
+    assert flushed[-2:] == ["inner", "new"]
+
+
 def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 

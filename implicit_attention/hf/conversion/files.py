@@ -13,8 +13,9 @@ from implicit_attention.hf.conversion.architecture import ConversionError
 
 # What tokenizers of transformers write, and their templates; they are copied as they are.
 _TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 _BESIDE = 1 << 20  # bytes for what is no weight and no tokenizer
 
@@ -69,7 +70,8 @@ def write(model: PreTrainedModel, source: Path, out: Path, max_shard_size: str =
     check_out(out, source)
     check_size(max_shard_size)
     out = out.absolute()
-    tokenizer = [] if source.suffix == ".gguf" else [source / name for name in _TOKENIZER if (source / name).is_file()]
+    patterns = () if source.suffix == ".gguf" else _TOKENIZER
+    tokenizer = [path for pattern in patterns for path in source.glob(pattern) if path.is_file()]
     weights = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
     needed = sum(weights.values()) + sum(path.stat().st_size for path in tokenizer) + _BESIDE
     free = shutil.disk_usage(out.parent).free
@@ -78,7 +80,9 @@ def write(model: PreTrainedModel, source: Path, out: Path, max_shard_size: str =
     with whole_directory(out) as part:
         model.save_pretrained(part, max_shard_size=max_shard_size)
         for path in tokenizer:
-            shutil.copyfile(path, part / path.name)
+            copy = part / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
         if source.suffix == ".gguf":
             _tokenizer_in(source).save_pretrained(part)
 

@@ -99,6 +99,10 @@ BAD = {
     ),
     "code": (lambda t, p: ["--model", foreign(t, p)], "cannot be read"),
     "size": (lambda t, p: ["--model", t, "--max-shard-size", "apples"], "must be such as 5GB or 200MB"),
+    "unit": (
+        lambda t, p: ["--model", t, "--max-shard-size", "100KiB"],
+        "must be such as 5GB or 200MB, but is '100KiB'",
+    ),
     "no-size": (lambda t, p: ["--model", t, "--max-shard-size", "0GB"], "must be such as 5GB or 200MB"),
     "tolerance": (lambda t, p: ["--model", t, "--tolerance", "0"], "more than a part of 0 (`tolerance`)"),
     "empty": (lambda t, p: ["--model", nothing(p)], "has no config.json"),
@@ -155,6 +159,26 @@ def test_a_command_that_is_terminated_leaves_nothing(trained, tmp_path):
     given = ["convert", "--model", str(trained), "--out", str(tmp_path / "new")]
     done = subprocess.run([sys.executable, "-c", ended_while_writing, *given], capture_output=True, text=True)
     assert done.returncode == 143, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_cannot_be_written_are_told_in_one_line(trained, tmp_path):
+    limited = (
+        "import resource, signal, sys\n"
+        "from implicit_attention.cli.app import app\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "app(sys.argv[1:])\n"
+    )
+    given = ["convert", "--model", str(trained), "--out", str(tmp_path / "new")]
+    done = subprocess.run([sys.executable, "-c", limited, *given], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith(f"implicit-attention convert: cannot write to --out {tmp_path / 'new'}: ")
+    )
+    assert "File too large" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

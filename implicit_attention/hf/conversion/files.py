@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from implicit_attention.files import whole_directory
@@ -49,7 +50,7 @@ def check_size(size: str) -> None:
     Raises:
         ConversionError: If it is none.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", size, flags=re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", size, flags=re.IGNORECASE)
     if found is None or float(found[1]) == 0:
         raise ConversionError(f"The size of a file must be such as 5GB or 200MB, but is {size!r}.")
 
@@ -78,7 +79,10 @@ def write(model: PreTrainedModel, source: Path, out: Path, max_shard_size: str =
     if free < needed:
         raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:.0f} MB, and the disk has {free / 1e6:.0f} MB left")
     with whole_directory(out) as part:
-        model.save_pretrained(part, max_shard_size=max_shard_size)
+        try:
+            model.save_pretrained(part, max_shard_size=max_shard_size)
+        except SafetensorError as error:  # how safetensors reports a full disk, among others
+            raise OSError(str(error)) from error
         for path in tokenizer:
             copy = part / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)

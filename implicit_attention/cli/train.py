@@ -87,8 +87,14 @@ def _run(run: Callable[..., "Result | None"], plan: Any, console: Console) -> "R
 
 
 def _interrupted(settings: Settings) -> None:
+    from implicit_attention.training.checkpoint import checkpoints, resuming
+
     if first_process():
-        print(f"\nstopped; to continue: implicit-attention train --resume --out {settings.directory}", file=sys.stderr)
+        if checkpoints(settings.directory):
+            end = f"; to continue: {resuming(settings.directory)}"
+        else:
+            end = " before the first checkpoint: start again with the same command"
+        print(f"\nstopped{end}", file=sys.stderr)
     raise typer.Exit(130) from None
 
 

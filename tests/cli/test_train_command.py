@@ -162,14 +162,21 @@ def test_a_diverging_run_ends_with_one_line_and_keeps_its_checkpoint(text, tmp_p
     assert f"{out}/checkpoint-0 is the last good checkpoint: continue with --resume and a --learning-rate below" in line
 
 
-def test_interrupting_tells_how_to_go_on(monkeypatch, text, tmp_path):
-    def interrupt(*_, **__):
+@pytest.mark.parametrize("saved", [True, False])
+def test_interrupting_tells_how_to_go_on(monkeypatch, text, tmp_path, saved):
+    def interrupt(plan, **_):
+        if saved:
+            (plan.settings.directory / "checkpoint-0").mkdir()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run", interrupt)
-    result = invoke("train", "--data", text, "--out", tmp_path / "run", *SMALL)
+    result = invoke("train", "--data", text, "--out", tmp_path / "a run", *SMALL)
     assert result.exit_code == 130
-    assert f"stopped; to continue: implicit-attention train --resume --out {tmp_path}/run" in result.stderr
+    assert result.stderr.endswith(
+        f"stopped; to continue: implicit-attention train --resume --out '{tmp_path}/a run'\n"
+        if saved
+        else "stopped before the first checkpoint: start again with the same command\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["train", "generate"])

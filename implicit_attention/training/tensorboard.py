@@ -19,12 +19,13 @@ class TensorBoard(TrainerCallback):
 
         Args:
             directory: Where the logs go.
-            done: Step that the run continues from. What a killed run logged after it is dropped.
+            done: Step that the run continues from. What a killed run logged after it is dropped; of step 0 everything,
+                since a run that begins there measures again.
 
         Raises:
             OSError: If they cannot be written.
         """
-        self.writer = SummaryWriter(str(directory), purge_step=done + 1 if done else None)
+        self.writer = SummaryWriter(str(directory), purge_step=done + 1 if done else 0)
 
     def __enter__(self) -> Self:
         """Return itself."""

@@ -118,10 +118,11 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been(tmp_path, finished, attention, 
     assert not list(chosen.directory.glob(".unfinished*"))
 
 
-def test_resuming_shows_no_step_twice_in_tensorboard(tmp_path):
+@pytest.mark.parametrize("cut", [4, 2], ids=["checkpoint-2", "checkpoint-0"])
+def test_resuming_shows_no_step_twice_in_tensorboard(tmp_path, cut):
     chosen = settings(tmp_path)
     with pytest.raises(Cut):
-        train(chosen, callbacks=[CutAfter(4)])  # step 3 is logged, its checkpoint is of step 2
+        train(chosen, callbacks=[CutAfter(cut)])  # the step before is logged, the checkpoint is older
     train(chosen, resume=True)
     board = EventAccumulator(str(chosen.directory / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("training/loss")] == [1, 2, 3, 4, 5, 6]

@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from small_run import curve, make_trained, text
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training_run import Cut, CutAfter
 
 from implicit_attention import ImplicitQueryAttention
@@ -206,6 +207,14 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been_without_its_source(trained, tmp
     again = train(tmp_path, source, resume=True)
     assert curve(again.history) == curve(whole.history)
     assert again.bits_per_byte == whole.bits_per_byte
+
+
+def test_the_figure_before_the_first_step_is_in_tensorboard_once(trained, tmp_path):
+    with pytest.raises(Cut):
+        train(tmp_path, trained, callbacks=[CutAfter(2)])
+    train(tmp_path, trained, resume=True)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("held out (sample)/loss")] == [0, 3, 6]
 
 
 def test_a_converted_directory_learns_on_with_gains_watched(trained, tmp_path):

@@ -1,7 +1,6 @@
 """`implicit-attention demo`: the original example, solvers on real text, and three small models trained live."""
 
 import json
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from implicit_attention.cli import output, report, stages
 from implicit_attention.cli.environment import environment
+from implicit_attention.cli.faults import one_line
 from implicit_attention.inspection import plots
-from implicit_attention.tasks import Recall
+from implicit_attention.tasks import Recall, standard_library_files
+from implicit_attention.training.faults import RunError, unwritable
 
 FILES = ("convergence.png", "recall.png", "attention.png", "summary.json")
 
@@ -62,13 +63,21 @@ def demo(
 
     Writes convergence.png, recall.png, attention.png and summary.json, which has every figure shown.
     """
+    with one_line("demo"):
+        _check(out)
+    run(out, seed, QUICK if quick else FULL, Console())
+
+
+def _check(out: Path) -> None:
+    """Refuse a directory that cannot be written to, and a Python without its library's source."""
+    try:
+        standard_library_files()
+    except FileNotFoundError as error:
+        raise RunError(f"{error}. Use a Python that has it") from None
     try:
         output.prepare(out, FILES)
     except OSError as error:
-        reason = error.strerror or str(error)
-        print(f"implicit-attention demo: cannot write to --out {out}: {reason}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    run(out, seed, QUICK if quick else FULL, Console())
+        raise unwritable("--out", out, error) from None
 
 
 def run(out: Path, seed: int, scale: Scale, console: Console) -> dict[str, Any]:

@@ -17,9 +17,9 @@ def evaluate(context: typer.Context) -> None:
 
     This needs a checkout of the project. There, `python -m studies` is the same command.
     """
-    with one_line("eval"):
+    with one_line("eval", extra="all"):
         _find_studies()
-    import_module("studies.command").app(context.args, prog_name="implicit-attention eval")
+        import_module("studies.command").app(context.args, prog_name="implicit-attention eval")
 
 
 def _find_studies() -> None:

@@ -13,11 +13,12 @@ from implicit_attention.training.faults import RunError
 
 
 @contextmanager
-def one_line(command: str) -> Iterator[None]:
+def one_line(command: str, *, extra: str = "train") -> Iterator[None]:
     """Turn faults and missing packages into one line on standard error and status 2.
 
     Args:
         command: The command's name.
+        extra: The extra that has the command's packages.
 
     Raises:
         typer.Exit: Instead of these. Of several processes, only the first prints.
@@ -27,9 +28,9 @@ def one_line(command: str) -> Iterator[None]:
     except RunError as fault:
         _end(command, str(fault))
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "implicit_attention":
+        if (error.name or "").partition(".")[0] in ("implicit_attention", "studies"):
             raise
-        _end(command, f"{error.name} is missing: pip install 'implicit-attention[train]'")
+        _end(command, f"{error.name} is missing: pip install 'implicit-attention[{extra}]'")
 
 
 @contextmanager

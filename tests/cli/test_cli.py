@@ -64,6 +64,21 @@ def test_demo_prints_a_page_for_people(shown):
         assert words in page
 
 
+def test_a_python_without_its_source_is_told_before_any_work(monkeypatch, tmp_path):
+    def absent():
+        raise FileNotFoundError("no source of the standard library in /x: this Python was installed without it")
+
+    monkeypatch.setattr("implicit_attention.tasks.text.standard_library_files", absent)
+    monkeypatch.setattr(demo, "standard_library_files", absent, raising=False)
+    result = invoke("demo", "--quick", "--out", str(tmp_path / "demo"))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "implicit-attention demo: no source of the standard library in /x: this Python was installed without it. "
+        "Use a Python that has it\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_demo_shows_and_keeps_warnings():
     page = StringIO()
     with demo._noted(Console(file=page, width=200)) as notes:

@@ -90,6 +90,16 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch):
     assert "the same command continues from there" in result.output
 
 
+def test_a_missing_package_is_one_line(monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'absent'", name="absent")
+
+    monkeypatch.setattr("implicit_attention.cli.eval.import_module", absent)
+    result = invoke("eval", "list")
+    assert result.exit_code == 2
+    assert result.output == "implicit-attention eval: absent is missing: pip install 'implicit-attention[all]'\n"
+
+
 def test_places():
     assert command._places(None, "cpu", False) == (command.Path("runs/eval-cpu"), command.Path("runs/eval-cpu"))
     assert command._places(None, "cpu", True) == (command.RECORDS, command.DOCS)

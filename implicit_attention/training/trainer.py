@@ -181,6 +181,8 @@ class TextTrainer(Trainer):
         windows = self.eval_dataset if eval_dataset is None else eval_dataset
         assert isinstance(windows, HeldOutWindows)
         total, count = self._sum_losses(windows)
+        if not count:  # the first token of a document is not predicted
+            raise RunError("--data has no held-out token to predict: its documents have one token each, give it longer")
         metrics = {
             f"{metric_key_prefix}_loss": total / count,
             f"{metric_key_prefix}_bits_per_byte": total / count / self._byte,

@@ -331,6 +331,14 @@ def test_a_model_without_a_tokenizer_is_refused(trained, tmp_path):
     refuse(source, tmp_path, "has no tokenizer that transformers can read")
 
 
+def test_documents_of_one_token_are_refused(trained, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(300):
+        (tmp_path / "texts" / f"{i}").write_bytes(b"a")
+    with pytest.raises(RunError, match="--data has no held-out token to predict"):
+        train(tmp_path, trained, data=str(tmp_path / "texts"))
+
+
 def test_documents_are_packed_and_kept_apart(tmp_path):
     (tmp_path / "texts").mkdir()
     for i in range(30):

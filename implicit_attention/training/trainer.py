@@ -173,7 +173,7 @@ class TextTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return the loss and the bits per byte on `HeldOutWindows`, each byte counted once.
+        """Return the loss and the bits per byte on `HeldOutWindows`, no byte counted twice.
 
         The result is the same for any number of processes. transformers' own loop weights an incomplete last batch like
         a full one.

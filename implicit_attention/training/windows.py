@@ -52,7 +52,10 @@ class RandomWindows(Windows):
 
 
 class HeldOutWindows(Windows):
-    """Consecutive windows that overlap by one, so that every byte or token but the first is predicted once."""
+    """Consecutive windows that overlap by one, so that no byte or token is predicted twice.
+
+    Without `limit`, all are predicted but the first and, at the end, the at most N - 2 that fill no window.
+    """
 
     def __init__(self, text: Text, length: int, *, limit: int) -> None:
         """Make the data set.

@@ -165,7 +165,7 @@ def test_random_windows_reach_both_ends():
 
 
 @pytest.mark.parametrize("size", [16, 17, 30, 31, 46, 100])
-def test_held_out_windows_predict_each_byte_once(size):
+def test_held_out_windows_predict_each_byte_once_but_those_after_the_last_window(size):
     text = torch.arange(size).to(torch.uint8)
     windows = HeldOutWindows(text, 16, limit=1000)
     predicted = torch.cat([windows[i]["labels"][1:] for i in range(len(windows))])

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from implicit_attention import RelativeBias
+from implicit_attention.inspection.evaluating import evaluating
 from implicit_attention.training import checkpoint as storage
 from implicit_attention.training import rates
 from implicit_attention.training.faults import RunError, unwritable
@@ -200,18 +201,17 @@ class TextTrainer(Trainer):
         batches = range(0, len(windows), size)
         mine = [batches[i] if i < len(batches) else None for i in range(rank, -(-len(batches) // world) * world, world)]
         total, count = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        self.model.eval()
-        for start in mine:
-            chosen = range(start, min(start + size, len(windows))) if start is not None else range(1)
-            items = [windows[i] for i in chosen]
-            inputs = {name: torch.stack([item[name] for item in items]).to(self.args.device) for name in items[0]}
-            labels = inputs.pop("labels")[:, 1:].flatten()
-            logits = self.model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-            loss = F.cross_entropy(logits, labels, reduction="none")  # 0 where a label counts for nothing
-            if start is not None:
-                total += loss.double().sum()
-                count += (labels >= 0).sum()
-        self.model.train()
+        with evaluating(self.model):
+            for start in mine:
+                chosen = range(start, min(start + size, len(windows))) if start is not None else range(1)
+                items = [windows[i] for i in chosen]
+                inputs = {name: torch.stack([item[name] for item in items]).to(self.args.device) for name in items[0]}
+                labels = inputs.pop("labels")[:, 1:].flatten()
+                logits = self.model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+                loss = F.cross_entropy(logits, labels, reduction="none")  # 0 where a label counts for nothing
+                if start is not None:
+                    total += loss.double().sum()
+                    count += (labels >= 0).sum()
         return float(self.accelerator.reduce(total, "sum")), int(self.accelerator.reduce(count, "sum"))
 
     # Checkpoints

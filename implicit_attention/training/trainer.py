@@ -178,6 +178,9 @@ class TextTrainer(Trainer):
 
         The result is the same for any number of processes. transformers' own loop weights an incomplete last batch like
         a full one.
+
+        Raises:
+            RunError: If there is no token to predict.
         """
         windows = self.eval_dataset if eval_dataset is None else eval_dataset
         assert isinstance(windows, HeldOutWindows)

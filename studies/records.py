@@ -101,7 +101,7 @@ def _finite(value: Any) -> Any:
 
 
 def best_rates(records: Sequence[Record]) -> list[float]:
-    """Return learning rates, best first: most seeds solved, then solved soonest, then highest score, then smallest.
+    """Return learning rates, best first: most seeds solved; then the soonest if all did; then the best mean score.
 
     Args:
         records: The runs, one or more for each rate.
@@ -111,7 +111,8 @@ def best_rates(records: Sequence[Record]) -> list[float]:
         runs = [record for record in records if record["settings"]["rate"] == rate]
         solved = [-record["solved_at"] for record in runs if record["solved_at"] is not None]
         scores = [-math.inf if record["score"] is None else record["score"] for record in runs]
-        return len(solved), statistics.median(solved) if solved else -math.inf, statistics.mean(scores), -rate
+        soonest = statistics.median(solved) if len(solved) == len(runs) else -math.inf
+        return len(solved), soonest, statistics.mean(scores), -rate
 
     return sorted({float(record["settings"]["rate"]) for record in records}, key=merit, reverse=True)
 

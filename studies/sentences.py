@@ -20,10 +20,10 @@ How arms are compared:
 - Implicit layers have `query_input=True` (their queries read the input, too), `out_proj=True` and, with a causal mask,
   `qk_norm=True`, unless a row says otherwise. So do those of the README's table. The README's quickstart has other
   options: no `query_input`, and `positions="rope"`.
-- Each arm has its own learning rate in each table, the best of those that the table names, by seeds solved, then steps,
-  then score of its whole runs. That is a choice by the figures that are shown, so they flatter every arm a little, and
-  alike. *Of all rates* counts the solved runs at every rate.
-  A chosen rate that is the smallest or the largest of those tried is marked: a better one may lie beyond.
+- Each arm has its own learning rate in each table, the best of those that the table names, by seeds solved, then by
+  steps if all seeds solved the task, else by the mean score of its whole runs. That is a choice by the figures that
+  are shown, so they flatter every arm a little, and alike. *Of all rates* counts the solved runs at every rate. A
+  chosen rate that is the smallest or the largest of those tried is marked: a better one may lie beyond.
 - Training stops early when the hardest kind of held-out sequences is solved at two evaluations in a row. So scores of
   seeds that solved a task say no more than that; compare their steps.
 - Scores are mean ± standard deviation over seeds, at the last evaluation.
@@ -59,9 +59,10 @@ ARMS = "What `--arm` and the folders of records call them:"
 
 SMOKE = "Made with `--budget smoke`: two steps of tiny models, to see that everything runs. Their figures say nothing."
 
-SOLVER = """How the solver did at the last evaluation, and whether a second start leads to the same equilibrium, within
-100 tolerances. That is left out where 100 tolerances are more than 1 % of the largest output, and for layers with
-`max_gain`, which have one equilibrium:"""
+SOLVER = """How the solver did at the last evaluation, and whether a second start leads to the same equilibrium,
+within 100 tolerances. That is left out where 100 tolerances are more than 1 % of the largest output, and for layers
+with `max_gain`, which have one equilibrium. Layers with `self_query="input"` compute each row from earlier ones: they
+take one step, and their residual is zero by construction, not measured:"""
 
 GRADIENTS = """Cosine between each gradient and the exact one (float64, equilibrium and adjoint to 1e-10), over all
 weights, at the evaluations of the runs above. Rows are grouped by the spectral radius at that time:"""

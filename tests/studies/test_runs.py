@@ -183,6 +183,8 @@ def test_the_best_rate_solves_soonest_then_scores_highest():
     assert records.best_rates([record(1, 0.5), record(2, 0.5)]) == [1, 2]
     both, fast = [record(1, 1.0, 400), record(1, 0.99, 400)], [record(2, 1.0, 100), record(2, 0.9)]
     assert records.best_rates(both + fast) == [1, 2], "more seeds solved comes first"
+    soon, late = [record(1, 1.0, 100), record(1, 0.5)], [record(2, 1.0, 400), record(2, 0.9)]
+    assert records.best_rates(soon + late) == [2, 1], "where not all seeds solved it, the score decides"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

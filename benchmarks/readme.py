@@ -48,7 +48,8 @@ def cost_table(result: Result | None) -> str:
 
 
 def _ratio(row: Result | None) -> str:
-    return "" if row is None else f"{row['forward_backward']['time_ratio']:.2f}"
+    """Forward and backward, and the forward pass alone in brackets."""
+    return "" if row is None else f"{row['forward_backward']['time_ratio']:.2f} ({row['forward']['time_ratio']:.2f})"
 
 
 def title(name: str) -> str:

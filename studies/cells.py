@@ -72,7 +72,7 @@ def solved(runs: Sequence[Record]) -> list[str]:
     The last is over all learning rates that were tried on whole runs.
     """
     count = sum(run["solved_at"] is not None for run in runs)
-    tried = [run for outcomes in ((runs[0].get("choice") or {}).get("tried") or {}).values() for run in whole(outcomes)]
+    tried = [run for outcomes in ((runs[0].get("choice") or {}).get("tried") or {}).values() for run in outcomes]
     every = f"{sum(run['solved_at'] is not None for run in tried)} of {len(tried)}" if tried else ""
     if not count:
         return [f"0 of {len(runs)}", f"not within {runs[0]['settings']['training']['steps']}", "", "", every]
@@ -84,11 +84,6 @@ def solved(runs: Sequence[Record]) -> list[str]:
         f"{verdicts.median(runs, verdicts.steps_to_solve) * verdicts.pace(runs):.3g}",
         every,
     ]
-
-
-def whole(outcomes: object) -> list[Record]:
-    """Return the outcomes of whole runs at a rate; none if short runs on one seed chose the rate."""
-    return outcomes if isinstance(outcomes, list) else []
 
 
 def settled(runs: Sequence[Record]) -> str:

@@ -40,9 +40,9 @@ How arms are compared:
 
 OVERVIEW = """The deciding score of each table, mean ± standard deviation over seeds; where a task can be solved, the
 seeds that solved it and their median steps. Each cell shows the best arm of its kind: most seeds solved, then fewest
-steps, then the best mean. *At equal seconds* each row has the score that it had when the fastest arm was done: its
-learning rate had not fallen yet, which costs slower arms something.
-*Ahead* and *behind* mean by more than the sum of both deviations."""
+steps if all did, else the best mean. *At equal seconds* each row has the score that it had when the fastest arm was
+done: its learning rate had not fallen yet, which costs slower arms something. *Ahead* and *behind* mean by more than
+the sum of both deviations."""
 
 NO_HELP = (
     """Tasks whose strongest baseline is at least as good as every implicit arm, at equal steps or at equal seconds:"""

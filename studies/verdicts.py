@@ -42,7 +42,7 @@ class Verdict:
 
 
 def strongest(table: Table, rows: Mapping[str, Runs], kind: str) -> Contender | None:
-    """Return the best row of a kind: most seeds solved, then fewest steps to solve, then the best score.
+    """Return the best row of a kind: most seeds solved; then fewest steps, if all did; then the best score.
 
     Args:
         table: The table.
@@ -66,7 +66,7 @@ def _kind(table: Table, row: str) -> str:
 def merit(runs: Runs) -> tuple[float, float, float]:
     """Return the figures that contenders are compared by, larger for better ones."""
     solved, score = choices.merit(runs)
-    return solved, -median(runs, steps_to_solve) if solved else 0.0, score
+    return solved, -median(runs, steps_to_solve) if solved == 1 else 0.0, score
 
 
 def pace(runs: Runs) -> float:

@@ -148,6 +148,12 @@ def test_the_trained_model_is_only_read(trained, tmp_path):
     assert sorted(folder.iterdir()) == before
 
 
+def converted_by(script, trained, out):
+    """The command in a process of its own, by a script that runs it."""
+    given = ["convert", "--model", str(trained), "--out", str(out)]
+    return subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True)
+
+
 def test_a_command_that_is_terminated_leaves_nothing(trained, tmp_path):
     ended_while_writing = (
         "import os, signal, sys\n"
@@ -156,8 +162,7 @@ def test_a_command_that_is_terminated_leaves_nothing(trained, tmp_path):
         "files.shutil.copyfile = lambda *paths: os.kill(os.getpid(), signal.SIGTERM)\n"
         "app(sys.argv[1:])\n"
     )
-    given = ["convert", "--model", str(trained), "--out", str(tmp_path / "new")]
-    done = subprocess.run([sys.executable, "-c", ended_while_writing, *given], capture_output=True, text=True)
+    done = converted_by(ended_while_writing, trained, tmp_path / "new")
     assert done.returncode == 143, done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -170,8 +175,7 @@ def test_weights_that_cannot_be_written_are_told_in_one_line(trained, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "app(sys.argv[1:])\n"
     )
-    given = ["convert", "--model", str(trained), "--out", str(tmp_path / "new")]
-    done = subprocess.run([sys.executable, "-c", limited, *given], capture_output=True, text=True)
+    done = converted_by(limited, trained, tmp_path / "new")
     assert done.returncode == 2, done.stderr
     assert (
         done.stderr.strip()

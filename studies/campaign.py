@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from studies import pool, records
+from studies import pool, records, timing
 from studies.run import Record, Run
 from studies.table import Table
 
@@ -17,11 +17,13 @@ class Watch:
         total: Called with the number of runs of a table, and how many of them are finished already.
         progress: Called with how much of a run is done, from 0 to 1.
         done: Called with the record of each run that ends.
+        timing: Called with how much of the timing of a table's rows is done, from 0 to 1.
     """
 
     total: Callable[[Table, int, int], None] = lambda table, runs, before: None
     progress: pool.Progress = lambda run, done: None
     done: Callable[[Run, Record], None] = lambda run, record: None
+    timing: Callable[[Table, float], None] = lambda table, done: None
 
 
 def perform(
@@ -34,7 +36,7 @@ def perform(
     environment: Mapping[str, object],
     watch: Watch,
 ) -> None:
-    """Perform the runs of a table that are not finished.
+    """Perform the runs of a table that are not finished; then time a step of each row, all in turns.
 
     Args:
         table: The table.
@@ -62,6 +64,21 @@ def perform(
         if (record := records.finished(directory, run, trial=True)) is not None:
             records.write(records.path(directory, run), record)
     _perform(counted, directory, workers, environment, watch, trial=False)
+    _time(table, {row: table.run(row, 0, rates[row]) for row in rows}, directory, environment, watch)
+
+
+def _time(
+    table: Table, runs: Mapping[str, Run], directory: Path, environment: Mapping[str, object], watch: Watch
+) -> None:
+    """Time a step of each row that has records, if one of these rows has not been timed."""
+    if timing.lacking(directory, table, list(runs)):
+        found = records.load(directory).get(table.name, {})
+        others = {
+            row: table.run(row, 0, past[0]["settings"]["rate"]) for row, past in found.items() if row in table.rows
+        }
+        together = list((others | dict(runs)).values())
+        seconds = timing.measure(together, timing.steps(table), lambda done: watch.timing(table, done))
+        records.write(timing.path(directory, table), timing.record(table, seconds, environment))
 
 
 def _announce(

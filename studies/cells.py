@@ -30,12 +30,16 @@ def cells(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[list[str]]
     lines = []
     for name, runs in rows.items():
         line = [table.rows[name].title if name in table.rows else name]
+        lengthened = name in table.rows and table.rows[name].lengthened > 1
         line += [spread(value(run, kind, score, sign) for run in runs) for kind in kinds]
         line += [spread(value(run, kinds[0], other, 1) for run in runs) for other in others]
         if table.training.solved is not None:
             line += solved(runs)
         if table.training.solved is None:
-            line += [spread(at_equal(runs, least(rows, cost), cost, sign)) for cost in (seconds, operations)]
+            line += [
+                "" if lengthened else spread(at_equal(runs, least(rows, cost), cost, sign))
+                for cost in (seconds, operations)
+            ]
         if not table.task.is_causal:
             line.append(settled(runs))
         lines.append(line + costs(runs))
@@ -81,7 +85,7 @@ def solved(runs: Sequence[Record]) -> list[str]:
         f"{count} of {len(runs)}",
         f"{verdicts.median(runs, verdicts.steps_to_solve):.0f}",
         f"{operations / 1e12:.3g}",
-        f"{verdicts.median(runs, verdicts.steps_to_solve) * verdicts.pace(runs):.3g}",
+        _number(verdicts.median(runs, verdicts.steps_to_solve) * verdicts.pace(runs), ".3g"),
         every,
     ]
 
@@ -102,7 +106,7 @@ def costs(runs: Sequence[Record]) -> list[str]:
         ", ".join(f"{rate:g}{edge(rate, runs[0]['settings']['training']['rates'])}" for rate in rates),
         f"{runs[0]['parameters']:,}",
         f"{statistics.mean(flops) / 1e9:.3g}" if flops else "",
-        f"{pace:.0f}" if math.isfinite(pace) else "",
+        _number(pace, ".0f"),
     ]
 
 
@@ -114,7 +118,7 @@ def edge(rate: float, tried: Sequence[float]) -> str:
 
 
 def seconds(runs: Sequence[Record], run: Record) -> float:
-    """Return the seconds of a step of a run: those of its row's fastest run."""
+    """Return the seconds of a step of a run: those of its row."""
     return verdicts.pace(runs)
 
 
@@ -140,15 +144,6 @@ def at_equal(runs: Sequence[Record], most: float, cost: Cost, sign: int) -> list
         within = [e["score"] for e in run["curve"] if each * e["step"] <= most * 1.02 and e["score"] is not None]
         found.append(sign * within[-1] if within else None)
     return found
-
-
-def at_equal_seconds(rows: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
-    """Return the records with the score that each run had when the fastest row was done."""
-    most = least(rows, seconds)
-    return {
-        name: [{**run, "score": score} for run, score in zip(runs, at_equal(runs, most, seconds, 1), strict=True)]
-        for name, runs in rows.items()
-    }
 
 
 def solver_table(table: Table, rows: Mapping[str, Sequence[Record]]) -> str:
@@ -212,6 +207,10 @@ def markdown(lines: list[list[str]]) -> str:
     """Return a table in Markdown; the first line is its head."""
     head, *rest = lines
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])
+
+
+def _number(number: float, form: str) -> str:
+    return format(number, form) if math.isfinite(number) else ""
 
 
 def _or_inf(number: float | None) -> float:

@@ -28,7 +28,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self.watch = Watch(self._total, self._progress, self._done)
+        self.watch = Watch(self._total, self._progress, self._done, self._timing)
         self.bar: TaskID | None = None
         self.going: dict[tuple[str, str, int, float], float] = {}
         self.ended = 0
@@ -54,6 +54,10 @@ class Display:
             highlight=False,
             soft_wrap=True,
         )
+
+    def _timing(self, table: Table, done: float) -> None:
+        assert self.bar is not None
+        self.progress.update(self.bar, description=f"{table.name}: timing", total=1.0, completed=done)
 
     def _move(self) -> None:
         assert self.bar is not None

@@ -18,6 +18,7 @@ Rows = Mapping[str, Sequence[Record]]
 STYLES = {
     "ordinary": ("#000000", "-"),
     "ordinary-2": ("#000000", "--"),
+    "ordinary-longer": ("#000000", "-."),
     "looped": ("#E69F00", "-"),
     "strict": ("#56B4E9", "-"),
     "implicit": ("#0072B2", "-"),

@@ -12,7 +12,8 @@ from typing import Any
 from implicit_attention.errors import Came, bad_value
 from studies.run import Record, Run
 
-CHOICE = "rate.json"
+CHOICE = "rate.json"  # of a row: how its learning rate was chosen
+SECONDS = "seconds.json"  # of a table: what a training step of each row takes
 
 
 def path(directory: Path, run: Run, *, trial: bool = False) -> Path:
@@ -120,6 +121,8 @@ def best_rates(records: Sequence[Record]) -> list[float]:
 def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
     """Return the records of the seeds, by table, row and seed, each with the choice of its learning rate.
 
+    Each has the seconds of a training step of its row ("step_seconds"), too; None if the row was not timed.
+
     Args:
         directory: Where records are kept.
 
@@ -132,7 +135,11 @@ def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
         choice = file.with_name(CHOICE)
         record["choice"] = read(choice) if choice.exists() else None
         found.setdefault(file.parent.parent.name, {}).setdefault(file.parent.name, []).append(record)
-    for rows in found.values():
-        for runs in rows.values():
+    for table, rows in found.items():
+        file = directory / table / SECONDS
+        seconds = read(file)["seconds"] if file.exists() else {}
+        for row, runs in rows.items():
             runs.sort(key=lambda record: int(record["settings"]["seed"]))
+            for record in runs:
+                record["step_seconds"] = seconds.get(row)
     return found

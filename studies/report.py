@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from studies import choices, sentences, verdicts
-from studies.cells import at_equal_seconds, cells, gradient_table, kinds_of, markdown, solved, solver_table, spread
+from studies.cells import cells, gradient_table, kinds_of, markdown, solved, solver_table, spread
 from studies.run import Record
 from studies.table import Table
 
@@ -61,7 +61,7 @@ def missing(found: Records, tables: Mapping[str, Table]) -> list[str]:
     lacking = []
     for name, table in tables.items():
         rows = found.get(name, {})
-        open_rows = [row for row in table.rows if len(rows.get(row, [])) < table.seeds]
+        open_rows = [row for row in table.rows if len(rows.get(row, [])) < table.shown]
         if open_rows:
             lacking.append(name if len(open_rows) == len(table.rows) else f"{name} ({', '.join(open_rows)})")
     return lacking
@@ -118,17 +118,15 @@ def verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> ve
         The comparison, None if one of the two has no records. Without a goal an arm helps only if it is ahead both at
         equal steps and at equal seconds.
     """
-    found = _verdict(table, rows, kind)
-    if found is None or table.training.solved is not None:
-        return found
-    in_time = _verdict(table, at_equal_seconds(rows), kind)
-    assert in_time is not None
-    return verdicts.Verdict(f"{found.words}; at equal seconds {in_time.words}", found.helps and in_time.helps)
-
-
-def _verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> verdicts.Verdict | None:
     ours, baseline = (verdicts.strongest(table, rows, which) for which in (kind, "baseline"))
-    return None if ours is None or baseline is None else verdicts.compare(table, ours, baseline)
+    if ours is None or baseline is None:
+        return None
+    found = verdicts.compare(table, ours, baseline)
+    if table.training.solved is not None or (as_fast := verdicts.strongest_in_time(table, rows, ours)) is None:
+        return found
+    in_time = verdicts.compare(table, ours, as_fast)
+    other = "" if as_fast.name == baseline.name else f" ({as_fast.title})"
+    return verdicts.Verdict(f"{found.words}; at equal seconds{other} {in_time.words}", found.helps and in_time.helps)
 
 
 def contender(table: Table, found: verdicts.Contender | None) -> str:

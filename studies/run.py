@@ -124,7 +124,7 @@ def perform(run: Run, tell: Tell = lambda done: None, *, device: str = "cpu") ->
     torch.set_num_threads(1)
     try:
         with torch.enable_grad():
-            return _Course(run, device).record(tell)
+            return Course(run, device).record(tell)
     finally:
         torch.set_num_threads(threads)
 
@@ -133,10 +133,16 @@ def _moved(batch: Batch, device: str) -> Batch:
     return Batch(*(part.to(device) for part in batch))
 
 
-class _Course:
+class Course:
     """A run in progress."""
 
-    def __init__(self, run: Run, device: str) -> None:
+    def __init__(self, run: Run, device: str = "cpu") -> None:
+        """Draw the model, and the sequences that it is judged on.
+
+        Args:
+            run: The run.
+            device: As in `perform`.
+        """
         self.run, self.task, self.training, self.device = run, run.task, run.training, device
         self.model = build(arm_named(run.arm), run.task, run.sizes, run.seed).to(device)
         self.batches = torch.Generator().manual_seed(run.seed)
@@ -152,10 +158,11 @@ class _Course:
         self.begun = time.perf_counter()
 
     def record(self, tell: Tell) -> Record:
+        """Train to the end, and return the record; arguments and result as in `perform`."""
         seconds, end, step = 0.0, "steps", 0
         for step in range(1, self.training.steps + 1):
             begun = time.process_time()
-            loss = self._step()
+            loss = self.step()
             seconds += time.process_time() - begun
             if not math.isfinite(loss):
                 end = "diverged"
@@ -168,8 +175,8 @@ class _Course:
             tell(step / self.training.steps)
         return self._record(end, step, seconds)
 
-    def _step(self) -> float:
-        """One step of training. Returns its loss, NaN if the weights or the loss are no longer finite."""
+    def step(self) -> float:
+        """Take one step of training. Return its loss, NaN if the weights or the loss are no longer finite."""
         batch = _moved(self.task.batch(self.training.batch_size, self.batches), self.device)
         self.length = batch.inputs.shape[1]
         self.optimizer.zero_grad()

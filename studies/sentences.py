@@ -31,18 +31,19 @@ How arms are compared:
   no arm learned to follow a second assignment.
 - FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps of the last
   training step.
-- Times are processor time of one thread. *Ms a step* is that of an arm's fastest run, since others may have shared a
-  core; the other columns of seconds follow from it. They still differ by up to 40 % between processors and with what
-  else ran, so look at steps and FLOPs first. Gated DeltaNet and the row-by-row arm are loops in Python; the GRU and the
-  implicit layers have kernels in C++. The same seed gives the same scores again on the same kind of processor with the
-  same commit. Another processor rounds otherwise. Most scores then move within their
-  spread; parity beyond the trained length moves more ([both](choosing.md#values-that-read-outputs))."""
+- *Ms a step* is processor time of one thread, a median. All arms of a table take their steps in turns in one process,
+  so that they meet the same conditions. All other seconds follow from it. Under a causal mask the first steps of
+  training are timed, else the whole training, since solvers take more steps as weights grow. Gated DeltaNet and the
+  row-by-row arm are loops in Python; the GRU and the implicit layers have kernels in C++.
+- The same seed gives the same scores again on the same kind of processor with the same commit. Another processor rounds
+  otherwise. Most scores then move within their spread; parity beyond the trained length moves more
+  ([both](choosing.md#values-that-read-outputs))."""
 
 OVERVIEW = """The deciding score of each table, mean ± standard deviation over seeds; where a task can be solved, the
 seeds that solved it and their median steps. Each cell shows the best arm of its kind: most seeds solved, then fewest
-steps if all did, else the best mean. *At equal seconds* each row has the score that it had when the fastest arm was
-done: its learning rate had not fallen yet, which costs slower arms something. *Ahead* and *behind* mean by more than
-the sum of both deviations."""
+steps if all did, else the best mean. *At equal seconds* the baseline is the best of those whose whole training takes
+at most 1.1 times as long, ordinary attention with more steps among them. *Ahead* and *behind* mean by more than the
+sum of both deviations."""
 
 NO_HELP = (
     """Tasks whose strongest baseline is at least as good as every implicit arm, at equal steps or at equal seconds:"""
@@ -127,7 +128,8 @@ def settings(table: Table, rows: Mapping[str, Sequence[Record]], budget: str) ->
     if table.training.solved is None:
         sentences.append(
             "*At equal seconds* is the score at the last evaluation within the training time of the fastest arm, *at "
-            "equal FLOPs* within the operations of the cheapest. The other scores are at equal steps and parameters."
+            "equal FLOPs* within the operations of the cheapest; learning rates of slower arms had not fallen yet. "
+            "The other scores are those of whole runs."
         )
     if not table.task.is_causal:
         sentences.append(

@@ -1,7 +1,7 @@
 """A table of the results: runs that are compared with each other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from implicit_attention.tasks.task import Task
 from studies.arms import ARMS, Sizes
@@ -17,11 +17,14 @@ class Row:
         arm: Name of the arm.
         title: Its name on the page.
         sizes: Sizes of its model.
+        lengthened: Its steps, as a multiple of the table's, where the arm is cheaper than others and trains for as
+            many seconds as they do.
     """
 
     arm: str
     title: str
     sizes: Sizes
+    lengthened: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class Table:
         task: The task that is learned.
         rows: Its rows by name.
         training: How they are trained.
-        seeds: Number of seeds, from 0 on.
+        seeds: Number of seeds that choose the learning rate, from 0 on.
         finalists: How many learning rates all seeds try: those that are best for the first seed, which tries all.
+        further: Seeds after those, at the chosen learning rate alone.
     """
 
     name: str
@@ -47,6 +51,12 @@ class Table:
     training: Training
     seeds: int
     finalists: int = 2
+    further: int = 0
+
+    @property
+    def shown(self) -> int:
+        """Number of seeds whose scores are shown."""
+        return self.seeds + self.further
 
     def run(self, row: str, seed: int, rate: float) -> Run:
         """Return a run of the table.
@@ -60,7 +70,8 @@ class Table:
             ValueError: If there is no such row.
         """
         entry = self.rows[known("arm", row, self.rows)]
-        return Run(self.name, row, entry.arm, self.task, entry.sizes, self.training, rate, seed)
+        training = replace(self.training, steps=round(self.training.steps * entry.lengthened))
+        return Run(self.name, row, entry.arm, self.task, entry.sizes, training, rate, seed)
 
     def rate_runs(self, row: str) -> list[Run]:
         """Return the runs that try all learning rates of a row, all of the first seed.

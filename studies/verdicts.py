@@ -1,5 +1,6 @@
 """What the page says first: the strongest baseline of each table, and how the implicit arms compare with it."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from studies.table import Table
 
 Runs = Sequence[Record]
 FEEDBACK = "feedback"  # how the names of arms begin whose values read outputs
+SAME_TIME = 1.1  # times that differ by less than this factor count as the same
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,39 @@ class Verdict:
 def strongest(table: Table, rows: Mapping[str, Runs], kind: str) -> Contender | None:
     """Return the best row of a kind: most seeds solved; then fewest steps, if all did; then the best score.
 
+    Rows that train for more steps than the table's are left out.
+
     Args:
         table: The table.
         rows: Its records.
         kind: "baseline", "implicit" or "feedback".
     """
-    found = {name: runs for name, runs in rows.items() if runs and name in table.rows and _kind(table, name) == kind}
-    if not found:
+    found = {name: runs for name, runs in _of_kind(table, rows, kind).items() if table.rows[name].lengthened == 1}
+    return _best(table, found)
+
+
+def strongest_in_time(table: Table, rows: Mapping[str, Runs], ours: Contender) -> Contender | None:
+    """Return the best baseline whose whole training takes as long as that of an implicit arm, or less.
+
+    Args:
+        table: The table.
+        rows: Its records.
+        ours: The implicit arm.
+    """
+    most = SAME_TIME * training_seconds(ours.runs)
+    baselines = _of_kind(table, rows, "baseline")
+    return _best(table, {name: runs for name, runs in baselines.items() if training_seconds(runs) <= most})
+
+
+def _of_kind(table: Table, rows: Mapping[str, Runs], kind: str) -> dict[str, Runs]:
+    return {name: runs for name, runs in rows.items() if runs and name in table.rows and _kind(table, name) == kind}
+
+
+def _best(table: Table, rows: Mapping[str, Runs]) -> Contender | None:
+    if not rows:
         return None
-    best = max(found, key=lambda name: merit(found[name]))
-    return Contender(best, table.rows[best].title, found[best])
+    best = max(rows, key=lambda name: merit(rows[name]))
+    return Contender(best, table.rows[best].title, rows[best])
 
 
 def _kind(table: Table, row: str) -> str:
@@ -70,12 +95,22 @@ def merit(runs: Runs) -> tuple[float, float, float]:
 
 
 def pace(runs: Runs) -> float:
-    """Return the seconds of a training step: those of the row's fastest run, since the others may have shared a core.
+    """Return the seconds of a training step, taken in turns with all other rows; infinity if they were not.
 
     Args:
         runs: The records of a row.
     """
-    return min((run["seconds"] / run["last_step"] for run in runs if run["last_step"]), default=float("inf"))
+    seconds = runs[0]["step_seconds"] if runs else None
+    return float("inf") if seconds is None else float(seconds)
+
+
+def training_seconds(runs: Runs) -> float:
+    """Return the seconds of all steps of a row's training; infinity if it was not timed.
+
+    Args:
+        runs: The records of a row.
+    """
+    return pace(runs) * float(runs[0]["settings"]["training"]["steps"])
 
 
 def steps_to_solve(run: Record) -> float | None:
@@ -114,8 +149,9 @@ def compare(table: Table, ours: Contender, baseline: Contender) -> Verdict:
         return Verdict(f"neither within {table.training.steps} steps; {verdict.words}", verdict.helps)
     steps = median(ours.runs, steps_to_solve) / median(baseline.runs, steps_to_solve)
     seconds = steps * pace(ours.runs) / pace(baseline.runs)
+    timed = f", {seconds:.2g} times the seconds" if math.isfinite(seconds) else ""
     return Verdict(
-        f"both solve {_solved(ours.runs)} seeds; {steps:.2g} times the steps, {seconds:.2g} times the seconds",
+        f"both solve {_solved(ours.runs)} seeds; {steps:.2g} times the steps{timed}",
         helps=choices.ahead(ours.runs, baseline.runs),
     )
 

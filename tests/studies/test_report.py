@@ -36,6 +36,7 @@ def run(seed, score, *, solved_at=None, steps=4, seconds=2.0, rate=0.01):
         "last_step": steps,
         "seconds": seconds,
         "wall_seconds": seconds,
+        "step_seconds": seconds / steps,
         "solved_at": solved_at,
         "score": score,
         "scores": {"held_out": {"accuracy": score}} if score is not None else {},
@@ -59,7 +60,10 @@ def test_figures_are_means_deviations_and_counts():
     assert cell(lines, 1, "learning rate") == "0.01 (largest)"
     assert cell(lines, 1, "parameters") == "1,234"
     assert cell(lines, 1, "GFLOPs a step") == "2.5"
-    assert cell(lines, 1, "ms a step") == "500", "of the faster run: the other shared its core"
+    assert cell(lines, 1, "ms a step") == "500"
+    (line,) = cells.cells(table(), {"ordinary": [run(0, 1.0, solved_at=2) | {"step_seconds": None}]})[1:]
+    assert line[-1] == "", "it was not timed"
+    assert "inf" not in " ".join(line)
 
 
 def test_a_chosen_rate_at_the_edge_is_marked():
@@ -90,11 +94,22 @@ def test_equal_seconds_are_those_of_the_fastest_row():
 
 def test_without_a_goal_an_arm_helps_if_it_is_ahead_at_equal_steps_and_at_equal_seconds():
     endless = replace(table("ordinary", "implicit"), training=replace(TRAINING, solved=None))
-    rows = {"ordinary": [run(0, 0.8, seconds=2.0)], "implicit": [run(0, 1.0, seconds=4.0)]}
-    assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead; at equal seconds behind", helps=False)
+    longer = replace(endless.rows["ordinary"], title="ordinary, longer", lengthened=2.0)
+    endless = replace(endless, rows={**endless.rows, "longer": longer})
+    more = run(0, 1.1, seconds=2.0)
+    more["settings"]["training"]["steps"] *= 2
+    rows = {"ordinary": [run(0, 0.8, seconds=2.0)], "implicit": [run(0, 1.0, seconds=4.0)], "longer": [more]}
+    behind = verdicts.Verdict("ahead; at equal seconds (ordinary, longer) behind", helps=False)
+    assert report.verdict(endless, rows, "implicit") == behind
+    assert verdicts.strongest(endless, rows, "baseline").name == "ordinary", "at equal steps"
     rows["implicit"] = [run(0, 1.0, seconds=2.0)]
     assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead; at equal seconds ahead", helps=True)
+    rows["implicit"] = [run(0, 1.0, seconds=1.0)]
+    assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead", helps=True), "no baseline is as fast"
     assert report.verdict(endless, rows, "feedback") is None
+    lines = cells.cells(endless, rows | {"ordinary": [run(0, 0.8, seconds=1.0)]})
+    assert cell(lines, 3, "accuracy") == "1.100"
+    assert cell(lines, 3, "at equal seconds") == "", "its learning rate falls later than that of all others"
 
 
 def test_a_row_is_ahead_by_seeds_solved_or_by_more_than_the_spread():

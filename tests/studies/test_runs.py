@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from implicit_attention import ImplicitQueryAttention
-from studies import ARMS, build, campaign, perform, pool, records, tables
+from studies import ARMS, build, campaign, perform, pool, records, tables, timing
 from studies.blocks import SequenceModel
-from studies.run import parameter_groups, rate_factor
+from studies.run import Course, parameter_groups, rate_factor
 from studies.suite import chosen
 from tests.studies.simple import SIZES, TRAINING, Before, table
 
 NOTHING = campaign.Watch()
-TIMES = ("seconds", "wall_seconds", "environment")
+TIMES = ("seconds", "wall_seconds", "environment", "step_seconds")
 # torch's GRU and Anderson's method load parts of torch that warn of themselves.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -108,6 +108,46 @@ def test_what_is_done_is_not_done_again(tmp_path):
     choice = json.loads((tmp_path / "before" / "ordinary" / "rate.json").read_text())
     assert choice["chosen"] == done[-1][1]
     assert set(choice["tried"]) == {"0.001", "0.01"}
+
+
+def test_a_row_can_train_for_more_steps():
+    shown = table("ordinary")
+    row = replace(shown.rows["ordinary"], lengthened=1.5)
+    longer = replace(shown, rows={"ordinary": row})
+    assert [each.run("ordinary", 0, 1e-3).training.steps for each in (shown, longer)] == [4, 6]
+
+
+def test_a_step_of_each_row_is_timed_in_turns_with_all_others(tmp_path):
+    shown, told = table(), []
+    watch = campaign.Watch(timing=lambda table, done: told.append(done))
+    settings = {"workers": 1, "environment": {}, "watch": watch}
+    campaign.perform(shown, ["ordinary"], [0], tmp_path, **settings)
+    file = tmp_path / "before" / "seconds.json"
+    assert told == [0.25, 0.5, 0.75, 1.0]
+    assert records.read(file)["seconds"].keys() == {"ordinary"}
+    before = file.read_text()
+    campaign.perform(shown, ["ordinary"], [1], tmp_path, **settings)
+    assert file.read_text() == before, "it is timed already"
+    campaign.perform(shown, ["implicit"], [0], tmp_path, **settings)
+    seconds = records.read(file)["seconds"]
+    assert seconds.keys() == {"ordinary", "implicit"}, "again, since only then are they comparable"
+    found = records.load(tmp_path)["before"]
+    assert {row: run["step_seconds"] for row, (run, *_) in found.items()} == seconds
+    assert min(seconds.values()) > 0
+
+
+def test_a_row_that_diverges_is_not_timed_further(monkeypatch):
+    shown = table()
+    steps = []
+
+    def step(course):
+        steps.append(course.run.row)
+        return math.nan if course.run.row == "implicit" else 1.0
+
+    monkeypatch.setattr(Course, "step", step)
+    runs = [shown.run(row, 0, 1e-3) for row in shown.rows]
+    assert timing.measure(runs, 3, lambda done: None).keys() == {"ordinary", "implicit"}
+    assert steps == ["ordinary", "implicit", "ordinary", "ordinary"]
 
 
 def test_a_seed_that_is_asked_for_later_is_trained_at_the_chosen_rate(tmp_path):

@@ -22,6 +22,8 @@ from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
 from implicit_attention.tasks import OrdinaryAttention
 
 SHAPES = (
+    (2, 100, 64, 4),  # the quickstart's
+    (1, 128, 128, 4),
     (16, 128, 128, 4),
     (8, 256, 256, 4),
     (4, 512, 512, 8),

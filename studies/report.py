@@ -5,6 +5,7 @@ from pathlib import Path
 
 from studies import choices, sentences, verdicts
 from studies.cells import cells, gradient_table, kinds_of, markdown, solved, solver_table, spread
+from studies.mechanisms import MECHANISMS
 from studies.run import Record
 from studies.table import Table
 
@@ -36,7 +37,7 @@ def page(found: Records, tables: Mapping[str, Table], budget: str = "cpu") -> st
         parts += ["## Defaults", sentences.DEFAULTS, *chosen]
     for table, rows in shown:
         ordered = in_order(table, rows)
-        parts += [f"## {table.title}", *sentences.settings(table, ordered, budget)]
+        parts += [f"## {table.title}", *mechanism(table.name), *sentences.settings(table, ordered, budget)]
         parts.append(f"![{table.title}: score against steps](images/{IMAGE.format(table.name)})")
         parts.append(markdown(cells(table, ordered)))
         if solver := solver_table(table, ordered):
@@ -49,6 +50,11 @@ def page(found: Records, tables: Mapping[str, Table], budget: str = "cpu") -> st
     listed = [(table, list(in_order(table, rows))) for table, rows in shown]
     parts += ["## Names of arms", sentences.ARMS, markdown(names(listed))]
     return "\n\n".join(parts) + "\n"
+
+
+def mechanism(name: str) -> list[str]:
+    """Return what should solve a table's task, if there is something to say."""
+    return [MECHANISMS[name]] if name in MECHANISMS else []
 
 
 def missing(found: Records, tables: Mapping[str, Table]) -> list[str]:

@@ -26,6 +26,8 @@ How arms are compared:
   chosen rate that is the smallest or the largest of those tried is marked: a better one may lie beyond.
 - Training stops early when the hardest kind of held-out sequences is solved at two evaluations in a row. So scores of
   seeds that solved a task say no more than that; compare their steps.
+- Each table says first what should solve its task and what should not, by how the arms work. The figures below it may
+  say otherwise.
 - Scores are mean ± standard deviation over seeds, at the last evaluation.
 - Tasks that no arm learned have no table: products in A5, up to 16 hops in 100 tokens, and chains of assignments, where
   no arm learned to follow a second assignment.

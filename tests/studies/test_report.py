@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from studies import campaign, cells, choices, pictures, records, report, tables, verdicts
+from studies import campaign, cells, choices, mechanisms, pictures, records, report, sentences, tables, verdicts
 from studies.sentences import machines
 from tests.studies.simple import TRAINING, table
 
@@ -210,6 +210,16 @@ def test_what_did_not_settle_in_training_is_shown_without_a_mask():
     assert cells.settled([run(0, 0.5)]) == ""
     one["curve"][-1].pop("solver")
     assert "unsettled, at worst" in cells.cells(shown, {"implicit": [one]})[0]
+
+
+def test_every_table_that_compares_arms_says_what_should_solve_it():
+    compared = [name for name, shown in tables("cpu").items() if shown.group != "studies"]
+    assert list(mechanisms.MECHANISMS) == compared
+    text = report.page({"one": {"ordinary": [run(0, 0.5)]}}, {"one": replace(table(), name="one", title="A title")})
+    assert "should" in sentences.INTRODUCTION
+    assert report.mechanism("one") == [], text
+    shown = report.page({"gaps": {"ordinary": [run(0, 0.5)]}}, {"gaps": replace(table(), name="gaps", title="Gaps")})
+    assert f"## Gaps\n\n{mechanisms.MECHANISMS['gaps']}\n\n" in shown
 
 
 def test_the_page_says_which_runs_are_missing():

@@ -215,6 +215,9 @@ ARMS = {
         _baseline("keys-4", "ordinary attention, 4-tap convolution on keys", _keys(4)),
         _baseline("keys-8", "ordinary attention, 8-tap convolution on keys", _keys(8)),
         _baseline("convolved", "ordinary attention behind a 4-tap convolution", _convolved(4)),
+        _baseline(
+            "convolved-2", "ordinary attention behind a 4-tap convolution, twice the layers", _convolved(4), depth=2
+        ),
         _baseline("convolved-9", "ordinary attention behind a 9-tap convolution", _convolved(9)),
         _baseline("recurrent", "keys and values of its own outputs, row by row", _recurrent),
         _baseline("delta", "Gated DeltaNet", _delta),

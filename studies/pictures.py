@@ -28,6 +28,7 @@ STYLES = {
     "keys-4": ("#E69F00", "--"),
     "keys-8": ("#000000", ":"),
     "convolved": ("#E69F00", "-."),
+    "convolved-2": ("#000000", "-."),
     "convolved-9": ("#E69F00", ":"),
     "strict-convolved": ("#56B4E9", "--"),
     "delta": ("#D55E00", "--"),

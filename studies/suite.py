@@ -26,10 +26,12 @@ LOOKUP = (
     "ordinary", "ordinary-2", "keys-2", "keys-4", "convolved", "strict", "implicit", "strict-convolved", "feedback",
     "delta", "gru",
 )  # fmt: skip
-GAPPED = (*LOOKUP, "keys-8", "looped")  # 8 taps reach from each value to its key
+GAPPED = (*LOOKUP, "keys-8", "convolved-2", "looped")  # 8 taps reach from each value to its key
 # Keys of two tokens: 9 taps reach from each value to both, and a row that looks a key up has to see both.
-GAPPED_KEYS = ("ordinary", "ordinary-2", "convolved", "convolved-9", "strict", "implicit", "strict-convolved",
-               "feedback", "delta", "gru", "looped")  # fmt: skip
+GAPPED_KEYS = (
+    "ordinary", "ordinary-2", "convolved", "convolved-2", "convolved-9", "strict", "implicit", "strict-convolved",
+    "feedback", "delta", "gru", "looped",
+)  # fmt: skip
 STATE = (
     "ordinary", "ordinary-2", "convolved", "strict", "feedback", "feedback-plain", "feedback-alone", "delta", "gru"
 )  # fmt: skip

@@ -36,16 +36,8 @@ def encoder(result: Result) -> list[str]:
         "`torch.nn.MultiheadAttention`, which has no positions, forward and backward, counted in processor time. "
         "*Sharp*: the weights that make scores are four times as large."
     )
-    head = [
-        "batch, tokens",
-        "weights",
-        "times",
-        "without positions",
-        "evaluations",
-        "adjoint's",
-        "bound of the gain",
-        "its radius",
-    ]
+    head = ["batch, tokens", "weights", "times", "without positions", "evaluations", "adjoint's", "bound of the gain",
+            "its radius"]  # fmt: skip
     rows = [
         [f"{row['batch']}, {row['length']}", row["weights"], f"{row['time_ratio']:.2f}",
          f"{row['time_ratio_without_positions']:.2f}", str(row["evaluations"]),

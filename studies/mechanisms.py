@@ -26,8 +26,8 @@ shorter convolutions, which bind the near pairs only.""",
     "gaps-keys": """A value stands behind a key of two tokens that other keys share, with fillers between. So a value's
 column has to hold both tokens of its key, and so has the row that asks. *Should solve it:* two layers or a looped one,
 sooner behind a convolution, which tells each row the token before; an implicit layer behind one; a 9-tap convolution of
-the inputs.
-*Should not:* one implicit layer alone: its rows ask with their own token, and half a key fits several pairs.""",
+the inputs. *Should not:* one implicit layer alone: its rows ask with their own token, and half a key fits several
+pairs.""",
     "khop-48": """k hops are k lookups, each from where the one before has ended, and up to 8 are asked for. *Should
 solve it:* a layer that is applied 8 times; values that read outputs, since a row can take over what an earlier row has
 found, one hop further. *Should not:* one or two ordinary layers, and queries that read outputs, which make two

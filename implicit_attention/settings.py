@@ -1,6 +1,7 @@
 """The settings of a layer, checked once: what the layer, its equation and the models' configuration share."""
 
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -186,6 +187,11 @@ class Settings:
         self._fill("scale", self.head_dim**-0.5)
         check_positive("scale", self.scale)
 
+    @property
+    def contracting(self) -> str:
+        """What makes this layer's map a contraction without a causal mask, whose outputs are not all the mean."""
+        return "max_gain=0.9" if self.query_input else "query_input=True with max_gain=0.9"
+
     def _check_gain(self) -> None:
         if self.max_gain is None:
             return
@@ -207,6 +213,7 @@ class Settings:
 NAMES = frozenset(field.name for field in fields(Settings))
 # What a made layer can still change: the others decide the shapes of its parameters.
 CHANGEABLE = frozenset({"is_causal", "window", "self_query", "feedback_norm", "dropout", "max_gain", "scale"})
+_SETTABLE = sorted(NAMES | {"solver", "adjoint", "on_failure"})
 _SEEN = {"query_input", "query_output", "out_proj", "bias"}  # the printed modules show them
 _MODULES = frozenset({"out_proj"})  # settings whose names belong to the modules that they make
 
@@ -229,8 +236,16 @@ class Configured(nn.Module):
             self.settings = replace(self.settings, **{name: value})
         elif name in NAMES - _MODULES:
             raise AttributeError(f"`{name}` decides the shapes of parameters: make a new layer to change it")
+        elif (meant := self._meant(name)) is not None:
+            raise AttributeError(f"a layer has no setting `{name}`. Did you mean `{meant}`?")
         else:
             super().__setattr__(name, value)
+
+    def _meant(self, name: str) -> str | None:
+        """The setting that a new attribute is a misspelling of; None if it has a name of its own."""
+        if name in _SETTABLE or name.startswith("_") or hasattr(self, name):
+            return None
+        return next(iter(get_close_matches(name, _SETTABLE, 1, 0.85)), None)
 
     def extra_repr(self) -> str:
         """Return the settings that are not the default, for `print`."""

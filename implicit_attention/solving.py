@@ -172,8 +172,8 @@ def row_gains(equation: Equation, solution: Solution) -> Tensor:
 
 
 _MAY_NOT_CONTRACT = (
-    " Without a causal mask a map may stop contracting as weights grow: max_gain=0.9 gives the layer one equilibrium "
-    "for any weights."
+    " Without a causal mask a map may stop contracting as weights grow: a layer with {} has one equilibrium for any "
+    "weights."
 )
 
 
@@ -250,7 +250,8 @@ def _settle(layer: SolvedLayer, report: FailureReport, inputs: Inputs, history: 
         return Found(replace(decoded.solution, unique=layer.settings.unique), None, decoded)
     equation = prepare(layer, inputs, projected)
     if not torch.compiler.is_compiling():
-        report.advice = "" if layer.settings.is_causal or layer.settings.unique else _MAY_NOT_CONTRACT
+        free = not (layer.settings.is_causal or layer.settings.unique)
+        report.advice = _MAY_NOT_CONTRACT.format(layer.settings.contracting) if free else ""
     try:
         solution = solve(equation, layer.solver, layer.adjoint, report, history=history)
     except NonFiniteError as error:

@@ -126,6 +126,9 @@ class LayerReport:
             first = f"{self.name} settles: all {count} tokens are within tolerance"
         else:
             first = f"{self.name} does not settle: {missed} of {count} tokens miss the tolerance"
+        if self.settles and self.structure == "causal" and not bool(self.gain.any()):
+            head = f"{first}. No token depends on itself, so each follows from those before it, and all gains are 0."
+            return " ".join([head, *(f"{t.sentence} {t.advice}" for t in self.troubles)])
         steps = f"after at most {int(self.steps.max())} steps of {self.solver.partition('(')[0]}"
         exactly = "" if self.method.startswith("exact") else " (an estimate)"
         head = (

@@ -75,7 +75,7 @@ def _remedy(layer: LayerReport, settings: Settings) -> str:
         return 'Use solver="auto" (forward substitution), or self_query="input", which always has one solution.'
     if settings.max_gain is not None:
         return "Raise the tolerance, or compute in a wider dtype."
-    return "Use max_gain=0.9, which makes the map contract, or try NewtonKrylov() or more max_steps."
+    return f"Use {settings.contracting}, which makes the map contract, or try NewtonKrylov() or more max_steps."
 
 
 def _collapse(layer: LayerReport, settings: Settings) -> Trouble | None:
@@ -99,7 +99,7 @@ def _roots(layer: LayerReport, settings: Settings, scale: float) -> Trouble | No
         f"(difference {float(layer.other_start.nan_to_num(0).max()):.2g}).",
         "You get the one that belongs to the start y = V. If outputs jump when weights or inputs change a little, use "
         'self_query="input" (one equilibrium) or diagnostics.gain_penalty.' if layer.structure == "causal" else
-        "You get the one that the layer's solver reaches from y = V. With max_gain=0.9 there is only one.",
+        f"You get the one that the layer's solver reaches from y = V. With {settings.contracting} there is only one.",
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def _fold(layer: LayerReport, settings: Settings) -> Trouble | None:
     least = float(layer.fold.min())
     advice = (
         'Keep gains down: diagnostics.gain_penalty, or self_query="input", whose gains are 0.'
-        if layer.structure == "causal" else "With max_gain=0.9 no eigenvalue comes closer to 1 than 0.1."
+        if layer.structure == "causal" else f"With {settings.contracting} no eigenvalue comes closer to 1 than 0.1."
     )  # fmt: skip
     return Trouble(
         "near the fold", least < GRAVE, where,

@@ -202,6 +202,15 @@ def test_steps_and_operations_to_solve_are_those_at_the_step():
     assert cell(cells.cells(table(), {"ordinary": [run(0, 0.5)]}), 1, "steps to solve") == "not within 4"
 
 
+def test_a_kind_whose_outputs_overflowed_has_no_solver_figures():
+    figures = {"steps": 2.0, "most_steps": 3, "residual": 1e-5, "unconverged": 0.0}
+    one = run(0, 0.5)
+    one["curve"][-1]["solver"] = {"short": figures, "long": {}}
+    assert "| 2.0 | 3 | 1e-05 | 0.00 % |" in cells.solver_table(table("implicit"), {"implicit": [one]})
+    one["curve"][-1]["solver"] = {"long": {}}
+    assert cells.solver_table(table("implicit"), {"implicit": [one]}) == ""
+
+
 def test_what_did_not_settle_in_training_is_shown_without_a_mask():
     shown = replace(table("implicit"), task=replace(table().task, is_causal=False))
     one = run(0, 0.5) | {"unsettled": 0.25}

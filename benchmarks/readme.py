@@ -53,7 +53,7 @@ def _ratio(row: Result | None) -> str:
 
 
 def title(name: str) -> str:
-    return name if name == "default" else f"`{name}`"
+    return 'default (`self_query="output"`)' if name == "default" else f"`{name}`"
 
 
 def learning_table(found: Records) -> str:

@@ -190,7 +190,7 @@ class Settings:
     @property
     def contracting(self) -> str:
         """What makes this layer's map a contraction without a causal mask, whose outputs are not all the mean."""
-        return "max_gain=0.9" if self.query_input else "query_input=True with max_gain=0.9"
+        return "max_gain=0.9" if self.query_input else "query_input=True and max_gain=0.9"
 
     def _check_gain(self) -> None:
         if self.max_gain is None:

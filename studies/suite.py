@@ -99,7 +99,7 @@ def _gapped() -> list[Table]:
     return [
         Table("gaps", "gapped", "Recall: 0 to 6 fillers between key and value", GappedRecall(),
               rows_of(GAPPED, _RECALL_SIZES), training, 3),
-        Table("gaps-keys", "gapped", "Recall: the same with keys of two tokens", GappedRecall(key_tokens=2),
+        Table("gaps-keys", "gapped", "Recall: 0 to 6 fillers, keys of two tokens", GappedRecall(key_tokens=2),
               rows_of(GAPPED_KEYS, _RECALL_SIZES), training, 3),
     ]  # fmt: skip
 

@@ -64,8 +64,13 @@ def strongest_in_time(table: Table, rows: Mapping[str, Runs], ours: Contender) -
         table: The table.
         rows: Its records.
         ours: The implicit arm.
+
+    Returns:
+        That baseline; None if there is none, or the arm was not timed.
     """
     most = SAME_TIME * training_seconds(ours.runs)
+    if not math.isfinite(most):
+        return None
     baselines = _of_kind(table, rows, "baseline")
     return _best(table, {name: runs for name, runs in baselines.items() if training_seconds(runs) <= most})
 

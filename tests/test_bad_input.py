@@ -7,6 +7,7 @@ from implicit_attention import (
     ALiBi,
     Anderson,
     Broyden,
+    ConvergenceWarning,
     ImplicitQueryAttention,
     ImplicitQueryAttentionLinearV,
     NewtonKrylov,
@@ -306,3 +307,23 @@ def test_zeros_are_no_overflow(n, options):
     mask = None if options.get("is_causal") else ~torch.eye(n, dtype=torch.bool)
     y = ImplicitQueryAttention(4, 2, **options)(torch.zeros(1, n, 4), attn_mask=mask)
     assert torch.equal(y, torch.zeros_like(y))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("self_qeury", "self_query"), ("max_gian", "max_gain"), ("sover", "solver")]
+)
+def test_a_misspelt_setting_changes_nothing_and_says_so(typed, meant):
+    made = ImplicitQueryAttention.for_causal_lm(4, 2)
+    with pytest.raises(AttributeError, match=f"no setting `{typed}`. Did you mean `{meant}`"):
+        setattr(made, typed, "input")
+    assert not hasattr(made, typed)
+    made.note = made._scales = "of the user's own"  # not like a setting, or private
+
+
+@pytest.mark.parametrize("query_input", [False, True])
+def test_what_makes_a_map_contract_is_a_remedy_that_does_not_collapse(query_input):
+    """`max_gain` alone would leave a layer without `query_input` at the mean of the values."""
+    made = ImplicitQueryAttention(8, 2, query_input=query_input, solver=Picard(max_steps=2))
+    remedy = "a layer with max_gain=0.9" if query_input else "a layer with query_input=True and max_gain=0.9"
+    with pytest.warns(ConvergenceWarning, match=remedy):
+        made(torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0)))

@@ -106,6 +106,8 @@ def test_without_a_goal_an_arm_helps_if_it_is_ahead_at_equal_steps_and_at_equal_
     assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead; at equal seconds ahead", helps=True)
     rows["implicit"] = [run(0, 1.0, seconds=1.0)]
     assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead", helps=True), "no baseline is as fast"
+    rows["implicit"] = [run(0, 1.0) | {"step_seconds": None}]
+    assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead", helps=True), "it was not timed"
     assert report.verdict(endless, rows, "feedback") is None
     lines = cells.cells(endless, rows | {"ordinary": [run(0, 0.8, seconds=1.0)]})
     assert cell(lines, 3, "accuracy") == "1.100"

@@ -4,14 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.readme import between
-from studies.cells import at_equal, kinds_of, least, markdown, seconds, spread, value
+from studies.cells import kinds_of, markdown, spread, value
 from studies.suite import tables
+from studies.verdicts import training_seconds
 
 Rows = Mapping[str, Sequence[dict[str, Any]]]
 
 STATE = ("ordinary", "ordinary-2", "strict", "feedback", "feedback-plain", "feedback-alone", "delta", "gru")
 BEYOND = ("feedback", "feedback-rope", "feedback-alibi", "feedback-none")
-TEXT = ("ordinary", "ordinary-2", "convolved", "strict", "feedback", "feedback-alone", "gru")
+TEXT = (
+    "ordinary", "ordinary-longer", "ordinary-2", "convolved", "strict", "strict-convolved", "feedback",
+    "feedback-alone", "delta", "gru",
+)  # fmt: skip
 BLOCKS = {"bytes-1": "1 block", "bytes-2": "2 blocks"}
 
 
@@ -31,17 +35,15 @@ def by_kind(found: Mapping[str, Rows], name: str, arms: Sequence[str]) -> str:
 
 
 def of_bytes(found: Mapping[str, Rows]) -> str:
-    """Bits per byte at equal steps and at equal seconds."""
+    """Bits per byte, and how many times the seconds of ordinary attention the training takes."""
     shown = tables("cpu")
     lines = [[shown["bytes-1"].rows[arm].title] for arm in TEXT]
     for name in BLOCKS:
         rows = found[name]
         for line, arm in zip(lines, TEXT, strict=True):
-            line += [
-                spread(-run["score"] for run in rows[arm]),
-                spread(at_equal(rows[arm], least(rows, seconds), seconds, -1)),
-            ]
-    head = [column for words in BLOCKS.values() for column in (words, "at equal seconds")]
+            times = training_seconds(rows[arm]) / training_seconds(rows["ordinary"])
+            line += [spread(-run["score"] for run in rows[arm]), f"{times:.2f}"]
+    head = [column for words in BLOCKS.values() for column in (words, "times the seconds")]
     return markdown([["layer", *head], *lines])
 
 

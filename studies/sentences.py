@@ -80,6 +80,9 @@ def choice(option: Choice, value: str, tally: Mapping[str, tuple[int, int]], tab
         tally: From `choices.compared`.
         tables: Names of the tables that were compared.
     """
+    if not any(won for won, _ in tally.values()):
+        listed = ", ".join(f"`{name}`" for name in tally)
+        return f"- **`{option.option}`: no difference beyond the spread.** By {', '.join(tables)}, of {listed}."
     listed = "; ".join(f"`{name}` {won} ahead, {lost} behind" for name, (won, lost) in tally.items())
     return f"- **`{option.option}`: `{value}`.** By {', '.join(tables)}: {listed}."
 

@@ -180,3 +180,53 @@ def test_forward_mode_of_an_unrolled_layer_with_norms():
     step = 1e-6 * direction
     expected = (layer(x + step) - layer(x - step)) / 2e-6
     torch.testing.assert_close(tangent, expected.detach(), atol=1e-6, rtol=1e-6)
+
+
+MIXED = {
+    "vmap": lambda layer, x: vmap(layer)(x[:, None]).sin().sum(),
+    "vmap over weights": lambda layer, x: vmap(
+        lambda p, x: functional_call(layer, p, (x,)), in_dims=(0, None)
+    )({name: p[None] for name, p in layer.named_parameters()}, x).sin().sum(),
+    "grad": lambda layer, x: grad(lambda t: layer(t).sin().sum())(x).square().sum(),
+    "jacrev": lambda layer, x: jacrev(layer)(x[:1]).square().sum(),
+    "vjp": lambda layer, x: vjp(layer, x)[0].sin().sum(),
+}  # fmt: skip
+
+
+def gradient(layer, x):
+    """`grad` by autograd alone."""
+    return torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)[0]
+
+
+PLAIN = {
+    "vmap": lambda layer, x: layer(x).sin().sum(),
+    "vmap over weights": lambda layer, x: layer(x).sin().sum(),
+    "grad": lambda layer, x: gradient(layer, x).square().sum(),
+    "jacrev": lambda layer, x: torch.autograd.functional.jacobian(layer, x[:1], create_graph=True).square().sum(),
+    "vjp": lambda layer, x: layer(x).sin().sum(),
+}
+
+
+@each_layer
+@pytest.mark.parametrize("kind", MIXED)
+def test_autograd_through_a_transform_finds_every_gradient(options, kind):
+    """A level of torch.func hides from the layer what autograd outside of it needs."""
+    layer, x, _ = make(options, B=2, N=3)
+    x.requires_grad_()
+    wanted = [x, *layer.parameters()]
+    expected = torch.autograd.grad(PLAIN[kind](layer, x), wanted, allow_unused=True)
+    found = torch.autograd.grad(MIXED[kind](layer, x), wanted, allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            close(one, array(other), 1e-8)  # second derivatives are sums of products of two solves
+
+
+def test_a_phantom_gradient_stays_one_below_a_transform():
+    """`func.grad` of a recorded step is differentiated by autograd; the solve before it is not."""
+    layer = make_layer(4, is_causal=True, num_heads=2, adjoint="phantom")
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(MIXED["grad"](layer, x), [*layer.parameters()])
+    expected = torch.autograd.grad(PLAIN["grad"](layer, x), [*layer.parameters()])
+    for one, other in zip(found, expected, strict=True):
+        close(one, array(other), TOL)

@@ -161,7 +161,7 @@ class Phantom(Adjoint):
         """Solve, then take the recorded steps."""
         with torch.no_grad():
             solution = _solve_opaquely(_Run(problem, problem.solver, record=False, history=history), y0, args)
-        y = solution.value
+        y = solution.value.detach()  # torch.func records below its own levels in spite of no_grad
         if torch.is_grad_enabled():
             for _ in range(self.steps):
                 y = y + self.damping * (problem.function(y, *args) - y)
@@ -193,8 +193,7 @@ class Implicit(Adjoint):
 
     def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
         """Solve, and attach the implicit gradient to the value of the solution."""
-        needs = tuple(a.requires_grad for a in args)
-        run = _Run(problem, self._adjoint_solver(problem), needs, torch.is_grad_enabled(), history)
+        run = _Run(problem, self._adjoint_solver(problem), record=torch.is_grad_enabled(), history=history)
         return _solve_opaquely(run, y0, args)
 
     def _adjoint_solver(self, problem: Problem) -> Method:
@@ -218,6 +217,8 @@ class _Run:
 
     def forward(self, y0: Tensor, args: tuple[Tensor, ...]) -> Solution:
         """Solve, and keep the graph of the last evaluation: a first-order backward pass needs no more."""
+        # Asked here and again in the backward pass: a level of torch.func hides what the levels below it need.
+        self.needs = tuple(a.requires_grad for a in args)
 
         def evaluate(y: Tensor) -> Tensor:
             if maps.transforms_active():  # inside a Jacobian product of the solver
@@ -261,6 +262,12 @@ class _Run:
                 "The gradient of this tensor would be lost. Pass the tensor in `args`, or pass the nn.Module itself as "
                 "the function.",
             )
+
+    def need(self, needs: tuple[bool, ...]) -> None:
+        """Take note of the arguments that a backward pass differentiates by. A kept graph may lack some of them."""
+        known = self.needs or (False,) * len(needs)  # mapped solves are made by runs of their own
+        if any(new and not old for new, old in zip(needs, known, strict=True)):
+            self.needs, self.linearization = needs, None
 
     def backward(
         self, y: Tensor, args: tuple[Tensor, ...], memo: tuple[Tensor, ...], grad: Tensor
@@ -311,7 +318,7 @@ class _Run:
         # A direct solver knows the structure of F, not of this map of (lam, grad, y, ...): take its fallback.
         solver = self.adjoint_solver.fallback if isinstance(self.adjoint_solver, DirectSolver) else self.adjoint_solver
         problem = replace(self._adjoint_problem(adjoint_map), solver=solver)
-        run = _Run(problem, solver, tuple(t.requires_grad for t in inputs))
+        run = _Run(problem, solver)
         lam = _solve_opaquely(run, grad, inputs).value
         pull = torch.func.vjp(lambda *values: function(y, *filled(values)), *inputs[2:])[1]
         found = dict(zip(smooth, pull(lam), strict=True))
@@ -427,6 +434,7 @@ class _ImplicitFunction(torch.autograd.Function):
         _refuse_old_batching(grad)
         y, *saved = ctx.saved_tensors
         args, memo = tuple(saved[: ctx.count]), tuple(saved[ctx.count :])
+        ctx.run.need(ctx.needs_input_grad[2:])
         return (None, None, *ctx.run.backward(y, args, memo, grad))
 
     @staticmethod

@@ -112,7 +112,7 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
             )
         check_effect({**file, **flags}, settings)
         if settings.source is not None:
-            uptraining.check(settings, {**file, **flags})
+            settings = uptraining.fitted(settings, {**file, **flags})
         return Plan(settings)
     if not found:
         raise RunError(

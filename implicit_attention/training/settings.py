@@ -64,7 +64,14 @@ class Settings:
         "Model",
         fixed=True,
     )
-    length: int = _setting(128, "Longest sequence in bytes, with --from in tokens, N.", "Model", low=2, fixed=True)
+    length: int = _setting(
+        128,
+        "Longest sequence in bytes, with --from in tokens, N. If you do not name it with --from, it is no larger than "
+        "the model's.",
+        "Model",
+        low=2,
+        fixed=True,
+    )
     embed_dim: int = _setting(128, "Width of a token, D.", "Model", low=1, fixed=True)
     layers: int | str = _setting(
         1,

@@ -1,6 +1,7 @@
 """A model that is trained already, as the start of a run: read, converted, and told which of its weights learn."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,15 +31,18 @@ class Start(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def check(settings: Settings, said: Mapping[str, Any]) -> None:
-    """Refuse a model that cannot be trained as the settings say, before any of its weights are read.
+def fitted(settings: Settings, said: Mapping[str, Any]) -> Settings:
+    """Return settings that fit the model, before any of its weights are read.
 
     Args:
         settings: Settings with a `source`.
         said: Those that the user gave.
 
+    Returns:
+        The settings. A `length` that the user did not give is no larger than the model's.
+
     Raises:
-        RunError: If it cannot.
+        RunError: If the model cannot be trained as the settings say.
     """
     assert settings.source is not None
     if settings.train == "lora":
@@ -51,12 +55,11 @@ def check(settings: Settings, said: Mapping[str, Any]) -> None:
         raise RunError(
             "train: no layer is implicit, so there is no query map to learn: name --layers, or use --train lora or all"
         )
-    if settings.length > config.max_position_embeddings:
-        raise RunError(
-            f"length: the model of --from has sequences of at most {config.max_position_embeddings} tokens, "
-            f"but is {settings.length}."
-        )
+    longest = int(config.max_position_embeddings)
+    if settings.length > longest and said.get("length") is not None:
+        raise RunError(f"--length {settings.length} is more than the model's {longest}: use --length {longest}")
     _tokenizer(Path(settings.source))
+    return replace(settings, length=min(settings.length, longest))
 
 
 def start(settings: Settings, checkpoint: Path | None) -> Start:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from implicit_attention.cli import output
 from implicit_attention.cli.environment import environment
 from implicit_attention.cli.faults import first_process, one_line
+from implicit_attention.errors import counted
 from implicit_attention.inspection import plots
 from implicit_attention.training.faults import RunError, unwritable
 from implicit_attention.training.resolving import read_yaml
@@ -114,8 +115,8 @@ def _report(settings: Settings, result: "Result") -> None:
         raise unwritable("--out", directory, error) from None
     print(
         f"held out: {result.bits_per_byte:.4f} bits per byte ({settings.kind}, "
-        f"{settings.steps} steps, seed {settings.seed}, {result.parameters:,} weights, "
-        f"{result.held_out_bytes:,} bytes); the model is in {directory}"
+        f"{counted(settings.steps, 'step')}, seed {settings.seed}, {counted(result.parameters, 'weight')}, "
+        f"{counted(result.held_out_bytes, 'byte')}); the model is in {directory}"
     )
 
 

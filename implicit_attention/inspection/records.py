@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from implicit_attention.errors import check_choice
+from implicit_attention.errors import check_choice, counted
 
 SETTLED = "settled"
 
@@ -126,7 +126,7 @@ class LayerReport:
             first = f"{self.name} settles: all {count} tokens are within tolerance"
         else:
             first = f"{self.name} does not settle: {missed} of {count} tokens miss the tolerance"
-        steps = f"after at most {int(self.steps.max())} steps of {self.solver.partition('(')[0]}"
+        steps = f"after at most {counted(int(self.steps.max()), 'step')} of {self.solver.partition('(')[0]}"
         exactly = "" if self.method.startswith("exact") else " (an estimate)"
         head = (
             f"{first} {steps}. Largest gain {float(self.gain.max()):.3g}, spectral radius {self.radius:.3g}{exactly}."

@@ -153,6 +153,8 @@ def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[T
             f"--data {settings.data} has changed since the run in {settings.directory} started, so it cannot continue: "
             "restore the data, or start a new run with another --out"
         )
+    if plan.resumed is not None:
+        say(f"resuming {settings.directory} at step {plan.done} of {settings.steps}")
     with _explained(settings), warnings.catch_warnings(), ExitStack() as stack:
         # `health` reports missed tolerances, with the step and a remedy.
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -74,6 +74,7 @@ def test_resume_needs_nothing_but_the_directory(done, text, tmp_path):
     result = invoke("train", "--resume", "--out", cut)
     assert result.exit_code == 0
     assert "ordinary, tiny, 4 steps" in result.stdout
+    assert f"resuming {cut} at step 4 of 4\n" in result.stderr
 
 
 def test_settings_come_from_a_yaml_file_too(text, tmp_path):
@@ -82,7 +83,7 @@ def test_settings_come_from_a_yaml_file_too(text, tmp_path):
     config.write_text("\n".join([*lines, f"data: {text}", "attention: ordinary", "seed: 5"]))
     result = invoke("train", "--config", config, "--out", tmp_path / "run", "--steps", "1")
     assert result.exit_code == 0, result.output
-    assert "(ordinary, tiny, 1 steps, seed 5" in result.stdout
+    assert "(ordinary, tiny, 1 step, seed 5" in result.stdout
 
 
 def test_help_shows_every_setting_with_its_default():
@@ -99,7 +100,8 @@ def test_help_shows_every_setting_with_its_default():
         "tiny|small|base",
     ):
         assert sentence in words
-    assert "--prompt" in invoke("generate", "--help").stdout
+    words = " ".join(invoke("generate", "--help", env={"COLUMNS": "100"}).stdout.replace("│", " ").split())
+    assert "Text to continue. [default: (a line break)]" in words
 
 
 def refused(*arguments):
@@ -128,9 +130,12 @@ def test_each_fault_is_one_line_and_status_2(text, tmp_path, done):
     head = "implicit-attention generate: "
     assert refused("generate", "--model", tmp_path / "no").startswith(f"{head}--model {tmp_path}/no is not a directory")
     assert refused("generate", "--model", done[0], "--max-new-tokens", 99).startswith(
-        f"{head}--prompt has 1 bytes and 99"
+        f"{head}--prompt has 1 byte and 99"
     )
     assert refused("generate", "--model", done[0], "--greedy", "--top-p", 0.5).startswith(f"{head}--greedy makes")
+    assert refused("generate", "--model", done[0], "--temperature", 0) == (
+        f"{head}--temperature 0 must be at least 1e-06: for the most likely byte, use --greedy"
+    )
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_any_work(monkeypatch, text, tmp_path):

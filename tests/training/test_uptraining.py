@@ -138,9 +138,9 @@ def test_a_model_whose_weights_do_not_fit_is_refused(trained, tmp_path, change):
     else:
         tensors["model.layers.1.attention.more"] = torch.zeros(2)
     save_file(tensors, source / checkpoint.WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(RunError, match=rf"from: .* {change} 1 weights, such as model.layers.1.attention"):
+    with pytest.raises(RunError, match=rf"from: .* {change} 1 weight, such as model.layers.1.attention"):
         train(tmp_path, source)
-    with pytest.raises(RunError, match=rf"--model .* {change} 1 weights, such as model.layers.1.attention"):
+    with pytest.raises(RunError, match=rf"--model .* {change} 1 weight, such as model.layers.1.attention"):
         generation.load(source)
 
 

@@ -257,7 +257,8 @@ def refuse(trained, tmp_path, message, **changes):
 
 def test_what_cannot_be_is_refused_before_anything_is_written(trained, tmp_path, monkeypatch):
     refuse(tmp_path, tmp_path, "has no config.json")
-    refuse(trained, tmp_path, "`layers` must be of the 3 layers 0 to 2, but got 3", layers=3)
+    refuse("org/name", tmp_path, "org/name does not exist, and models of the hub are not downloaded")
+    refuse(trained, tmp_path, "the model has layers 0 to 2, but 3 was asked for", layers=3)
     refuse(trained, tmp_path, "no layer is implicit, so there is no query map to learn", layers="none")
     refuse(trained, tmp_path, "--length 65 is more than the model's 64: use --length 64", length=65)
     refuse(trained, tmp_path, "embed_dim: comes from the model of --from: leave it out", embed_dim=64)

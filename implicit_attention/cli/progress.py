@@ -99,9 +99,7 @@ class _Callback(TrainerCallback):
                 self._print(f"step {state.global_step}/{state.max_steps}: {self.note}, {self._left(state)} left")
         if "eval_bits_per_byte" in logs:
             figures = f"; {self.note}" if self.note else ""
-            self._print(
-                f"step {state.global_step}: held out {logs['eval_bits_per_byte']:.4f} bits per byte{figures}"
-            )
+            self._print(f"step {state.global_step}: held out {logs['eval_bits_per_byte']:.4f} bits per byte{figures}")
 
     def _print(self, line: str) -> None:
         self.display.console.print(escape(line), highlight=False, soft_wrap=True)

@@ -49,7 +49,7 @@ def resolve(
             said[name] = os.path.abspath(said[name])  # a run may be resumed from another directory
     if run is not None:
         _check_agreement(said, run)
-    kept = {name: value for name, value in (run or {}).items() if name in FIELDS}
+    kept = {name: check(name, value) for name, value in (run or {}).items() if name in FIELDS}
     layers = {**kept, **said}
     preset = check("preset", layers.get("preset", FIELDS["preset"].default))
     base = PRESETS[preset] if layers.get("source") is None else UPTRAINING

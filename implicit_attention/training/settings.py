@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from implicit_attention import recommended
+from implicit_attention.causal.engines import RENAMED
 from implicit_attention.training.faults import RunError
 
 
@@ -51,8 +52,8 @@ class Settings:
     )
     self_query: Literal["input", "output"] = _setting(
         recommended.CAUSAL_LM["self_query"],
-        "Implicit only: what token i's own query is made from in row i. [bold]input[/bold]: exactly one solution, and "
-        "the cheapest. [bold]output[/bold]: the original equation.",
+        "Implicit only: what token i's own query is made from in row i. [bold]input[/bold]: exactly one solution. "
+        "[bold]output[/bold]: the original equation. Both cost about the same.",
         "Model",
         fixed=True,
     )
@@ -82,7 +83,9 @@ class Settings:
         fixed=True,
         metavar="NUMBER|WHICH",
     )
-    heads: int = _setting(4, "Attention heads, a divisor of embed-dim.", "Model", low=1, fixed=True)
+    heads: int = _setting(
+        4, "Attention heads. --embed-dim divided by them must be an even number.", "Model", low=1, fixed=True
+    )
     source: str | None = _setting(
         None,
         "Train on a model that is trained already: a directory of transformers, converted or not, or a GGUF file. Text "
@@ -144,10 +147,10 @@ class Settings:
     save_every: int = _setting(250, "Steps between checkpoints.", "Run", low=1)
     keep: int = _setting(2, "Number of newest checkpoints to keep.", "Run", low=1)
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Device to compute on.", "Run")
-    kernel: Literal["auto", "torch", "cpp", "numba"] = _setting(
+    kernel: Literal["auto", "torch", "cpp"] = _setting(
         "auto",
-        "Kernels of the implicit layers. [bold]auto[/bold]: cpp on a CPU, on a CUDA device Triton's if they pass a "
-        "self-test, torch elsewhere. [bold]numba[/bold] is the old name of cpp.",
+        "Kernels of the implicit layers. [bold]auto[/bold]: cpp on a CPU, Triton's on a CUDA device if they pass a "
+        "self-test, torch elsewhere.",
         "Run",
     )
     bf16: bool = _setting(False, "Compute in bfloat16, with weights in float32.", "Run")
@@ -280,6 +283,8 @@ def check(name: str, value: Any) -> Any:
     if value is None and FIELDS[name].default is None:
         return None
     kind, words = plain_type(name)
+    if name == "kernel":
+        value = RENAMED.get(value, value)  # in the record of an older run
     if TYPES[name] == int | str:  # a number, however it is written, or else words
         with contextlib.suppress(TypeError, ValueError):
             value = value if isinstance(value, (bool, float)) else int(value)

@@ -98,6 +98,9 @@ def test_help_shows_every_setting_with_its_default():
         "[default: 0.003, 0.001 with small, 0.0006 with base, 0.0001 with --from]",
         "[default: runs/PRESET-ATTENTION-seedSEED]",
         "tiny|small|base",
+        "auto|torch|cpp Kernels of the implicit layers.",
+        "exactly one solution. output: the original equation. Both cost about the same.",
+        "--embed-dim divided by them must be an even number.",
     ):
         assert sentence in words
     words = " ".join(invoke("generate", "--help", env={"COLUMNS": "100"}).stdout.replace("│", " ").split())

@@ -146,7 +146,8 @@ class FailureReport:
         trust = "" if name == "equilibrium" else "The gradient is not to be trusted. "
         self._say(
             f"the {name} was not solved: {failed} of {solution.converged.numel()} systems are above tolerance "
-            f"after {counted(int(solution.steps.max()), 'step')} (largest residual {float(solution.residual.max()):.2e}). "
+            f"after {counted(int(solution.steps.max()), 'step')} "
+            f"(largest residual {float(solution.residual.max()):.2e}). "
             f"{trust}{solver.remedy}{self.advice}",
             count,
         )

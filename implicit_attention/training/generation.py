@@ -127,7 +127,8 @@ def write_on(
     room = longest - len(prompt)
     if room < (count or 1):
         raise RunError(
-            f"--prompt has {counted(len(prompt), 'byte')} and {count or 1} more do not fit: the model's sequences have {longest}; "
+            f"--prompt has {counted(len(prompt), 'byte')} and {count or 1} more do not fit: "
+            f"the model's sequences have {longest}; "
             + (f"use --max-new-tokens {room} at most" if room > 0 else "shorten the prompt")
         )
     tokens = torch.tensor([list(prompt)], device=model.device)

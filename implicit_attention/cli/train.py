@@ -3,8 +3,8 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,9 +18,9 @@ from implicit_attention.cli.environment import environment
 from implicit_attention.cli.faults import first_process, one_line
 from implicit_attention.errors import counted
 from implicit_attention.inspection import plots
-from implicit_attention.training.faults import RunError, unwritable
+from implicit_attention.training.faults import RunError, SettingError, unwritable
 from implicit_attention.training.resolving import read_yaml
-from implicit_attention.training.settings import FIELDS, PRESETS, UPTRAINING, Settings, flag, plain_type
+from implicit_attention.training.settings import FIELDS, FLAGS, PRESETS, UPTRAINING, Settings, flag, plain_type
 
 if TYPE_CHECKING:
     from implicit_attention.training.run import Result
@@ -51,14 +51,17 @@ def train(*, config: Path | None, resume: bool, **flags: Any) -> None:
         from implicit_attention.training import run
 
         said = {name: value for name, value in flags.items() if value is not None}
-        plan = run.plan(said, read_yaml(config) if config else {}, resume=resume)
+        file = read_yaml(config) if config else {}
+        with _as_typed(file.keys() - said.keys()):
+            plan = run.plan(said, file, resume=resume)
         settings = plan.settings
         made = not settings.directory.exists()
         if first_process():
             _prepare(settings.directory)
         console = Console(stderr=True)
         try:
-            result = _run(run.run, plan, console)
+            with _as_typed(file.keys() - said.keys()):
+                result = _run(run.run, plan, console)
         except KeyboardInterrupt:
             _interrupted(settings)
         except RunError:
@@ -68,6 +71,18 @@ def train(*, config: Path | None, resume: bool, **flags: Any) -> None:
             raise
         if result is not None:
             _report(settings, result)
+
+
+@contextmanager
+def _as_typed(in_file: Set[str]) -> Iterator[None]:
+    """Name a setting by its flag in a message, unless it comes from the YAML file."""
+    try:
+        yield
+    except SettingError as fault:
+        name = FLAGS.get(fault.setting, fault.setting)
+        if name in in_file:
+            raise
+        raise RunError(f"{flag(name)}: {fault.sentence}") from None
 
 
 def _prepare(directory: Path) -> None:

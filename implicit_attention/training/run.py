@@ -17,7 +17,7 @@ from implicit_attention import files
 from implicit_attention.errors import ConvergenceWarning, NonFiniteError
 from implicit_attention.training import checkpoint as storage
 from implicit_attention.training import corpus, uptraining
-from implicit_attention.training.faults import RunError, reason, unwritable
+from implicit_attention.training.faults import RunError, SettingError, reason, unwritable
 from implicit_attention.training.model import build
 from implicit_attention.training.packed import pack
 from implicit_attention.training.resolving import check_effect, resolve
@@ -122,8 +122,8 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
     settings = resolve({**flags, "out": str(settings.directory)}, file, content["settings"])
     check_effect({**file, **flags}, settings)
     if settings.steps < content["done"]:
-        raise RunError(
-            f"steps: the run in {settings.directory} is at step {content['done']} already, beyond {settings.steps}"
+        raise SettingError(
+            "steps", f"the run in {settings.directory} is at step {content['done']} already, beyond {settings.steps}"
         )
     return Plan(settings, found[-1], content["done"], content["fingerprint"])
 
@@ -241,18 +241,20 @@ def arguments(settings: Settings, *, measured_first: bool = False) -> TrainingAr
     world = int(os.environ.get("WORLD_SIZE", "1"))
     part, rest = divmod(settings.batch_size, world * settings.accumulate)
     if rest:
-        raise RunError(
-            f"batch_size: must be a multiple of accumulate x processes = {settings.accumulate} x {world}, "
-            f"but is {settings.batch_size}."
+        raise SettingError(
+            "batch_size",
+            f"must be a multiple of accumulate x processes = {settings.accumulate} x {world}, "
+            f"but is {settings.batch_size}.",
         )
     if settings.fsdp and world == 1:
-        raise RunError(
-            "fsdp: needs several processes: use torchrun --nproc-per-node 2 -m implicit_attention.cli train ..., or "
-            "--no-fsdp for one process"
+        raise SettingError(
+            "fsdp",
+            "needs several processes: use torchrun --nproc-per-node 2 -m implicit_attention.cli train ..., or "
+            "--no-fsdp for one process",
         )
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
-        raise RunError("device: no CUDA device was found: use --device cpu.")
+        raise SettingError("device", "no CUDA device was found: use --device cpu.")
     return TrainingArguments(
         output_dir=str(settings.directory),
         max_steps=settings.steps,

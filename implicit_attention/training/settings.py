@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from implicit_attention import recommended
 from implicit_attention.causal.engines import RENAMED
-from implicit_attention.training.faults import RunError
+from implicit_attention.training.faults import RunError, SettingError
 
 
 def _setting(
@@ -165,18 +165,19 @@ class Settings:
         for name in FIELDS:
             check(name, getattr(self, name))
         if self.source is None and not (isinstance(self.layers, int) and self.layers > 0):
-            raise RunError(f"layers: must be an integer of at least 1 without --from, but is {self.layers!r}.")
+            raise SettingError("layers", f"must be an integer of at least 1 without --from, but is {self.layers!r}.")
         if self.embed_dim % (2 * self.heads):
-            raise RunError(
-                f"heads: must divide embed_dim into parts of even size, but embed_dim is {self.embed_dim} and heads "
-                f"{self.heads}."
+            raise SettingError(
+                "heads",
+                f"must divide embed_dim into parts of even size, but embed_dim is {self.embed_dim} and heads "
+                f"{self.heads}.",
             )
         if self.values == "feedback" and self.self_query == "output":
-            raise RunError("values: feedback needs self_query input: elsewhere an equation may have no solution.")
+            raise SettingError("values", "feedback needs self_query input: elsewhere an equation may have no solution.")
         if self.batch_size % self.accumulate:
-            raise RunError(
-                f"accumulate: must divide batch_size, but batch_size is {self.batch_size} and accumulate "
-                f"{self.accumulate}."
+            raise SettingError(
+                "accumulate",
+                f"must divide batch_size, but batch_size is {self.batch_size} and accumulate {self.accumulate}.",
             )
 
     @property
@@ -294,13 +295,13 @@ def check(name: str, value: Any) -> Any:
         with contextlib.suppress(TypeError, ValueError):
             value = float(value)
     if type(value) is not kind:
-        raise RunError(f"{name}: must be {_KINDS[kind]}, but is {value!r}.")
+        raise SettingError(name, f"must be {_KINDS[kind]}, but is {value!r}.")
     if words and value not in words:
-        raise RunError(f"{name}: must be one of {', '.join(words)}, but is {value!r}.")
+        raise SettingError(name, f"must be one of {', '.join(words)}, but is {value!r}.")
     low, high = FIELDS[name].metadata["low"], FIELDS[name].metadata["high"]
     if kind in (int, float) and not low <= value <= (sys.float_info.max if high is None else high):
         bound = f"of at least {low}" if high is None else f"between {low} and {high}"
-        raise RunError(f"{name}: must be {_KINDS[kind]} {bound}, but is {value}.")
+        raise SettingError(name, f"must be {_KINDS[kind]} {bound}, but is {value}.")
     return value
 
 

@@ -15,7 +15,7 @@ from implicit_attention.hf.conversion.architecture import NEW, OWN
 from implicit_attention.hf.conversion.convert import read_config, target
 from implicit_attention.hf.conversion.loading import load_whole
 from implicit_attention.training import lora
-from implicit_attention.training.faults import RunError, reason
+from implicit_attention.training.faults import RunError, SettingError, reason
 from implicit_attention.training.settings import Settings
 
 
@@ -49,11 +49,12 @@ def fitted(settings: Settings, said: Mapping[str, Any]) -> Settings:
         try:
             import peft  # noqa: F401
         except ModuleNotFoundError:
-            raise RunError("train: lora needs the package peft: pip install 'implicit-attention[lora]'") from None
+            raise SettingError("train", "lora needs the package peft: pip install 'implicit-attention[lora]'") from None
     config = _config(settings, settings.source, said)
     if settings.train == "query-map" and not _implicit(config):
-        raise RunError(
-            "train: no layer is implicit, so there is no query map to learn: name --layers, or use --train lora or all"
+        raise SettingError(
+            "train",
+            "no layer is implicit, so there is no query map to learn: name --layers, or use --train lora or all",
         )
     longest = int(config.max_position_embeddings)
     if settings.length > longest and said.get("length") is not None:
@@ -95,7 +96,7 @@ def _config(settings: Settings, source: str, said: Mapping[str, Any] | None = No
         found = read_config(source)
         kinds = found.architectures or []
         if kinds and not any(kind.endswith("ForCausalLM") for kind in kinds):
-            raise RunError(f"from: {source} is no causal language model, but {', '.join(kinds)}.")
+            raise SettingError("from", f"{source} is no causal language model, but {', '.join(kinds)}.")
         if found.model_type == OWN and _implicit(found):
             _check_converted(settings, found, said or {})
             assert isinstance(found, ImplicitAttentionConfig)
@@ -103,18 +104,19 @@ def _config(settings: Settings, source: str, said: Mapping[str, Any] | None = No
         layers = "all" if settings.layers == "auto" else settings.layers
         return target(found, layers, self_query=settings.self_query, values=settings.values)[0]
     except ConversionError as error:
-        raise RunError(f"from: {error}") from None
+        raise SettingError("from", f"{error}") from None
 
 
 def _check_converted(settings: Settings, config: PreTrainedConfig, said: Mapping[str, Any]) -> None:
     if settings.layers != "auto":
-        raise RunError("layers: the model of --from has implicit layers already: leave it out.")
+        raise SettingError("layers", "the model of --from has implicit layers already: leave it out.")
     for name in ("self_query", "values"):
         wanted, has = said.get(name), getattr(config, name)
         if wanted not in (has, None):
-            raise RunError(
-                f"{name}: the model of --from has {has}, which training cannot change: leave it out, or convert the "
-                f"original with {wanted}."
+            raise SettingError(
+                name,
+                f"the model of --from has {has}, which training cannot change: leave it out, or convert the "
+                f"original with {wanted}.",
             )
 
 
@@ -137,11 +139,11 @@ def _from_source(settings: Settings, solver: dict[str, str]) -> ImplicitAttentio
             dtype=torch.float32,
         ).model  # fmt: skip
     except ConversionError as error:
-        raise RunError(f"from: {error}") from None
+        raise SettingError("from", f"{error}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise RunError(f"from: {source} cannot be read: {reason(error)}") from None
+        raise SettingError("from", f"{source} cannot be read: {reason(error)}") from None
     if not isinstance(model, ImplicitAttentionForCausalLM):
-        raise RunError(f"from: {source} is no causal language model.")
+        raise SettingError("from", f"{source} is no causal language model.")
     return model
 
 
@@ -159,7 +161,7 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, local_files_only=True, **options)
     except Exception as error:  # of many kinds: transformers guesses at the files
-        raise RunError(f"from: {path} has no tokenizer that transformers can read: {reason(error)}") from None
+        raise SettingError("from", f"{path} has no tokenizer that transformers can read: {reason(error)}") from None
     return found
 
 

@@ -124,8 +124,8 @@ def test_each_fault_is_one_line_and_status_2(text, tmp_path, done):
     )
     (tmp_path / "short").write_bytes(b"short")
     assert refused("train", "--data", tmp_path / "short", "--out", out).startswith(f"{head}--data has too little text")
-    assert refused("train", "--steps", "-1") == f"{head}steps: must be an integer of at least 1, but is -1."
-    assert refused("train", "--attention", "odd").startswith(f"{head}attention: must be one of implicit, ordinary")
+    assert refused("train", "--steps", "-1") == f"{head}--steps: must be an integer of at least 1, but is -1."
+    assert refused("train", "--attention", "odd").startswith(f"{head}--attention: must be one of implicit, ordinary")
     assert refused("train", "--config", tmp_path / "no.yaml").startswith(f"{head}cannot read --config")
     assert refused("train", "--out", done[0]).startswith(f"{head}--out {done[0]} has a run already")
     assert refused("train", "--out", text) == f"{head}cannot read --out {text}: Not a directory"
@@ -139,6 +139,16 @@ def test_each_fault_is_one_line_and_status_2(text, tmp_path, done):
     assert refused("generate", "--model", done[0], "--temperature", 0) == (
         f"{head}--temperature 0 must be at least 1e-06: for the most likely byte, use --greedy"
     )
+
+
+def test_a_setting_is_named_as_it_was_given(tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text("map-rate: 0.5\nheads: 3\n")
+    head = "implicit-attention train: "
+    assert refused("train", "--config", config).startswith(f"{head}heads: must divide embed_dim")
+    assert refused("train", "--config", config, "--heads", "2").startswith(f"{head}map_rate: only acts with --from")
+    assert refused("train", "--map-rate", "0.5").startswith(f"{head}--map-rate: only acts with --from")
+    assert refused("train", "--from", tmp_path / "no").startswith(f"{head}--from: {tmp_path}/no does not exist")
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_any_work(monkeypatch, text, tmp_path):

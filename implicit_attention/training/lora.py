@@ -28,7 +28,7 @@ def add(model: nn.Module, weights: int) -> int:
 
     Raises:
         ModuleNotFoundError: If peft is not installed.
-        RunError: If they are more than changes of full rank have.
+        SettingError: If they are more than changes of full rank have.
     """
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -67,7 +67,7 @@ def check_effect(said: Mapping[str, Any], settings: Settings) -> None:
         settings: All settings.
 
     Raises:
-        RunError: If there is one.
+        SettingError: If there is one.
     """
     _check_kind(said, settings.source)
     if settings.source is None:

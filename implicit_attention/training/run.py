@@ -85,7 +85,8 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
         The plan.
 
     Raises:
-        RunError: If the settings do not fit, or the directory does not.
+        SettingError: If the settings do not fit.
+        RunError: If the directory does not.
     """
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
         flags = {"fsdp": True, **flags}  # `training.sharding` does it instead of accelerate, on every device
@@ -236,7 +237,7 @@ def arguments(settings: Settings, *, measured_first: bool = False) -> TrainingAr
         The arguments of a `Trainer`.
 
     Raises:
-        RunError: If the settings do not fit this machine or the number of processes.
+        SettingError: If the settings do not fit this machine or the number of processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     part, rest = divmod(settings.batch_size, world * settings.accumulate)

@@ -279,7 +279,7 @@ def check(name: str, value: Any) -> Any:
         value: What it is to be.
 
     Raises:
-        RunError: If it cannot be that.
+        SettingError: If it cannot be that.
     """
     if value is None and FIELDS[name].default is None:
         return None

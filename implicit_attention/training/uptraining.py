@@ -42,7 +42,8 @@ def fitted(settings: Settings, said: Mapping[str, Any]) -> Settings:
         The settings. A `length` that the user did not give is no larger than the model's.
 
     Raises:
-        RunError: If the model cannot be trained as the settings say.
+        SettingError: If the model cannot be trained as the settings say.
+        RunError: If `length` is named and larger than the model's.
     """
     assert settings.source is not None
     if settings.train == "lora":

@@ -40,6 +40,11 @@ class Came(str):
     """A description of what came, in words: `bad_value` prints it as it is."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, such as "1 step" or "2,000 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def bad_value(argument: str, expected: str, got: object, remedy: str = "") -> ValueError:
     """Return the `ValueError` for an argument with a value that cannot work."""
     return ValueError(_sentence(argument, expected, got, remedy))

@@ -14,12 +14,12 @@ def generate(
         Path,
         typer.Option(help="Directory of a run of [bold]implicit-attention train[/bold], or one of its checkpoints."),
     ],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "\n",
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default="a line break")] = "\n",
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Bytes to write.", show_default="as many as fit the model's length")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=1e-6, help="Below 1, likely bytes become more likely.", show_default="1.0")
+        float | None, typer.Option(help="Above 0. Below 1, likely bytes become more likely.", show_default="1.0")
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Choose only among the k most likely bytes.")] = None,
     top_p: Annotated[

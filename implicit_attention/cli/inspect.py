@@ -1,6 +1,8 @@
 """`implicit-attention inspect`: a report of a model's equilibria, as one file for a browser."""
 
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from implicit_attention.cli import output
 from implicit_attention.cli.faults import one_line
+from implicit_attention.errors import counted
 from implicit_attention.inspection.inspecting import implicit_layers, inspect
 from implicit_attention.inspection.report import Report
 from implicit_attention.seed import ImplicitQueryAttentionLinearV
@@ -20,8 +23,15 @@ def inspect_command(
         Path | None,
         typer.Option(help="Directory of a run of [bold]implicit-attention train[/bold], or one of its checkpoints."),
     ] = None,
-    text: Annotated[str | None, typer.Option(help="A text, or a file that holds one.", metavar="TEXT|FILE")] = None,
-    out: Annotated[Path, typer.Option(help="The page to write.", metavar="FILE.html")] = Path("report.html"),
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="A text, or a file that holds one. What looks like a path must be a file: to inspect it as a text, "
+            "begin it with a blank, which is a part of the text then.",
+            metavar="TEXT|FILE",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write, in HTML.", metavar="FILE.html")] = Path("report.html"),
     seed_example: Annotated[
         bool, typer.Option("--seed-example", help="Inspect the original example instead of a model.")
     ] = False,
@@ -44,6 +54,8 @@ def inspect_command(
 def _write(out: Path, model: Path | None, text: str | None, layer: int | None, seed_example: bool) -> Report:
     if seed_example == (model is not None):
         raise RunError("give either --model DIR or --seed-example")
+    if out.suffix.lower() not in ("", ".html", ".htm"):
+        raise RunError(f"--out {out}: the page is HTML: use --out {out.with_suffix('.html')}")
     try:
         output.prepare(out.parent, (out.name,))
         report = _example(text, layer) if model is None else _of_model(model, text, layer)
@@ -71,26 +83,44 @@ def _example(text: str | None, layer: int | None) -> Report:
 def _of_model(directory: Path, text: str | None, layer: int | None) -> Report:
     from implicit_attention.training import generation
 
+    if text is None:
+        raise RunError("give --text TEXT or --text FILE with --model")
     content = _content(text)
     loaded = generation.load(directory, device="cpu")
-    longest = loaded.config.max_position_embeddings
-    if not 0 < len(content) <= longest:
-        raise RunError(f"--text has {len(content)} bytes: the model's sequences have 1 to {longest}")
+    _check_length(text, content, loaded.config.max_position_embeddings)
     names = implicit_layers(loaded)
+    if not names:
+        raise RunError(f"--model {directory} has only ordinary layers: there is no equilibrium to inspect")
     if layer is not None and layer >= len(names):
-        raise RunError(f"--layer {layer} was not found: the model has {len(names)} implicit layers, counted from 0")
+        raise RunError(
+            f"--layer {layer} was not found: the model has {counted(len(names), 'implicit layer')}, counted from 0"
+        )
     tokens = torch.tensor([list(content)])
     labels = [chr(byte) if 32 <= byte < 127 or byte in b"\n\t" else f"\\x{byte:02x}" for byte in content]
     return inspect(loaded, tokens, tokens=labels, layers=None if layer is None else [names[layer]])
 
 
-def _content(text: str | None) -> bytes:
+def _content(text: str) -> bytes:
     """The bytes of a text, or of the file that it names."""
-    if text is None:
-        raise RunError("give --text TEXT or --text FILE with --model")
     if not os.path.isfile(text):
+        if _looks_like_a_path(text):
+            raise RunError(f"--text {text} is no file: to inspect it as a text, use --text {shlex.quote(' ' + text)}")
         return text.encode("utf-8", "surrogateescape")
     try:
         return Path(text).read_bytes()
     except OSError as error:
         raise unreadable("--text", Path(text), error) from None
+
+
+def _looks_like_a_path(text: str) -> bool:
+    """Whether a text has no blank, and a path's separator or the suffix of a file."""
+    return not re.search(r"\s", text) and (os.path.basename(text) != text or bool(re.search(r"\w\.\w+$", text)))
+
+
+def _check_length(text: str, content: bytes, longest: int) -> None:
+    if 0 < len(content) <= longest:
+        return
+    remedy = ""
+    if content and os.path.isfile(text):
+        remedy = f"; take its first: head -c {longest} {shlex.quote(text)} > part.txt, then --text part.txt"
+    raise RunError(f"--text has {counted(len(content), 'byte')}: the model's sequences have 1 to {longest}{remedy}")

@@ -20,6 +20,8 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from implicit_attention.errors import counted
+
 
 class _Note(ProgressColumn):
     """The figures, cut off where the terminal ends; step, total and time left stay whole."""
@@ -96,9 +98,8 @@ class _Callback(TrainerCallback):
             if not self.display.console.is_terminal:
                 self._print(f"step {state.global_step}/{state.max_steps}: {self.note}, {self._left(state)} left")
         if "eval_bits_per_byte" in logs:
-            self._print(
-                f"step {state.global_step}: held out {logs['eval_bits_per_byte']:.4f} bits per byte; {self.note}"
-            )
+            figures = f"; {self.note}" if self.note else ""
+            self._print(f"step {state.global_step}: held out {logs['eval_bits_per_byte']:.4f} bits per byte{figures}")
 
     def _print(self, line: str) -> None:
         self.display.console.print(escape(line), highlight=False, soft_wrap=True)
@@ -122,7 +123,7 @@ def note(logs: dict[str, float]) -> str:
     parts = [f"loss {logs['loss']:.3f}", f"{logs['bits_per_byte']:.3f} bits/byte"]
     parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
     if "solver_steps" in logs:
-        parts += [f"{logs['solver_steps']:.0f} solver steps", f"residual {logs['residual']:.0e}"]
+        parts += [counted(round(logs["solver_steps"]), "solver step"), f"residual {logs['residual']:.0e}"]
     if "gain" in logs:
         parts.append(f"gain {logs['gain']:.2f}")
     return ", ".join(parts)

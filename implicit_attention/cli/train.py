@@ -3,8 +3,8 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +16,11 @@ from rich.markup import escape
 from implicit_attention.cli import output
 from implicit_attention.cli.environment import environment
 from implicit_attention.cli.faults import first_process, one_line
+from implicit_attention.errors import counted
 from implicit_attention.inspection import plots
-from implicit_attention.training.faults import RunError, unwritable
+from implicit_attention.training.faults import RunError, SettingError, unwritable
 from implicit_attention.training.resolving import read_yaml
-from implicit_attention.training.settings import FIELDS, PRESETS, UPTRAINING, Settings, flag, plain_type
+from implicit_attention.training.settings import FIELDS, FLAGS, PRESETS, UPTRAINING, Settings, flag, plain_type
 
 if TYPE_CHECKING:
     from implicit_attention.training.run import Result
@@ -50,14 +51,17 @@ def train(*, config: Path | None, resume: bool, **flags: Any) -> None:
         from implicit_attention.training import run
 
         said = {name: value for name, value in flags.items() if value is not None}
-        plan = run.plan(said, read_yaml(config) if config else {}, resume=resume)
+        file = read_yaml(config) if config else {}
+        with _as_typed(file.keys() - said.keys()):
+            plan = run.plan(said, file, resume=resume)
         settings = plan.settings
         made = not settings.directory.exists()
         if first_process():
             _prepare(settings.directory)
         console = Console(stderr=True)
         try:
-            result = _run(run.run, plan, console)
+            with _as_typed(file.keys() - said.keys()):
+                result = _run(run.run, plan, console)
         except KeyboardInterrupt:
             _interrupted(settings)
         except RunError:
@@ -67,6 +71,18 @@ def train(*, config: Path | None, resume: bool, **flags: Any) -> None:
             raise
         if result is not None:
             _report(settings, result)
+
+
+@contextmanager
+def _as_typed(in_file: Set[str]) -> Iterator[None]:
+    """Name a setting by its flag in a message, unless it comes from the YAML file."""
+    try:
+        yield
+    except SettingError as fault:
+        name = FLAGS.get(fault.setting, fault.setting)
+        if name in in_file:
+            raise
+        raise RunError(f"{flag(name)}: {fault.sentence}") from None
 
 
 def _prepare(directory: Path) -> None:
@@ -114,8 +130,8 @@ def _report(settings: Settings, result: "Result") -> None:
         raise unwritable("--out", directory, error) from None
     print(
         f"held out: {result.bits_per_byte:.4f} bits per byte ({settings.kind}, "
-        f"{settings.steps} steps, seed {settings.seed}, {result.parameters:,} weights, "
-        f"{result.held_out_bytes:,} bytes); the model is in {directory}"
+        f"{counted(settings.steps, 'step')}, seed {settings.seed}, {counted(result.parameters, 'weight')}, "
+        f"{counted(result.held_out_bytes, 'byte')}); the model is in {directory}"
     )
 
 

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.equilibrium.solvers.base import AdjointSolution, in_one_line
-from implicit_attention.errors import NOT_FINITE, ConvergenceError, ConvergenceWarning, NonFiniteError, check_choice
+from implicit_attention.errors import (
+    NOT_FINITE,
+    ConvergenceError,
+    ConvergenceWarning,
+    NonFiniteError,
+    check_choice,
+    counted,
+)
 
 MODES = ("warn", "raise", "ignore")
 _HANDLES = itertools.count(1)
@@ -139,7 +146,8 @@ class FailureReport:
         trust = "" if name == "equilibrium" else "The gradient is not to be trusted. "
         self._say(
             f"the {name} was not solved: {failed} of {solution.converged.numel()} systems are above tolerance "
-            f"after {int(solution.steps.max())} steps (largest residual {float(solution.residual.max()):.2e}). "
+            f"after {counted(int(solution.steps.max()), 'step')} "
+            f"(largest residual {float(solution.residual.max()):.2e}). "
             f"{trust}{solver.remedy}{self.advice}",
             count,
         )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from implicit_attention.errors import check_choice
+from implicit_attention.errors import check_choice, counted
 
 SETTLED = "settled"
 
@@ -129,7 +129,7 @@ class LayerReport:
         if self.settles and self.structure == "causal" and not bool(self.gain.any()):
             head = f"{first}. No token depends on itself, so each follows from those before it, and all gains are 0."
             return " ".join([head, *(f"{t.sentence} {t.advice}" for t in self.troubles)])
-        steps = f"after at most {int(self.steps.max())} steps of {self.solver.partition('(')[0]}"
+        steps = f"after at most {counted(int(self.steps.max()), 'step')} of {self.solver.partition('(')[0]}"
         exactly = "" if self.method.startswith("exact") else " (an estimate)"
         head = (
             f"{first} {steps}. Largest gain {float(self.gain.max()):.3g}, spectral radius {self.radius:.3g}{exactly}."

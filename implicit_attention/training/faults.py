@@ -7,6 +7,25 @@ class RunError(Exception):
     """A run cannot start or continue, for a reason that its user can mend. The message is one line."""
 
 
+class SettingError(RunError):
+    """A setting cannot be.
+
+    Attributes:
+        setting: Its name in a YAML file.
+        sentence: What is wrong with it.
+    """
+
+    def __init__(self, setting: str, sentence: str) -> None:
+        """Make it.
+
+        Args:
+            setting: Its name in a YAML file.
+            sentence: What is wrong with it.
+        """
+        super().__init__(f"{setting}: {sentence}")
+        self.setting, self.sentence = setting, sentence
+
+
 def unreadable(what: str, path: Path, error: OSError) -> RunError:
     """Return the fault of a file or directory that cannot be read.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
+from implicit_attention.errors import counted
 from implicit_attention.hf import ConversionError, ImplicitAttentionConfig, ImplicitAttentionForCausalLM
 from implicit_attention.hf.conversion.loading import load_whole
 from implicit_attention.training import checkpoint as storage
@@ -20,6 +21,7 @@ from implicit_attention.training.faults import RunError
 from implicit_attention.training.tokenizer import END, VOCABULARY
 
 Writer = Callable[[bytes], None]
+_COLDEST = 1e-6  # temperature: logits that it divides stay finite
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,15 @@ class Choice:
     greedy: bool = False
 
     def __post_init__(self) -> None:
-        """Raise a `RunError` if the settings contradict each other."""
+        """Raise a `RunError` if the settings contradict each other, or the temperature is too low."""
         useless = [name for name in ("temperature", "top_k", "top_p") if getattr(self, name) is not None]
         if self.greedy and useless:
             raise RunError(f"--greedy makes --{useless[0].replace('_', '-')} useless: leave out one of them")
+        if self.temperature is not None and not self.temperature >= _COLDEST:
+            raise RunError(
+                f"--temperature {self.temperature:g} must be at least {_COLDEST:g}: for the most likely byte, use "
+                "--greedy"
+            )
 
 
 def load(directory: Path, *, device: str = "auto") -> ImplicitAttentionForCausalLM:
@@ -120,7 +127,8 @@ def write_on(
     room = longest - len(prompt)
     if room < (count or 1):
         raise RunError(
-            f"--prompt has {len(prompt)} bytes and {count or 1} more do not fit: the model's sequences have {longest}; "
+            f"--prompt has {counted(len(prompt), 'byte')} and {count or 1} more do not fit: "
+            f"the model's sequences have {longest}; "
             + (f"use --max-new-tokens {room} at most" if room > 0 else "shorten the prompt")
         )
     tokens = torch.tensor([list(prompt)], device=model.device)

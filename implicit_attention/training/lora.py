@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from implicit_attention.training.faults import RunError
+from implicit_attention.training.faults import SettingError
 
 _MAPS = re.compile(r".*\.attention\.(W_Q|W_K|W_V|Omega_V|out_proj)")
 _FACTOR = 2  # on the change
@@ -28,7 +28,7 @@ def add(model: nn.Module, weights: int) -> int:
 
     Raises:
         ModuleNotFoundError: If peft is not installed.
-        RunError: If they are more than changes of full rank have.
+        SettingError: If they are more than changes of full rank have.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -36,8 +36,10 @@ def add(model: nn.Module, weights: int) -> int:
     per_rank = sum(sum(size) for size in sizes)
     rank, full = max(1, round(weights / per_rank)), min(min(size) for size in sizes)
     if rank > full:
-        raise RunError(f"lora_weights: must be at most {full * per_rank:,}, the weights of a change of rank {full}, "
-                       f"but is {weights:,}")  # fmt: skip
+        raise SettingError(
+            "lora_weights",
+            f"must be at most {full * per_rank:,}, the weights of a change of rank {full}, but is {weights:,}",
+        )
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=_FACTOR * rank, target_modules=_MAPS.pattern), model, adapter_name=_NAME
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from implicit_attention.training.faults import RunError, reason, unreadable
+from implicit_attention.training.faults import RunError, SettingError, reason, unreadable
 from implicit_attention.training.settings import (
     FIELDS,
     FLAGS,
@@ -49,7 +49,7 @@ def resolve(
             said[name] = os.path.abspath(said[name])  # a run may be resumed from another directory
     if run is not None:
         _check_agreement(said, run)
-    kept = {name: value for name, value in (run or {}).items() if name in FIELDS}
+    kept = {name: check(name, value) for name, value in (run or {}).items() if name in FIELDS}
     layers = {**kept, **said}
     preset = check("preset", layers.get("preset", FIELDS["preset"].default))
     base = PRESETS[preset] if layers.get("source") is None else UPTRAINING
@@ -67,7 +67,7 @@ def check_effect(said: Mapping[str, Any], settings: Settings) -> None:
         settings: All settings.
 
     Raises:
-        RunError: If there is one.
+        SettingError: If there is one.
     """
     _check_kind(said, settings.source)
     if settings.source is None:
@@ -79,7 +79,7 @@ def check_effect(said: Mapping[str, Any], settings: Settings) -> None:
     }
     for name, (ignored, why) in useless.items():
         if ignored and said.get(name) is not None:
-            raise RunError(f"{name}: {why}: leave it out.")
+            raise SettingError(name, f"{why}: leave it out.")
 
 
 def _check_kind(said: Mapping[str, Any], source: str | None) -> None:
@@ -88,15 +88,16 @@ def _check_kind(said: Mapping[str, Any], source: str | None) -> None:
     for name in useless:
         if said.get(name, FIELDS[name].default) != FIELDS[name].default:
             end = "only acts with --from DIR" if source is None else "comes from the model of --from"
-            raise RunError(f"{name}: {end}: leave it out.")
+            raise SettingError(name, f"{end}: leave it out.")
 
 
 def _check_agreement(said: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     for name, value in said.items():
         if FIELDS[name].metadata["fixed"] and name in run and run[name] != value:
-            raise RunError(
-                f"{FIELDS[name].metadata['flag'] or name}: {value} contradicts the run that is resumed, which has "
-                f"{run[name]}: leave it out, or choose another --out for a new run."
+            raise SettingError(
+                FIELDS[name].metadata["flag"] or name,
+                f"{value} contradicts the run that is resumed, which has "
+                f"{run[name]}: leave it out, or choose another --out for a new run.",
             )
 
 

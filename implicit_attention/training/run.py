@@ -17,7 +17,7 @@ from implicit_attention import files
 from implicit_attention.errors import ConvergenceWarning, NonFiniteError
 from implicit_attention.training import checkpoint as storage
 from implicit_attention.training import corpus, uptraining
-from implicit_attention.training.faults import RunError, reason, unwritable
+from implicit_attention.training.faults import RunError, SettingError, reason, unwritable
 from implicit_attention.training.model import build
 from implicit_attention.training.packed import pack
 from implicit_attention.training.resolving import check_effect, resolve
@@ -85,7 +85,8 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
         The plan.
 
     Raises:
-        RunError: If the settings do not fit, or the directory does not.
+        SettingError: If the settings do not fit.
+        RunError: If the directory does not.
     """
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
         flags = {"fsdp": True, **flags}  # `training.sharding` does it instead of accelerate, on every device
@@ -112,7 +113,7 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
             )
         check_effect({**file, **flags}, settings)
         if settings.source is not None:
-            uptraining.check(settings, {**file, **flags})
+            settings = uptraining.fitted(settings, {**file, **flags})
         return Plan(settings)
     if not found:
         raise RunError(
@@ -122,8 +123,8 @@ def plan(flags: Mapping[str, Any], file: Mapping[str, Any], *, resume: bool) -> 
     settings = resolve({**flags, "out": str(settings.directory)}, file, content["settings"])
     check_effect({**file, **flags}, settings)
     if settings.steps < content["done"]:
-        raise RunError(
-            f"steps: the run in {settings.directory} is at step {content['done']} already, beyond {settings.steps}"
+        raise SettingError(
+            "steps", f"the run in {settings.directory} is at step {content['done']} already, beyond {settings.steps}"
         )
     return Plan(settings, found[-1], content["done"], content["fingerprint"])
 
@@ -153,6 +154,8 @@ def run(plan: Plan, *, say: Callable[[str], None] = print, callbacks: Sequence[T
             f"--data {settings.data} has changed since the run in {settings.directory} started, so it cannot continue: "
             "restore the data, or start a new run with another --out"
         )
+    if plan.resumed is not None:
+        say(f"resuming {settings.directory} at step {plan.done} of {settings.steps}")
     with _explained(settings), warnings.catch_warnings(), ExitStack() as stack:
         # `health` reports missed tolerances, with the step and a remedy.
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -234,23 +237,25 @@ def arguments(settings: Settings, *, measured_first: bool = False) -> TrainingAr
         The arguments of a `Trainer`.
 
     Raises:
-        RunError: If the settings do not fit this machine or the number of processes.
+        SettingError: If the settings do not fit this machine or the number of processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     part, rest = divmod(settings.batch_size, world * settings.accumulate)
     if rest:
-        raise RunError(
-            f"batch_size: must be a multiple of accumulate x processes = {settings.accumulate} x {world}, "
-            f"but is {settings.batch_size}."
+        raise SettingError(
+            "batch_size",
+            f"must be a multiple of accumulate x processes = {settings.accumulate} x {world}, "
+            f"but is {settings.batch_size}.",
         )
     if settings.fsdp and world == 1:
-        raise RunError(
-            "fsdp: needs several processes: use torchrun --nproc-per-node 2 -m implicit_attention.cli train ..., or "
-            "--no-fsdp for one process"
+        raise SettingError(
+            "fsdp",
+            "needs several processes: use torchrun --nproc-per-node 2 -m implicit_attention.cli train ..., or "
+            "--no-fsdp for one process",
         )
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
-        raise RunError("device: no CUDA device was found: use --device cpu.")
+        raise SettingError("device", "no CUDA device was found: use --device cpu.")
     return TrainingArguments(
         output_dir=str(settings.directory),
         max_steps=settings.steps,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from implicit_attention import recommended
-from implicit_attention.training.faults import RunError
+from implicit_attention.causal.engines import RENAMED
+from implicit_attention.training.faults import RunError, SettingError
 
 
 def _setting(
@@ -51,8 +52,8 @@ class Settings:
     )
     self_query: Literal["input", "output"] = _setting(
         recommended.CAUSAL_LM["self_query"],
-        "Implicit only: what token i's own query is made from in row i. [bold]input[/bold]: exactly one solution, and "
-        "the cheapest. [bold]output[/bold]: the original equation.",
+        "Implicit only: what token i's own query is made from in row i. [bold]input[/bold]: exactly one solution. "
+        "[bold]output[/bold]: the original equation. Both cost about the same.",
         "Model",
         fixed=True,
     )
@@ -64,7 +65,14 @@ class Settings:
         "Model",
         fixed=True,
     )
-    length: int = _setting(128, "Longest sequence in bytes, with --from in tokens, N.", "Model", low=2, fixed=True)
+    length: int = _setting(
+        128,
+        "Longest sequence in bytes, with --from in tokens, N. If you do not name it with --from, it is no larger than "
+        "the model's.",
+        "Model",
+        low=2,
+        fixed=True,
+    )
     embed_dim: int = _setting(128, "Width of a token, D.", "Model", low=1, fixed=True)
     layers: int | str = _setting(
         1,
@@ -75,7 +83,9 @@ class Settings:
         fixed=True,
         metavar="NUMBER|WHICH",
     )
-    heads: int = _setting(4, "Attention heads, a divisor of embed-dim.", "Model", low=1, fixed=True)
+    heads: int = _setting(
+        4, "Attention heads. --embed-dim divided by them must be an even number.", "Model", low=1, fixed=True
+    )
     source: str | None = _setting(
         None,
         "Train on a model that is trained already: a directory of transformers, converted or not, or a GGUF file. Text "
@@ -137,10 +147,10 @@ class Settings:
     save_every: int = _setting(250, "Steps between checkpoints.", "Run", low=1)
     keep: int = _setting(2, "Number of newest checkpoints to keep.", "Run", low=1)
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "Device to compute on.", "Run")
-    kernel: Literal["auto", "torch", "cpp", "numba"] = _setting(
+    kernel: Literal["auto", "torch", "cpp"] = _setting(
         "auto",
-        "Kernels of the implicit layers. [bold]auto[/bold]: cpp on a CPU, on a CUDA device Triton's if they pass a "
-        "self-test, torch elsewhere. [bold]numba[/bold] is the old name of cpp.",
+        "Kernels of the implicit layers. [bold]auto[/bold]: cpp on a CPU, Triton's on a CUDA device if they pass a "
+        "self-test, torch elsewhere.",
         "Run",
     )
     bf16: bool = _setting(False, "Compute in bfloat16, with weights in float32.", "Run")
@@ -155,18 +165,19 @@ class Settings:
         for name in FIELDS:
             check(name, getattr(self, name))
         if self.source is None and not (isinstance(self.layers, int) and self.layers > 0):
-            raise RunError(f"layers: must be an integer of at least 1 without --from, but is {self.layers!r}.")
+            raise SettingError("layers", f"must be an integer of at least 1 without --from, but is {self.layers!r}.")
         if self.embed_dim % (2 * self.heads):
-            raise RunError(
-                f"heads: must divide embed_dim into parts of even size, but embed_dim is {self.embed_dim} and heads "
-                f"{self.heads}."
+            raise SettingError(
+                "heads",
+                f"must divide embed_dim into parts of even size, but embed_dim is {self.embed_dim} and heads "
+                f"{self.heads}.",
             )
         if self.values == "feedback" and self.self_query == "output":
-            raise RunError("values: feedback needs self_query input: elsewhere an equation may have no solution.")
+            raise SettingError("values", "feedback needs self_query input: elsewhere an equation may have no solution.")
         if self.batch_size % self.accumulate:
-            raise RunError(
-                f"accumulate: must divide batch_size, but batch_size is {self.batch_size} and accumulate "
-                f"{self.accumulate}."
+            raise SettingError(
+                "accumulate",
+                f"must divide batch_size, but batch_size is {self.batch_size} and accumulate {self.accumulate}.",
             )
 
     @property
@@ -268,11 +279,13 @@ def check(name: str, value: Any) -> Any:
         value: What it is to be.
 
     Raises:
-        RunError: If it cannot be that.
+        SettingError: If it cannot be that.
     """
     if value is None and FIELDS[name].default is None:
         return None
     kind, words = plain_type(name)
+    if name == "kernel":
+        value = RENAMED.get(value, value)  # in the record of an older run
     if TYPES[name] == int | str:  # a number, however it is written, or else words
         with contextlib.suppress(TypeError, ValueError):
             value = value if isinstance(value, (bool, float)) else int(value)
@@ -282,13 +295,13 @@ def check(name: str, value: Any) -> Any:
         with contextlib.suppress(TypeError, ValueError):
             value = float(value)
     if type(value) is not kind:
-        raise RunError(f"{name}: must be {_KINDS[kind]}, but is {value!r}.")
+        raise SettingError(name, f"must be {_KINDS[kind]}, but is {value!r}.")
     if words and value not in words:
-        raise RunError(f"{name}: must be one of {', '.join(words)}, but is {value!r}.")
+        raise SettingError(name, f"must be one of {', '.join(words)}, but is {value!r}.")
     low, high = FIELDS[name].metadata["low"], FIELDS[name].metadata["high"]
     if kind in (int, float) and not low <= value <= (sys.float_info.max if high is None else high):
         bound = f"of at least {low}" if high is None else f"between {low} and {high}"
-        raise RunError(f"{name}: must be {_KINDS[kind]} {bound}, but is {value}.")
+        raise SettingError(name, f"must be {_KINDS[kind]} {bound}, but is {value}.")
     return value
 
 

@@ -1,6 +1,7 @@
 """A model that is trained already, as the start of a run: read, converted, and told which of its weights learn."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from implicit_attention.hf.conversion.architecture import NEW, OWN
 from implicit_attention.hf.conversion.convert import read_config, target
 from implicit_attention.hf.conversion.loading import load_whole
 from implicit_attention.training import lora
-from implicit_attention.training.faults import RunError, reason
+from implicit_attention.training.faults import RunError, SettingError, reason
 from implicit_attention.training.settings import Settings
 
 
@@ -30,33 +31,37 @@ class Start(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def check(settings: Settings, said: Mapping[str, Any]) -> None:
-    """Refuse a model that cannot be trained as the settings say, before any of its weights are read.
+def fitted(settings: Settings, said: Mapping[str, Any]) -> Settings:
+    """Return settings that fit the model, before any of its weights are read.
 
     Args:
         settings: Settings with a `source`.
         said: Those that the user gave.
 
+    Returns:
+        The settings. A `length` that the user did not give is no larger than the model's.
+
     Raises:
-        RunError: If it cannot.
+        SettingError: If the model cannot be trained as the settings say.
+        RunError: If `length` is named and larger than the model's.
     """
     assert settings.source is not None
     if settings.train == "lora":
         try:
             import peft  # noqa: F401
         except ModuleNotFoundError:
-            raise RunError("train: lora needs the package peft: pip install 'implicit-attention[lora]'") from None
+            raise SettingError("train", "lora needs the package peft: pip install 'implicit-attention[lora]'") from None
     config = _config(settings, settings.source, said)
     if settings.train == "query-map" and not _implicit(config):
-        raise RunError(
-            "train: no layer is implicit, so there is no query map to learn: name --layers, or use --train lora or all"
+        raise SettingError(
+            "train",
+            "no layer is implicit, so there is no query map to learn: name --layers, or use --train lora or all",
         )
-    if settings.length > config.max_position_embeddings:
-        raise RunError(
-            f"length: the model of --from has sequences of at most {config.max_position_embeddings} tokens, "
-            f"but is {settings.length}."
-        )
+    longest = int(config.max_position_embeddings)
+    if settings.length > longest and said.get("length") is not None:
+        raise RunError(f"--length {settings.length} is more than the model's {longest}: use --length {longest}")
     _tokenizer(Path(settings.source))
+    return replace(settings, length=min(settings.length, longest))
 
 
 def start(settings: Settings, checkpoint: Path | None) -> Start:
@@ -92,7 +97,7 @@ def _config(settings: Settings, source: str, said: Mapping[str, Any] | None = No
         found = read_config(source)
         kinds = found.architectures or []
         if kinds and not any(kind.endswith("ForCausalLM") for kind in kinds):
-            raise RunError(f"from: {source} is no causal language model, but {', '.join(kinds)}.")
+            raise SettingError("from", f"{source} is no causal language model, but {', '.join(kinds)}.")
         if found.model_type == OWN and _implicit(found):
             _check_converted(settings, found, said or {})
             assert isinstance(found, ImplicitAttentionConfig)
@@ -100,18 +105,19 @@ def _config(settings: Settings, source: str, said: Mapping[str, Any] | None = No
         layers = "all" if settings.layers == "auto" else settings.layers
         return target(found, layers, self_query=settings.self_query, values=settings.values)[0]
     except ConversionError as error:
-        raise RunError(f"from: {error}") from None
+        raise SettingError("from", f"{error}") from None
 
 
 def _check_converted(settings: Settings, config: PreTrainedConfig, said: Mapping[str, Any]) -> None:
     if settings.layers != "auto":
-        raise RunError("layers: the model of --from has implicit layers already: leave it out.")
+        raise SettingError("layers", "the model of --from has implicit layers already: leave it out.")
     for name in ("self_query", "values"):
         wanted, has = said.get(name), getattr(config, name)
         if wanted not in (has, None):
-            raise RunError(
-                f"{name}: the model of --from has {has}, which training cannot change: leave it out, or convert the "
-                f"original with {wanted}."
+            raise SettingError(
+                name,
+                f"the model of --from has {has}, which training cannot change: leave it out, or convert the "
+                f"original with {wanted}.",
             )
 
 
@@ -134,11 +140,11 @@ def _from_source(settings: Settings, solver: dict[str, str]) -> ImplicitAttentio
             dtype=torch.float32,
         ).model  # fmt: skip
     except ConversionError as error:
-        raise RunError(f"from: {error}") from None
+        raise SettingError("from", f"{error}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise RunError(f"from: {source} cannot be read: {reason(error)}") from None
+        raise SettingError("from", f"{source} cannot be read: {reason(error)}") from None
     if not isinstance(model, ImplicitAttentionForCausalLM):
-        raise RunError(f"from: {source} is no causal language model.")
+        raise SettingError("from", f"{source} is no causal language model.")
     return model
 
 
@@ -156,7 +162,7 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, local_files_only=True, **options)
     except Exception as error:  # of many kinds: transformers guesses at the files
-        raise RunError(f"from: {path} has no tokenizer that transformers can read: {reason(error)}") from None
+        raise SettingError("from", f"{path} has no tokenizer that transformers can read: {reason(error)}") from None
     return found
 
 

@@ -106,8 +106,16 @@ BAD = {
     "no-size": (lambda t, p: ["--model", t, "--max-shard-size", "0GB"], "must be such as 5GB or 200MB"),
     "tolerance": (lambda t, p: ["--model", t, "--tolerance", "0"], "more than a part of 0 (`tolerance`)"),
     "empty": (lambda t, p: ["--model", nothing(p)], "has no config.json"),
-    "nothing": (lambda t, p: ["--model", p / "x"], "has no config.json"),
-    "layers": (lambda t, p: ["--model", t, "--layers", "2-3"], "`layers` must be of the 3 layers 0 to 2, but got 3"),
+    "nothing": (
+        lambda t, p: ["--model", p / "x"],
+        "x does not exist, and models of the hub are not downloaded: run "
+        "hf download NAME --local-dir DIR, and name DIR.",
+    ),
+    "layers": (lambda t, p: ["--model", t, "--layers", "2-3"], "the model has layers 0 to 2, but 3 was asked for"),
+    "layer": (
+        lambda t, p: ["--model", changed(t, p, num_hidden_layers=1), "--layers", "1"],
+        "the model has layer 0 alone, but 1 was asked for",
+    ),
     "words": (lambda t, p: ["--model", t, "--layers", "some"], '`layers` must be "all", "none", or such as'),
     "another": (lambda t, p: ["--model", changed(t, p, model_type="gpt2")], "Models of type 'gpt2' cannot be"),
     "quantised": (
@@ -129,6 +137,13 @@ def test_bad_input_is_one_line(trained, tmp_path, arguments, message):
     assert last.startswith("implicit-attention convert: ")
     assert message in last
     assert sorted(tmp_path.iterdir()) == there
+
+
+def test_a_converted_model_is_named(trained, tmp_path):
+    assert invoke("--model", trained, "--out", tmp_path / "new").exit_code == 0
+    result = invoke("--model", tmp_path / "new", "--out", tmp_path / "newer")
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'new'} has implicit layers already: train it as it is." in result.stderr
 
 
 def test_a_directory_that_exists_is_refused(trained, tmp_path):

@@ -19,13 +19,22 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["inspect", *map(str, arguments)], prog_name="implicit-attention")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model = building.build(Settings(embed_dim=16, heads=2, layers=2, length=32, kernel="torch", self_query="output"))
+def made(path, **options):
+    """Write a small model."""
+    model = building.build(Settings(embed_dim=16, heads=2, layers=2, length=32, kernel="torch", **options))
     model.save_pretrained(path)
     byte_tokenizer(32).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("model"), self_query="output")
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("ordinary"), attention="ordinary")
 
 
 def test_the_page_of_a_model(trained, tmp_path):
@@ -43,6 +52,13 @@ def test_the_page_of_a_model(trained, tmp_path):
     assert one.exit_code == 0
     assert len(one.stdout.splitlines()) == 2
     assert one.stdout.startswith("model.layers.1")
+
+
+@pytest.mark.parametrize("text", ["two", "two.", "...", " nothere.txt", "and / or", "see a.txt"])
+def test_a_text_that_is_no_path_is_inspected(trained, tmp_path, text):
+    result = invoke("--model", trained, "--text", text, "--out", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert f"all {len(text)} tokens" in result.stdout
 
 
 def test_a_text_for_a_model_with_its_tokenizer(trained):
@@ -79,16 +95,28 @@ def test_the_seed_example(tmp_path):
         (["--model", "{model}", "--text", "a", "--out", "{model}/config.json/page.html"], "cannot write to --out"),
         (["--seed-example", "--out", "{model}"], "cannot write to --out"),
         (["--seed-example", "--text", "a"], "--seed-example makes --text useless"),
+        (["--model", "{model}", "--text", "a", "--out", "a.txt"], "the page is HTML: use --out a.html"),
+        (
+            ["--model", "{model}", "--text", "nothere.txt"],
+            "--text nothere.txt is no file: to inspect it as a text, use --text ' nothere.txt'",
+        ),
+        (["--model", "{model}", "--text", "no/where"], "--text no/where is no file"),
+        (
+            ["--model", "{model}", "--text", "{model}/config.json"],
+            "head -c 32 {model}/config.json > part.txt, then --text part.txt",
+        ),
+        (["--model", "{ordinary}", "--text", "a"], "--model {ordinary} has only ordinary layers"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(trained, tmp_path, arguments, words):
+def test_bad_input_is_one_line_and_status_2(trained, ordinary, tmp_path, arguments, words):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    said = [argument.format(model=trained, other=tmp_path) for argument in arguments]
+    places = {"model": trained, "ordinary": ordinary, "other": tmp_path}
+    said = [argument.format(**places) for argument in arguments]
     if "--out" not in said:
         said += ["--out", str(tmp_path / "page.html")]
     result = invoke(*said)
     assert result.exit_code == 2
-    assert words in result.stderr
+    assert words.format(**places) in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "page.html").exists()

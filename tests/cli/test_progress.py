@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from implicit_attention.cli.progress import Display
+from implicit_attention.cli.progress import Display, note
 
 LOGS = {
     "loss": 1.2345, "bits_per_byte": 1.781, "tokens_per_second": 123456.0, "solver_steps": 12.0, "residual": 3e-6,
@@ -50,3 +50,15 @@ def test_without_a_terminal_each_entry_of_the_logs_is_a_line():
         assert re.fullmatch(rf"step {step}/15000: loss 1.234, .* gain 0.42, (\d+ days?, )?\d+:\d\d:\d\d left", line), (
             line
         )
+
+
+def test_one_step_is_no_steps():
+    assert ", 1 solver step, " in note({**LOGS, "solver_steps": 1.0})
+    assert ", 12 solver steps, " in note(LOGS)
+
+
+def test_an_evaluation_before_the_first_step_has_no_figures_of_training():
+    page = StringIO()
+    callback = Display(Console(file=page, width=80)).callback()
+    callback.on_log(None, TrainerState(global_step=0), TrainerControl(), logs={"eval_bits_per_byte": 6.13374})
+    assert page.getvalue() == "step 0: held out 6.1337 bits per byte\n"

@@ -74,6 +74,7 @@ def test_resume_needs_nothing_but_the_directory(done, text, tmp_path):
     result = invoke("train", "--resume", "--out", cut)
     assert result.exit_code == 0
     assert "ordinary, tiny, 4 steps" in result.stdout
+    assert f"resuming {cut} at step 4 of 4\n" in result.stderr
 
 
 def test_settings_come_from_a_yaml_file_too(text, tmp_path):
@@ -82,7 +83,7 @@ def test_settings_come_from_a_yaml_file_too(text, tmp_path):
     config.write_text("\n".join([*lines, f"data: {text}", "attention: ordinary", "seed: 5"]))
     result = invoke("train", "--config", config, "--out", tmp_path / "run", "--steps", "1")
     assert result.exit_code == 0, result.output
-    assert "(ordinary, tiny, 1 steps, seed 5" in result.stdout
+    assert "(ordinary, tiny, 1 step, seed 5" in result.stdout
 
 
 def test_help_shows_every_setting_with_its_default():
@@ -97,9 +98,13 @@ def test_help_shows_every_setting_with_its_default():
         "[default: 0.003, 0.001 with small, 0.0006 with base, 0.0001 with --from]",
         "[default: runs/PRESET-ATTENTION-seedSEED]",
         "tiny|small|base",
+        "auto|torch|cpp Kernels of the implicit layers.",
+        "exactly one solution. output: the original equation. Both cost about the same.",
+        "--embed-dim divided by them must be an even number.",
     ):
         assert sentence in words
-    assert "--prompt" in invoke("generate", "--help").stdout
+    words = " ".join(invoke("generate", "--help", env={"COLUMNS": "100"}).stdout.replace("│", " ").split())
+    assert "Text to continue. [default: (a line break)]" in words
 
 
 def refused(*arguments):
@@ -119,8 +124,8 @@ def test_each_fault_is_one_line_and_status_2(text, tmp_path, done):
     )
     (tmp_path / "short").write_bytes(b"short")
     assert refused("train", "--data", tmp_path / "short", "--out", out).startswith(f"{head}--data has too little text")
-    assert refused("train", "--steps", "-1") == f"{head}steps: must be an integer of at least 1, but is -1."
-    assert refused("train", "--attention", "odd").startswith(f"{head}attention: must be one of implicit, ordinary")
+    assert refused("train", "--steps", "-1") == f"{head}--steps: must be an integer of at least 1, but is -1."
+    assert refused("train", "--attention", "odd").startswith(f"{head}--attention: must be one of implicit, ordinary")
     assert refused("train", "--config", tmp_path / "no.yaml").startswith(f"{head}cannot read --config")
     assert refused("train", "--out", done[0]).startswith(f"{head}--out {done[0]} has a run already")
     assert refused("train", "--out", text) == f"{head}cannot read --out {text}: Not a directory"
@@ -128,9 +133,22 @@ def test_each_fault_is_one_line_and_status_2(text, tmp_path, done):
     head = "implicit-attention generate: "
     assert refused("generate", "--model", tmp_path / "no").startswith(f"{head}--model {tmp_path}/no is not a directory")
     assert refused("generate", "--model", done[0], "--max-new-tokens", 99).startswith(
-        f"{head}--prompt has 1 bytes and 99"
+        f"{head}--prompt has 1 byte and 99"
     )
     assert refused("generate", "--model", done[0], "--greedy", "--top-p", 0.5).startswith(f"{head}--greedy makes")
+    assert refused("generate", "--model", done[0], "--temperature", 0) == (
+        f"{head}--temperature 0 must be at least 1e-06: for the most likely byte, use --greedy"
+    )
+
+
+def test_a_setting_is_named_as_it_was_given(tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text("map-rate: 0.5\nheads: 3\n")
+    head = "implicit-attention train: "
+    assert refused("train", "--config", config).startswith(f"{head}heads: must divide embed_dim")
+    assert refused("train", "--config", config, "--heads", "2").startswith(f"{head}map_rate: only acts with --from")
+    assert refused("train", "--map-rate", "0.5").startswith(f"{head}--map-rate: only acts with --from")
+    assert refused("train", "--from", tmp_path / "no").startswith(f"{head}--from: {tmp_path}/no does not exist")
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_any_work(monkeypatch, text, tmp_path):

@@ -146,7 +146,7 @@ def copy(directory, target):
         ),
         (lambda d: change(d, model_type=None), "its config.json has model_type None"),
         (lambda d: change(d, hidden_size=32), "has another shape for .* weights, such as model.embed_tokens.weight"),
-        (lambda d: change(d, vocab_size=300), "has another shape for 1 weights, such as model.embed_tokens.weight"),
+        (lambda d: change(d, vocab_size=300), "has another shape for 1 weight, such as model.embed_tokens.weight"),
     ],
 )
 def test_a_directory_without_a_sound_model_is_named_in_one_line(tmp_path, directory, damage, sentence):

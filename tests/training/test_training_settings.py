@@ -72,6 +72,13 @@ def test_a_setting_that_cannot_be_is_named(flags, sentence):
     assert str(caught.value) == sentence
 
 
+def test_the_old_name_of_a_kernel_is_understood_and_not_offered():
+    assert resolve({"kernel": "numba"}).kernel == "cpp"
+    assert resolve({}, None, {**dataclasses.asdict(Settings()), "kernel": "numba"}).kernel == "cpp"
+    with pytest.raises(RunError, match="kernel: must be one of auto, torch, cpp, but is 'odd'"):
+        resolve({"kernel": "odd"})
+
+
 def test_resuming_keeps_what_the_data_order_and_the_model_depend_on():
     run = dataclasses.asdict(Settings())
     for name in (

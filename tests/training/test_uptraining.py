@@ -138,9 +138,9 @@ def test_a_model_whose_weights_do_not_fit_is_refused(trained, tmp_path, change):
     else:
         tensors["model.layers.1.attention.more"] = torch.zeros(2)
     save_file(tensors, source / checkpoint.WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(RunError, match=rf"from: .* {change} 1 weights, such as model.layers.1.attention"):
+    with pytest.raises(RunError, match=rf"from: .* {change} 1 weight, such as model.layers.1.attention"):
         train(tmp_path, source)
-    with pytest.raises(RunError, match=rf"--model .* {change} 1 weights, such as model.layers.1.attention"):
+    with pytest.raises(RunError, match=rf"--model .* {change} 1 weight, such as model.layers.1.attention"):
         generation.load(source)
 
 
@@ -238,6 +238,16 @@ def test_a_model_that_train_has_made_is_converted_and_learns_on(tmp_path):
     assert tf.AutoConfig.from_pretrained(tmp_path / "run").block_types == ["full_attention", "implicit"]
 
 
+def test_a_length_that_is_not_named_fits_the_model(trained, tmp_path):
+    def planned(**named):
+        return run.plan({"source": str(trained), "out": str(tmp_path / "run"), **named}, {}, resume=False).settings
+
+    assert planned().length == 64, "the model's, which is less than 512"
+    assert planned(length=16).length == 16
+    with pytest.raises(RunError, match="--length 512 is more than the model's 64: use --length 64"):
+        planned(length=512)
+
+
 def refuse(trained, tmp_path, message, **changes):
     with pytest.raises(RunError, match=message) as caught:
         run.plan({"source": str(trained), "out": str(tmp_path / "run"), **SETTINGS, **changes}, {}, resume=False)
@@ -247,9 +257,10 @@ def refuse(trained, tmp_path, message, **changes):
 
 def test_what_cannot_be_is_refused_before_anything_is_written(trained, tmp_path, monkeypatch):
     refuse(tmp_path, tmp_path, "has no config.json")
-    refuse(trained, tmp_path, "`layers` must be of the 3 layers 0 to 2, but got 3", layers=3)
+    refuse("org/name", tmp_path, "org/name does not exist, and models of the hub are not downloaded")
+    refuse(trained, tmp_path, "the model has layers 0 to 2, but 3 was asked for", layers=3)
     refuse(trained, tmp_path, "no layer is implicit, so there is no query map to learn", layers="none")
-    refuse(trained, tmp_path, "sequences of at most 64 tokens, but is 65", length=65)
+    refuse(trained, tmp_path, "--length 65 is more than the model's 64: use --length 64", length=65)
     refuse(trained, tmp_path, "embed_dim: comes from the model of --from: leave it out", embed_dim=64)
     refuse(trained, tmp_path, 'needs `self_query="input"`|values: feedback needs self_query input', values="feedback",
            self_query="output")  # fmt: skip

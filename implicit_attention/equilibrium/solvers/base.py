@@ -10,7 +10,7 @@ from torch import Tensor
 
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium import residual as residuals
-from implicit_attention.errors import NonFiniteError, check_choice, check_positive
+from implicit_attention.errors import NonFiniteError, check_choice, check_positive, counted
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -99,7 +99,7 @@ def in_one_line(figures: Any) -> str:
         within, most, worst = int(converged.sum()), int(steps.max()), float(residual.detach().max())
     except RuntimeError:  # inside a transform or a trace, tensors have no numbers
         return f"{converged.numel()} systems"
-    return f"{within} of {converged.numel()} converged, at most {most} steps, largest residual {worst:.1e}"
+    return f"{within} of {converged.numel()} converged, at most {counted(most, 'step')}, largest residual {worst:.1e}"
 
 
 class System:

@@ -87,7 +87,8 @@ def chosen_layers(layers: str | int | slice | Iterable[int], count: int) -> list
     for index in wanted:
         whole = hasattr(index, "__index__") and not isinstance(index, bool)  # NumPy's integers too
         if not whole or not -count <= operator.index(index) < count:
-            raise ConversionError(f"`layers` must be of the {count} layers 0 to {count - 1}, but got {index!r}.")
+            there = f"layers 0 to {count - 1}" if count > 1 else "layer 0 alone"
+            raise ConversionError(f"`layers`: the model has {there}, but {index!r} was asked for.")
         found.add(operator.index(index) % count)
     return sorted(found)
 
@@ -175,7 +176,7 @@ def _own(source: PreTrainedConfig, layers: list[int]) -> dict[str, Any]:
     """The options of a model of ordinary blocks, where some become implicit."""
     count = source.num_hidden_layers
     if any(kind == "implicit" for kind in source.block_types[:count]):
-        raise ConversionError("It has implicit layers already: train it as it is.")
+        raise ConversionError(f"{source.name_or_path or 'The model'} has implicit layers already: train it as it is.")
     if not (source.is_causal and source.values == "linear" and source.out_proj):
         raise ConversionError('Its ordinary blocks must have is_causal=True, values="linear" and out_proj=True.')
     kept = ("self_query", "values", "solver", "adjoint", "on_failure", "equal_weights", "block_types", "dtype",

@@ -199,6 +199,11 @@ def read_config(path: str | PathLike[str]) -> PreTrainedConfig:
         ConversionError: If there is none, or it cannot be read.
     """
     folder, options = _place(path)
+    if not Path(path).exists():
+        raise ConversionError(
+            f"{fspath(path)} does not exist, and models of the hub are not downloaded: run "
+            "hf download NAME --local-dir DIR, and name DIR."
+        )
     if not Path(folder).is_dir() or not (Path(folder) / options.get("gguf_file", "config.json")).exists():
         raise ConversionError(f"{fspath(path)} is no directory of a model: it has no config.json.")
     try:

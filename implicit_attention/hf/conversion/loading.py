@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from implicit_attention.errors import counted
 from implicit_attention.hf.conversion.architecture import ConversionError
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
@@ -55,7 +56,7 @@ def _check(report: Mapping[str, Any], name: str) -> None:
         )
     for kind, words in _FAULTS.items():
         if keys := odd[kind]:
-            raise ConversionError(f"{name} {words} {len(keys)} weights, such as {keys[0]}.")
+            raise ConversionError(f"{name} {words} {counted(len(keys), 'weight')}, such as {keys[0]}.")
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 Without a mask a layer has to be told what sets its tokens apart, or all of them settle on the same mean: here
 `query_input=True` (what a configuration without a mask has by default), and positions added to the patches.
+
+Needs the extra `hf`, and scikit-learn (`pip install scikit-learn`, or the extra `dev`).
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Fine-tune a language model to tell prose from code: docstrings of the standard library from lines of its source."""
+"""Fine-tune a language model to tell prose from code: docstrings of the standard library from lines of its source.
+
+Needs the extra `hf`.
+"""
 
 import argparse
 import ast

@@ -1,4 +1,7 @@
-"""Train a small language model on the source of Python's standard library, in twenty lines."""
+"""Train a small language model on the source of Python's standard library, in twenty lines.
+
+Needs the extra `hf`.
+"""
 
 import argparse
 import math

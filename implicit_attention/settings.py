@@ -1,11 +1,12 @@
 """The settings of a layer, checked once: what the layer, its equation and the models' configuration share."""
 
+import warnings
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 
@@ -236,9 +237,10 @@ class Configured(nn.Module):
             self.settings = replace(self.settings, **{name: value})
         elif name in NAMES - _MODULES:
             raise AttributeError(f"`{name}` decides the shapes of parameters: make a new layer to change it")
-        elif (meant := self._meant(name)) is not None:
-            raise AttributeError(f"a layer has no setting `{name}`. Did you mean `{meant}`?")
         else:
+            if not isinstance(value, (Tensor, nn.Module)) and (meant := self._meant(name)) is not None:
+                text = f"a layer has no setting `{name}`: this changes nothing. Did you mean `{meant}`?"
+                warnings.warn(text, UserWarning, stacklevel=2)
             super().__setattr__(name, value)
 
     def _meant(self, name: str) -> str | None:

@@ -32,7 +32,9 @@ HANDED_OVER = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardSubstitution(DirectSolver):
-    """The exact solver of causal maps, for any weights: about one attention pass plus the diagonal blocks.
+    """The solver of causal maps, block by block: about one attention pass plus the diagonal blocks.
+
+    It solves them for nearly any weights. Rows that it cannot solve are reported.
 
     Attributes:
         block: Most rows of a diagonal block in torch. On a CPU a large batch gets smaller ones, down to 16 rows. A

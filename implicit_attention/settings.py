@@ -240,7 +240,7 @@ class Configured(nn.Module):
         else:
             if not isinstance(value, (Tensor, nn.Module)) and (meant := self._meant(name)) is not None:
                 text = f"a layer has no setting `{name}`: this changes nothing. Did you mean `{meant}`?"
-                warnings.warn(text, UserWarning, stacklevel=2)
+                warnings.warn(text, UserWarning, stacklevel=3)
             super().__setattr__(name, value)
 
     def _meant(self, name: str) -> str | None:

@@ -274,6 +274,11 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise bad_value("hidden_act", "an activation that transformers knows", self.hidden_act)
         self._validate_layers()
+        inner = self.num_attention_heads * self.head_dim
+        if not self.out_proj and inner != self.hidden_size:
+            raise bad_value("out_proj", f"True where all heads together have {inner} numbers and not "
+                            f"hidden_size={self.hidden_size}", False,
+                            "Something has to bring them to that size. Or leave `head_dim` out.")  # fmt: skip
         if "implicit" in self.block_types:
             Settings(**self.layer_options())  # which checks them
         make_solver(self.solver)

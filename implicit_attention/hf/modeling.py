@@ -109,6 +109,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             config: What it is made of.
         """
         super().__init__(config)
+        config.validate()  # it may have been changed since it was made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ImplicitAttentionBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -167,6 +168,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         segments = documents((x.shape[0], x.shape[1]), restarts, boundaries, numbers)
         cache = self._cache(cache, use_cache, segments if not is_tracing(x) else None)
         self._check_room(cache, x.shape[1])
+        blocks = self._blocks(cache)
         tokens, x = describe(self.config, x, cache, attention_mask, position_ids, segments)
         mask = self._ordinary_mask(x, cache, attention_mask, segments)
         gains, shown, stats = either(output_gains, self.config.output_gains), Shown(), []
@@ -174,7 +176,6 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             raise bad_value("output_gains", 'False unless is_causal=True and normalize_over="queries"', True,
                             "A token is no system of its own: use diagnostics.spectral_radius.")  # fmt: skip
         shown.add(x)
-        blocks = self.layers[: self.config.num_hidden_layers]
         for i, block in enumerate(blocks, 1):
             x, weights, block_stats = block(
                 x, tokens, mask, cache=cache, output_attentions=shown.attentions_wanted, output_gains=gains
@@ -189,6 +190,22 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             attentions=shown.attentions,  # type: ignore[arg-type]
             solver_stats=stack_stats(stats),
         )
+
+    def _blocks(self, cache: Cache | None) -> nn.ModuleList:
+        """The blocks that are used; refused where masks, saved files or the cache would take them for others."""
+        blocks = self.layers[: self.config.num_hidden_layers]
+        said = [kind == "implicit" for kind in self.config.block_types[: len(blocks)]]
+        ordinary = [isinstance(block.attention, OrdinaryAttention) for block in blocks]
+        if [not kind for kind in said] != ordinary:
+            kinds = ["attention" if kind else "implicit" for kind in ordinary]
+            raise bad_value("config.block_types", f"{kinds}, as the blocks are", self.config.block_types,
+                            "Set it, and `config.num_hidden_layers`, when you exchange blocks.")  # fmt: skip
+        places = [block.layer_idx for block in blocks]
+        if cache is not None and places != list(range(len(blocks))):
+            raise bad_value("layer_idx", "the place of each block, where a cache is used", Came(str(places)),
+                            "After taking blocks out, set `block.layer_idx`, and `block.attention.layer_idx` of "
+                            "ordinary blocks, to 0, 1, 2, ...; or pass use_cache=False.")  # fmt: skip
+        return blocks
 
     def _cache(self, cache: Cache | None, use_cache: bool | None, segments: Tensor | None) -> Cache | None:
         """The cache to be used, a new one if one is wanted and none is given."""

@@ -139,6 +139,8 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         if name == "solver":
             self.__dict__["_chosen"] = isinstance(value, str)
             value = make_solver(value, self.settings, self.adjoint)
+        if name == "positions":
+            value = make_positions(value, self.settings.num_heads, self.settings.head_dim)
         super().__setattr__(name, value)
         if (name in CHANGEABLE or name == "adjoint") and self.__dict__.get("_chosen", False):
             super().__setattr__("solver", make_solver("auto", self.settings, self.adjoint))
@@ -158,7 +160,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         self.temperature = nn.Parameter(torch.ones(norms, **where)) if settings.qk_norm is True else None
         weights = [torch.ones(head_dim, **where) if settings.qk_norm == "weights" else None for _ in range(2)]
         self.key_norm, self.query_norm = (None if t is None else nn.Parameter(t) for t in weights)
-        self.positions = make_positions(positions, settings.num_heads, head_dim)
+        self.positions: Positions | None = positions  # type: ignore[assignment]  # what it names: see __setattr__
         if self.positions is not None:
             self.positions.to(**where)
         self.out_proj = nn.Linear(inner, size, bias=settings.bias is True, **where) if settings.out_proj else None

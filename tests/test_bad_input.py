@@ -8,6 +8,7 @@ from implicit_attention import (
     Anderson,
     Broyden,
     ConvergenceWarning,
+    ForwardSubstitution,
     ImplicitQueryAttention,
     ImplicitQueryAttentionLinearV,
     NewtonKrylov,
@@ -16,6 +17,7 @@ from implicit_attention import (
     RelativeBias,
     Rotary,
 )
+from implicit_attention.attention.positions import Positions
 from implicit_attention.errors import NonFiniteError, all_finite
 
 D, H, B, N = 4, 2, 2, 3
@@ -327,3 +329,38 @@ def test_what_makes_a_map_contract_is_a_remedy_that_does_not_collapse(query_inpu
     remedy = "a layer with max_gain=0.9" if query_input else "a layer with query_input=True and max_gain=0.9"
     with pytest.warns(ConvergenceWarning, match=remedy):
         made(torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("positions", [ALiBi(2), RelativeBias(2), Rotary(2)], ids=lambda p: type(p).__name__)
+def test_positions_of_other_heads_are_refused_when_they_are_exchanged(positions):
+    made = ImplicitQueryAttention(16, 4, is_causal=True, positions="alibi")
+    with refused(ValueError, "positions"):
+        made.positions = positions
+    made.positions = "rope"
+    assert isinstance(made.positions, Rotary)
+
+
+class Odd(Positions):
+    """An encoding of the user's own that has the wrong shape."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def rotation(self, length, like, first=0):
+        return torch.ones(2, length, 1, dtype=like.dtype) if self.kind == "rotation" else None
+
+    def bias(self):
+        return ALiBi(2).bias() if self.kind == "bias" else None
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+@pytest.mark.parametrize("kind", ["rotation", "bias"])
+def test_encodings_of_the_wrong_shape_are_refused_and_not_read_beyond_their_end(kind, kernel):
+    made = ImplicitQueryAttention(16, 4, is_causal=True, positions=Odd(kind), solver=ForwardSubstitution(kernel=kernel))
+    with refused(ValueError, "positions"):
+        made(torch.randn(1, 6, 16))
+    made = ImplicitQueryAttention(16, 4, is_causal=True, qk_norm="weights")
+    made.query_norm = torch.nn.Parameter(torch.ones(1))
+    with refused(ValueError, "query_norm", r"\(4,\)"):
+        made(torch.randn(1, 6, 16))

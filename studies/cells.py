@@ -27,26 +27,26 @@ def cells(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[list[str]]
     shown, sign = (score[1:], -1) if score.startswith("-") else (score, 1)
     others = other_scores(rows, kinds[0], (score, shown)) if len(kinds) == 1 else []
     head = ["arm", *(shown if len(kinds) == 1 else f"{shown}, {kind}" for kind in kinds), *others]
+    endless = table.training.solved is None
+    bounds = {cost: least(rows, cost) for cost in (seconds, operations) if endless}
     lines = []
     for name, runs in rows.items():
         line = [table.rows[name].title if name in table.rows else name]
         lengthened = name in table.rows and table.rows[name].lengthened > 1
         line += [spread(value(run, kind, score, sign) for run in runs) for kind in kinds]
         line += [spread(value(run, kinds[0], other, 1) for run in runs) for other in others]
-        if table.training.solved is not None:
-            line += solved(runs)
-        if table.training.solved is None:
-            line += [
-                "" if lengthened else spread(at_equal(runs, least(rows, cost), cost, sign))
-                for cost in (seconds, operations)
-            ]
+        line += [] if endless else solved(runs)
+        line += [
+            spread(at_equal(runs, most, cost, sign)) if math.isfinite(most) and not lengthened else ""
+            for cost, most in bounds.items()
+        ]
         if not table.task.is_causal:
             line.append(settled(runs))
         lines.append(line + costs(runs))
-    if table.training.solved is not None:
-        head += ["seeds solved", "steps to solve", "TFLOPs to solve", "seconds to solve", "of all rates"]
-    if table.training.solved is None:
-        head += ["at equal seconds", "at equal FLOPs"]
+    head += (
+        ["at equal seconds", "at equal FLOPs"] if endless
+        else ["seeds solved", "steps to solve", "TFLOPs to solve", "seconds to solve", "of all rates"]
+    )  # fmt: skip
     if not table.task.is_causal:
         head.append("unsettled, at worst")
     head += ["learning rate", "parameters", "GFLOPs a step", "ms a step"]

@@ -200,7 +200,7 @@ def test_what_the_readme_says_of_its_tables_holds():
     found = records.load(ROOT / "docs" / "data" / "eval")
     shown = {name: found[name] for name in readme.TASKS if name in found}
     assert shown
-    assert {len(rows[row]) for rows in shown.values() for row in rows} <= {3, 5}
+    assert {len(rows[row]) for rows in shown.values() for row in rows} <= {3, 5, 8}
 
 
 def test_a_page_without_its_marks_is_refused():

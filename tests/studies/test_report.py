@@ -90,6 +90,8 @@ def test_equal_seconds_are_those_of_the_fastest_row():
     assert cells.at_equal(rows["implicit"], 2.5e9 * 2, cells.operations, 1) == [0.5]
     endless = replace(table(), training=replace(TRAINING, solved=None))
     assert cell(cells.cells(endless, rows), 2, "at equal seconds") == "0.500"
+    untimed = {row: [one | {"step_seconds": None} for one in runs] for row, runs in rows.items()}
+    assert cell(cells.cells(endless, untimed), 2, "at equal seconds") == ""
 
 
 def test_without_a_goal_an_arm_helps_if_it_is_ahead_at_equal_steps_and_at_equal_seconds():

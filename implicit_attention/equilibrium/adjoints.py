@@ -81,7 +81,7 @@ class Adjoint(ABC):
     def __call__(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool = False) -> Solution:
         """Call `apply`. torch.compile does not trace it, since the number of steps depends on the data."""
         if not y0.numel():  # an empty batch: nothing to solve, and the gradients are zero
-            return nothing_to_solve(y0 + zero_of(args).to(y0.dtype), problem.row_ndim)
+            return nothing_to_solve(y0 + zero_of((y0.detach(), *args)).to(y0.dtype), problem.row_ndim)
         if torch.compiler.is_compiling():
             solve_eagerly: Callable[..., Solution] = torch.compiler.disable(self.apply)  # type: ignore[no-untyped-call]
             return solve_eagerly(problem, y0, args, history=history)

@@ -89,13 +89,21 @@ def lift(function: MapFunction | nn.Module, args: tuple[Tensor, ...]) -> tuple[M
     if not isinstance(function, nn.Module):
         return function, args
     module, count = function, len(args)
-    state = dict(module.named_parameters()) | dict(module.named_buffers())
+    # Each module once: `functional_call` leaves tensors in the place of parameters of one that it meets twice.
+    held = {
+        f"{path}.{name}".removeprefix("."): tensor
+        for path, part in module.named_modules()
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+    }
+    distinct = list({id(tensor): tensor for tensor in held.values()}.values())
+    place = {id(tensor): count + i for i, tensor in enumerate(distinct)}
 
     def call(y: Tensor, *rest: Tensor) -> Tensor:
-        named = dict(zip(state, rest[count:], strict=True))
-        return torch.func.functional_call(module, named, (y, *rest[:count]))  # type: ignore[no-any-return]
+        named = {name: rest[place[id(tensor)]] for name, tensor in held.items()}
+        out = torch.func.functional_call(module, named, (y, *rest[:count]), tie_weights=False)
+        return out  # type: ignore[no-any-return]
 
-    return call, (*args, *state.values())
+    return call, (*args, *distinct)
 
 
 def transforms_active() -> bool:

@@ -65,9 +65,9 @@ def spectral_radius(
     equation = _equation(layer, x, inputs)
     if layer.triangular:
         with torch.no_grad():
-            solution = layer.solve(x if x.dim() == 3 else x[None], gains=True, **inputs)
-        assert solution.gain is not None
-        return solution.gain.amax(1)
+            gain = layer.solve(x, gains=True, **inputs).gain
+        assert gain is not None
+        return (gain if x.dim() == 3 else gain[None]).amax(1)
     with torch.no_grad():
         y = layer.solve(x, **inputs).value.reshape(equation.start.shape)
     function, args = equation.function, equation.args
@@ -118,9 +118,9 @@ def row_gains(layer: ImplicitQueryAttention, x: Tensor, **inputs: Unpack[Inputs]
         came = f"is_causal={layer.is_causal}, normalize_over={layer.normalize_over!r}"
         raise bad_value("layer", 'one with is_causal=True and normalize_over="queries"', Came(came),
                         "Use spectral_radius.")  # fmt: skip
-    x = x if x.dim() == 3 else x[None]
+    _refuse_cache(inputs)
     equation, y = layer.equation(x, **inputs), layer.solve(x, **inputs).value
-    return radius(own_jacobians(equation, y))
+    return radius(own_jacobians(equation, y if x.dim() == 3 else y[None]))
 
 
 def gain_penalty(layer: ImplicitQueryAttention, x: Tensor, *, limit: float = 0.9, **inputs: Unpack[Inputs]) -> Tensor:
@@ -280,8 +280,16 @@ def _padding(x: Tensor, inputs: Inputs) -> Tensor | None:
 
 def _equation(layer: ImplicitQueryAttention, x: Tensor, inputs: Inputs) -> Equation:
     _refuse_dropout(layer)
+    _refuse_cache(inputs)
     with torch.no_grad():
         return layer.equation(x, **inputs)
+
+
+def _refuse_cache(inputs: Inputs) -> None:
+    """Refuse a cache: the map of all tokens is measured, and a solve would give the cache those of x."""
+    if (cache := inputs.get("cache")) is not None:
+        raise bad_value("cache", "None for this figure", Came(type(cache).__name__),
+                        "Pass all tokens, or take layer.solve(x, cache=cache, gains=True).gain.")  # fmt: skip
 
 
 def _one_map(equation: Equation) -> AttentionMap:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from implicit_attention import Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, Unrolled, fixed_point
+from implicit_attention import Anderson, Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, Unrolled, fixed_point
 
 F64 = torch.float64
 A = torch.tensor([0.3 + 0.2j], dtype=torch.complex128)
@@ -121,3 +121,31 @@ def test_third_derivatives_of_a_layer_are_refused_by_name(options, way):
     assert bool(torch.isfinite(second(x)))
     with pytest.raises(NotImplementedError, match="differentiable twice, and a third derivative was asked for"):
         derived(second)(x)
+
+
+def test_a_module_that_holds_another_twice_is_left_as_it_was():
+    """`torch.func.functional_call` would leave a tensor in the place of its parameter, without a gradient."""
+    torch.manual_seed(0)
+    twice, tied = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+    tied.bias = twice.bias
+    block = nn.Sequential(twice, nn.Tanh(), tied, twice)
+    with torch.no_grad():
+        for weight in {id(p): p for p in block.parameters()}.values():
+            weight.mul_(0.5)
+    names, held = list(block.state_dict()), list(block.parameters())
+    start = torch.zeros(2, 3, dtype=torch.float64)
+    y = fixed_point(block, start, solver=Anderson(rtol=1e-12, atol=1e-12)).value
+    found = torch.autograd.grad(y.square().sum(), held)
+    assert list(block.state_dict()) == names
+    assert all(one is other for one, other in zip(block.parameters(), held, strict=True))
+    unrolled = start
+    for _ in range(200):
+        unrolled = block(unrolled)
+    for one, other in zip(found, torch.autograd.grad(unrolled.square().sum(), held), strict=True):
+        assert torch.allclose(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_an_empty_batch_of_a_map_without_arguments():
+    found = fixed_point(torch.cos, torch.zeros(0, 3))
+    assert found.value.shape == (0, 3)
+    assert found.converged.all()

@@ -239,3 +239,22 @@ def test_refusals():
         diagnostics.row_gains(layer, x)
     with pytest.raises(ValueError, match=r"`gains`"):
         layer.solve(x, gains=True)
+
+
+@pytest.mark.parametrize("figure", [diagnostics.row_gains, diagnostics.gain_penalty, diagnostics.spectral_radius])
+def test_figures_refuse_a_cache_and_leave_it_as_it_was(figure):
+    layer = make_layer(8, is_causal=True, num_heads=2)
+    x, cache = torch.randn(1, 6, 8, dtype=torch.float64), layer.make_cache(1, 12)
+    with torch.no_grad():
+        layer(x[:, :3], cache=cache)
+    with pytest.raises(ValueError, match=r"`cache` must be None for this figure.*Pass all tokens"):
+        figure(layer, x[:, 3:], cache=cache)
+    assert cache.used == 3
+
+
+def test_a_sample_alone_takes_masks_without_a_batch():
+    layer = make_layer(8, is_causal=True, num_heads=2)
+    x, hidden = torch.randn(6, 8, dtype=torch.float64), torch.tensor([False] * 5 + [True])
+    batched = {"key_padding_mask": hidden[None]}
+    for figure in (diagnostics.row_gains, diagnostics.spectral_radius):
+        assert torch.equal(figure(layer, x, key_padding_mask=hidden), figure(layer, x[None], **batched))

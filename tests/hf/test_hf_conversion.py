@@ -1,5 +1,8 @@
 """Conversion: the same weights, the same outputs, for every architecture; what cannot be converted is refused."""
 
+import copy
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -274,6 +277,13 @@ def test_what_is_no_model_is_refused_with_a_remedy():
             convert(given)
     with pytest.raises(ConversionError, match="`dtype` is for models in directories"):
         convert(source, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has deprecated it
+        packed = torch.ao.quantization.quantize_dynamic(copy.deepcopy(source), {torch.nn.Linear})
+    with pytest.raises(ConversionError, match="The weights are quantised"):
+        convert(packed)
+    with pytest.raises(ConversionError, match=r"no weights yet.*load them first"):
+        convert(copy.deepcopy(source).to("meta"))
     with pytest.raises(ConversionError, match="LlamaForQuestionAnswering cannot be converted"):
         convert(tf.LlamaForQuestionAnswering(tf.LlamaConfig(**SIZES)))
     adapted = peft.get_peft_model(source, peft.LoraConfig(target_modules=["q_proj"]))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from implicit_attention.hf.modeling import ImplicitAttentionModel
@@ -103,6 +104,9 @@ def _spelled(layers: str) -> list[int]:
     return found
 
 
+_QUANTISED = "The weights are quantised, and a solve needs them as they are: convert the model that was quantised."
+
+
 def check_source(source: PreTrainedConfig) -> None:
     """Refuse a model of another architecture, or with quantised weights.
 
@@ -118,8 +122,23 @@ def check_source(source: PreTrainedConfig) -> None:
     quantised = getattr(source, "quantization_config", None)
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
     if quantised is not None and method != "gguf":  # transformers dequantises files in GGUF format as it reads them
-        raise ConversionError("The weights are quantised, and a solve needs them as they are: "
-                              "convert the model that was quantised.")  # fmt: skip
+        raise ConversionError(_QUANTISED)
+
+
+def check_weights(source: nn.Module) -> None:
+    """Refuse a model whose weights are no numbers that can be copied.
+
+    Args:
+        source: The model.
+
+    Raises:
+        ConversionError: If it was quantised after it was loaded, or has no weights yet.
+    """
+    for held in source.state_dict().values():
+        if not isinstance(held, Tensor) or held.is_quantized:  # quantize_dynamic keeps packed weights and dtypes
+            raise ConversionError(_QUANTISED)
+        if held.is_meta:
+            raise ConversionError('The model has no weights yet, it is on the device "meta": load them first.')
 
 
 def check_new(values: str, self_query: str) -> None:

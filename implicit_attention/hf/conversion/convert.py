@@ -20,6 +20,7 @@ from implicit_attention.hf.conversion.architecture import (
     ConversionError,
     check_new,
     check_source,
+    check_weights,
     chosen_layers,
     described,
     renamed,
@@ -125,6 +126,7 @@ def converted(
         say(f"Reading {fspath(model_or_dir)}.")
         source = _read(model_or_dir, config, dtype)
     head = _head(type(source).__name__)
+    check_weights(source)
     before = _outputs(source)
     say(f"Converting {len(wanted)} of {config.num_hidden_layers} layers.")
     model = _with_weights(head, target_config, source, wanted, copied=live)

@@ -230,3 +230,15 @@ def test_a_phantom_gradient_stays_one_below_a_transform():
     expected = torch.autograd.grad(PLAIN["grad"](layer, x), [*layer.parameters()])
     for one, other in zip(found, expected, strict=True):
         close(one, array(other), TOL)
+
+
+@pytest.mark.parametrize(
+    "transform", [grad, jacrev, lambda f: lambda a: vmap(f)(a[None]).sum()], ids=["grad", "jacrev", "vmap"]
+)
+def test_a_closure_under_a_transform_is_refused(transform):
+    """Its gradient would be zero."""
+    closed = transform(lambda a: fixed_point(lambda y: torch.cos(a * y), torch.zeros(1, 1)).value.sum())
+    with pytest.raises(ValueError, match=r"closes over a tensor of a torch.func transform"):
+        closed(torch.tensor(0.5))
+    right = transform(lambda a: fixed_point(lambda y, a: torch.cos(a * y), torch.zeros(1, 1), (a,)).value.sum())
+    right(torch.tensor(0.5))

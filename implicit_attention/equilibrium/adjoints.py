@@ -193,6 +193,8 @@ class Implicit(Adjoint):
 
     def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
         """Solve, and attach the implicit gradient to the value of the solution."""
+        if maps.closes_over_mapped(problem.function, y0, args):
+            raise _closure("a tensor of a torch.func transform")
         run = _Run(problem, self._adjoint_solver(problem), record=torch.is_grad_enabled(), history=history)
         return _solve_opaquely(run, y0, args)
 
@@ -255,13 +257,7 @@ class _Run:
     def _refuse_closures(self, linearization: maps.Linearization) -> None:
         captured = linearization.captured()
         if captured is not None:
-            raise bad_value(
-                "function",
-                "a pure function of (y, *args)",
-                Came(f"one that closes over a tensor of shape {tuple(captured.shape)} that requires grad"),
-                "The gradient of this tensor would be lost. Pass the tensor in `args`, or pass the nn.Module itself as "
-                "the function.",
-            )
+            raise _closure(f"a tensor of shape {tuple(captured.shape)} that requires grad")
 
     def need(self, needs: tuple[bool, ...]) -> None:
         """Take note of the arguments that a backward pass differentiates by. A kept graph may lack some of them."""
@@ -328,6 +324,14 @@ class _Run:
         return replace(
             self.problem, function=function, solver=self.adjoint_solver, name="adjoint equation", linear=True
         )
+
+
+def _closure(what: str) -> ValueError:
+    return bad_value(
+        "function", "a pure function of (y, *args)", Came(f"one that closes over {what}"),
+        "The gradient of this tensor would be lost. Pass the tensor in `args`, or pass the nn.Module itself as the "
+        "function.",
+    )  # fmt: skip
 
 
 def _kept_elsewhere() -> bool:

@@ -1,6 +1,7 @@
 """A map `y -> F(y, *args)` and its derivatives, by automatic differentiation of any function."""
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -110,6 +111,23 @@ def transforms_active() -> bool:
     """Return whether the caller runs inside a `torch.func` transform (grad, vmap, jvp ...)."""
     active: Any = torch._C._are_functorch_transforms_active()
     return bool(active)
+
+
+def closes_over_mapped(function: MapFunction, y: Tensor, args: tuple[Tensor, ...]) -> bool:
+    """Return whether a `torch.func` transform around the call differentiates or maps a tensor that is no argument.
+
+    Args:
+        function: The map. A function in Python is evaluated once, if a transform is active and no argument has a
+            gradient.
+        y: Where.
+        args: Its arguments after y.
+    """
+    known = (y, *args)
+    if not (transforms_active() and isinstance(function, FunctionType)) or any(t.requires_grad for t in known):
+        return False
+    level: Callable[[Tensor], int] = torch._C._functorch.maybe_get_level
+    out = function(y, *args)
+    return out.requires_grad or level(out) > max(map(level, known))
 
 
 def makes_plain_tensors(like: Tensor) -> bool:

@@ -72,7 +72,22 @@ class LayerCache:
             hidden: `[B, n]`, True = padding. Not kept: see above.
         """
         if self.cache is not None:
-            self.cache.update(column.to(value.dtype), value, self.layer_idx)
+            dtype = held_dtype(self.cache, self.layer_idx) or value.dtype
+            self.cache.update(column.to(dtype), value.to(dtype), self.layer_idx)
+
+
+def held_dtype(cache: Cache, layer_idx: int) -> torch.dtype | None:
+    """Return the dtype that a cache holds a layer's columns in; None if it holds none yet.
+
+    A model may go on in another one, as where autocast begins or ends, and a static cache takes its own alone.
+
+    Args:
+        cache: The cache.
+        layer_idx: The layer.
+    """
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    held = layer.keys if isinstance(layer, CacheLayerMixin) and layer.is_initialized else None
+    return None if held is None else held.dtype
 
 
 def kept(layer: object, columns: Tensor) -> Tensor:

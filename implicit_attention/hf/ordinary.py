@@ -11,7 +11,7 @@ from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
 from implicit_attention.attention.positions import Positions, rotate
 from implicit_attention.equilibrium.solvers.base import zero_of
 from implicit_attention.errors import bad_value
-from implicit_attention.hf.caching import kept
+from implicit_attention.hf.caching import held_dtype, kept
 from implicit_attention.hf.configuration import ImplicitAttentionConfig
 from implicit_attention.hf.rotary import ScaledRotary
 from implicit_attention.hf.settings import make_positions
@@ -75,9 +75,10 @@ class OrdinaryAttention(nn.Module):
         query, key, value = self._project(x, tokens)
         if cache is not None:
             refuse_recomputation()
-            key, value = cache.update(key, value, self.layer_idx)
+            dtype = held_dtype(cache, self.layer_idx) or key.dtype
+            key, value = cache.update(key.to(dtype), value.to(dtype), self.layer_idx)
             held = cache.layers[self.layer_idx]
-            key, value = kept(held, key), kept(held, value)
+            key, value = kept(held, key).to(query.dtype), kept(held, value).to(query.dtype)
         bias = self._bias(x, key.shape[2], tokens.length)
         name = self.config._attn_implementation
         _check(name, bias is not None, need_weights)

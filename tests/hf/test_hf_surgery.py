@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from implicit_attention.hf import ImplicitAttentionConfig, ImplicitAttentionForCausalLM
 
@@ -60,3 +61,18 @@ def test_a_configuration_that_was_changed_is_checked_again():
 def test_heads_that_do_not_make_up_a_token_need_a_projection():
     with pytest.raises(ValueError, match=r"out_proj.*8 numbers and not hidden_size=16"):
         ImplicitAttentionConfig(**SIZES, head_dim=4, out_proj=False)
+
+
+@pytest.mark.parametrize("kinds", [["implicit"] * 2, ["attention", "implicit"]], ids=" ".join)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_cache_goes_on_where_autocast_begins_or_ends(kinds, static, first):
+    model, ids = make(num_hidden_layers=2, block_types=kinds), torch.randint(1, 31, (1, 8))
+    expected = model(ids, use_cache=False).logits[:, 6:]
+    cache = StaticCache(config=model.config, max_cache_len=12) if static else DynamicCache(config=model.config)
+    with torch.no_grad():
+        for piece, narrow in ((ids[:, :6], first), (ids[:, 6:], not first)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                found = model(piece, cache=cache, use_cache=True).logits
+    assert cache.get_seq_length() == 8
+    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()  # bfloat16 has three digits

@@ -196,6 +196,8 @@ class ForwardSubstitution(DirectSolver):
             memo: The memo of `equilibrium`; empty if another solver found the equilibrium.
         """
         system = CausalSystem(_causal(function), args)
+        if not y.numel():
+            return y.new_zeros(y.shape[:2], dtype=system.wide)
         at = At(system, y, memo)
         if system.self_score is not None:
             return at.y.new_zeros(at.y.shape[:2])

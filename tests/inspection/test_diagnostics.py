@@ -258,3 +258,11 @@ def test_a_sample_alone_takes_masks_without_a_batch():
     batched = {"key_padding_mask": hidden[None]}
     for figure in (diagnostics.row_gains, diagnostics.spectral_radius):
         assert torch.equal(figure(layer, x, key_padding_mask=hidden), figure(layer, x[None], **batched))
+
+
+def test_an_empty_batch_has_gains_too():
+    layer = make_layer(8, is_causal=True, num_heads=2)
+    x = torch.zeros(0, 4, 8, dtype=torch.float64)
+    assert layer.solve(x, gains=True).gain.shape == (0, 4)
+    assert layer(x, need_solution=True, gains=True)[2].gain.shape == (0, 4)
+    assert diagnostics.spectral_radius(layer, x).shape == (0,)

@@ -481,7 +481,7 @@ def test_nan_is_said_by_solvers_that_do_not_look(on_failure):
 
 def test_a_free_layer_that_fails_names_the_remedy():
     layer = make(torch.float32, gain=20.0, max_gain=None, solver=Anderson(max_steps=3), on_failure="raise")
-    with pytest.raises(ConvergenceError, match=r"stop contracting as weights grow: max_gain=0.9"):
+    with pytest.raises(ConvergenceError, match=r"stop contracting as weights grow: a layer with max_gain=0.9"):
         layer(torch.randn(2, 9, 16))
 
 

@@ -88,7 +88,7 @@ def test_a_fault_ends_all_processes_with_one_line(tmp_path):
     chosen = settings(tmp_path, batch_size=3)
     result = launch(*flags(chosen), status=1)  # the launcher's own status
     assert (
-        result.stderr.count("implicit-attention train: batch_size: must be a multiple of accumulate x processes") == 1
+        result.stderr.count("implicit-attention train: --batch-size: must be a multiple of accumulate x processes") == 1
     )
     assert "exitcode  : 2" in result.stderr
 

@@ -40,6 +40,9 @@ class Came(str):
     """A description of what came, in words: `bad_value` prints it as it is."""
 
 
+FITTING = "What is put in its place has the same sizes."  # the remedy where a module of a layer was exchanged
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number and its noun, such as "1 step" or "2,000 steps"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

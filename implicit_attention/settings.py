@@ -214,7 +214,7 @@ class Settings:
 NAMES = frozenset(field.name for field in fields(Settings))
 # What a made layer can still change: the others decide the shapes of its parameters.
 CHANGEABLE = frozenset({"is_causal", "window", "self_query", "feedback_norm", "dropout", "max_gain", "scale"})
-_SETTABLE = sorted(NAMES | {"solver", "adjoint", "on_failure"})
+_WORDS = sorted(NAMES | {"solver", "adjoint", "on_failure"})  # what a misspelt attribute may have meant
 _SEEN = {"query_input", "query_output", "out_proj", "bias"}  # the printed modules show them
 _MODULES = frozenset({"out_proj"})  # settings whose names belong to the modules that they make
 
@@ -245,9 +245,9 @@ class Configured(nn.Module):
 
     def _meant(self, name: str) -> str | None:
         """The setting that a new attribute is a misspelling of; None if it has a name of its own."""
-        if name in _SETTABLE or name.startswith("_") or hasattr(self, name):
+        if name in _WORDS or name.startswith("_") or hasattr(self, name):
             return None
-        return next(iter(get_close_matches(name, _SETTABLE, 1, 0.85)), None)
+        return next(iter(get_close_matches(name, _WORDS, 1, 0.85)), None)
 
     def extra_repr(self) -> str:
         """Return the settings that are not the default, for `print`."""

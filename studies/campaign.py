@@ -70,15 +70,15 @@ def perform(
 def _time(
     table: Table, runs: Mapping[str, Run], directory: Path, environment: Mapping[str, object], watch: Watch
 ) -> None:
-    """Time a step of each row that has records, if one of these rows has not been timed."""
-    if timing.lacking(directory, table, list(runs)):
-        found = records.load(directory).get(table.name, {})
-        others = {
-            row: table.run(row, 0, past[0]["settings"]["rate"]) for row, past in found.items() if row in table.rows
-        }
-        together = list((others | dict(runs)).values())
-        seconds = timing.measure(together, timing.steps(table), lambda done: watch.timing(table, done))
-        records.write(timing.path(directory, table), timing.record(table, seconds, environment))
+    """Time a step of each row that has records, if one of these rows has not been timed together with all others."""
+    if runs.keys() <= records.step_seconds(directory, table.name).keys():
+        return
+    found, steps = records.load(directory).get(table.name, {}), timing.steps(table)
+    past = {row: table.run(row, 0, every[0]["settings"]["rate"]) for row, every in found.items() if row in table.rows}
+    seconds = timing.measure(list((past | dict(runs)).values()), steps, lambda done: watch.timing(table, done))
+    settings = {"table": table.name, "steps": steps}
+    record = {"settings": settings, "seconds": seconds, "environment": environment}
+    records.write(directory / table.name / records.SECONDS, record)
 
 
 def _announce(

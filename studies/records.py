@@ -118,6 +118,20 @@ def best_rates(records: Sequence[Record]) -> list[float]:
     return sorted({float(record["settings"]["rate"]) for record in records}, key=merit, reverse=True)
 
 
+def step_seconds(directory: Path, table: str) -> dict[str, float]:
+    """Return the seconds of a training step of the rows of a table that were timed together.
+
+    Args:
+        directory: Where records are kept.
+        table: Name of the table.
+
+    Raises:
+        ValueError: If the file of the table is not a record.
+    """
+    file = directory / table / SECONDS
+    return dict(read(file)["seconds"]) if file.exists() else {}
+
+
 def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
     """Return the records of the seeds, by table, row and seed, each with the choice of its learning rate.
 
@@ -136,10 +150,9 @@ def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
         record["choice"] = read(choice) if choice.exists() else None
         found.setdefault(file.parent.parent.name, {}).setdefault(file.parent.name, []).append(record)
     for table, rows in found.items():
-        file = directory / table / SECONDS
-        seconds = read(file)["seconds"] if file.exists() else {}
+        each = step_seconds(directory, table)
         for row, runs in rows.items():
             runs.sort(key=lambda record: int(record["settings"]["seed"]))
             for record in runs:
-                record["step_seconds"] = seconds.get(row)
+                record["step_seconds"] = each.get(row)
     return found

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +121,18 @@ def perform(run: Run, tell: Tell = lambda done: None, *, device: str = "cpu") ->
     Raises:
         ValueError: If the arm and the task do not go together.
     """
+    with on_one_thread():
+        return Course(run, device).record(tell)
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Train on one thread: sums then do not depend on their number, nor seconds on what other cores do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.enable_grad():
-            return Course(run, device).record(tell)
+            yield
     finally:
         torch.set_num_threads(threads)
 

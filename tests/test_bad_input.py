@@ -358,8 +358,11 @@ class Odd(Positions):
 @pytest.mark.parametrize("kind", ["rotation", "bias"])
 def test_encodings_of_the_wrong_shape_are_refused_and_not_read_beyond_their_end(kind, kernel):
     made = ImplicitQueryAttention(16, 4, is_causal=True, positions=Odd(kind), solver=ForwardSubstitution(kernel=kernel))
-    with refused(ValueError, "positions"):
+    with refused(ValueError, "positions", "What is put in its place has the same sizes"):
         made(torch.randn(1, 6, 16))
+    if kind == "rotation":  # which would be broadcast without a mask
+        with refused(ValueError, "positions"):
+            ImplicitQueryAttention(16, 4, query_input=True, positions=Odd(kind))(torch.randn(1, 6, 16))
     made = ImplicitQueryAttention(16, 4, is_causal=True, qk_norm="weights")
     made.query_norm = torch.nn.Parameter(torch.ones(1))
     with refused(ValueError, "query_norm", r"\(4,\)"):

@@ -12,7 +12,7 @@ from implicit_attention.attention.map import AttentionMap, by_read_head
 from implicit_attention.attention.masks import NotOwn
 from implicit_attention.attention.operation import attention, partial_backward
 from implicit_attention.attention.positions import rotate, unrotate
-from implicit_attention.errors import Came, bad_value
+from implicit_attention.errors import FITTING, Came, bad_value
 
 
 class Queries(NamedTuple):
@@ -79,19 +79,6 @@ class CausalSystem:
         self.rotation = None if rotation is None else rotation[:, :, :, None]  # [2, 1 or B, N, 1, d / 2]
         self.past_column, self.past_value = self.tensors.get("past_column"), self.tensors.get("past_value")
         self.past = 0 if self.past_value is None else self.past_value.shape[-2]
-        self._check_shapes()
-
-    def _check_shapes(self) -> None:
-        """Refuse what an exchanged module gives in another shape: compiled kernels would read beyond it."""
-        if self.norm_weight is not None and self.norm_weight.shape != (self.dim,):
-            raise bad_value("query_norm", f"of shape ({self.dim},)", self.norm_weight)
-        if self.rotation is not None:
-            _, batch, length, _, half = self.rotation.shape
-            if batch not in (1, self.batch) or length != self.length or 2 * half != self.dim:
-                raise bad_value(
-                    "positions", f"those of {self.length} tokens and heads of size {self.dim}",
-                    Came(f"rotations of shape {tuple(self.tensors['rotation'].shape)}"),
-                )  # fmt: skip
 
     def widened(self) -> "CausalSystem":
         """The same map with all its tensors in the wide dtype."""
@@ -198,7 +185,7 @@ class CausalSystem:
         if bias is None:
             return hidden, None
         if bias.shape[-3] not in (1, self.heads):
-            raise bad_value("positions", f"those of {self.heads} heads", Came(f"biases of {bias.shape[-3]} heads"))
+            raise bad_value("positions", f"made for {self.heads} heads", Came(f"biases of {bias.shape[-3]}"), FITTING)
         bias = bias.expand(*bias.shape[:2], n, n)
         return bias + hidden, bias.diagonal(dim1=-2, dim2=-1)
 

@@ -16,7 +16,7 @@ from implicit_attention.equation.key_norm import normed_by_head
 from implicit_attention.equation.own_scores import own_scores
 from implicit_attention.equation.packing import PackedMap, Packing
 from implicit_attention.equilibrium.solvers import DirectSolver, Method
-from implicit_attention.errors import Came, bad_value
+from implicit_attention.errors import FITTING, Came, bad_value
 from implicit_attention.inputs import Inputs
 from implicit_attention.settings import Settings
 
@@ -98,9 +98,6 @@ def project(layer: Layer, inputs: Inputs) -> Projected:
     return Projected(key, value, added, query_map, _read(layer, "Psi_V", inputs, key))
 
 
-_FITTING = "What is put in its place has the same sizes."
-
-
 def _read(layer: Layer, name: str, inputs: Inputs, like: Tensor) -> LinearMap | None:
     """What a map of the outputs amounts to, in the dtype of the solve."""
     module, settings = _in_place(layer, name), layer.settings
@@ -111,7 +108,7 @@ def _read(layer: Layer, name: str, inputs: Inputs, like: Tensor) -> LinearMap | 
     if weight.shape != shape or (bias is not None and bias.shape != shape[:1]):  # kernels take bare pointers
         came = f"a weight of shape {tuple(weight.shape)}"
         came += "" if bias is None else f" and a bias of shape {tuple(bias.shape)}"
-        raise bad_value(name, f"a map with a weight of shape {shape}", Came(came), _FITTING)
+        raise bad_value(name, f"a map with a weight of shape {shape}", Came(came), FITTING)
     return LinearMap(weight.to(like.dtype), None if bias is None else bias.to(like.dtype))
 
 
@@ -123,7 +120,7 @@ def _made(layer: Layer, name: str, tokens: Tensor) -> Tensor | None:
     made: Tensor = module(tokens)
     width = layer.settings.widths[name]
     if made.shape[-1] != width:
-        raise bad_value(name, f"a map to {width} features", Came(f"one to {made.shape[-1]}"), _FITTING)
+        raise bad_value(name, f"a map to {width} features", Came(f"one to {made.shape[-1]}"), FITTING)
     return made
 
 
@@ -279,7 +276,11 @@ def normed_keys(layer: Layer, key: Tensor) -> Tensor:
 
 def norm_weight(layer: Layer, dtype: torch.dtype) -> Tensor | None:
     """Return what multiplies normed queries, `[d]`; None without it."""
-    return None if layer.query_norm is None else layer.query_norm.to(dtype)
+    if layer.query_norm is None:
+        return None
+    if layer.query_norm.shape != (layer.settings.head_dim,):  # kernels take bare pointers
+        raise bad_value("query_norm", f"of shape ({layer.settings.head_dim},)", layer.query_norm, FITTING)
+    return layer.query_norm.to(dtype)
 
 
 def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -305,7 +306,15 @@ def _query_tensors(layer: Layer, projected: Projected, rotation: Tensor | None) 
 def _rotation(layer: Layer, inputs: Inputs, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
     if layer.positions is None:
         return None
-    return layer.positions.rotation(tokens.shape[-2], tokens.to(dtype), inputs.position)
+    batch, length, dim = tokens.shape[0], tokens.shape[-2], layer.settings.head_dim
+    rotation = layer.positions.rotation(length, tokens.to(dtype), inputs.position)
+    if rotation is None:
+        return None
+    fits = rotation.shape[-2] == length and 2 * rotation.shape[-1] == dim
+    if not fits or (rotation.dim() > 3 and rotation.shape[1] not in (1, batch)):
+        raise bad_value("positions", f"made for {length} tokens and heads of size {dim}",
+                        Came(f"rotations of shape {tuple(rotation.shape)}"), FITTING)  # fmt: skip
+    return rotation
 
 
 def _terms(layer: Layer, inputs: Inputs, dtype: torch.dtype) -> list[tuple[BiasTerm, Tensor]]:

@@ -194,10 +194,9 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
     def _blocks(self, cache: Cache | None) -> nn.ModuleList:
         """The blocks that are used; refused where masks, saved files or the cache would take them for others."""
         blocks = self.layers[: self.config.num_hidden_layers]
-        said = [kind == "implicit" for kind in self.config.block_types[: len(blocks)]]
-        ordinary = [isinstance(block.attention, OrdinaryAttention) for block in blocks]
-        if [not kind for kind in said] != ordinary:
-            kinds = ["attention" if kind else "implicit" for kind in ordinary]
+        kinds = ["attention" if isinstance(block.attention, OrdinaryAttention) else "implicit" for block in blocks]
+        said = self.config.block_types[: len(blocks)]
+        if any((kind == "implicit") != (other == "implicit") for kind, other in zip(kinds, said, strict=True)):
             raise bad_value("config.block_types", f"{kinds}, as the blocks are", self.config.block_types,
                             "Set it, and `config.num_hidden_layers`, when you exchange blocks.")  # fmt: skip
         places = [block.layer_idx for block in blocks]

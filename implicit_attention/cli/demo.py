@@ -158,7 +158,7 @@ def _draw(
     traced = [r for r in results if len(r.solution.abs_trace) > 1]
     worst = {r.solver: r.solution.abs_trace.flatten(1).amax(1) for r in traced}
     panels: dict[str, plots.Trace | Mapping[str, plots.Trace]] = {
-        "The seed's example": {"|y$_{t+1}$ - y$_t$|": example.differences},
+        "The original example": {"|y$_{t+1}$ - y$_t$|": example.differences},
         f"Real text, {case.name}": worst,
     }
     output.write_figure(out / "convergence.png", plots.convergence(panels))

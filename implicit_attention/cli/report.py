@@ -122,7 +122,7 @@ def _heading(console: Console, text: str) -> None:
 
 
 def _show_example(console: Console, example: dict[str, Any]) -> None:
-    _heading(console, "1. The seed's example: 4 tokens of width 8, ten steps from y = V")
+    _heading(console, "1. The original example: 4 tokens of width 8, ten steps from y = V")
     differences = "  ".join(f"{d:.1e}" for d in example["differences"])
     console.print(f"|y_(t+1) - y_t|:  {differences}", highlight=False)
     console.print("gradient of sum(y) by x, through the ten steps:", highlight=False)

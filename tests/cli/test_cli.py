@@ -60,7 +60,7 @@ def test_demo_summary_tells_everything(shown):
 
 def test_demo_prints_a_page_for_people(shown):
     out, _, page = shown
-    for words in ("The seed's example", "gradient of sum(y)", *SOLVERS, "Associative recall", "held out", str(out)):
+    for words in ("The original example", "gradient of sum(y)", *SOLVERS, "Associative recall", "held out", str(out)):
         assert words in page
 
 

@@ -27,7 +27,7 @@ from implicit_attention.attention.positions import rotate_few
 from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.causal import engines
 from implicit_attention.causal.forward_substitution import ForwardSubstitution, solved_with
-from implicit_attention.equation import Layer, Projected, norm_weight, normed_keys
+from implicit_attention.equation import Layer, Projected, norm_parameter, norm_weight, normed_keys, rotation_of
 from implicit_attention.equilibrium.maps import makes_plain_tensors
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.equilibrium.triton_available import launching_on
@@ -95,7 +95,7 @@ def decode(layer: Layer, inputs: Inputs, projected: Projected) -> Decoded | None
     x, past, cache, settings = inputs.x, inputs.past, inputs.cache, layer.settings
     assert past is not None
     assert isinstance(layer.solver, ForwardSubstitution)
-    rotation = None if layer.positions is None else layer.positions.rotation(1, x, inputs.position)
+    rotation = rotation_of(layer, inputs, x, projected.key.dtype)
     made, value = projected.key, split_heads(projected.value, settings.num_kv_heads)
     past = past._replace(column=_in(past.column, made.dtype), value=_in(past.value, made.dtype))
     fits = settings.self_query == "output" and layer.query_norm is None
@@ -169,7 +169,8 @@ def _in_few(
     """In few launches, which fill the `slot` of a cache; also whether each sample is within tolerance, not zero."""
     assert projected.query_map is not None
     made, (weight, bias) = projected.key, projected.query_map
-    temperature = None if layer.temperature is None else layer.temperature.to(made.dtype)
+    temperature = norm_parameter(layer, "temperature")
+    temperature = None if temperature is None else temperature.to(made.dtype)
     key, scaled = kernels.keys(
         made.view(*made.shape[:2], layer.settings.num_heads, -1), temperature, rotation, layer.settings.scale, NORM_EPS
     )

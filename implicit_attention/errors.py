@@ -40,7 +40,9 @@ class Came(str):
     """A description of what came, in words: `bad_value` prints it as it is."""
 
 
-FITTING = "What is put in its place has the same sizes."  # the remedy where a module of a layer was exchanged
+# Remedies where a module or parameter of a layer was exchanged.
+FITTING = "What is put in its place has the same sizes."
+OTHER_OPTIONS = "Make the layer with other options instead."
 
 
 def counted(number: int, noun: str) -> str:

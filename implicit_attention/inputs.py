@@ -291,8 +291,13 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
 
 
 def _check_mask(name: str, mask: object, like: Tensor) -> None:
-    if not isinstance(mask, Tensor) or mask.is_nested or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise bad_type(name, "a bool tensor (True = hidden) or a float tensor (added to the scores)", mask)
+    dense = isinstance(mask, Tensor) and not mask.is_nested and mask.layout == torch.strided
+    wide = dense and mask.is_floating_point() and mask.dtype.itemsize > 1
+    if not (dense and mask.dtype == torch.bool) and not wide:
+        came = mask if dense or not isinstance(mask, Tensor) else Came("a nested or sparse one")
+        raise bad_type(
+            name, "a dense tensor: bool (True = hidden), or float of 16 bits or more (added to the scores)", came
+        )
     if mask.device != like.device:
         raise bad_value(name, f"on the input's device, {like.device}", mask, f"Move it: {name}.to(x.device).")
 

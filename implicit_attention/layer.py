@@ -125,8 +125,8 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             feedback_norm=feedback_norm, out_proj=out_proj, bias=bias, dropout=dropout, max_gain=max_gain,
             scale=scale,  # type: ignore[arg-type]
         )  # fmt: skip
-        if dtype is not None and not dtype.is_floating_point:
-            raise bad_type("dtype", "a floating-point dtype", dtype)
+        if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1)):
+            raise bad_type("dtype", "a floating-point dtype of 16 bits or more, such as torch.float32", dtype)
         self.adjoint: Adjoint = adjoint  # type: ignore[assignment]  # what it names: see __setattr__
         self.solver = solver  # type: ignore[assignment]  # what it names: see __setattr__
         self._begin_reports(on_failure, f"{type(self).__name__}({embed_dim}, num_heads={num_heads})")
@@ -146,20 +146,21 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             super().__setattr__("solver", make_solver("auto", self.settings, self.adjoint))
 
     def _make_modules(self, positions: str | Positions | None, where: dict[str, Any]) -> None:
-        settings, head_dim = self.settings, self.settings.head_dim
+        settings = self.settings
         size, inner, bias = settings.embed_dim, settings.inner_dim, bool(settings.bias)
 
         def linear(name: str, inputs: int, bias: bool, kind: type[nn.Linear] = nn.Linear) -> nn.Linear | None:
             return kind(inputs, settings.widths[name], bias=bias, **where) if name in settings.widths else None
 
+        def norm(name: str) -> nn.Parameter | None:
+            return nn.Parameter(torch.ones(settings.norms[name], **where)) if name in settings.norms else None
+
         self.Omega_Q = linear("Omega_Q", inner, bias and not settings.query_input)
         self.W_K = nn.Linear(size, settings.widths["W_K"], bias=bias, **where)
         self.Omega_V = linear("Omega_V", size, bias)
         self.W_Q = linear("W_Q", size, bias)
-        norms = settings.widths["W_K"] // head_dim
-        self.temperature = nn.Parameter(torch.ones(norms, **where)) if settings.qk_norm is True else None
-        weights = [torch.ones(head_dim, **where) if settings.qk_norm == "weights" else None for _ in range(2)]
-        self.key_norm, self.query_norm = (None if t is None else nn.Parameter(t) for t in weights)
+        self.temperature = norm("temperature")
+        self.key_norm, self.query_norm = norm("key_norm"), norm("query_norm")
         self.positions: Positions | None = positions  # type: ignore[assignment]  # what it names: see __setattr__
         if self.positions is not None:
             self.positions.to(**where)

@@ -66,7 +66,7 @@ class Settings:
         self._check_groups()
         self._check_choices()
         self._check_numbers()
-        _ = self.widths  # the first read takes a lock (Python 3.11), which has no place in a compiled graph
+        _ = self.widths, self.norms  # the first read takes a lock (Python 3.11), which has no place in a compiled graph
 
     @property
     def inner_dim(self) -> int:
@@ -83,6 +83,13 @@ class Settings:
         found |= {"W_Q": queries} if self.query_input else {}
         found |= {"Omega_V": columns} if self.values != "identity" else {}
         return found | ({"Psi_V": columns} if self.feeds_back else {})
+
+    @cached_property
+    def norms(self) -> dict[str, int]:
+        """Sizes of the parameters of the norms, by name: of those that there are."""
+        if self.qk_norm == "weights":
+            return {"key_norm": self.head_dim, "query_norm": self.head_dim}
+        return {"temperature": self.widths["W_K"] // self.head_dim} if self.qk_norm else {}
 
     @property
     def rows_are_keys(self) -> bool:

@@ -78,6 +78,8 @@ CONSTRUCTOR = {
     "table-size": ({"positions": RelativeBias(3)}, ValueError, "positions", "num_heads=", "RelativeBias"),
     "slopes-size": ({"positions": ALiBi(3)}, ValueError, "positions", "num_heads=", "ALiBi"),
     "adjoint": ({"adjoint": "exact"}, ValueError, "adjoint", '"implicit", "unrolled", "phantom"', "exact"),
+    "dtype-text": ({"dtype": "float32"}, TypeError, "dtype", "torch.float32", "got 'float32'"),
+    "dtype-8-bits": ({"dtype": torch.float8_e4m3fn}, TypeError, "dtype", "16 bits", "e4m3"),
     "on_failure": ({"on_failure": "shout"}, ValueError, "on_failure", "'warn', 'raise', 'ignore'", "shout"),
 }
 
@@ -178,7 +180,15 @@ MASKS = {
     ),
     "attn-batch": ({"attn_mask": torch.zeros(B, N, N)}, ValueError, "attn_mask", r"\(4, 3, 3\)", r"\(2, 3, 3\)"),
     "attn-integers": ({"attn_mask": torch.zeros(N, N).int()}, TypeError, "attn_mask", "True = hidden", "int32"),
-    "attn-list": ({"attn_mask": [[0.0]]}, TypeError, "attn_mask", "a bool tensor", "list"),
+    "attn-list": ({"attn_mask": [[0.0]]}, TypeError, "attn_mask", "a dense tensor: bool", "list"),
+    "attn-sparse": ({"attn_mask": torch.zeros(N, N).to_sparse()}, TypeError, "attn_mask", "dense", "sparse one"),
+    "attn-float8": (
+        {"attn_mask": torch.zeros(N, N).to(torch.float8_e4m3fn)},
+        TypeError,
+        "attn_mask",
+        "16 bits",
+        "e4m3",
+    ),
     "attn-device": (
         {"attn_mask": torch.zeros(N, N, device="meta")},
         ValueError,
@@ -202,6 +212,10 @@ MASKS = {
         "key_padding_mask",
         "bool",
         "int64",
+    ),
+    "padding-sparse": (
+        {"key_padding_mask": torch.zeros(B, N).bool().to_sparse()},
+        *(TypeError, "key_padding_mask", "dense", "sparse one"),
     ),
     "padding-nan": ({"key_padding_mask": torch.full((B, N), NAN)}, ValueError, "key_padding_mask", "NaN"),
 }
@@ -363,7 +377,27 @@ def test_encodings_of_the_wrong_shape_are_refused_and_not_read_beyond_their_end(
     if kind == "rotation":  # which would be broadcast without a mask
         with refused(ValueError, "positions"):
             ImplicitQueryAttention(16, 4, query_input=True, positions=Odd(kind))(torch.randn(1, 6, 16))
-    made = ImplicitQueryAttention(16, 4, is_causal=True, qk_norm="weights")
-    made.query_norm = torch.nn.Parameter(torch.ones(1))
-    with refused(ValueError, "query_norm", r"\(4,\)"):
+
+
+@pytest.mark.parametrize("given", [None, torch.nn.Parameter(torch.ones(1))], ids=["none", "one"])
+@pytest.mark.parametrize("name", ["temperature", "key_norm", "query_norm"])
+def test_an_exchanged_norm_has_the_sizes_of_the_settings(name, given):
+    made = ImplicitQueryAttention(16, 4, is_causal=True, qk_norm=True if name == "temperature" else "weights")
+    setattr(made, name, given)
+    with refused(ValueError, name, r"\(4,\)"):
         made(torch.randn(1, 6, 16))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "given"), [("positions", Rotary(2)), ("temperature", None)], ids=["positions", "temperature"]
+)
+def test_what_is_exchanged_between_two_decode_steps_is_checked(name, given):
+    made = ImplicitQueryAttention(16, 4, is_causal=True, positions="rope", qk_norm=True)
+    cache = made.make_cache(1, 8)
+    made(torch.randn(1, 6, 16), cache=cache)
+    made._modules[name] = given  # past the check of `positions` when it is set
+    made._parameters.pop(name, None)
+    with refused(ValueError, name):
+        made(torch.randn(1, 1, 16), cache=cache)
+    assert cache.used == 6

@@ -16,7 +16,7 @@ from implicit_attention.equation.key_norm import normed_by_head
 from implicit_attention.equation.own_scores import own_scores
 from implicit_attention.equation.packing import PackedMap, Packing
 from implicit_attention.equilibrium.solvers import DirectSolver, Method
-from implicit_attention.errors import FITTING, Came, bad_value
+from implicit_attention.errors import FITTING, OTHER_OPTIONS, Came, bad_value
 from implicit_attention.inputs import Inputs
 from implicit_attention.settings import Settings
 
@@ -130,7 +130,7 @@ def _in_place(layer: Layer, name: str) -> nn.Module | None:
     wanted = name in layer.settings.widths
     if (module is not None) != wanted:
         expected = "a module, as the layer's settings ask for it" if wanted else "None, as the layer's settings say"
-        raise bad_value(name, expected, module, "Make the layer with other options instead.")
+        raise bad_value(name, expected, module, OTHER_OPTIONS)
     return module
 
 
@@ -150,12 +150,12 @@ def prepare(layer: Layer, inputs: Inputs, projected: Projected | None = None) ->
         return _prepare_packed(layer, inputs, projected)
     settings, dtype = layer.settings, projected.key.dtype
     heads, groups, by_keys = settings.num_heads, settings.num_kv_heads, settings.rows_are_keys
-    rotation = _rotation(layer, inputs, inputs.x, dtype)
+    rotation = rotation_of(layer, inputs, inputs.x, dtype)
     tensors = _query_tensors(layer, projected, rotation)
     unrotated = normed_keys(layer, split_heads(projected.key, heads if by_keys else groups))
     key, value = unrotated, split_heads(projected.value, groups)
     if rotation is not None:
-        of_keys = rotation if inputs.context is None else _rotation(layer, inputs, inputs.source, dtype)
+        of_keys = rotation if inputs.context is None else rotation_of(layer, inputs, inputs.source, dtype)
         assert of_keys is not None
         key = rotate(key, of_keys)
     if settings.max_gain is not None:
@@ -269,18 +269,35 @@ def _prepare_packed(layer: Layer, inputs: Inputs, projected: Projected) -> Equat
 
 def normed_keys(layer: Layer, key: Tensor) -> Tensor:
     """Return keys `[B, H, M, d]`, normed where the layer norms them, before their rotation."""
-    if layer.temperature is not None:
-        return normed_by_head(key, layer.temperature)
-    return key if layer.key_norm is None else rms_norm(key) * layer.key_norm.to(key.dtype)
+    temperature = norm_parameter(layer, "temperature")
+    if temperature is not None:
+        return normed_by_head(key, temperature)
+    weight = norm_parameter(layer, "key_norm")
+    return key if weight is None else rms_norm(key) * weight.to(key.dtype)
 
 
 def norm_weight(layer: Layer, dtype: torch.dtype) -> Tensor | None:
     """Return what multiplies normed queries, `[d]`; None without it."""
-    if layer.query_norm is None:
-        return None
-    if layer.query_norm.shape != (layer.settings.head_dim,):  # kernels take bare pointers
-        raise bad_value("query_norm", f"of shape ({layer.settings.head_dim},)", layer.query_norm, FITTING)
-    return layer.query_norm.to(dtype)
+    weight = norm_parameter(layer, "query_norm")
+    return None if weight is None else weight.to(dtype)
+
+
+def norm_parameter(layer: Layer, name: str) -> Tensor | None:
+    """Return a parameter of the norms of queries and keys; None if the settings ask for none of that name.
+
+    Args:
+        layer: The layer.
+        name: In `Settings.norms`, or of one that the layer could have.
+
+    Raises:
+        ValueError: If what the layer has is not what its settings ask for.
+    """
+    parameter: Tensor | None = getattr(layer, name)
+    size = layer.settings.norms.get(name)
+    if (None if parameter is None else parameter.shape) != (None if size is None else (size,)):  # kernels take pointers
+        expected = "None, as the layer's settings say" if size is None else f"of shape ({size},)"
+        raise bad_value(name, expected, parameter, OTHER_OPTIONS if size is None or parameter is None else FITTING)
+    return parameter
 
 
 def values(layer: Layer, source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -303,7 +320,18 @@ def _query_tensors(layer: Layer, projected: Projected, rotation: Tensor | None) 
     return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
-def _rotation(layer: Layer, inputs: Inputs, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
+def rotation_of(layer: Layer, inputs: Inputs, tokens: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the rotation of tokens of a call in a dtype, as in `Positions.rotation`; None without one.
+
+    Args:
+        layer: The layer.
+        inputs: Of the call.
+        tokens: Its `x`, or what keys are made from.
+        dtype: Of the rotation.
+
+    Raises:
+        ValueError: If it does not fit the tokens.
+    """
     if layer.positions is None:
         return None
     batch, length, dim = tokens.shape[0], tokens.shape[-2], layer.settings.head_dim

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from copy import deepcopy
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -93,6 +94,14 @@ class DecodeCache:
         self.used = 0
         self._kept = False  # whether a graph may keep columns and values
         self._live: tuple[Tensor, Tensor] | None = None  # the first slots with their graph, [B, G, n, d] each
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a cache that goes on by itself; the graph of what it holds is the same, as a graph has no copy."""
+        copied = self.__class__.__new__(self.__class__)
+        with _for_any_mode():
+            copied.__dict__ = {name: deepcopy(held, memo) for name, held in vars(self).items() if name != "_live"}
+        copied._live = self._live
+        return copied
 
     @property
     def capacity(self) -> int:

@@ -95,11 +95,19 @@ def first_non_finite(named: dict[str, Tensor | None]) -> str | None:
     """
     for name, tensor in named.items():
         if tensor is not None and tensor.is_floating_point() and not tensor.is_meta:
+            tensor = _unwrapped(tensor)
             fine = torch.isfinite(tensor) | (torch.isneginf(tensor) if name.endswith("mask") else False)
             bad = int((~fine).sum())
             if bad:
                 return f"`{name}` holds {bad} NaN or Inf of {tensor.numel()} entries"
     return None
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor with its numbers, the samples of `torch.func.vmap` among its dimensions."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -150,6 +150,19 @@ def test_gradients_flow_through_moved_and_reordered_samples():
     close(found, torch.autograd.grad(right.sin().sum(), leaf)[0], 1e-9)
 
 
+def test_a_copied_cache_goes_on_by_itself_and_shares_the_graph():
+    layer, x = make("qk_norm-rope", 7)
+    leaf, cache = x.clone().requires_grad_(), layer.make_cache(2, 7)
+    layer(leaf[:, :4], cache=cache)
+    copied = copy.deepcopy(cache)
+    with torch.no_grad():
+        layer(leaf[:, :3], cache=cache)  # another continuation
+    y = layer(leaf[:, 4:], cache=copied)
+    right = layer(leaf)[:, 4:]
+    close(y, right)
+    close(*(torch.autograd.grad(out.sin().sum(), leaf)[0] for out in (y, right)), 1e-9)
+
+
 def test_a_detached_cache_is_a_constant():
     layer, x = make("qk_norm-rope", 7)
     leaf, cache = x.clone().requires_grad_(), layer.make_cache(2, 7)

@@ -86,6 +86,13 @@ def test_vmap_over_nothing_is_refused(options):
         vmap(layer)(torch.randn(0, 3, 8))
 
 
+def test_vmap_names_the_input_that_is_not_finite():
+    layer, x = ImplicitQueryAttention(8, 2, is_causal=True), torch.randn(3, 2, 4, 8)
+    x[1, 0, 2, 5] = float("nan")
+    with pytest.raises(ValueError, match="`x` holds 1 NaN or Inf of 192 entries"):
+        vmap(layer)(x)
+
+
 @pytest.mark.parametrize(
     "options", [{"is_causal": True}, {"query_input": True, "max_gain": 0.9}, {"query_input": True}], ids=str
 )

@@ -37,7 +37,8 @@ def captured(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return capturing(self, *args, **{k: v for k, v in kwargs.items() if v is not None or k not in _FLAGS})
+        given = {k: v for k, v in kwargs.items() if v is not None or k not in _FLAGS}
+        return capturing(self, *args, **given | {"return_dict": True})  # tuples are made once, around all of this
 
     return call
 

@@ -217,10 +217,13 @@ def test_embeddings_in_the_place_of_tokens():
     torch.testing.assert_close(out.logits, model(tokens).logits, rtol=0, atol=0)
 
 
-def test_tuple_holds_what_the_output_holds():
+@pytest.mark.parametrize("by", ["call", "configuration"])
+def test_tuple_holds_what_the_output_holds(by):
     model, tokens = tiny.make(), tiny.tokens()
     out = model(tokens, labels=tokens, output_attentions=True)
-    found = model(tokens, labels=tokens, output_attentions=True, return_dict=False)
+    given = {"return_dict": False} if by == "call" else {}
+    model.config.return_dict = by == "call"
+    found = model(tokens, labels=tokens, output_attentions=True, **given)
     assert isinstance(found, tuple)
     assert len(found) == len(out.to_tuple())
     torch.testing.assert_close(found[1], out.logits, rtol=0, atol=0)

@@ -1,7 +1,7 @@
 """The settings of a layer, checked once: what the layer, its equation and the models' configuration share."""
 
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
@@ -262,4 +262,19 @@ class Configured(nn.Module):
         shown = [f"{name}={value!r}" for name, value in settings.changed().items() if name not in _SEEN]
         shown += [] if self.on_failure == "warn" else [f"on_failure={self.on_failure!r}"]
         parts = [f"{settings.embed_dim}, num_heads={settings.num_heads}", *shown]
-        return ", ".join([*parts, f"solver={self.solver}", f"adjoint={self.adjoint}"])
+        return ", ".join([*parts, f"solver={_brief(self.solver)}", f"adjoint={_brief(self.adjoint)}"])
+
+
+def _brief(value: Any) -> str:
+    """A value as it would be written down: solvers and gradients without the fields that are the default."""
+    if not is_dataclass(value):
+        return repr(value)
+    held = {field.name: getattr(value, field.name) for field in fields(value) if field.repr}
+    shown = [f"{name}={_brief(given)}" for name, given in held.items() if given != _default(value, name)]
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
+def _default(record: Any, name: str) -> Any:
+    """The default of a field of a dataclass."""
+    field = next(field for field in fields(record) if field.name == name)
+    return field.default if field.default_factory is MISSING else field.default_factory()

@@ -12,6 +12,7 @@ from implicit_attention import (
     ForwardSubstitution,
     Implicit,
     ImplicitQueryAttention,
+    NewtonKrylov,
     Picard,
     RelativeBias,
     Rotary,
@@ -326,6 +327,10 @@ def test_exposed_settings():
     assert layer.on_failure == "warn"
     shown = repr(layer)
     assert all(part in shown for part in ("8, num_heads=2", "is_causal=True", "qk_norm=True", "Rotary"))
+    assert "solver=ForwardSubstitution(), adjoint=Implicit()" in shown
+    fallback = NewtonKrylov(max_steps=3)
+    layer.solver = ForwardSubstitution(rtol=1e-3, fallback=fallback)
+    assert "solver=ForwardSubstitution(rtol=0.001, fallback=NewtonKrylov(max_steps=3))," in repr(layer)
 
 
 def test_relative_bias_is_clipped_at_its_reach():

@@ -19,9 +19,10 @@ from implicit_attention.equilibrium.adjoints import Phantom
 from implicit_attention.equilibrium.solvers import Anderson
 from implicit_attention.layer import ImplicitQueryAttention
 from implicit_attention.recommended import MAX_GAIN
+from implicit_attention.tasks.models import Convolution
 from implicit_attention.tasks.task import Task
 from studies.blocks import Block, ParallelBlock, RecurrentBlock
-from studies.mixers import GRU, Convolved, GatedDeltaNet, Implicit, Ordinary
+from studies.mixers import GRU, Behind, GatedDeltaNet, Implicit, Mixer, Ordinary, WithStates
 from studies.names import known
 
 ADJOINTS = {"implicit": ImplicitAdjoint(), "phantom": Phantom(), "one step": Phantom(steps=1, damping=1.0)}
@@ -155,17 +156,25 @@ def _keys(taps: int) -> Callable[[Task, Sizes, int], Block]:
 
 
 def _convolved(taps: int) -> Callable[[Task, Sizes, int], Block]:
-    return lambda task, sizes, width: ParallelBlock(
-        Convolved(_attention(task, sizes), sizes.embed_dim, taps), sizes.embed_dim, width
-    )
+    return lambda task, sizes, width: _behind_taps(taps, _attention(task, sizes), sizes, width)
 
 
 def _strict_convolved(task: Task, sizes: Sizes, width: int) -> Block:
-    return ParallelBlock(Convolved(_strict(task, sizes, width).mixer, sizes.embed_dim), sizes.embed_dim, width)
+    return _behind_taps(4, _strict(task, sizes, width).mixer, sizes, width)
 
 
-def _delta(task: Task, sizes: Sizes, width: int) -> Block:
-    return ParallelBlock(GatedDeltaNet(sizes.embed_dim, sizes.num_heads), sizes.embed_dim, width)
+def _behind_taps(taps: int, mixer: Mixer, sizes: Sizes, width: int) -> Block:
+    return ParallelBlock(Behind(Convolution(sizes.embed_dim, taps), mixer), sizes.embed_dim, width)
+
+
+def _gru_attention(task: Task, sizes: Sizes, width: int) -> Block:
+    return ParallelBlock(Behind(WithStates(sizes.embed_dim), _attention(task, sizes)), sizes.embed_dim, width)
+
+
+def _delta(speed: float | None = None) -> Callable[[Task, Sizes, int], Block]:
+    return lambda task, sizes, width: ParallelBlock(
+        GatedDeltaNet(sizes.embed_dim, sizes.num_heads, speed=speed), sizes.embed_dim, width
+    )
 
 
 def _bounded(rtol: float | None = None) -> Callable[[Task, Sizes, int], Block]:
@@ -220,8 +229,10 @@ ARMS = {
         ),
         _baseline("convolved-9", "ordinary attention behind a 9-tap convolution", _convolved(9)),
         _baseline("recurrent", "keys and values of its own outputs, row by row", _recurrent),
-        _baseline("delta", "Gated DeltaNet", _delta),
+        _baseline("delta", "Gated DeltaNet", _delta()),
+        _baseline("delta-slow", "Gated DeltaNet, slow decay at the start", _delta(0.1)),
         _baseline("gru", "GRU", _gru),
+        _baseline("gru-attention", "ordinary attention behind a GRU", _gru_attention),
         Arm("implicit", "implicit", _implicit, ours=True),
         Arm("bounded", _BOUNDED, _bounded(), free_only=True, ours=True),
         *(

@@ -16,7 +16,7 @@ from torch import nn
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.tasks.models import Convolution
 from studies.blocks import Block, ParallelBlock, RecurrentBlock, SequenceModel
-from studies.mixers import GRU, Convolved, GatedDeltaNet, Implicit, Mixer, Ordinary
+from studies.mixers import GRU, Behind, GatedDeltaNet, Implicit, Mixer, Ordinary
 
 BACKWARD = 2  # of the forward pass's operations
 
@@ -51,14 +51,13 @@ def _mixer(mixer: Mixer, length: int, steps: Iterator[float]) -> float:
         width = mixer.W_Q.out_features
         return length * (_linear(mixer) + _taps(mixer)) + _attend(_pairs(length, mixer.is_causal), width)
     if isinstance(mixer, GRU):
-        weights = sum(p.numel() for name, p in mixer.cells.named_parameters() if name.startswith("weight"))
-        return length * (2 * weights + _linear(mixer.out_proj))
+        return length * (_cells(mixer) + _linear(mixer.out_proj))
     if isinstance(mixer, GatedDeltaNet):
         # The state decays, is read twice, and changes by an outer product.
         state = 7 * mixer.gate.out_features**2 // mixer.num_heads
         return length * (_linear(mixer) + _taps(mixer) + state)
-    if isinstance(mixer, Convolved):
-        return length * _taps(mixer.convolution) + _mixer(mixer.mixer, length, steps)
+    if isinstance(mixer, Behind):
+        return length * (_taps(mixer.front) + _cells(mixer.front)) + _mixer(mixer.mixer, length, steps)
     assert isinstance(mixer, Implicit)
     layer = mixer.layer
     pairs = _pairs(length, layer.is_causal)
@@ -89,3 +88,9 @@ def _linear(module: nn.Module) -> int:
 def _taps(module: nn.Module) -> int:
     """Operations of a module's convolutions for one token."""
     return sum(2 * part.taps.numel() for part in module.modules() if isinstance(part, Convolution))
+
+
+def _cells(module: nn.Module) -> int:
+    """Operations of a module's gated recurrent units for one token."""
+    units = [part for part in module.modules() if isinstance(part, nn.GRU)]
+    return sum(2 * p.numel() for unit in units for name, p in unit.named_parameters() if name.startswith("weight"))

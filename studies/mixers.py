@@ -105,17 +105,30 @@ class Implicit(Mixer):
         return self.layer.out_proj(solution.value), solution
 
 
-class Convolved(Mixer):
-    """Another mixer behind a causal convolution of its input."""
+class Behind(Mixer):
+    """Another mixer behind a map of its input, such as a convolution."""
 
-    def __init__(self, mixer: Mixer, embed_dim: int, taps: int = 4) -> None:
-        """Put it before `mixer`, over the last `taps` tokens of size `embed_dim`."""
+    def __init__(self, front: nn.Module, mixer: Mixer) -> None:
+        """Put `front`, a map of `[B, N, D]`, before `mixer`."""
         super().__init__()
-        self.mixer, self.convolution = mixer, Convolution(embed_dim, taps)
+        self.mixer, self.front = mixer, front
 
     def mix(self, x: Tensor, *, gains: bool = False) -> Mixed:
-        """Return what the mixer makes of x and its convolution."""
-        return self.mixer.mix(self.convolution(x), gains=gains)
+        """Return what the mixer makes of what the front makes of x."""
+        return self.mixer.mix(self.front(x), gains=gains)
+
+
+class WithStates(nn.Module):
+    """Each token plus the state of a gated recurrent unit that has read the tokens up to it."""
+
+    def __init__(self, embed_dim: int) -> None:
+        """Make it for tokens of size `embed_dim`."""
+        super().__init__()
+        self.cells = nn.GRU(embed_dim, embed_dim, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sums, `[B, N, D]`."""
+        return x + self.cells(x)[0]
 
 
 class GRU(Mixer):
@@ -145,20 +158,23 @@ class GatedDeltaNet(Mixer):
         2024, "Unlocking state-tracking in linear RNNs", arXiv 2411.12537. Its plain recurrence, token by token.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, taps: int = 4) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, taps: int = 4, speed: float | None = None) -> None:
         """Make it.
 
         Args:
             embed_dim: D.
             num_heads: H.
             taps: Tokens of the convolutions.
+            speed: Of the decay at the start, `a` between `exp(-speed / 10)` and `exp(-speed / 1000)`; drawn from
+                (0, 16) per head if None.
         """
         super().__init__()
         self.num_heads = num_heads
         self.projections = nn.ModuleList(nn.Linear(embed_dim, embed_dim, bias=False) for _ in range(3))  # q, k, v
         self.convolutions = nn.ModuleList(Convolution(embed_dim, taps) for _ in range(3))
         self.write, self.decay = nn.Linear(embed_dim, num_heads), nn.Linear(embed_dim, num_heads)
-        self.log_speed = nn.Parameter(torch.empty(num_heads).uniform_(1e-3, 16.0).log())
+        drawn = torch.empty(num_heads).uniform_(1e-3, 16.0)
+        self.log_speed = nn.Parameter((drawn if speed is None else drawn.fill_(speed)).log())
         at_start = torch.empty(num_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         with torch.no_grad():
             self.decay.bias.copy_(at_start.expm1().log())  # softplus gives `at_start`

@@ -22,22 +22,24 @@ from studies.table import Row, Table, rows_of
 BUDGETS = ("smoke", "cpu")
 
 
-LOOKUP = (
+_LOOKUP = (
     "ordinary", "ordinary-2", "keys-2", "keys-4", "convolved", "strict", "implicit", "strict-convolved", "feedback",
-    "delta", "gru",
+    "gru-attention",
 )  # fmt: skip
+LOOKUP = (*_LOOKUP, "delta", "delta-slow", "gru")
 GAPPED = (*LOOKUP, "keys-8", "convolved-2", "looped")  # 8 taps reach from each value to its key
 # Keys of two tokens: 9 taps reach from each value to both, and a row that looks a key up has to see both.
 GAPPED_KEYS = (
     "ordinary", "ordinary-2", "convolved", "convolved-2", "convolved-9", "strict", "implicit", "strict-convolved",
-    "feedback", "delta", "gru", "looped",
+    "feedback", "delta", "delta-slow", "gru", "gru-attention", "looped",
 )  # fmt: skip
 STATE = (
-    "ordinary", "ordinary-2", "convolved", "strict", "feedback", "feedback-plain", "feedback-alone", "delta", "gru"
+    "ordinary", "ordinary-2", "convolved", "strict", "feedback", "feedback-plain", "feedback-alone", "delta", "gru",
+    "gru-attention",
 )  # fmt: skip
 TEXT = (
     "ordinary", "ordinary-2", "keys-4", "convolved", "strict", "implicit", "strict-convolved", "feedback",
-    "feedback-alone", "delta", "gru",
+    "feedback-alone", "delta", "gru", "gru-attention",
 )  # fmt: skip
 BIDIRECTIONAL = ("ordinary", "ordinary-2", "looped", "implicit", "bounded")
 
@@ -85,7 +87,7 @@ def _recall() -> list[Table]:
     made = []
     for length, pairs, vocabulary in ((64, 4, 128), (128, 8, 256), (256, 16, 512)):
         name, title = f"recall-{length}", f"Recall: {pairs} pairs in {length} tokens"
-        arms = LOOKUP if length < 256 else LOOKUP[:-2]
+        arms = LOOKUP if length < 256 else _LOOKUP
         arms = (*arms, "looped", "recurrent") if length == 64 else arms
         task = MQAR(length, pairs, vocabulary)
         training = _RECALL_TRAINING[length]

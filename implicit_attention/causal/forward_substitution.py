@@ -15,7 +15,7 @@ from torch import Tensor
 
 from implicit_attention.attention.map import AttentionMap
 from implicit_attention.causal import engines, feedback
-from implicit_attention.causal.backward_substitution import At, Backward
+from implicit_attention.causal.backward_substitution import Backward, Equilibrium
 from implicit_attention.causal.diagonal import BlockSolver, Unsettled
 from implicit_attention.causal.own_columns import own_jacobian
 from implicit_attention.causal.row_problem import gelfand_radius
@@ -198,7 +198,7 @@ class ForwardSubstitution(DirectSolver):
         system = CausalSystem(_causal(function), args)
         if not y.numel():
             return y.new_zeros(y.shape[:2], dtype=system.wide)
-        at = At(system, y, memo)
+        at = Equilibrium(system, y, memo)
         if system.self_score is not None:
             return at.y.new_zeros(at.y.shape[:2])
         found = []

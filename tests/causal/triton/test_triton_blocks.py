@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from implicit_attention import DecodeCache, ForwardSubstitution, ImplicitQueryAttention
 from implicit_attention.causal import engines, self_test, triton
 from implicit_attention.causal import forward_substitution as substitution
-from implicit_attention.causal.backward_substitution import At
+from implicit_attention.causal.backward_substitution import Equilibrium
 from implicit_attention.causal.diagonal import BlockSolver
 from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjointSolver
 from implicit_attention.causal.forward_substitution import solved_with
@@ -262,7 +262,7 @@ class Block:
         return one
 
     def at(self):
-        return At(CausalSystem(self.function, self.args), self.y, ())
+        return Equilibrium(CausalSystem(self.function, self.args), self.y, ())
 
     def compiled(self):
         at = self.at()

@@ -195,8 +195,8 @@ def test_what_a_sample_lost_is_restored():
     system = CausalSystem(equation.function, tuple(args))
     forward = substitution._Forward(system, layer.solver, "triton", x.dtype)
     before = forward.y.clone(), forward.lse.clone()
-    assert forward.compiled.settle(slice(0, 20)) == 16
-    assert forward.compiled.status.tolist() == [20, 16]
+    assert forward.kernel.settle(slice(0, 20)) == 16
+    assert forward.kernel.status.tolist() == [20, 16]
     torch.testing.assert_close(forward.y[:, 16:], before[0][:, 16:], rtol=0.0, atol=0.0)
     torch.testing.assert_close(forward.lse[:, :, 16:], before[1][:, :, 16:], rtol=0.0, atol=0.0)
     assert bool((forward.y[:, :16] != before[0][:, :16]).any())

@@ -179,7 +179,7 @@ def test_own_equations_are_those_of_the_map(name, poisoned):
         equation = layer.equation(inputs(2, 45, layer.embed_dim))
     function, args = equation.function, tuple(a.detach().clone() for a in equation.args)
     forward, rows = substitution._Forward(CausalSystem(function, args), layer.solver, "triton", F64), slice(0, 32)
-    swept = forward.swept
+    swept = forward.sweeper
     assert swept.settle(rows)
     marked = (torch.arange(32) % torch.tensor([[3], [5]]) == 1).to(DEVICE)
     for b, state in enumerate(swept.judged[0].tolist()):
@@ -308,7 +308,7 @@ def test_a_block_that_does_not_settle_is_as_it_was():
         patch.setattr(sweeps, "MOST_SWEEPS", 4)
         forward = substitution._Forward(CausalSystem(equation.function, tuple(args)), layer.solver, "triton", x.dtype)
         before = forward.y.clone(), forward.lse.clone(), forward.residual.clone()
-        assert not forward.swept.settle(slice(0, 32))
+        assert not forward.sweeper.settle(slice(0, 32))
     for now, then in zip((forward.y, forward.lse, forward.residual), before, strict=True):
         assert torch.equal(now, then)
 

@@ -27,7 +27,7 @@ from implicit_attention.attention.positions import rotate_few
 from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.causal import engines
 from implicit_attention.causal.forward_substitution import ForwardSubstitution, solved_with
-from implicit_attention.equation import Layer, Projected, norm_weight, normed_keys
+from implicit_attention.equation.projection import Layer, Projected, norm_weight, normed_keys
 from implicit_attention.equilibrium.maps import makes_plain_tensors
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.equilibrium.triton_available import launching_on

@@ -13,9 +13,10 @@ from implicit_attention.attention.map import AttentionMap
 from implicit_attention.causal import operator as causal_operator
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.decoding import Decoded, decode, serves
-from implicit_attention.equation import Equation, Layer, prepare, project
+from implicit_attention.equation import Equation, prepare
 from implicit_attention.equation.collapse import watch
 from implicit_attention.equation.packing import PackedMap, outside_graphs
+from implicit_attention.equation.projection import Layer, project
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
 from implicit_attention.equilibrium.reports import FailureReport

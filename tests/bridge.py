@@ -7,7 +7,7 @@ import torch
 
 from implicit_attention import ALiBi, Anderson, ImplicitQueryAttention, RelativeBias, Rotary
 from implicit_attention.decoding import decode, serves
-from implicit_attention.equation import project
+from implicit_attention.equation.projection import project
 from implicit_attention.inputs import checked
 from tests import oracle
 

@@ -126,5 +126,5 @@ def decoded(layer, x, cache):
     found = decode(layer, inputs, project(layer, inputs)) if serves(layer, inputs) else None
     if found is None:
         return None
-    found.give(cache)
+    found.fill_cache(cache)
     return found.solution

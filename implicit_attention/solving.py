@@ -18,7 +18,8 @@ from implicit_attention.equation.collapse import watch
 from implicit_attention.equation.packing import PackedMap, outside_graphs
 from implicit_attention.equation.projection import Layer, project
 from implicit_attention.equilibrium import maps
-from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
+from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Unrolled
+from implicit_attention.equilibrium.problem import Problem
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Method, Solution
 from implicit_attention.errors import NonFiniteError, all_finite, bad_type, bad_value, required

@@ -10,7 +10,7 @@ from implicit_attention.causal import engines
 from implicit_attention.causal.diagonal_adjoint import BlockAdjoint, BlockAdjointSolver
 from implicit_attention.causal.system import CausalSystem, Queries, halves
 from implicit_attention.equilibrium.linear import largest
-from implicit_attention.equilibrium.solvers.base import AdjointSolution
+from implicit_attention.equilibrium.solvers.solution import AdjointSolution
 
 # Most rows of a block whose sweeps of the adjoint solve own columns exactly. That takes `(3 d H + 2 d G + H^2)` numbers
 # a row: more rows take more memory, fewer make more blocks.

@@ -21,7 +21,8 @@ from implicit_attention.causal.own_columns import own_jacobian
 from implicit_attention.causal.row_problem import gelfand_radius
 from implicit_attention.causal.system import CausalSystem, halves, merge
 from implicit_attention.equilibrium.solvers import NewtonKrylov, Solution, Solver
-from implicit_attention.equilibrium.solvers.base import AdjointSolution, DirectSolver
+from implicit_attention.equilibrium.solvers.base import DirectSolver
+from implicit_attention.equilibrium.solvers.solution import AdjointSolution
 from implicit_attention.equilibrium.triton_available import launching_on
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from benchmarks.reference import NORM_EPS, CausalMap
 from implicit_attention import ImplicitQueryAttention, Solution
 from implicit_attention.attention.map import AttentionMap
-from implicit_attention.equilibrium.adjoints import Implicit, Problem
-from implicit_attention.equilibrium.solvers.base import AdjointSolution, Method
+from implicit_attention.equilibrium.adjoints import Implicit
+from implicit_attention.equilibrium.problem import Problem
+from implicit_attention.equilibrium.solvers.base import Method
+from implicit_attention.equilibrium.solvers.solution import AdjointSolution
 
 ITERATIONS = 10  # of those who take a fixed number, as the seed does
 MAX_STEPS = 100  # of torchdeq's solvers

@@ -17,7 +17,7 @@ from implicit_attention.errors import bad_type, bad_value
 from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, check_names, checked
 from implicit_attention.recommended import Recommended
 from implicit_attention.settings import CHANGEABLE, Configured, Settings
-from implicit_attention.solving import make_adjoint, make_solver, own, settle
+from implicit_attention.solving import make_adjoint, make_solver, solve_call, writable
 
 
 class ImplicitQueryAttention(Recommended, Configured, Reporting):
@@ -229,12 +229,12 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             x, context, attn_mask=attn_mask, key_padding_mask=key_padding_mask, cache=cache, segments=segments,
             cu_seqlens=cu_seqlens, start=start,
         )  # fmt: skip
-        found = settle(self, self._report, inputs, short=not (need_weights or gains), wants_output=True)
-        out: Any = found.output
-        weights = found.weights(average_attn_weights) if need_weights else None
-        solution = found.with_gains(self._report) if gains else found.solution
+        solved = solve_call(self, self._report, inputs, may_decode=not (need_weights or gains), needs_output=True)
+        out: Any = solved.output
+        weights = solved.weights(average_attn_weights) if need_weights else None
+        solution = solved.with_gains(self._report) if gains else solved.solution
         if cache is not None:
-            found.give(inputs)
+            solved.fill_cache(inputs)
         if not inputs.batched:
             out, weights, solution = out[0], None if weights is None else weights[0], solution.unbatched()
         if need_solution:
@@ -272,11 +272,11 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         """
         self._check_gains(gains)
         given = self._inputs(x, context, **inputs)
-        found = settle(self, self._report, given, history=history, short=not (history or gains))
-        solution = found.with_gains(self._report) if gains else found.solution
-        solution = replace(solution, value=own(solution.value))
+        solved = solve_call(self, self._report, given, history=history, may_decode=not (history or gains))
+        solution = solved.with_gains(self._report) if gains else solved.solution
+        solution = replace(solution, value=writable(solution.value))
         solution = solution if given.batched else solution.unbatched()
-        found.give(given)
+        solved.fill_cache(given)
         return solution
 
     def equation(self, x: Tensor, context: Tensor | None = None, **inputs: Unpack[InputOptions]) -> Equation:

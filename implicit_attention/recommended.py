@@ -35,8 +35,8 @@ CROSS_ATTENTION: Mapping[str, Any] = MappingProxyType(
 )  # fmt: skip
 
 
-def open_gain(*, is_causal: bool, normalize_over: str, query_input: bool) -> float | None:
-    """Return what a model's `max_gain` is where its configuration leaves it open: none where the layer refuses one.
+def default_max_gain(*, is_causal: bool, normalize_over: str, query_input: bool) -> float | None:
+    """Return the default of a model's `max_gain`: None where the layer refuses a number.
 
     Args:
         is_causal: Whether the model has a causal mask.
@@ -46,8 +46,8 @@ def open_gain(*, is_causal: bool, normalize_over: str, query_input: bool) -> flo
     return None if is_causal or not (query_input or normalize_over == "queries") else MAX_GAIN
 
 
-def open_settings(*, is_causal: bool, normalize_over: str) -> dict[str, Any]:
-    """Return what a model's settings are where its configuration leaves them open.
+def default_settings(*, is_causal: bool, normalize_over: str) -> dict[str, Any]:
+    """Return the defaults of a model's settings that depend on its mask and on what the softmax runs over.
 
     Args:
         is_causal: Whether the model has a causal mask.

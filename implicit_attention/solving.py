@@ -13,11 +13,13 @@ from implicit_attention.attention.map import AttentionMap
 from implicit_attention.causal import operator as causal_operator
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.decoding import Decoded, decode, serves
-from implicit_attention.equation import Equation, Layer, prepare, project
+from implicit_attention.equation import Equation, prepare
 from implicit_attention.equation.collapse import watch
 from implicit_attention.equation.packing import PackedMap, outside_graphs
+from implicit_attention.equation.projection import Layer, project
 from implicit_attention.equilibrium import maps
-from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Problem, Unrolled
+from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Unrolled
+from implicit_attention.equilibrium.problem import Problem
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Method, Solution
 from implicit_attention.errors import NonFiniteError, all_finite, bad_type, bad_value, required
@@ -88,8 +90,8 @@ def make_adjoint(adjoint: str | Adjoint) -> Adjoint:
     if isinstance(adjoint, Adjoint):
         return adjoint
     if isinstance(adjoint, str) and adjoint in _ADJOINTS:
-        made: Adjoint = _ADJOINTS[adjoint]()
-        return made
+        named: Adjoint = _ADJOINTS[adjoint]()
+        return named
     if not isinstance(adjoint, str):
         raise bad_type("adjoint", '"implicit", "unrolled", "phantom" or an object such as Implicit()', adjoint)
     raise bad_value("adjoint", '"implicit", "unrolled", "phantom" or an object such as Implicit()', adjoint)
@@ -116,7 +118,7 @@ def solve(
     """
     function, args, start = equation
     if isinstance(function, PackedMap):
-        parts = _batches(function, args, start)
+        parts = _by_batch(function, args, start)
         solutions = [solve(part, solver, adjoint, report, history=history) for part in parts]
         packed = function.packing.pack_solutions(solutions)
         report.keep(packed)
@@ -131,21 +133,17 @@ def solve(
     return adjoint(problem, start, args, history=history)
 
 
-def _batches(function: PackedMap, args: tuple[Tensor, ...], start: Tensor) -> list[Equation]:
+def _by_batch(function: PackedMap, args: tuple[Tensor, ...], start: Tensor) -> list[Equation]:
     """The equations of packed documents, batch by batch."""
     parts = zip(function.maps, function.by_batch(args), function.packing.unpack(start), strict=True)
     return [Equation(*part) for part in parts]
 
 
-def columns(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
-    """Return what a cache keeps of the tokens of a solved equation, differentiable where the solution is.
-
-    Args:
-        equation: The equation.
-        solution: Its solution.
+def _cache_columns(equation: Equation, solution: Solution) -> tuple[Tensor, Tensor]:
+    """What a cache keeps of the tokens of a solved equation, differentiable where the solution is.
 
     Returns:
-        Their side of the scores and their values, `[B, G, N, d]` each.
+        Their column side of the scores and their values, `[B, G, N, d]` each.
     """
     function, args = equation.function, equation.args
     assert isinstance(function, AttentionMap)  # `inputs` refuses a cache of packed documents
@@ -165,10 +163,10 @@ def row_gains(equation: Equation, solution: Solution) -> Tensor:
     with torch.no_grad(), torch.autocast(solution.value.device.type, enabled=False):  # in float32 or wider
         if not isinstance(function, PackedMap):
             return ForwardSubstitution().gains(function, equation.args, solution.value, memo)
-        parts, each = _batches(function, equation.args, solution.value), len(memo) // len(function.maps)
+        parts, each = _by_batch(function, equation.args, solution.value), len(memo) // len(function.maps)
         memos = [memo[i * each : (i + 1) * each] for i in range(len(parts))]
-        found = [ForwardSubstitution().gains(*part, own) for part, own in zip(parts, memos, strict=True)]
-        return function.packing.pack(found)
+        gains = [ForwardSubstitution().gains(*part, m) for part, m in zip(parts, memos, strict=True)]
+        return function.packing.pack(gains)
 
 
 _MAY_NOT_CONTRACT = (
@@ -177,8 +175,15 @@ _MAY_NOT_CONTRACT = (
 )
 
 
-class Found(NamedTuple):
-    """A solved call; the cache has not been given its tokens. `output` is what `forward` returns of it."""
+class SolvedCall(NamedTuple):
+    """A solved call, before its tokens are added to the cache.
+
+    Attributes:
+        solution: The solution.
+        equation: What it solves; None if the token was decoded.
+        decoded: The token, if it was decoded.
+        output: What `forward` returns of the solution, if needed.
+    """
 
     solution: Solution
     equation: Equation | None
@@ -198,23 +203,23 @@ class Found(NamedTuple):
         report.keep_gain(gain)
         return replace(self.solution, gain=gain)
 
-    def give(self, inputs: Inputs) -> None:
-        """Give the cache the new tokens: the last thing a call does, so that one that raises leaves it as it was."""
+    def fill_cache(self, inputs: Inputs) -> None:
+        """Add the new tokens to the cache: the last thing a call does, so that one that raises leaves it as it was."""
         if inputs.cache is not None and self.decoded is not None:
-            self.decoded.give(inputs.cache)
+            self.decoded.fill_cache(inputs.cache)
         elif inputs.cache is not None and self.equation is not None:
-            inputs.cache.append(*columns(self.equation, self.solution), inputs.key_padding_mask)
+            inputs.cache.append(*_cache_columns(self.equation, self.solution), inputs.key_padding_mask)
 
 
-def settle(
+def solve_call(
     layer: SolvedLayer,
     report: FailureReport,
     inputs: Inputs,
     *,
     history: bool = False,
-    short: bool = False,
-    wants_output: bool = False,
-) -> Found:
+    may_decode: bool = False,
+    needs_output: bool = False,
+) -> SolvedCall:
     """Solve the equation of a call.
 
     Args:
@@ -222,49 +227,51 @@ def settle(
         report: Is told how it went.
         inputs: Of the call, checked.
         history: Keep every iterate.
-        short: Whether the short way of one new token will do, which makes no equation.
-        wants_output: Whether the layer's output is wanted, too.
+        may_decode: Whether `decoding` may solve one new token after a cache. It makes no equation.
+        needs_output: Whether to compute the layer's output, too.
 
     Returns:
-        What was found.
+        The solution, and what it was made from.
 
     Raises:
         ValueError: If the map or the output holds NaN or Inf; the message names the input or parameter to blame.
         ConvergenceError: If the tolerance is missed and the report raises.
     """
     if inputs.packed and torch.compiler.is_compiling():
-        found = outside_graphs(_settle)(layer, report, inputs, history, False)
+        solved = outside_graphs(_solve_call)(layer, report, inputs, history, False)
     else:
-        found = _settle(layer, report, inputs, history, short)
-    return found._replace(output=_output(layer, inputs, found.solution.value)) if wants_output else found
+        solved = _solve_call(layer, report, inputs, history, may_decode)
+    return solved._replace(output=_output(layer, inputs, solved.solution.value)) if needs_output else solved
 
 
-def _settle(layer: SolvedLayer, report: FailureReport, inputs: Inputs, history: bool, short: bool) -> Found:
+def _solve_call(
+    layer: SolvedLayer, report: FailureReport, inputs: Inputs, history: bool, may_decode: bool
+) -> SolvedCall:
     if inputs.start is not None and isinstance(layer.solver, ForwardSubstitution):
         raise bad_value("start", "None with ForwardSubstitution, which solves row by row", inputs.start,
                         "Leave it out, or give the layer an iterative solver such as Anderson().")  # fmt: skip
-    projected = project(layer, inputs) if short and serves(layer, inputs) else None
+    projected = project(layer, inputs) if may_decode and serves(layer, inputs) else None
     decoded = None if projected is None else decode(layer, inputs, projected)
     if decoded is not None:
         report.keep(decoded.solution)
-        return Found(replace(decoded.solution, unique=layer.settings.unique), None, decoded)
+        return SolvedCall(replace(decoded.solution, unique=layer.settings.unique), None, decoded)
     equation = prepare(layer, inputs, projected)
     if not torch.compiler.is_compiling():
-        free = not (layer.settings.is_causal or layer.settings.unique)
-        report.advice = _MAY_NOT_CONTRACT.format(layer.settings.contracting) if free else ""
+        contracts = layer.settings.is_causal or layer.settings.unique
+        report.advice = "" if contracts else _MAY_NOT_CONTRACT.format(layer.settings.contracting)
     try:
         solution = solve(equation, layer.solver, layer.adjoint, report, history=history)
     except NonFiniteError as error:
         raise non_finite({**inputs.named(), **dict(layer.named_parameters())}) from error
     if not layer.settings.is_causal:
         watch(layer, inputs, equation, solution.value, report)
-    return Found(replace(solution, unique=layer.settings.unique), equation, None)
+    return SolvedCall(replace(solution, unique=layer.settings.unique), equation, None)
 
 
 def _output(layer: SolvedLayer, inputs: Inputs, y: Tensor) -> Tensor:
     """What a layer returns of an equilibrium: projected, if it has an `out_proj`."""
     if layer.out_proj is None:
-        return own(y)
+        return writable(y)
     out: Tensor = layer.out_proj(y)
     overflow = "The output of `out_proj` overflows: scale it down, or use a wider dtype."
     if torch.compiler.is_compiling():
@@ -274,6 +281,6 @@ def _output(layer: SolvedLayer, inputs: Inputs, y: Tensor) -> Tensor:
     return out
 
 
-def own(y: Tensor) -> Tensor:
-    """Return an equilibrium that the caller may change in place: the backward pass keeps the other."""
+def writable(y: Tensor) -> Tensor:
+    """Return an equilibrium that the caller may change in place: a copy if the backward pass keeps it."""
     return y.clone() if y.requires_grad else y

@@ -7,7 +7,7 @@ import torch
 
 from implicit_attention import ALiBi, Anderson, ImplicitQueryAttention, RelativeBias, Rotary
 from implicit_attention.decoding import decode, serves
-from implicit_attention.equation import project
+from implicit_attention.equation.projection import project
 from implicit_attention.inputs import checked
 from tests import oracle
 
@@ -126,5 +126,5 @@ def decoded(layer, x, cache):
     found = decode(layer, inputs, project(layer, inputs)) if serves(layer, inputs) else None
     if found is None:
         return None
-    found.give(cache)
+    found.fill_cache(cache)
     return found.solution

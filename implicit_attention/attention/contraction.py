@@ -20,7 +20,7 @@ from implicit_attention.attention.operation import partial_backward, stock
 from implicit_attention.attention.positions import rotate, unrotate
 from implicit_attention.equilibrium.maps import Linearization
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Solution, Solver
-from implicit_attention.equilibrium.solvers.base import AdjointSolution
+from implicit_attention.equilibrium.solvers.solution import AdjointSolution
 from implicit_attention.errors import NOT_FINITE, Came, NonFiniteError, bad_type, bad_value, check_positive
 
 _TOLERANCES = {torch.float64: 1e-10}

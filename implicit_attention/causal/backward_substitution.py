@@ -1,6 +1,6 @@
 """The adjoint of a causal map, block by block from the last to the first: `forward_substitution` in reverse order."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,21 +10,29 @@ from implicit_attention.causal import engines
 from implicit_attention.causal.diagonal_adjoint import BlockAdjoint, BlockAdjointSolver
 from implicit_attention.causal.system import CausalSystem, Queries, halves
 from implicit_attention.equilibrium.linear import largest
-from implicit_attention.equilibrium.solvers.base import AdjointSolution
+from implicit_attention.equilibrium.solvers.solution import AdjointSolution
 
 # Most rows of a block whose sweeps of the adjoint solve own columns exactly. That takes `(3 d H + 2 d G + H^2)` numbers
 # a row: more rows take more memory, fewer make more blocks.
 EXACTLY = 128
 
 
-class At:
-    """A known equilibrium: outputs, queries, log-sum-exp."""
+class Equilibrium:
+    """A known equilibrium: outputs, queries, log-sum-exp.
+
+    Attributes:
+        y: Outputs `[B, N, H, d]`, in the wide dtype; `y_given` in their own, as the flash kernels take them.
+        query: `[B, N, G, d]`, normed and rotated, in the narrow dtype.
+        inverse: `[B, N, G, 1]`, factors of the queries' norm; empty without a norm.
+        normed: `[B, N, G, d]`, queries before the weights of the norm; empty without weights.
+        lse: Log-sum-exp `[B, H, N]`.
+    """
 
     def __init__(self, system: CausalSystem, y: Tensor, memo: tuple[Tensor, ...]) -> None:
         """Take what the memo of the solve holds; compute it if that is empty."""
         self.system = system
-        self.given = y.view(*y.shape[:2], system.heads, system.dim)  # in its own dtype, as the flash kernels take it
-        self.y = self.given.to(system.wide)
+        self.y_given = y.view(*y.shape[:2], system.heads, system.dim)
+        self.y = self.y_given.to(system.wide)
         self.normed = y.new_zeros(0)
         if memo:
             self.query, self.lse, self.inverse = memo[0].to(system.narrow), *memo[1:]
@@ -48,12 +56,27 @@ class At:
         """Return the adjoint of a diagonal block."""
         return BlockAdjointSolver(self.system, rows, self.y[:, rows], self.queries(rows), self.lse[:, :, rows])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, as kernels take them."""
+        found = {"y": self.y, "query": self.query, "inverse": self.inverse, "lse": self.lse}
+        return found | ({"normed": self.normed} if self.normed.numel() else {})
+
 
 class Backward:
     """The recursion of the adjoint, from the last block to the first.
 
-    In rows that are not solved yet, `d_query` holds the cotangents of the queries from solved rows. `lam` may share its
-    memory: a row needs its `d_query` no longer when its `lam` is stored.
+    A block solves `lam = g + J^T lam` for its rows, with the cotangents of its queries from all later rows. Its `lam`
+    then adds to the cotangents of all earlier queries and values, once, by the backward pass of attention.
+
+    Attributes:
+        lam: The solution, `[B, N, H, d]`, in rows that are solved.
+        d_query: Cotangents of the queries from solved rows, `[B, N, G, d]`. `lam` may share this memory: a row needs
+            its `d_query` no longer when its `lam` is stored.
+        d_made: Cotangents of the queries before norm and rotation, `[B, N, G d]`, where sweeps fill them; else None.
+        grads: Gradients of the tensors that make queries and own scores, by name, if needed.
+        d_terms: Gradients of the biases.
+        block: Rows of a block for the engine's kernel, or for torch.
+        widest: Rows of the first blocks: more than `block` if the engine has sweeps over many rows.
     """
 
     def __init__(
@@ -73,54 +96,78 @@ class Backward:
             block: Rows of a block in torch.
             cautious: Whether to read each swept block's outcome before the next block.
         """
-        self.system, self.at = system, At(system, y, memo)
-        self.grad, self.rtol = grad.reshape(self.at.y.shape), rtol
+        self.system, self.equilibrium = system, Equilibrium(system, y, memo)
+        self.grad, self.rtol = grad.reshape(self.equilibrium.y.shape), rtol
+        self.allowed = rtol * largest(grad).to(system.wide)
         self.needs = dict(zip(system.function.names, needs, strict=True))
-        self.allowed = self.rtol * largest(grad).to(system.wide)
         self.bias_grad = any(need for name, need in self.needs.items() if name.startswith("term"))
-        new, shape = torch.zeros, (system.batch, system.length)
-        where: dict[str, Any] = {"dtype": system.wide, "device": y.device}
-        self.d_query = new(*shape, system.groups, system.dim, **where)
-        self.lam = self.d_query if system.groups == system.heads else new(*self.grad.shape, **where)
-        parts = {n: t for n, t in system.tensors.items() if n in ("weight", "bias", "added", "self_score")}
-        self.rest = {n: new(t.shape, **where) for n, t in parts.items() if self.needs[n]}
+        zeros = partial(torch.zeros, dtype=system.wide, device=y.device)
+        self.d_query = zeros(system.batch, system.length, system.groups, system.dim)
+        self.lam = self.d_query if system.groups == system.heads else zeros(self.grad.shape)
+        summed = ("weight", "bias", "added", "self_score")
+        self.grads = {n: zeros(t.shape) for n, t in system.tensors.items() if n in summed and self.needs[n]}
         self.d_terms: list[Tensor | None] = [None] * len(system.terms)
-        self.residual = new(system.batch, **where)
+        self.residual = zeros(system.batch)
         self.converged = torch.ones_like(self.residual, dtype=torch.bool)
         self.sweeps, self.near_singular = 0, 0
-        engine = engines.engine(kernel)
-        self.compiled: engines.AdjointKernel | None = None
-        at = {"y": self.at.y, "query": self.at.query, "inverse": self.at.inverse, "lse": self.at.lse}
-        at |= {"normed": self.at.normed} if self.at.normed.numel() else {}
         self.block = self.widest = engines.rows_of_block(kernel, system, block)
+        self.kernel: engines.AdjointKernel | None = None
+        self.sweeper: engines.AdjointSweeper | None = None
+        self.d_made: Tensor | None = None
+        engine = engines.engine(kernel)
         if engine is not None and (engine.KEEPS_SLOPES or not self.bias_grad):
-            self.compiled = engine.AdjointKernel(
-                system, at, self.grad, self.d_query, self.allowed, self.block, slopes=self.bias_grad
-            )
-        self.swept: engines.AdjointSweeper | None = None
-        self.made: Tensor | None = None
-        sweeps = None
-        if engine is not None and self.compiled is not None:
+            self.kernel = engine.AdjointKernel(
+                system, self.equilibrium.tensors(), self.grad, self.d_query, self.allowed, self.block,
+                slopes=self.bias_grad,
+            )  # fmt: skip
             sweeps, self.widest = engines.sweeper(kernel, system, block)
             self.widest = max(self.widest, engine.widest(system, self.block))
-        if sweeps is not None:
-            self.made = system.key.new_empty(*shape, system.groups * system.dim)
-            into = {"later": self.d_query, "lam": self.lam, "d_key": self.d_key, "d_value": self.d_value,
-                    "made": self.made, "own": self.rest.get("self_score")}  # fmt: skip
-            at |= {"y": self.at.given}
-            self.swept = sweeps.AdjointSweeps(
-                system, at, self.grad, into, self.allowed, self.rtol, self.widest, cautious=cautious
-            )
+            if sweeps is not None:
+                self._make_sweeper(sweeps, cautious)
+
+    def _make_sweeper(self, sweeps: Any, cautious: bool) -> None:
+        """Make what sweeps over blocks of many rows, from the engine's module of sweeps."""
+        system = self.system
+        self.d_made = system.key.new_empty(system.batch, system.length, system.groups * system.dim)
+        into = {"later": self.d_query, "lam": self.lam, "d_key": self.d_key, "d_value": self.d_value,
+                "made": self.d_made, "own": self.grads.get("self_score")}  # fmt: skip
+        at = self.equilibrium.tensors() | {"y": self.equilibrium.y_given}
+        self.sweeper = sweeps.AdjointSweeps(
+            system, at, self.grad, into, self.allowed, self.rtol, self.widest, cautious=cautious
+        )
 
     @cached_property
     def d_key(self) -> Tensor:
-        """The gradient of the keys. One block that takes all rows needs no sum."""
+        """The gradient of the keys, zero at first. A block that takes all rows puts its own here instead."""
         return torch.zeros_like(self.system.key, dtype=self.system.wide, memory_format=torch.contiguous_format)
 
     @cached_property
     def d_value(self) -> Tensor:
-        """The gradient of the values."""
+        """The gradient of the values; as `d_key`."""
         return torch.zeros_like(self.system.value, dtype=self.system.wide, memory_format=torch.contiguous_format)
+
+    def solution(self) -> AdjointSolution:
+        """Solve; return the gradients by tensor of the map."""
+        system = self.system
+        self.descend(0, system.length, self.widest)
+        if self.sweeper is not None:
+            self.sweeper.check()
+            self.residual = torch.maximum(self.residual, self.sweeper.largest)
+            self.sweeps = max(self.sweeps, self.sweeper.sweeps)
+            self.near_singular += self.sweeper.near_singular
+        by_name: dict[str, Tensor | None] = {}
+        if system.past:  # all rows see these columns, so they come last
+            assert system.past_column is not None and system.past_value is not None
+            past = self._attention_backward(slice(0, system.length), system.past_column, system.past_value, 0)
+            by_name |= dict(zip(("past_column", "past_value"), past, strict=True))
+        if self.d_made is not None:
+            self._add_map_gradients(self.d_made, slice(0, system.length))
+        by_name |= {"key": self.d_key, "value": self.d_value, **self.grads}
+        by_name |= {f"term{i}": grad for i, grad in enumerate(self.d_terms)}
+        if self.needs.get("norm_weight"):
+            by_name["norm_weight"] = self._norm_weight_gradient()
+        by_arg = [by_name.get(name) if self.needs[name] else None for name in system.tensors]
+        return AdjointSolution(by_arg, self.residual, self.converged, self.sweeps, self.near_singular)
 
     def descend(self, low: int, high: int, block: int) -> None:
         """Solve some rows, in blocks of at most so many."""
@@ -132,18 +179,19 @@ class Backward:
         self.descend(middle, high, block)
         rows, cols = self.system.seen(low, middle, high)
         if rows.start < rows.stop:
-            self._carry(rows, cols)
+            self._add_to_columns(rows, cols)
         self.descend(low, middle, block)
 
-    def _carry(self, rows: slice, cols: slice) -> None:
-        """Carry cotangents from solved rows to earlier columns."""
-        query, value = self.at.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
-        d_query, d_value = self._pull(rows, query, value, self.system.past + cols.start)
+    def _add_to_columns(self, rows: slice, cols: slice) -> None:
+        """Add the cotangents from solved rows to the queries and values of earlier columns."""
+        query, value = self.equilibrium.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
+        d_query, d_value = self._attention_backward(rows, query, value, self.system.past + cols.start)
         self.d_query[:, cols].transpose(1, 2).add_(d_query)
         self.d_value[:, :, cols] += d_value
 
-    def _pull(self, rows: slice, query: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        whole = (self.at.given[:, rows].transpose(1, 2), self.at.lse[:, :, rows])
+    def _attention_backward(self, rows: slice, query: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Return the cotangents of some columns' queries and values; add those of the rows' keys and biases."""
+        whole = (self.equilibrium.y_given[:, rows].transpose(1, 2), self.equilibrium.lse[:, :, rows])
         d_key, d_query, d_value, d_terms = self.system.below_backward(
             self.lam[:, rows].transpose(1, 2), rows, query, value, first, whole, self.bias_grad
         )
@@ -151,51 +199,25 @@ class Backward:
         self._add_terms(d_terms)
         return d_query, d_value
 
-    def _add_terms(self, found: tuple[Tensor | None, ...]) -> None:
-        for i, part in enumerate(found):
-            if part is not None:
-                before = self.d_terms[i]
-                self.d_terms[i] = part if before is None else before + part
-
     def _solve(self, rows: slice) -> None:
+        """Solve a block: by sweeps if it has many rows, else by the engine's kernel, else in torch."""
         n = rows.stop - rows.start
-        if self.swept is not None and n > self.block:
-            if not self._sweep(self.swept, rows):
+        if self.sweeper is not None and n > self.block:
+            if not self._sweep(self.sweeper, rows):
                 self.descend(rows.start, rows.stop, max(self.block, (n + 1) // 2))
             return
-        if self.swept is not None:
-            self.swept.check()
-        system, found = self.system, None if self.compiled is None else self.compiled.solve(rows)
-        diagonal = found is not None and not self.bias_grad  # of slope, that is all there is
-        if found is None and n > self.block:  # to torch, in blocks
-            compiled, self.compiled = self.compiled, None
+        if self.sweeper is not None:  # the cotangents of these rows come from the last swept block
+            self.sweeper.check()
+        found = None if self.kernel is None else self.kernel.solve(rows)
+        if found is not None:
+            self._store(found, rows)
+        elif n > self.block:  # the kernel took more rows than torch does, and gave up: torch takes them, block by block
+            kernel, self.kernel = self.kernel, None
             self.descend(rows.start, rows.stop, self.block)
-            self.compiled = compiled
-            return
-        if found is None:
-            grad, later = self.grad[:, rows].to(system.wide), self.d_query[:, rows]
-            found = self.at.block(rows).solve(grad, later, self.allowed)
-        self.residual = torch.maximum(self.residual, found.residual)
-        self.converged &= self._within(found)
-        self.sweeps = max(self.sweeps, found.sweeps)
-        self.near_singular += found.near_singular
-        if n == system.length:  # nothing to add to
-            self.lam, self.d_key, self.d_value = found.lam, found.d_key, found.d_value
+            self.kernel = kernel
         else:
-            self.lam[:, rows] = found.lam
-            self.d_key[:, :, rows] += found.d_key
-            self.d_value[:, :, rows] += found.d_value
-        if self.made is not None:
-            self.made[:, rows] = found.d_made
-        else:
-            self._through_map(found.d_made, rows)
-        if "self_score" in self.rest:
-            self.rest["self_score"][:, :, rows] = (
-                found.slope[..., 0] if diagonal else found.slope.diagonal(dim1=-2, dim2=-1)
-            )
-        if self.bias_grad:
-            at = slice(system.past + rows.start, system.past + rows.stop)
-            self._add_terms(system.spec.bias_gradient(system.terms, at, at, found.slope))
+            grad = self.grad[:, rows].to(self.system.wide)
+            self._store(self.equilibrium.block(rows).solve(grad, self.d_query[:, rows], self.allowed), rows)
 
     def _sweep(self, sweeper: engines.AdjointSweeper, rows: slice) -> bool:
         """Sweep a block; if it does not settle, sweep again with own columns solved exactly. Return if it settled."""
@@ -204,17 +226,29 @@ class Backward:
         swept = (few or not first) and sweeper.solve(rows, exactly=False)
         return swept or (few and sweeper.solve(rows, exactly=True))
 
-    def _through_map(self, d_made: Tensor, rows: slice) -> None:
-        """Add the gradients of the query map's tensors from the cotangents of the linear map's output."""
-        made, y = d_made.flatten(0, 1), self.at.y[:, rows].flatten(-2).flatten(0, 1)
-        if "weight" in self.rest and made.dtype == y.dtype:
-            self.rest["weight"].addmm_(made.mT, y)
-        elif "weight" in self.rest:  # half types: one product for all rows, summed in float32, rounded once
-            self.rest["weight"] += made.mT @ y.to(made.dtype)
-        if "bias" in self.rest:
-            self.rest["bias"] += made.sum(0, dtype=self.system.wide)
-        if "added" in self.rest:
-            self.rest["added"][:, rows] = d_made
+    def _store(self, found: BlockAdjoint, rows: slice) -> None:
+        """Store the solution of a block, and add its gradients."""
+        self.residual = torch.maximum(self.residual, found.residual)
+        self.converged &= self._within(found)
+        self.sweeps = max(self.sweeps, found.sweeps)
+        self.near_singular += found.near_singular
+        if rows.stop - rows.start == self.system.length:  # nothing to add to
+            self.lam, self.d_key, self.d_value = found.lam, found.d_key, found.d_value
+        else:
+            self.lam[:, rows] = found.lam
+            self.d_key[:, :, rows] += found.d_key
+            self.d_value[:, :, rows] += found.d_value
+        if self.d_made is not None:
+            self.d_made[:, rows] = found.d_made
+        else:
+            self._add_map_gradients(found.d_made, rows)
+        if "self_score" in self.grads:
+            whole = found.slope.shape[-1] == rows.stop - rows.start  # else the diagonal alone, `[B, H, n, 1]`
+            own = found.slope.diagonal(dim1=-2, dim2=-1) if whole else found.slope[..., 0]
+            self.grads["self_score"][:, :, rows] = own
+        if self.bias_grad:
+            at = slice(self.system.past + rows.start, self.system.past + rows.stop)
+            self._add_terms(self.system.spec.bias_gradient(self.system.terms, at, at, found.slope))
 
     def _within(self, found: BlockAdjoint) -> Tensor:
         """Whether a block's residual is within tolerance, relative to the cotangent or to a larger solution."""
@@ -224,33 +258,27 @@ class Backward:
             within = (found.residual <= larger) & torch.isfinite(found.residual)
         return within
 
-    def _of_norm_weight(self) -> Tensor:
-        """The gradient of the weights of the queries' norm, by one more pass: kernels keep no cotangent of queries."""
-        at, system = self.at, self.system
-        d_query = system.query_cotangent(self.lam, at.given, at.lse, at.query)
-        return (system.before_turn(d_query, slice(0, system.length)) * at.normed).sum((0, 1, 2))
+    def _add_terms(self, found: tuple[Tensor | None, ...]) -> None:
+        """Add to the gradients of the biases."""
+        for i, part in enumerate(found):
+            if part is not None:
+                before = self.d_terms[i]
+                self.d_terms[i] = part if before is None else before + part
 
-    def solution(self) -> AdjointSolution:
-        """Solve; return the gradients by tensor of the map. Past columns come last: all rows see them."""
-        self.descend(0, self.system.length, self.widest)
-        if self.swept is not None:
-            self.swept.check()
-            self.residual = torch.maximum(self.residual, self.swept.largest)
-            self.sweeps = max(self.sweeps, self.swept.sweeps)
-            self.near_singular += self.swept.near_singular
-        if self.system.past:
-            assert self.system.past_column is not None and self.system.past_value is not None
-            everything = slice(0, self.system.length)
-            past = self._pull(everything, self.system.past_column, self.system.past_value, 0)
-        if self.made is not None:
-            self._through_map(self.made, slice(0, self.system.length))
-        by_name: dict[str, Tensor | None] = {"key": self.d_key, "value": self.d_value, **self.rest}
-        if self.system.past:
-            by_name |= dict(zip(("past_column", "past_value"), past, strict=True))
-        by_name |= {f"term{i}": grad for i, grad in enumerate(self.d_terms)}
-        if self.needs.get("norm_weight"):
-            by_name["norm_weight"] = self._of_norm_weight()
-        by_arg = []
-        for name in self.system.tensors:
-            by_arg.append(by_name.get(name) if self.needs[name] else None)
-        return AdjointSolution(by_arg, self.residual, self.converged, self.sweeps, self.near_singular)
+    def _add_map_gradients(self, d_made: Tensor, rows: slice) -> None:
+        """Add the gradients of `made = y Omega_Q^T + bias + added` from the cotangents of `made`."""
+        made, y = d_made.flatten(0, 1), self.equilibrium.y[:, rows].flatten(-2).flatten(0, 1)
+        if "weight" in self.grads and made.dtype == y.dtype:
+            self.grads["weight"].addmm_(made.mT, y)
+        elif "weight" in self.grads:  # half types: one product for all rows, summed in float32, rounded once
+            self.grads["weight"] += made.mT @ y.to(made.dtype)
+        if "bias" in self.grads:
+            self.grads["bias"] += made.sum(0, dtype=self.system.wide)
+        if "added" in self.grads:
+            self.grads["added"][:, rows] = d_made
+
+    def _norm_weight_gradient(self) -> Tensor:
+        """The gradient of the weights of the queries' norm, by one more pass: kernels keep no cotangent of queries."""
+        at, system = self.equilibrium, self.system
+        d_query = system.query_cotangent(self.lam, at.y_given, at.lse, at.query)
+        return (system.before_turn(d_query, slice(0, system.length)) * at.normed).sum((0, 1, 2))

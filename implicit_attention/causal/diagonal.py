@@ -63,7 +63,11 @@ class Unsettled(Exception):  # noqa: N818 -- no error: the caller starts again
 
 
 class BlockSolver(BlockRows):
-    """Solves the equations of a block, given attention over all columns before the block."""
+    """Solves the equations of a block, given attention over all columns before the block.
+
+    A row is *final* when it no longer has to change, *slow* when its row equation has to be solved, and *stuck* when
+    its residual is as small as rounding and no longer falls. A sample *waits* when all its rows are final.
+    """
 
     def __init__(self, system: CausalSystem, rows: slice, before: Tensor, before_lse: Tensor) -> None:
         """Prepare the tensors of the block; arguments as in `BlockRows`."""
@@ -74,19 +78,15 @@ class BlockSolver(BlockRows):
         self._step: NewtonStep | None = None
         new, rows_shape = self.key.new_zeros, (system.batch, self.n)
         self._sweeps = new(system.batch, 1, dtype=torch.long)  # of each sample, while it does not wait
-        self._waits = new(system.batch, dtype=torch.bool)  # samples whose rows are all final
-        self._residual = new(rows_shape).fill_(torch.inf)  # of the sweep before
-        self._slow = new(rows_shape, dtype=torch.bool)
-        self._plain = new(rows_shape, dtype=torch.bool)  # rows that rounding keeps from their tolerance
+        self._waits = new(system.batch, dtype=torch.bool)
+        self._last_residual = new(rows_shape).fill_(torch.inf)
+        self._slow, self._stuck = new(rows_shape, dtype=torch.bool), new(rows_shape, dtype=torch.bool)
 
     def settle(self, rtol: float, atol: float) -> Block:
         """Sweep until every row's residual is within `atol + rtol max|F(y)|`, or too few rows become final.
 
-        A row also counts as final in two cases, and its residual says so. Its residual no longer falls and is as small
-        as the rounding of its scores allows. Or all rows before it are final and its own equation cannot be solved.
-
-        A sample whose rows are all final waits, unchanged, for the others. Then the rows that may be at another root
-        than the wanted one are solved anew, in all samples at once. Samples in which a row moves go on.
+        Once all samples wait, rows that may be at another root than the wanted one are solved anew, in all samples at
+        once. Samples in which a row moves then go on.
 
         Args:
             rtol: Relative tolerance.
@@ -106,36 +106,31 @@ class BlockSolver(BlockRows):
             queries = self.system.phi(y, self.rows)
             a, lse, own = self.attend(queries.query)
             p = self.own_weight(own, lse)
-            f = mixed(a, self.value, p)
+            f = mixed(a, self.value, p)  # F(y)
             change = f - y
             residual, size = change.abs().amax((2, 3)), f.abs().amax((2, 3))
             if sweep == 1 and not bool(torch.isfinite(residual).all()):
                 raise NonFiniteError("the map gave NaN or Inf")
             allowed = size * rtol + atol
-            final = self._final(sweep, queries, residual, size, allowed)
-            settled = checked = bool(self._waits.all())
+            final = self._judge(sweep, queries, residual, size, allowed)
+            all_final, moved = bool(self._waits.all()), False
             if self.roots is not None:
-                f = self._newton(sweep, queries, (a, p), f, change)
+                f = self._newton(sweep, queries, Sweep(a, lse, p, f), change)
                 f, moved = self._at_roots(self.roots, sweep, Sweep(a, lse, p, f), final, allowed)
-                if moved:
-                    settled = False
-                    allowance.begin_again(sweep)
-            if settled or allowance.ends(sweep, final | self._waits[:, None]):
+            if moved:
+                allowance.begin_again(sweep)
+            settled = all_final and not moved
+            if settled or allowance.is_spent(sweep, final | self._waits[:, None]):
                 break
-            stays = self._waits[:, None] | self._held()
-            # The first rows that are final now stay: they would go on changing by their rounding, which later rows
-            # amplify. Not after a check, which moves final rows to other roots.
-            if sweep > STEADY + PLAIN and not checked:
-                stays = stays | (final & ~self._slow).long().cumprod(1).bool()
+            stays = self._stays(sweep, final, checked=all_final)
             y = torch.lerp(y, f, (~stays)[..., None, None].to(y.dtype))
         return Block(y, queries, torch.logaddexp(lse, own), residual, size, sweep, settled)
 
-    def _held(self) -> Tensor:
-        """Rows that are given up, `[B, n]`."""
-        return torch.zeros_like(self._slow) if self.roots is None else self.roots.given_up
+    def _judge(self, sweep: int, queries: Queries, residual: Tensor, size: Tensor, allowed: Tensor) -> Tensor:
+        """Return which rows are final, `[B, n]`; note which rows are slow or stuck, and which samples wait.
 
-    def _final(self, sweep: int, queries: Queries, residual: Tensor, size: Tensor, allowed: Tensor) -> Tensor:
-        """Return which rows are final, `[B, n]`; note samples of which all are, and rows that settle slowly.
+        A row is final within tolerance, when its equation cannot be solved, or when it has been stuck for long. Its
+        residual is reported in all three cases.
 
         Args:
             sweep: Number of the sweep.
@@ -144,36 +139,52 @@ class BlockSolver(BlockRows):
             size: `max |F(y)|`, `[B, n]`.
             allowed: Largest residual within tolerance, `[B, n]`.
         """
-        final = (residual <= allowed) | self._held()
+        final = (residual <= allowed) | self._given_up()
         self._sweeps += ~self._waits[:, None]
         if sweep > PATIENCE:
-            falls = residual <= SLOW * self._residual
+            falls = residual <= SLOW * self._last_residual
             # After n exact sweeps all rows would be final: rows that are not by then need their equations.
             self._slow |= (self._sweeps > PATIENCE) & ~final & ~(falls & (self._sweeps <= self.n))
-            rounded = residual <= self.rounding(queries.query, size)
-            self._plain |= (self._sweeps > STEADY) & ~falls & rounded
-            final |= (self._sweeps > STEADY + PLAIN) & ~falls & rounded
-        self._residual = residual
+            stuck = ~falls & (residual <= self.rounding(queries.query, size))
+            self._stuck |= (self._sweeps > STEADY) & stuck
+            final |= (self._sweeps > STEADY + PLAIN) & stuck
+        self._last_residual = residual
         self._waits |= final.all(1)
         return final
 
-    def _newton(self, sweep: int, queries: Queries, now: tuple[Tensor, Tensor], f: Tensor, change: Tensor) -> Tensor:
+    def _given_up(self) -> Tensor:
+        """Rows whose equation cannot be solved, `[B, n]`."""
+        return torch.zeros_like(self._slow) if self.roots is None else self.roots.given_up
+
+    def _stays(self, sweep: int, final: Tensor, *, checked: bool) -> Tensor:
+        """Return which rows do not change in the next sweep, `[B, n]`.
+
+        Args:
+            sweep: Number of the sweep.
+            final: Which rows are final, `[B, n]`.
+            checked: Whether the roots were checked in this sweep: that moves final rows.
+        """
+        stays = self._waits[:, None] | self._given_up()
+        if sweep > STEADY + PLAIN and not checked:
+            # The first rows, up to one that is not final, would change by their rounding, which later rows amplify.
+            stays = stays | (final & ~self._slow).long().cumprod(1).bool()
+        return stays
+
+    def _newton(self, sweep: int, queries: Queries, found: Sweep, change: Tensor) -> Tensor:
         """Return F(y) with own weights that are corrected by a step of Newton's iteration, from the second sweep on.
 
         Args:
             sweep: Number of the sweep.
             queries: Queries of y.
-            now: Attention over the other columns and the own weights.
-            f: F(y).
+            found: What the sweep found.
             change: F(y) - y.
         """
-        a, p = now
         if sweep == 1:
-            return f
+            return found.f
         if self._step is None or (sweep - 2) % RELINEARIZED == 0:
-            self._step = NewtonStep(self.system, self.rows, queries, self.value - a, p)
-        corrected = mixed(a, self.value, self._step.weights(p, change))
-        return corrected if sweep <= STEADY else torch.where(self._plain[..., None, None], f, corrected)
+            self._step = NewtonStep(self.system, self.rows, queries, self.value - found.a, found.p)
+        corrected = mixed(found.a, self.value, self._step.weights(found.p, change))
+        return corrected if sweep <= STEADY else torch.where(self._stuck[..., None, None], found.f, corrected)
 
     def _at_roots(
         self, roots: OwnRoots, sweep: int, found: Sweep, final: Tensor, allowed: Tensor
@@ -190,13 +201,13 @@ class BlockSolver(BlockRows):
         Returns:
             F(y), and whether rows were moved: their samples and all rows after them go on.
         """
-        everyone = bool(self._waits.all())
-        if not everyone and sweep <= PATIENCE:
+        all_final = bool(self._waits.all())
+        if not all_final and sweep <= PATIENCE:
             return found.f, False
-        # Of weights, whose error the distance from a to v multiplies.
+        # Tolerance of weights: an error e of p is an error e |v - a| of the output.
         reach = (self.value - found.a).abs_().amax((2, 3)).clamp_min_(1.0)
         tolerance = 0.1 * float((allowed / reach).min())
-        if not everyone:
+        if not all_final:
             return roots.solve_slow(found, self._slow & ~self._waits[:, None], final, tolerance), False
         f, moved = roots.check(found, tolerance)
         self._waits &= ~moved
@@ -204,25 +215,25 @@ class BlockSolver(BlockRows):
 
 
 class _Allowance:
-    """How many sweeps a block may take: some, then more as long as rows become final."""
+    """How many sweeps a block may take: `limit`, and more as long as rows become final."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.asked = max(1, MOST_SWEEPS // 6)  # rows that must be final by then
+        self.expected = max(1, MOST_SWEEPS // 6)  # first rows that must be final when the limit is reached
 
-    def ends(self, sweep: int, final: Tensor) -> bool:
-        """Return whether no sweep is left, given which rows are final, `[B, n]`."""
+    def is_spent(self, sweep: int, final: Tensor) -> bool:
+        """Return whether no sweep is left, given which rows are final, `[B, n]`; raise the limit if enough are."""
         if sweep < self.limit:
             return False
         reached = int(final.long().cumprod(1).sum(1).min())
-        if reached < self.asked:
+        if reached < self.expected:
             return True
-        self.limit, self.asked = self.limit + MORE_SWEEPS, reached + MORE_SWEEPS // 4
+        self.limit, self.expected = self.limit + MORE_SWEEPS, reached + MORE_SWEEPS // 4
         return False
 
     def begin_again(self, sweep: int) -> None:
         """Allow more sweeps after a check that moved rows: those after them start again."""
-        self.limit, self.asked = max(self.limit, sweep + MOST_SWEEPS // 2), 1
+        self.limit, self.expected = max(self.limit, sweep + MOST_SWEEPS // 2), 1
 
 
 def hand_back(into: dict[str, Tensor], y: Tensor, lse: Tensor, rows: slice, done: list[int]) -> int:

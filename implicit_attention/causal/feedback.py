@@ -15,7 +15,7 @@ from torch import Tensor
 from implicit_attention.causal.feedback_rows import State, TorchAdjoint, TorchForward, Values
 from implicit_attention.causal.system import CausalSystem, merge
 from implicit_attention.equilibrium.solvers import Solution
-from implicit_attention.equilibrium.solvers.base import AdjointSolution
+from implicit_attention.equilibrium.solvers.solution import AdjointSolution
 from implicit_attention.errors import NonFiniteError, all_finite
 
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from implicit_attention.attention.map import AttentionMap
 from implicit_attention.causal import engines, feedback
-from implicit_attention.causal.backward_substitution import At, Backward
+from implicit_attention.causal.backward_substitution import Backward, Equilibrium
 from implicit_attention.causal.diagonal import BlockSolver, Unsettled
 from implicit_attention.causal.own_columns import own_jacobian
 from implicit_attention.causal.row_problem import gelfand_radius
 from implicit_attention.causal.system import CausalSystem, halves, merge
 from implicit_attention.equilibrium.solvers import NewtonKrylov, Solution, Solver
-from implicit_attention.equilibrium.solvers.base import AdjointSolution, DirectSolver
+from implicit_attention.equilibrium.solvers.base import DirectSolver
+from implicit_attention.equilibrium.solvers.solution import AdjointSolution
 from implicit_attention.equilibrium.triton_available import launching_on
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
 
@@ -198,7 +199,7 @@ class ForwardSubstitution(DirectSolver):
         system = CausalSystem(_causal(function), args)
         if not y.numel():
             return y.new_zeros(y.shape[:2], dtype=system.wide)
-        at = At(system, y, memo)
+        at = Equilibrium(system, y, memo)
         if system.self_score is not None:
             return at.y.new_zeros(at.y.shape[:2])
         found = []
@@ -276,28 +277,28 @@ class _Forward:
         else:
             self.y = new(*shape, system.heads, system.dim, dtype=system.wide)
             self.lse = new(system.batch, system.heads, system.length, dtype=system.wide).fill_(-torch.inf)
-        engine = engines.engine(kernel)
+        into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
         self.block = engines.rows_of_block(kernel, system, solver.block)
         sweeps, self.widest = engines.sweeper(kernel, system, self.block)
-        self.compiled: engines.ForwardKernel | None = None
-        into = {n: getattr(self, n) for n in ("y", "query", "inverse", "lse", "residual", "size", "sweeps")}
+        self.kernel: engines.ForwardKernel | None = None
+        self.sweeper: engines.ForwardSweeper | None = None
+        engine = engines.engine(kernel)
         if engine is not None:
-            self.compiled = engine.ForwardKernel(system, into, self.block, self.rtol, self.atol)
+            self.kernel = engine.ForwardKernel(system, into, self.block, self.rtol, self.atol)
             self.widest = max(self.widest, engine.widest(system, self.block))
-        self.swept: engines.ForwardSweeper | None = None
         if sweeps is not None:
-            self.swept = sweeps.ForwardSweeps(system, into, self.widest, self.rtol, self.atol, cautious=cautious)
-        compiled: Any = self.compiled
-        self.merger: engines.Merger | None = compiled if isinstance(compiled, engines.Merger) else None
+            self.sweeper = sweeps.ForwardSweeps(system, into, self.widest, self.rtol, self.atol, cautious=cautious)
+        self.merger: engines.Merger | None = self.kernel if isinstance(self.kernel, engines.Merger) else None
 
     def solved(self) -> "_Forward":
         """Solve all rows."""
         self.descend(0, self.system.length, self.widest)
-        if self.swept is not None:
-            self.swept.check()
+        if self.sweeper is not None:
+            self.sweeper.check()
         return self
 
     def descend(self, low: int, high: int, block: int) -> None:
+        """Solve some rows, in blocks of at most so many."""
         if high - low <= block:
             self._settle(slice(low, high))
             return
@@ -307,47 +308,52 @@ class _Forward:
         self._attend(*self.system.seen(low, middle, high))
         self.descend(middle, high, block)
 
-    def _merge(self, rows: slice, query: Tensor, value: Tensor, first: int) -> None:
-        out, lse = self.system.below(rows, query, value, first)
+    def _attend(self, rows: slice, cols: slice) -> None:
+        """Attend unsolved rows to solved columns, and merge the result into their state."""
+        if cols.start >= cols.stop or rows.start >= rows.stop:
+            return
+        query, value = self.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
+        out, lse = self.system.below(rows, query, value, self.system.past + cols.start)
         if self.merger is not None:
             self.merger.merge(rows, out, lse)
-            return
-        merge(self.y[:, rows].transpose(1, 2), self.lse[:, :, rows], out.to(self.system.wide), lse)
+        else:
+            merge(self.y[:, rows].transpose(1, 2), self.lse[:, :, rows], out.to(self.system.wide), lse)
 
     def _settle(self, rows: slice) -> None:
+        """Settle a block: by sweeps if it has many rows, else by the engine's kernel, else in torch."""
         n = rows.stop - rows.start
-        if self.swept is not None and n > self.block:
-            if not self.swept.settle(rows):  # a block that sweeps do not settle is unchanged, and is halved
+        if self.sweeper is not None and n > self.block:
+            if not self.sweeper.settle(rows):  # a block that sweeps do not settle is unchanged, and is halved
                 self.descend(rows.start, rows.stop, max(self.block, (n + 1) // 2))
             return
-        if self.swept is not None:  # these rows attend to the last swept block: it has to have settled
-            self.swept.check()
-        if self.compiled is None:
-            self._settle_eagerly(rows)
-            return
+        if self.sweeper is not None:  # these rows attend to the last swept block: it has to have settled
+            self.sweeper.check()
+        if self.kernel is None:
+            self._settle_in_torch(rows)
+        else:
+            self._settle_by_kernel(self.kernel, rows)
+
+    def _settle_by_kernel(self, kernel: engines.ForwardKernel, rows: slice) -> None:
+        """Settle a block by a kernel. Where it gives up, torch settles a few rows and the kernel goes on."""
         while rows.start < rows.stop:
-            done = self.compiled.settle(rows)
-            hard = slice(done, min(done + HANDED_OVER, rows.stop))  # the kernel gave up here: these rows go to torch
+            done = kernel.settle(rows)
+            hard = slice(done, min(done + HANDED_OVER, rows.stop))
             self._attend(slice(done, rows.stop), slice(rows.start, done))
-            self._settle_eagerly(hard)
+            self._settle_in_torch(hard)
             rows = slice(hard.stop, rows.stop)
             self._attend(rows, hard)
 
-    def _attend(self, rows: slice, cols: slice) -> None:
-        if cols.start < cols.stop and rows.start < rows.stop:
-            query, value = self.query[:, cols].transpose(1, 2), self.system.value[:, :, cols]
-            self._merge(rows, query, value, self.system.past + cols.start)
-
-    def _settle_eagerly(self, rows: slice) -> None:
+    def _settle_in_torch(self, rows: slice) -> None:
+        """Settle a block in torch; if it does not settle, each half alone."""
         n = rows.stop - rows.start
         if n == 0:
             return
         before, lse = self.y[:, rows], self.lse[:, :, rows]
         found = BlockSolver(self.system, rows, before, lse).settle(self.rtol, self.atol)
         if not found.settled and n > 1:
-            compiled, self.compiled = self.compiled, None  # a hard block stays in torch
+            kernel, self.kernel = self.kernel, None  # a hard block stays in torch
             self.descend(rows.start, rows.stop, (n + 1) // 2)
-            self.compiled = compiled
+            self.kernel = kernel
             return
         self.y[:, rows], self.query[:, rows], self.lse[:, :, rows] = found.y, found.queries.query, found.lse
         if found.queries.inverse is not None:

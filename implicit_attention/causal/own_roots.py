@@ -73,11 +73,12 @@ class OwnRoots:
         slow = slow & ~self.given_up
         if not bool(slow.any()):
             return sweep.f
-        front = final[:, :-1].long().cumprod(1).bool()
-        next_ones = torch.cat([torch.ones_like(final[:, :1]), front], 1)
-        deep = slow & (next_ones | (self._deep > 0)[:, None])
+        # A row is next if all rows before it are final.
+        before_final = final[:, :-1].long().cumprod(1).bool()
+        is_next = torch.cat([torch.ones_like(final[:, :1]), before_final], 1)
+        deep = slow & (is_next | (self._deep > 0)[:, None])
         self._deep -= slow.any(1).long()
-        return self._solve(sweep, slow & ~deep, deep, next_ones, tolerance)[0]
+        return self._solve(sweep, slow & ~deep, deep, is_next, tolerance)[0]
 
     def check(self, sweep: Sweep, tolerance: float) -> tuple[Tensor, Tensor]:
         """Solve the equations of rows that may be at another root than the wanted one; all rows are final.

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from implicit_attention.attention.positions import Positions
-from implicit_attention.equation import Equation, Layer
+from implicit_attention.equation import Equation
 from implicit_attention.equation.packing import PackedMap
+from implicit_attention.equation.projection import Layer
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.errors import CollapseWarning

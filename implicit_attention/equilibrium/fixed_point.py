@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from implicit_attention.equilibrium import maps
-from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Problem
+from implicit_attention.equilibrium.adjoints import Adjoint, Implicit
+from implicit_attention.equilibrium.problem import Problem
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, Solution, Solver
 from implicit_attention.errors import bad_type, bad_value, check_positive

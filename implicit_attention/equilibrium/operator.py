@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from implicit_attention.equilibrium.adjoints import direct_gradients
+from implicit_attention.equilibrium.implicit_function import direct_gradients
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Solution
 from implicit_attention.equilibrium.solvers.base import DirectSolver

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.solvers import Method, Solution
-from implicit_attention.equilibrium.solvers.base import AdjointSolution, in_one_line
+from implicit_attention.equilibrium.solvers.solution import AdjointSolution, in_one_line
 from implicit_attention.errors import (
     NOT_FINITE,
     ConvergenceError,

@@ -160,18 +160,18 @@ class ImplicitAttentionConfig(PreTrainedConfig):
         if given is None and self.hidden_size % self.num_attention_heads:
             raise bad_value("num_attention_heads", f"a divisor of hidden_size={self.hidden_size}",
                             self.num_attention_heads, "Or give `head_dim`.")  # fmt: skip
-        open_values = {
+        defaults = {
             "block_types": ["implicit"] * self.num_hidden_layers,
             "intermediate_size": max(1, round(8 * self.hidden_size / 3 / 32)) * 32,
             "num_key_value_heads": self.num_attention_heads,
             "head_dim": self.hidden_size // self.num_attention_heads,
-            **recommended.open_settings(is_causal=self.is_causal, normalize_over=self.normalize_over),
+            **recommended.default_settings(is_causal=self.is_causal, normalize_over=self.normalize_over),
         }
-        for name, value in open_values.items():
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.max_gain == "auto":  # it is saved as a number or None
-            self.max_gain = None if saved else recommended.open_gain(
+            self.max_gain = None if saved else recommended.default_max_gain(
                 is_causal=self.is_causal, normalize_over=self.normalize_over, query_input=self.query_input
             )  # fmt: skip
         if len(self.block_types) > self.num_hidden_layers:

@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
 from implicit_attention.attention.positions import Positions, rotate
-from implicit_attention.equilibrium.solvers.base import zero_of
+from implicit_attention.equilibrium.solvers.solution import zero_of
 from implicit_attention.errors import bad_value
 from implicit_attention.hf.caching import held_dtype, kept
 from implicit_attention.hf.configuration import ImplicitAttentionConfig

@@ -1,45 +1,35 @@
 """Sweeps over blocks of many rows by Triton kernels.
 
-A block that does not settle in `MOST_SWEEPS` is left unchanged, and the caller halves it. While blocks settle quickly,
-the host does not wait for the device: the sweeps of a block are one CUDA graph, and the host starts the next block
-before it reads whether the last one settled. If that one did not settle, the whole solve is repeated, with a read after
-each block (`Unsettled`).
+A block that does not settle in `MOST_SWEEPS` is left unchanged, and the caller halves it. The next block may start
+before the host reads whether the last one settled (`launches`). If that one did not settle, the whole solve is
+repeated, with a read after each block (`Unsettled`).
 """
 
-import threading
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from implicit_attention.causal.diagonal import Unsettled
 from implicit_attention.causal.system import CausalSystem
-from implicit_attention.causal.triton.call import FAR, TYPES, Call, contiguous
+from implicit_attention.causal.triton.call import FAR, contiguous
 from implicit_attention.causal.triton.kernels import solved, sweep, sweep_adjoint
 from implicit_attention.causal.triton.kernels.own_rows import ELSEWHERE, LOST
+from implicit_attention.causal.triton.launches import FEW, MORE, Sweeps
 from implicit_attention.causal.triton.own_columns import OwnColumns
 from implicit_attention.causal.triton.own_rows import OwnRows, Settled
 from implicit_attention.causal.triton.tiles import tiles_for
 from implicit_attention.equilibrium.triton_available import interpreted
 
-MOST_SWEEPS = (
-    32  # larger: a hard block loses more work before it is halved; smaller: blocks that would settle are halved
-)
+# Larger: a hard block loses more work before it is halved. Smaller: blocks that would settle are halved.
+MOST_SWEEPS = 32
 # Rows of the widest blocks, by the smallest length that has them. Wider blocks fill the device better and take fewer
 # flash calls, but each sweep reads more columns.
 WIDEST = ((8192, 512), (0, 256))
 _LEAST_DIM, _MOST_DIM = 16, 256  # smallest tile of `tl.dot`; largest head whose tiles fit the shared memory
 _GRID = 65536  # CUDA's limit of programs in the third dimension of a launch
-_REPEATED = 4  # whole blocks from which on capturing a graph costs less than the launches that it saves
-# Sweeps that are launched together: after blocks that settled in half of `_FEW`; usually; in the first rows of a
-# sequence. Larger: more idle launches after a block has settled. Smaller: the host waits for the device more often.
-_FEW, _MORE, _MANY = 4, 8, 16
-# Sweeps of a block after which the next block is trusted to settle within `_MORE`. Larger: fewer waits, but each wrong
-# trust repeats a whole solve.
-_SURE = 5
+# Sweeps that are launched together in the first rows of a sequence, which take the most: `launches.MORE` elsewhere.
+_MANY = 16
 
 
 def serves(system: CausalSystem) -> bool:
@@ -59,150 +49,7 @@ def widest(length: int) -> int:
     return next(rows for least, rows in WIDEST if length >= least)
 
 
-class _Side(threading.local):
-    """Streams on which a thread captures, by device.
-
-    PyTorch deals out the same 32 streams to all of a process. A new one for each capture would soon be one on which
-    another thread works, whose launches would be captured, too.
-    """
-
-    def __init__(self) -> None:
-        self.streams: dict[int, torch.cuda.Stream] = {}
-
-    def stream(self) -> torch.cuda.Stream:
-        """The stream of this thread on the current device."""
-        device = torch.cuda.current_device()
-        if device not in self.streams:
-            self.streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self.streams[device]
-
-
-_SIDE = _Side()
-
-
-def _captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Capture launches as a CUDA graph, without launching them and without waiting for the device."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(_SIDE.stream()):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
-            graph.capture_end()
-    return graph
-
-
-class _Wary:
-    """Number of solves that still read each block before the next, after a repeated solve. Results are the same."""
-
-    AFTER = 64  # solves: a repeated solve costs one, so at most one in 65 is lost where blocks are unsure
-    solves = 0
-
-
-class _Sweeps:
-    """State and launches that both directions share."""
-
-    def __init__(self, system: CausalSystem, rows: int, cautious: bool) -> None:
-        tiles = tiles_for(system)
-        assert tiles is not None, "asked for where `serves` is not true"
-        self.system, self.call, self.tiles, self.rows = system, Call(system), tiles, rows
-        size, device = system.batch * rows * system.heads * system.dim, system.key.device
-        weight = self.call.weight  # None if the key has absorbed it; then the kernels multiply by the identity
-        self.weight = torch.eye(system.dim, dtype=system.narrow, device=device) if weight is None else weight
-        self.span = max(1, self.tiles.width // system.dim)
-        self.state = system.key.new_empty(2 * size, dtype=system.wide)
-        self.judged = torch.empty(2, system.batch, dtype=torch.int32, device=device)
-        self.status = self.judged[0]
-        self.where = torch.zeros(1, dtype=torch.int32, device=device)
-        self.bits = torch.int64 if system.wide == torch.float64 else torch.int32
-        self.samples = int(triton.next_power_of_2(system.batch))
-        strides = self.call.strides()
-        self.key_strides = {name: at for name, at in strides.items() if name.startswith("key_")}
-        self.key_value = self.key_strides | {name: at for name, at in strides.items() if name.startswith("value_")}
-        self.turned = {name: at for name, at in strides.items() if name.startswith("turn_")}
-        self.shape = {"heads": system.heads, "groups": system.groups, "dim": system.dim}
-        self.types = {
-            "wide": TYPES[system.wide], "operand": self.call.operand, "precision": self.call.precision,
-        }  # fmt: skip
-        # A graph holds addresses, and those of biases change from block to block: graphs without biases only.
-        self.graphed = device.type == "cuda" and system.spec.plain
-        self.repeats = self.graphed and system.length >= _REPEATED * rows
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the number of sweeps
-        self.calm, self.hopeful = False, self.graphed and not cautious and _Wary.solves == 0
-        _Wary.solves = max(0, _Wary.solves - 1)
-        self.guess = self.sweeps = 0
-        self.host = torch.empty(system.batch, dtype=torch.int32, device="cpu", pin_memory=self.hopeful)
-        self.looked: torch.cuda.Event | None = None
-
-    def launch(self, n: int, done: int, most: int, sweep: Callable[[int, int], None]) -> None:
-        """Launch the sweeps `done` to `most` of a block; those of a whole block from its start by a CUDA graph.
-
-        Args:
-            n: Rows of the block.
-            done: First sweep.
-            most: End of the sweeps.
-            sweep: Launches the sweeps of a range.
-        """
-        if (n, done) == (self.rows, 0) and most in self.graphs:
-            self.graphs[most].replay()
-            return
-        sweep(done, most)
-        if self.repeats and n == self.rows and not self.graphs:  # captured while the device works on the first block
-            try:
-                self.graphs = {count: _captured(partial(sweep, 0, count)) for count in (_FEW, _MORE)}
-            except RuntimeError:  # another thread disturbed the capture: launches do the same
-                self.repeats = False
-
-    def begin(self, rows: slice) -> dict[str, Any]:
-        """Check the last block, go to the next, and return its biases as keyword arguments of kernels."""
-        self.check()
-        self.where.fill_(rows.start)
-        strict, strict_b, strict_h = self.system.compiled_bias(rows) or (None, 0, 0)
-        return {"strict": strict, "strict_b": strict_b, "strict_h": strict_h}
-
-    def goes_on(self, n: int) -> bool:
-        """Whether to start the next block before reading if this one settled; if so, start copying its status."""
-        if not (self.hopeful and self.calm and self.guess <= _SURE and n == self.rows):
-            return False
-        self.host.copy_(self.status, non_blocking=True)
-        self.looked = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.looked.record()
-        return True
-
-    def check(self) -> None:
-        """Read whether the last block settled, if that has not been read yet.
-
-        Raises:
-            Unsettled: If it did not settle although the next block was started.
-        """
-        if self.looked is None:
-            return
-        self.looked.synchronize()
-        self.looked = None
-        states: list[int] = self.host.tolist()
-        if min(states) < 0:
-            _Wary.solves = _Wary.AFTER
-            raise Unsettled
-        self.took(max(states) + 1, calm=True)
-
-    def took(self, sweeps: int, *, calm: bool) -> None:
-        """Record the sweeps of a settled block."""
-        self.guess, self.sweeps, self.calm = sweeps, max(self.sweeps, sweeps), calm
-
-    def at_once(self) -> int:
-        """The number of sweeps to launch before the host reads."""
-        return _FEW if 0 < self.guess <= _FEW // 2 else _MORE
-
-    def by_map(self, n: int, out: int) -> tuple[int, int, int]:
-        """The grid of a product with Omega_Q that has `out` heads as its output."""
-        return triton.cdiv(n, self.tiles.rows), triton.cdiv(out, self.span), self.system.batch
-
-    def by_tile(self, n: int, heads: int) -> tuple[int, int, int]:
-        """The grid of an attention kernel."""
-        return triton.cdiv(n, self.tiles.attended), heads, self.system.batch
-
-
-class ForwardSweeps(_Sweeps):
+class ForwardSweeps(Sweeps):
     """Settles blocks in place."""
 
     def __init__(
@@ -251,7 +98,7 @@ class ForwardSweeps(_Sweeps):
             if self.goes_on(n):
                 return True
             states, counts = self.judged.tolist()
-            calm = most <= _MORE and min(states) >= 0
+            calm = most <= MORE and min(states) >= 0
             if -1 not in states and min(states) < -1:
                 checked = self._check_roots(self._settled(rows, biased), counts, most)
                 if checked is None:
@@ -264,7 +111,7 @@ class ForwardSweeps(_Sweeps):
             if min(states) >= 0:
                 self.took(max(states) + 1, calm=calm)
                 return True
-            done, most = most, min(most + _FEW, MOST_SWEEPS)
+            done, most = most, min(most + FEW, MOST_SWEEPS)
         return False
 
     def _sweep(self, n: int, biased: dict[str, Any], done: int, most: int) -> None:
@@ -364,7 +211,7 @@ class ForwardSweeps(_Sweeps):
         )  # fmt: skip
 
 
-class AdjointSweeps(_Sweeps):
+class AdjointSweeps(Sweeps):
     """Solves the adjoint of blocks in place."""
 
     def __init__(
@@ -418,10 +265,10 @@ class AdjointSweeps(_Sweeps):
                 return True
             states: list[int] = self.status.tolist()
             if min(states) >= 0:
-                self.took(max(states) + 1, calm=most <= _MORE)
+                self.took(max(states) + 1, calm=most <= MORE)
                 self.near_singular += 0 if own is None else own.finish()
                 return True
-            done, most = most, min(most + _FEW, MOST_SWEEPS)
+            done, most = most, min(most + FEW, MOST_SWEEPS)
         return False
 
     def _sweep(self, n: int, biased: dict[str, Any], own: OwnColumns | None, done: int, most: int) -> None:

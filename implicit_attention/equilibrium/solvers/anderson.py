@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicit_attention.equilibrium.solvers.base import System
 from implicit_attention.equilibrium.solvers.safeguard import Extrapolating, Steps
+from implicit_attention.equilibrium.solvers.system import System
 from implicit_attention.errors import bad_value, check_positive
 
 

@@ -1,153 +1,19 @@
-"""What all solvers share: the only loop, its stopping rule, its bookkeeping and its result."""
+"""What all solvers share: the only loop, its stopping rule and its bookkeeping."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium import residual as residuals
-from implicit_attention.errors import NonFiniteError, check_choice, check_positive, counted
+from implicit_attention.equilibrium.solvers.solution import AdjointSolution, Solution
+from implicit_attention.equilibrium.solvers.system import System
+from implicit_attention.errors import NonFiniteError, check_choice, check_positive
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-@dataclass(frozen=True, repr=False)
-class Solution:
-    """The result of a solve, the same for all solvers.
-
-    The residual is the largest componentwise difference `|F(value) - value|`, measured at the returned value. It has
-    the same meaning for every sequence length. `Contraction` and `Phantom` measure it at the iterate that `value` was
-    made from, which is farther from the equilibrium. An independent system is a sample, `[B]`, or a token, `[B, N]`, if
-    tokens do not depend on each other. Causal maps report row by row, `[B, N]`.
-
-    Attributes:
-        value: The equilibrium, with the shape and dtype of the start.
-        residual: Absolute residual per system.
-        steps: Steps per system; for rows of one system, until the row was within tolerance for good.
-        converged: Whether the residual is within tolerance, per system.
-        abs_trace: Absolute residual at each iterate, the start first, `[steps + 1, *systems]`. A direct solver such as
-            `ForwardSubstitution` has no iterates: `[1, *systems]`, the residual at `value`.
-        rel_trace: The same, relative to the largest component of `F(y)`.
-        evaluations: Number of evaluations of the map or its Jacobian, each for the whole batch.
-        history: Every iterate, the start first; None unless asked for. Direct solvers have none, and refuse.
-        unique: Whether it is known to be the only equilibrium, whatever the weights: with `max_gain`, or under a causal
-            mask with `self_query="input"`.
-        gain: Spectral radius of each row's own Jacobian, `[B, N]`; None unless asked for. The maximum is the spectral
-            radius of the causal map.
-        memo: Tensors that a direct solver keeps for its adjoint. For `ForwardSubstitution`: the queries at the
-            equilibrium `[B, N, G, d]`, the log-sum-exp `[B, H, N]`, and the inverse norms of the queries.
-    """
-
-    value: Tensor
-    residual: Tensor
-    steps: Tensor
-    converged: Tensor
-    abs_trace: Tensor
-    rel_trace: Tensor
-    evaluations: int = 0
-    history: list[Tensor] | None = None
-    gain: Tensor | None = None
-    unique: bool = False
-    memo: tuple[Tensor, ...] = field(default=(), repr=False)
-
-    def __repr__(self) -> str:
-        """Return one line: shape, steps, residual, and how many systems converged."""
-        dtype = str(self.value.dtype).removeprefix("torch.")
-        return f"Solution({dtype}{list(self.value.shape)}, {in_one_line(self)})"
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """The statistics of the solve as plain tensors, under torchdeq's names."""
-        found = {
-            "abs_trace": self.abs_trace,
-            "rel_trace": self.rel_trace,
-            "nstep": self.steps,
-            "evaluations": self.evaluations,
-        }
-        return found if self.gain is None else found | {"sradius": self.gain}
-
-    def unbatched(self) -> "Solution":
-        """Return the solution of a batch of one without its batch dimension."""
-        return Solution(
-            value=self.value[0],
-            residual=self.residual[0],
-            steps=self.steps[0],
-            converged=self.converged[0],
-            abs_trace=self.abs_trace[:, 0],
-            rel_trace=self.rel_trace[:, 0],
-            evaluations=self.evaluations,
-            history=None if self.history is None else [y[0] for y in self.history],
-            gain=None if self.gain is None else self.gain[0],
-            unique=self.unique,
-        )
-
-
-def in_one_line(figures: Any) -> str:
-    """Return steps, residual and convergence of a solve in words.
-
-    Args:
-        figures: Has them as attributes, as `Solution` does.
-    """
-    residual, steps, converged = figures.residual, figures.steps, figures.converged
-    if not residual.numel():
-        return "nothing to solve"
-    try:
-        within, most, worst = int(converged.sum()), int(steps.max()), float(residual.detach().max())
-    except RuntimeError:  # inside a transform or a trace, tensors have no numbers
-        return f"{converged.numel()} systems"
-    return f"{within} of {converged.numel()} converged, at most {counted(most, 'step')}, largest residual {worst:.1e}"
-
-
-class System:
-    """The equation `y = F(y)` in the form of the solvers: S independent systems of n unknowns, iterates `[S, n]`.
-
-    Iterates are float32 or wider, also if the map computes in a half type, so that solver algebra loses no digits.
-    """
-
-    def __init__(
-        self, function: Callable[[Tensor], Tensor], y0: Tensor, system_ndim: int, *, linear: bool = False
-    ) -> None:
-        """Wrap a map.
-
-        Args:
-            function: Map from tensors like y0 to tensors like y0.
-            y0: Start; its leading `system_ndim` dimensions count the systems.
-            system_ndim: Number of these dimensions.
-            linear: Whether the map is affine. Then a Jacobian product is a difference of two evaluations.
-        """
-        self.evaluations = 0
-        self._function = function
-        self._like = y0
-        self._count = y0.shape[:system_ndim].numel()
-        self._linear = linear
-        self._origin: Tensor | None = None
-
-    def flatten(self, y: Tensor) -> Tensor:
-        """Return `y` as `[S, n]` in the solvers' dtype."""
-        return y.reshape(self._count, -1).to(torch.promote_types(y.dtype, torch.float32))
-
-    def unflatten(self, y: Tensor) -> Tensor:
-        """Return a flat iterate in the shape and dtype of the start."""
-        return y.to(self._like.dtype).reshape(self._like.shape)
-
-    def __call__(self, y: Tensor) -> Tensor:
-        """Return `F(y)`, flat."""
-        self.evaluations += 1
-        return self.flatten(self._function(self.unflatten(y)))
-
-    def jvp(self, y: Tensor, tangent: Tensor) -> Tensor:
-        """Return the product of the Jacobian of F at `y` with `tangent`, both flat."""
-        if self._linear:
-            if self._origin is None:
-                self._origin = self(torch.zeros_like(y))
-            return self(tangent) - self._origin
-        self.evaluations += 1
-        out = maps.jvp(self._function, self.unflatten(y), self.unflatten(tangent))
-        return self.flatten(out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +89,7 @@ class DirectSolver(Method, ABC):
         memo: tuple[Tensor, ...],
         grad: Tensor,
         needs: tuple[bool, ...],
-    ) -> "AdjointSolution":
+    ) -> AdjointSolution:
         """Solve `lam = grad + J^T lam` at the equilibrium `y` and return the gradients of the map's tensors.
 
         Args:
@@ -243,25 +109,6 @@ class DirectSolver(Method, ABC):
             function: The map.
             args: Its tensors.
         """
-
-
-@dataclass(frozen=True)
-class AdjointSolution:
-    """The outcome of an adjoint equation that a direct solver solved.
-
-    Attributes:
-        by_arg: Gradient of each tensor of the map, None if it was not needed.
-        residual: Residual of the adjoint equation per sample, `[B]`.
-        converged: Whether the residual is within tolerance, `[B]`.
-        steps: Largest number of sweeps of a block.
-        near_singular: Number of rows with an eigenvalue so close to 1 that the gradient cannot be trusted.
-    """
-
-    by_arg: list[Tensor | None]
-    residual: Tensor
-    converged: Tensor
-    steps: int
-    near_singular: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,26 +210,6 @@ def looks_every(device: torch.device) -> int:
         device: Device of the systems.
     """
     return 1 if device.type == "cpu" else 4
-
-
-def nothing_to_solve(y0: Tensor, row_ndim: int) -> Solution:
-    """Return the solution of an empty batch.
-
-    Args:
-        y0: The start, without elements.
-        row_ndim: Number of leading dimensions that count the rows.
-    """
-    none = torch.zeros(y0.shape[:row_ndim], dtype=torch.promote_types(y0.dtype, torch.float32), device=y0.device)
-    return Solution(y0, none, none.long(), none == 0, none[None], none[None])
-
-
-def zero_of(args: tuple[Tensor, ...]) -> Tensor:
-    """Return zero as a function of tensors, so that each of them gets a gradient, of zeros, where others train on."""
-    zero = args[0].new_zeros(())
-    for arg in args:
-        if arg.requires_grad:
-            zero = zero + 0 * arg.sum()
-    return zero
 
 
 class _Bookkeeping:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicit_attention.equilibrium.solvers.base import System
 from implicit_attention.equilibrium.solvers.safeguard import Extrapolating, Steps
+from implicit_attention.equilibrium.solvers.system import System
 
 _USABLE = 1e-4  # cosine: an update along a step at a wider angle to its change would all but destroy the matrix
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from implicit_attention.equilibrium.linear import gmres
-from implicit_attention.equilibrium.solvers.base import Solver, System
+from implicit_attention.equilibrium.solvers.base import Solver
+from implicit_attention.equilibrium.solvers.system import System
 from implicit_attention.errors import bad_value, check_positive
 
 _HALVINGS = 8  # of a step at most: each costs an evaluation, and steps below 1/256 hardly move the iterate

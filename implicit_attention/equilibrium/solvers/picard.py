@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from implicit_attention.equilibrium.solvers.base import Solver, System
+from implicit_attention.equilibrium.solvers.base import Solver
+from implicit_attention.equilibrium.solvers.system import System
 from implicit_attention.errors import bad_value, check_positive
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from implicit_attention import ForwardSubstitution, ImplicitQueryAttention
-from implicit_attention.causal.backward_substitution import At
+from implicit_attention.causal.backward_substitution import Equilibrium
 from implicit_attention.causal.cpu.engine import AdjointKernel
 from implicit_attention.causal.diagonal_adjoint import (
     NEAR_SINGULAR,
@@ -59,7 +59,7 @@ class Block:
         return one
 
     def at(self):
-        return At(CausalSystem(self.function, self.args), self.y, ())
+        return Equilibrium(CausalSystem(self.function, self.args), self.y, ())
 
     def compiled(self):
         at = self.at()

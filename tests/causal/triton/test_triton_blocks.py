@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from implicit_attention import DecodeCache, ForwardSubstitution, ImplicitQueryAttention
 from implicit_attention.causal import engines, self_test, triton
 from implicit_attention.causal import forward_substitution as substitution
-from implicit_attention.causal.backward_substitution import At
+from implicit_attention.causal.backward_substitution import Equilibrium
 from implicit_attention.causal.diagonal import BlockSolver
 from implicit_attention.causal.diagonal_adjoint import NEAR_SINGULAR, BlockAdjointSolver
 from implicit_attention.causal.forward_substitution import solved_with
@@ -195,8 +195,8 @@ def test_what_a_sample_lost_is_restored():
     system = CausalSystem(equation.function, tuple(args))
     forward = substitution._Forward(system, layer.solver, "triton", x.dtype)
     before = forward.y.clone(), forward.lse.clone()
-    assert forward.compiled.settle(slice(0, 20)) == 16
-    assert forward.compiled.status.tolist() == [20, 16]
+    assert forward.kernel.settle(slice(0, 20)) == 16
+    assert forward.kernel.status.tolist() == [20, 16]
     torch.testing.assert_close(forward.y[:, 16:], before[0][:, 16:], rtol=0.0, atol=0.0)
     torch.testing.assert_close(forward.lse[:, :, 16:], before[1][:, :, 16:], rtol=0.0, atol=0.0)
     assert bool((forward.y[:, :16] != before[0][:, :16]).any())
@@ -262,7 +262,7 @@ class Block:
         return one
 
     def at(self):
-        return At(CausalSystem(self.function, self.args), self.y, ())
+        return Equilibrium(CausalSystem(self.function, self.args), self.y, ())
 
     def compiled(self):
         at = self.at()

@@ -15,7 +15,7 @@ from implicit_attention.causal import forward_substitution as substitution
 from implicit_attention.causal.diagonal import BlockSolver, Unsettled
 from implicit_attention.causal.diagonal_adjoint import BlockAdjointSolver
 from implicit_attention.causal.system import CausalSystem
-from implicit_attention.causal.triton import sweeps
+from implicit_attention.causal.triton import launches, sweeps
 from implicit_attention.causal.triton.engine import AdjointKernel, ForwardKernel
 from implicit_attention.causal.triton.kernels import own_rows, sweep
 from tests.causal.triton.test_triton_blocks import DEVICE, F64, OPTIONS, assert_same, inputs, make, refuse, run
@@ -179,7 +179,7 @@ def test_own_equations_are_those_of_the_map(name, poisoned):
         equation = layer.equation(inputs(2, 45, layer.embed_dim))
     function, args = equation.function, tuple(a.detach().clone() for a in equation.args)
     forward, rows = substitution._Forward(CausalSystem(function, args), layer.solver, "triton", F64), slice(0, 32)
-    swept = forward.swept
+    swept = forward.sweeper
     assert swept.settle(rows)
     marked = (torch.arange(32) % torch.tensor([[3], [5]]) == 1).to(DEVICE)
     for b, state in enumerate(swept.judged[0].tolist()):
@@ -308,7 +308,7 @@ def test_a_block_that_does_not_settle_is_as_it_was():
         patch.setattr(sweeps, "MOST_SWEEPS", 4)
         forward = substitution._Forward(CausalSystem(equation.function, tuple(args)), layer.solver, "triton", x.dtype)
         before = forward.y.clone(), forward.lse.clone(), forward.residual.clone()
-        assert not forward.swept.settle(slice(0, 32))
+        assert not forward.sweeper.settle(slice(0, 32))
     for now, then in zip((forward.y, forward.lse, forward.residual), before, strict=True):
         assert torch.equal(now, then)
 
@@ -326,11 +326,11 @@ def test_what_followed_on_a_block_that_had_not_settled_is_done_again(monkeypatch
 
     x = inputs(2, 45, 32)
     wanted = run("triton", x, 1e-8, block=BLOCK)[0].value
-    monkeypatch.setattr(sweeps._Sweeps, "check", late)
+    monkeypatch.setattr(launches.Sweeps, "check", late)
     begun = []
-    init = sweeps._Sweeps.__init__
+    init = launches.Sweeps.__init__
     monkeypatch.setattr(
-        sweeps._Sweeps, "__init__", lambda self, s, r, cautious: begun.append(cautious) or init(self, s, r, cautious)
+        launches.Sweeps, "__init__", lambda self, s, r, cautious: begun.append(cautious) or init(self, s, r, cautious)
     )
     with torch.no_grad():
         found = make("triton", 1e-8, x.dtype, embed=32, block=BLOCK).solve(x).value
@@ -382,7 +382,7 @@ def hopeful(monkeypatch):
         def synchronize(self):
             pass
 
-    record, init, goes_on = [], sweeps._Sweeps.__init__, sweeps._Sweeps.goes_on
+    record, init, goes_on = [], launches.Sweeps.__init__, launches.Sweeps.goes_on
 
     def begin(self, system, rows, cautious):
         init(self, system, rows, cautious)
@@ -396,11 +396,11 @@ def hopeful(monkeypatch):
     def captured(work):
         return SimpleNamespace(replay=lambda: record.append("replay") or work())
 
-    monkeypatch.setattr(sweeps, "_captured", captured)
+    monkeypatch.setattr(launches, "_captured", captured)
     monkeypatch.setattr(torch.cuda, "Event", Done)
-    monkeypatch.setattr(sweeps._Sweeps, "__init__", begin)
-    monkeypatch.setattr(sweeps._Sweeps, "goes_on", went_on)
-    monkeypatch.setattr(sweeps._Wary, "solves", 0)
+    monkeypatch.setattr(launches.Sweeps, "__init__", begin)
+    monkeypatch.setattr(launches.Sweeps, "goes_on", went_on)
+    monkeypatch.setattr(launches.Wary, "solves", 0)
     return record
 
 
@@ -427,7 +427,7 @@ def test_a_block_that_was_wrongly_gone_on_from_is_solved_again(hopeful):
         wanted = make("torch", 1e-9, F64).solver.equilibrium(function, args, F64).value
     assert True in hopeful
     assert [entry for entry in hopeful if entry in ("hopeful", "cautious")] == ["hopeful", "cautious"]
-    assert sweeps._Wary.solves > 0, "the next solves look at each block"
+    assert launches.Wary.solves > 0, "the next solves look at each block"
     assert bool(found.converged.all())
     torch.testing.assert_close(found.value, wanted, rtol=1e-2, atol=1e-2)
 
@@ -438,8 +438,8 @@ def test_graphs_give_the_bits_of_single_launches(dtype, monkeypatch):
     x, found = inputs(2, 480, 128, dtype=dtype), []
     for graphs in (True, False):
         if not graphs:
-            monkeypatch.setattr(sweeps._Sweeps, "launch", lambda self, n, done, most, sweep: sweep(done, most))
-            monkeypatch.setattr(sweeps._Sweeps, "goes_on", lambda self, n: False)
+            monkeypatch.setattr(launches.Sweeps, "launch", lambda self, n, done, most, sweep: sweep(done, most))
+            monkeypatch.setattr(launches.Sweeps, "goes_on", lambda self, n: False)
         leaf = x.clone().requires_grad_()
         value = make("triton", 1e-2, dtype, embed=128, block=16).solve(leaf).value
         found.append((value.detach(), *torch.autograd.grad(value.float().square().sum(), leaf)))

@@ -170,6 +170,16 @@ def solve_block(
 ):  # fmt: skip
     """Solve `lam = grad + J^T lam` on rows `first .. first + n` of each sample.
 
+    A program takes 16 rows at a time, from the last to the first, through four stages. With weights P, the cotangent
+    of the scores is `dS = P * (lam V^T - lam . y)`.
+
+    1. Pull back from the solved rows after them: `dq += dS^T K`, `dv += P^T lam`; and `dk += dS q` for those rows.
+    2. Compute the 16 rows' weights on each other, `P = exp(scores - lse)`. Start from `lam = grad`.
+    3. Sweep `lam <- grad + Omega_Q^T (norm and rotation)^T (dq + dS^T K)`. If that is too slow, solve own columns
+       exactly in each sweep: with `u_h = p_h (v - y_h)` and `w_h` the gradient of the own score by y, a row's part of
+       J is `sum_h u_h w_h^T`, so `lam = F(lam) + sum_h z_h w_h` with `(I - M^T) z = u . (F(lam) - lam)`, `M = w u^T`.
+    4. Store lam and the gradients of the 16 rows: `dk`, `dv`, and the cotangent of Omega_Q's output.
+
     Args:
         key: As in `forward.settle_block`, like all arguments that are not listed.
         value: `[B, G, N, d]`.
@@ -253,7 +263,7 @@ def solve_block(
         m = tl.minimum(R, n - s)
         real = rows < m
 
-        # Cotangents from solved rows of the block: of these 16 queries and values, and of the solved rows' keys.
+        # Stage 1: cotangents from solved rows of the block, of these 16 queries and values and of the solved keys.
         for g in range(groups):
             total = load_rows(later + g * dim, groups * dim, s, m, dim, dp)
             q = load_rows(query + g * dim, groups * dim, s, m, dim, dp)
@@ -279,7 +289,7 @@ def solve_block(
             store_scratch(from_later + g * tile, total, dp)
             store_rows(d_value + g * n * dim, dim, s, m, d_v, dim, dp)
 
-        # The rows' weights on each other; lam starts from grad.
+        # Stage 2: the rows' weights on each other; lam starts from grad.
         for h in range(heads):
             g = h // shared
             k = load_rows(key + h * key_h, key_n, s, m, dim, dp).to(operand)
@@ -300,6 +310,7 @@ def solve_block(
             store_scratch(now + h * tile, start, dp)
         tl.debug_barrier()
 
+        # Stage 3: sweeps.
         state = 0  # 1: solved; -1: lost
         sweep = 0
         corrections = 0
@@ -307,6 +318,7 @@ def solve_block(
         error = limit * 0.0
         while (sweep < MOST_SWEEPS) & (state == 0):
             sweep += 1
+            # dq + dS^T K of each group, back through norm and rotation.
             for g in range(groups):
                 d_query = load_scratch(from_later + g * tile, dp)
                 v = load_rows(value + g * value_g, value_n, s, m, dim, dp).to(wide)
@@ -324,6 +336,7 @@ def solve_block(
                 d_query = _before_map(d_query, query + g * dim, norm, groups, turn, swap, turn_half, s, m, dim, dp)
                 store_scratch(after + g * tile, d_query, dp)
             tl.debug_barrier()
+            # out = grad + Omega_Q^T of that; the residual is the largest |out - lam|.
             error = limit * 0.0
             broken = 0
             for h in range(heads):
@@ -366,6 +379,7 @@ def solve_block(
                     tl.debug_barrier()
             before = error
 
+        # Stage 4: store the solution and its gradients.
         if state == 1:
             worst = tl.maximum(worst, error)
             most = tl.maximum(most, sweep)

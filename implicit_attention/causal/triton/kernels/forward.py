@@ -222,6 +222,15 @@ def settle_block(
 ):  # fmt: skip
     """Settle rows `first .. first + n` of each sample, up to the first 16 with a row that goes to torch.
 
+    A program takes 16 rows at a time through four stages:
+
+    1. Attend to all columns before them: `a_0` and its log-sum-exp `l_0`. Apply Omega_Q to `a_0` and the values `V`.
+    2. Sweep. An iterate is held as weights, `y = share a_0 + P V`. So sweeps need no other product with Omega_Q:
+       `q = norm_and_rotate(share Omega_Q a_0 + P Omega_Q V + ...)`, `(share, P)' = softmax(l_0, K q^T)`.
+    3. Solve the row equations of slow rows, `p = sigmoid(alpha + beta p - log-sum-exp of other columns)`; at the end
+       also those of rows whose p is far from that at y = v, since they may be at another root.
+    4. Store the rows. The next 16 rows attend to them.
+
     Args:
         key: `[B, H, N, d]`, rows contiguous.
         value: `[B, G, N, d]`, rows contiguous.
@@ -293,7 +302,7 @@ def settle_block(
         m = tl.minimum(R, n - s)
         real = rows < m
 
-        # Attention before the rows; Omega_Q applied to it and to the rows' values, once for all sweeps.
+        # Stage 1: a_0 and l_0, and Omega_Q applied to a_0 and to the rows' values.
         for h in range(heads):
             g = h // shared
             k = load_rows(key + h * key_h, key_n, s, m, dim, dp).to(operand)
@@ -309,6 +318,7 @@ def settle_block(
             store_scratch(attended + h * tile, out, dp)
             tl.store(merged + h * R + rows, before_now)
         tl.debug_barrier()
+        # The first iterate is y = a_0 (share 1, P = 0); a row that sees nothing before starts from its value.
         for h in range(heads):
             sees = tl.load(merged + h * R + rows) != -float("inf")
             tl.store(shares + h * R + rows, tl.where(sees, 1.0, 0.0).to(wide))
@@ -322,7 +332,7 @@ def settle_block(
                 _make(v, weight, weight_o, made_value + into, narrow, g, h, dim, dp, operand, precision)
         tl.debug_barrier()
 
-        # Scores of the own columns at the start y = v.
+        # Scores of the own columns at the start y = v, where p is compared with the rows' later p.
         if given is None:
             for g in range(groups):
                 q = _fixed(constant, added, s, m, g, wide, groups, dim, dp)
@@ -338,7 +348,8 @@ def settle_block(
                     tl.store(start + h * R + rows, own)
             tl.debug_barrier()
 
-        verdict = 0
+        # Stage 2: sweeps. Halves `parity` and `1 - parity` of `weights` and `shares` hold an iterate and the next one.
+        verdict = 0  # 1: settled; -1: to torch
         parity = 0
         slow = tl.zeros([R], tl.int32)
         error_before = tl.full([R], float("inf"), wide)
@@ -384,6 +395,7 @@ def settle_block(
                     first_own = own
                     if given is None:
                         first_own = tl.load(start + h * R + rows)
+                    # The softmax over l_0, `below` and `own`: share' and P', with the own weight on its diagonal.
                     peak = tl.maximum(tl.maximum(tl.max(below, 1), old), tl.maximum(own, first_own))
                     peak = tl.where(peak == -float("inf"), 0.0, peak)
                     p = tl.exp(below - peak[:, None])
@@ -399,6 +411,7 @@ def settle_block(
                     moved = tl.where(own == -float("inf"), 0.0, tl.abs(at_start - own_part * scaled))
                     change = tl.maximum(change, moved)
 
+                    # The residual F(y) - y = (share' - share) a_0 + (P' - P) V, and the size of F(y).
                     last = tl.load(last_weights + h * R * R + square)
                     last_share = tl.load(last_shares + h * R + rows)
                     before = load_scratch(attended + h * tile, dp)
@@ -428,7 +441,7 @@ def settle_block(
             slow = tl.where(outside & (sweep >= PATIENCE) & (error > slow_ratio * error_before), 1, slow)
             error_before = error
 
-            # Solve row equations of slow rows, and of rows whose own weight is far from that at y = v.
+            # Stage 3: row equations of slow rows, and of rows whose own weight is far from that at y = v.
             if given is None:
                 wanted = tl.where(outside, slow, 0)
                 if (verdict == 1) | (sweep == 0):
@@ -470,7 +483,7 @@ def settle_block(
             if verdict == 0:
                 parity = 1 - parity
 
-        # Store the iterate at which the map was evaluated: residual, queries and log-sum-exp belong to it.
+        # Stage 4: store the iterate at which the map was evaluated. Residual, queries and log-sum-exp belong to it.
         if verdict == 1:
             for h in range(heads):
                 last_share = tl.load(shares + (parity * heads + h) * R + rows)

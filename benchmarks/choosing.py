@@ -10,11 +10,14 @@ from studies.verdicts import training_seconds
 
 Rows = Mapping[str, Sequence[dict[str, Any]]]
 
-STATE = ("ordinary", "ordinary-2", "strict", "feedback", "feedback-plain", "feedback-alone", "delta", "gru")
+STATE = (
+    "ordinary", "ordinary-2", "convolved", "recurrent", "strict", "feedback", "feedback-plain", "feedback-alone",
+    "delta", "gru", "gru-attention",
+)  # fmt: skip
 BEYOND = ("feedback", "feedback-rope", "feedback-alibi", "feedback-none")
 TEXT = (
     "ordinary", "ordinary-longer", "ordinary-2", "convolved", "strict", "strict-convolved", "feedback",
-    "feedback-alone", "delta", "gru",
+    "feedback-alone", "delta", "gru", "gru-attention",
 )  # fmt: skip
 BLOCKS = {"bytes-1": "1 block", "bytes-2": "2 blocks"}
 

@@ -135,7 +135,8 @@ def step_seconds(directory: Path, table: str) -> dict[str, float]:
 def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
     """Return the records of the seeds, by table, row and seed, each with the choice of its learning rate.
 
-    Each has the seconds of a training step of its row ("step_seconds"), too; None if the row was not timed.
+    Each has the seconds of a training step of its row ("step_seconds"), too; None if the row was not timed. The choice
+    has the seconds of the runs that were made for it.
 
     Args:
         directory: Where records are kept.
@@ -147,7 +148,7 @@ def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
     for file in sorted(directory.glob("*/*/seed-*.json")):
         record = read(file)
         choice = file.with_name(CHOICE)
-        record["choice"] = read(choice) if choice.exists() else None
+        record["choice"] = read(choice) | {"seconds": _trial_seconds(file.parent)} if choice.exists() else None
         found.setdefault(file.parent.parent.name, {}).setdefault(file.parent.name, []).append(record)
     for table, rows in found.items():
         each = step_seconds(directory, table)
@@ -156,3 +157,8 @@ def load(directory: Path) -> dict[str, dict[str, list[Record]]]:
             for record in runs:
                 record["step_seconds"] = each.get(row)
     return found
+
+
+def _trial_seconds(row: Path) -> float:
+    """The seconds of the runs that chose the learning rate of a row, those that count among them."""
+    return sum(float(read(file)["seconds"]) for file in row.glob("rate-*-seed-*.json"))

@@ -113,7 +113,7 @@ def overview(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> l
 
 
 def verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> verdicts.Verdict | None:
-    """Return how the best implicit arm compares with the strongest baseline; without a goal, at equal seconds too.
+    """Return how the best implicit arm compares with the strongest baseline; without a goal, within equal seconds too.
 
     Args:
         table: The table.
@@ -122,7 +122,7 @@ def verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> ve
 
     Returns:
         The comparison, None if one of the two has no records. Without a goal an arm helps only if it is ahead both at
-        equal steps and at equal seconds.
+        equal steps and within equal seconds.
     """
     ours, baseline = (verdicts.strongest(table, rows, which) for which in (kind, "baseline"))
     if ours is None or baseline is None:
@@ -132,7 +132,9 @@ def verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> ve
         return found
     in_time = verdicts.compare(table, ours, as_fast)
     other = "" if as_fast.name == baseline.name else f" ({as_fast.title})"
-    return verdicts.Verdict(f"{found.words}; at equal seconds{other} {in_time.words}", found.helps and in_time.helps)
+    return verdicts.Verdict(
+        f"{found.words}; within equal seconds{other} {in_time.words}", found.helps and in_time.helps
+    )
 
 
 def contender(table: Table, found: verdicts.Contender | None) -> str:

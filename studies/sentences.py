@@ -21,16 +21,16 @@ How arms are compared:
   `qk_norm=True`, unless a row says otherwise. So do those of the README's table. The README's quickstart has other
   options: no `query_input`, and `positions="rope"`.
 - Each arm has its own learning rate in each table, the best of those that the table names, by seeds solved, then by
-  steps if all seeds solved the task, else by the mean score of its whole runs. That is a choice by the figures that
-  are shown, so they flatter every arm a little, and alike. *Of all rates* counts the solved runs at every rate. A
-  chosen rate that is the smallest or the largest of those tried is marked: a better one may lie beyond.
+  steps if all seeds solved the task, else by the mean score of its whole runs. *Of all rates* counts the solved runs
+  at every rate. A chosen rate that is the smallest or the largest of those tried is marked: a better one may lie
+  beyond.
+- The held-out sequences choose rates, stop training and give the scores: no others are kept back. So scores flatter,
+  and most those arms whose runs differ most from seed to seed.
 - Training stops early when the hardest kind of held-out sequences is solved at two evaluations in a row. So scores of
-  seeds that solved a task say no more than that; compare their steps.
+  seeds that solved a task say no more than that; compare their steps, which are medians over those seeds.
 - Each table says first what should solve its task and what should not, by how the arms work. The figures below it may
   say otherwise.
 - Scores are mean ± standard deviation over seeds, at the last evaluation.
-- Tasks that no arm learned have no table: products in A5, up to 16 hops in 100 tokens, and chains of assignments, where
-  no arm learned to follow a second assignment.
 - FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps of the last
   training step.
 - *Ms a step* is processor time of one thread, a median. All arms of a table take their steps in turns in one process,
@@ -43,13 +43,13 @@ How arms are compared:
 
 OVERVIEW = """The deciding score of each table, mean ± standard deviation over seeds; where a task can be solved, the
 seeds that solved it and their median steps. Each cell shows the best arm of its kind: most seeds solved, then fewest
-steps if all did, else the best mean. *At equal seconds* the baseline is the best of those whose whole training takes
-at most 1.1 times as long, ordinary attention with more steps among them. *Ahead* and *behind* mean by more than the
-sum of both deviations."""
+steps if all did, else the best mean. Without a mask, *implicit* is the layer with `max_gain=0.9`. *Within equal
+seconds* the baseline is the best of those whose whole training takes at most 1.1 times as long as the implicit arm's;
+ordinary attention with up to twice the steps is among them. *Ahead* and *behind* mean by more than the sum of both
+deviations; all else is *not told apart*. All arms see the same data with the same seed, so the seeds are compared, too:
+*better in 2 of 3 seeds*."""
 
-NO_HELP = (
-    """Tasks whose strongest baseline is at least as good as every implicit arm, at equal steps or at equal seconds:"""
-)
+NO_HELP = """Tasks where no implicit arm is ahead of the strongest baseline, at equal steps and within equal seconds:"""
 
 DEFAULTS = """What the tables below recommend for the options of `ImplicitQueryAttention`. One of two rows is *ahead* if
 more of its seeds solved the task. If all seeds of both did, it is ahead if it took fewer steps; else if its mean score
@@ -106,10 +106,20 @@ def machines(found: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[str]:
             line = f"{environment.get('processor', 'an unknown processor')}, PyTorch {versions.get('torch', 'unknown')}"
             line += f", implicit-attention {versions.get('implicit-attention', 'unknown')}"
             seen[line] = seen.get(line, 0.0) + run["seconds"]
-    return [
-        f"Trained on {line}: {seconds / 3600:.1f} hours of one core, not counting the runs that chose learning rates."
-        for line, seconds in seen.items()
-    ]
+    lines = [f"Trained on {line}: {seconds / 3600:.1f} hours of one core." for line, seconds in seen.items()]
+    return [*lines, f"With the runs that chose learning rates: {_all_seconds(found) / 3600:.1f} hours of one core."]
+
+
+def _all_seconds(found: Mapping[str, Mapping[str, Sequence[Record]]]) -> float:
+    """The seconds of all runs, those that chose learning rates included."""
+    total = 0.0
+    for runs in (runs for rows in found.values() for runs in rows.values()):
+        choice = runs[0].get("choice") or {}
+        tried = choice.get("tried", {}).get(f"{runs[0]['settings']['rate']:g}", [])
+        counted_there = {outcome["seed"] for outcome in tried}
+        total += choice.get("seconds", 0.0)
+        total += sum(run["seconds"] for run in runs if run["settings"]["seed"] not in counted_there)
+    return total
 
 
 def settings(table: Table, rows: Mapping[str, Sequence[Record]], budget: str) -> list[str]:
@@ -121,8 +131,8 @@ def settings(table: Table, rows: Mapping[str, Sequence[Record]], budget: str) ->
     name = task.pop("name")
     sentences = [
         f"`{name}({', '.join(f'{key}={value!r}' for key, value in task.items())})`.",
-        f"Embed {sizes['embed_dim']}, {sizes['num_heads']} heads, MLP {sizes['mlp']} in the reference, "
-        f"the looped arm {sizes['loops']} times"
+        f"Embed {sizes['embed_dim']}, {sizes['num_heads']} heads, MLP {sizes['mlp']} in the reference"
+        + (f", the looped arm {sizes['loops']} times" if any(run.get("arm") == "looped" for run in every) else "")
         + (f", tolerance {tolerances.pop():g}." if len(tolerances) == 1 else "."),
         f"At most {training['steps']} steps of {training['batch_size']} sequences, evaluated every "
         f"{training['evaluate_every']} steps on {training['held_out']} held-out sequences of each kind.",

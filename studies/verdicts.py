@@ -12,6 +12,7 @@ from studies.table import Table
 
 Runs = Sequence[Record]
 FEEDBACK = "feedback"  # how the names of arms begin whose values read outputs
+BOUNDED = "bounded"  # likewise, of those with `max_gain`
 SAME_TIME = 1.1  # times that differ by less than this factor count as the same
 
 
@@ -51,7 +52,7 @@ def strongest(table: Table, rows: Mapping[str, Runs], kind: str) -> Contender | 
     Args:
         table: The table.
         rows: Its records.
-        kind: "baseline", "implicit" or "feedback".
+        kind: "baseline", "implicit" or "feedback". Without a causal mask, only arms with `max_gain` are "implicit".
     """
     found = {name: runs for name, runs in _of_kind(table, rows, kind).items() if table.rows[name].lengthened == 1}
     return _best(table, found)
@@ -75,6 +76,23 @@ def strongest_in_time(table: Table, rows: Mapping[str, Runs], ours: Contender) -
     return _best(table, {name: runs for name, runs in baselines.items() if training_seconds(runs) <= most})
 
 
+def strongest_of_all(table: Table, rows: Mapping[str, Runs], ours: Sequence[Runs]) -> Contender | None:
+    """Return the best baseline at equal steps or, if that is better, within the seconds of the slowest implicit arm.
+
+    Args:
+        table: The table.
+        rows: Its records.
+        ours: The records of the implicit arms.
+    """
+    most = SAME_TIME * max(map(training_seconds, ours), default=0.0)
+    baselines = _of_kind(table, rows, "baseline")
+    fair = {
+        name: runs for name, runs in baselines.items()
+        if table.rows[name].lengthened == 1 or training_seconds(runs) <= most < math.inf
+    }  # fmt: skip
+    return _best(table, fair)
+
+
 def _of_kind(table: Table, rows: Mapping[str, Runs], kind: str) -> dict[str, Runs]:
     return {name: runs for name, runs in rows.items() if runs and name in table.rows and _kind(table, name) == kind}
 
@@ -90,7 +108,10 @@ def _kind(table: Table, row: str) -> str:
     arm = table.rows[row].arm
     if arm.startswith(FEEDBACK):
         return FEEDBACK
-    return "implicit" if ARMS[arm].ours else "baseline"
+    if not ARMS[arm].ours:
+        return "baseline"
+    recommended = table.task.is_causal or arm.startswith(BOUNDED)
+    return "implicit" if recommended else "free"
 
 
 def merit(runs: Runs) -> tuple[float, float, float]:
@@ -162,9 +183,19 @@ def compare(table: Table, ours: Contender, baseline: Contender) -> Verdict:
 
 
 def _by_score(ours: Runs, baseline: Runs) -> Verdict:
+    wins, pairs = _wins(ours, baseline)
+    seeds = f", better in {wins} of {pairs} seeds"
     if choices.ahead(ours, baseline):
-        return Verdict("ahead", helps=True)
-    return Verdict("behind" if choices.ahead(baseline, ours) else "level, within the spread", helps=False)
+        return Verdict(f"ahead{seeds}", helps=True)
+    return Verdict(("behind" if choices.ahead(baseline, ours) else "not told apart") + seeds, helps=False)
+
+
+def _wins(ours: Runs, baseline: Runs) -> tuple[int, int]:
+    """In how many seeds an arm has the better score, and how many both have: a seed draws the same data for all."""
+    theirs = {run["settings"]["seed"]: run["score"] for run in baseline if run["score"] is not None}
+    pairs = [(run["score"], theirs.get(run["settings"]["seed"])) for run in ours if run["score"] is not None]
+    both = [(mine, other) for mine, other in pairs if other is not None]
+    return sum(mine > other for mine, other in both), len(both)
 
 
 def _solved(runs: Runs) -> str:

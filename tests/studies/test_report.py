@@ -10,6 +10,7 @@ from studies.sentences import machines
 from tests.studies.simple import TRAINING, table
 
 DOCS = Path(__file__).parents[2] / "docs"
+IN_EACH = ", better in 1 of 1 seeds"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -101,15 +102,22 @@ def test_without_a_goal_an_arm_helps_if_it_is_ahead_at_equal_steps_and_at_equal_
     more = run(0, 1.1, seconds=2.0)
     more["settings"]["training"]["steps"] *= 2
     rows = {"ordinary": [run(0, 0.8, seconds=2.0)], "implicit": [run(0, 1.0, seconds=4.0)], "longer": [more]}
-    behind = verdicts.Verdict("ahead; at equal seconds (ordinary, longer) behind", helps=False)
+    behind = verdicts.Verdict(
+        f"ahead{IN_EACH}; within equal seconds (ordinary, longer) behind, better in 0 of 1 seeds", helps=False
+    )
     assert report.verdict(endless, rows, "implicit") == behind
     assert verdicts.strongest(endless, rows, "baseline").name == "ordinary", "at equal steps"
     rows["implicit"] = [run(0, 1.0, seconds=2.0)]
-    assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead; at equal seconds ahead", helps=True)
+    everywhere = verdicts.Verdict(f"ahead{IN_EACH}; within equal seconds ahead{IN_EACH}", helps=True)
+    assert report.verdict(endless, rows, "implicit") == everywhere
     rows["implicit"] = [run(0, 1.0, seconds=1.0)]
-    assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead", helps=True), "no baseline is as fast"
+    assert report.verdict(endless, rows, "implicit") == verdicts.Verdict(f"ahead{IN_EACH}", helps=True), (
+        "no baseline is as fast"
+    )
     rows["implicit"] = [run(0, 1.0) | {"step_seconds": None}]
-    assert report.verdict(endless, rows, "implicit") == verdicts.Verdict("ahead", helps=True), "it was not timed"
+    assert report.verdict(endless, rows, "implicit") == verdicts.Verdict(f"ahead{IN_EACH}", helps=True), (
+        "it was not timed"
+    )
     assert report.verdict(endless, rows, "feedback") is None
     lines = cells.cells(endless, rows | {"ordinary": [run(0, 0.8, seconds=1.0)]})
     assert cell(lines, 3, "accuracy") == "1.100"
@@ -183,10 +191,10 @@ def test_the_overview_sets_the_strongest_baseline_beside_the_implicit_arm():
          "solves 1 of 2 seeds, the baseline 0 of 2", True),
         ([run(0, 0.5), run(1, 0.5)], [run(0, 1.0, solved_at=2), run(1, 0.5)],
          "solves 0 of 2 seeds, the baseline 1 of 2", False),
-        ([run(0, 0.5)], [run(0, 0.4)], "neither within 4 steps; ahead", True),
-        ([run(0, 0.4)], [run(0, 0.5)], "neither within 4 steps; behind", False),
+        ([run(0, 0.5)], [run(0, 0.4)], f"neither within 4 steps; ahead{IN_EACH}", True),
+        ([run(0, 0.4)], [run(0, 0.5)], "neither within 4 steps; behind, better in 0 of 1 seeds", False),
         ([run(0, 0.4), run(1, 0.6)], [run(0, 0.4), run(1, 0.5)],
-         "neither within 4 steps; level, within the spread", False),
+         "neither within 4 steps; not told apart, better in 1 of 2 seeds", False),
     ],
 )  # fmt: skip
 def test_a_verdict_compares_with_the_strongest_baseline(ours, baseline, words, helps):
@@ -312,7 +320,31 @@ def test_pictures_draw_what_there_is(made):
 
 def test_machines_are_told_apart():
     one, other = {**run(0, 1.0), "environment": {"processor": "A"}}, {**run(1, 1.0), "environment": {"processor": "B"}}
-    assert len(machines({"t": {"r": [one, other, one]}})) == 2
+    assert len(machines({"t": {"r": [one, other, one]}})) == 3
+    hour = run(0, 1.0, seconds=3600.0)
+    tried = {"tried": {"0.01": [{"seed": 0}]}, "seconds": 2 * 3600.0}
+    assert machines({"t": {"r": [hour | {"choice": tried}]}})[-1].endswith("2.0 hours of one core."), "one counts"
+    assert machines({"t": {"r": [hour]}})[-1].endswith("1.0 hours of one core.")
+
+
+def test_without_a_mask_the_implicit_arm_is_the_one_that_is_recommended():
+    free = tables("cpu")["digits-1"]
+    rows = {"implicit": [run(0, 1.0)], "bounded": [run(0, 0.5)], "ordinary": [run(0, 0.7)]}
+    assert verdicts.strongest(free, rows, "implicit").name == "bounded"
+    assert verdicts.strongest(free, rows, "baseline").name == "ordinary"
+
+
+def test_the_strongest_of_all_may_train_for_as_many_seconds_as_the_slowest_implicit_arm():
+    shown = table("ordinary", "implicit")
+    longer = replace(shown.rows["ordinary"], title="ordinary, longer", lengthened=2.0)
+    shown = replace(shown, rows={**shown.rows, "longer": longer})
+    more = run(0, 1.1, seconds=2.0)
+    more["settings"]["training"]["steps"] *= 2
+    rows = {"ordinary": [run(0, 0.8)], "longer": [more]}
+    slow, fast, untimed = (run(0, 1.0, seconds=seconds) for seconds in (4.0, 2.0, float("inf")))
+    assert verdicts.strongest_of_all(shown, rows, [[fast], [slow]]).name == "longer"
+    assert verdicts.strongest_of_all(shown, rows, [[fast]]).name == "ordinary"
+    assert verdicts.strongest_of_all(shown, rows, [[untimed]]).name == "ordinary"
 
 
 def test_page_of_the_repository_is_that_of_its_records():

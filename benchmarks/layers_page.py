@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from benchmarks.readme import title
 from benchmarks.report import PASSES
 from studies.cells import markdown
 
@@ -56,5 +57,5 @@ def _by_shape(result: Result) -> str:
         found = [shape["rows"].get(name) for name in names]
         ratios = ["" if row is None else " / ".join(f"{row[p]['time_ratio']:.2f}" for p in PASSES) for row in found]
         rows.append([", ".join(map(str, sizes)), *ratios])
-    titles = [name if "=" not in name else f"`{name}`" for name in names]
+    titles = [title(name) for name in names]
     return markdown([["batch, tokens, width, heads; forward / both", *titles], *rows])

@@ -49,8 +49,8 @@ def page(results: dict[str, Result]) -> str:
     parts = [
         "# What an equilibrium costs",
         "<!-- Made by `python -m benchmarks.page` from docs/data/*.json: measure again and make it anew. -->",
-        "Everything has its defaults. All contestants run in turn in one process, and figures are medians. Whole "
-        "layers come first: that is what a user pays. The solve alone is counted in attention passes.",
+        "Options that are not named have their defaults. All contestants run in turn in one process, and figures are "
+        "medians. Whole layers come first: that is what a user pays. The solve alone is counted in attention passes.",
     ]
     for name, title in TITLES.items():
         parts += [f"## {title}", *section(name, results.get(name))]

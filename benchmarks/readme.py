@@ -54,7 +54,9 @@ def _ratio(row: Result | None) -> str:
 
 
 def title(name: str) -> str:
-    return '`self_query="output"`' if name == "default" else f"`{name}`"
+    """The name of a layer of a benchmark in a table: code where it is one."""
+    name = 'self_query="output"' if name == "default" else name
+    return f"`{name}`" if "=" in name else name
 
 
 def learning_table(found: Records) -> str:

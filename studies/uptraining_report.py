@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from studies import records
-from studies.cells import markdown
+from studies.cells import edge, markdown
 
 Record = Mapping[str, Any]
 Records = Mapping[str, Sequence[Record]]
 
 
 def load(directory: Path) -> dict[str, list[Record]]:
-    """Return the records of each arm at its best learning rate, by seed.
+    """Return the records of each arm at its best learning rate, by seed, each with the rates that were "tried".
 
     Args:
         directory: Where records are kept.
@@ -27,7 +27,8 @@ def load(directory: Path) -> dict[str, list[Record]]:
         if runs:
             first = min(run["settings"]["seed"] for run in runs)
             best = min((run for run in runs if run["settings"]["seed"] == first), key=lambda run: run["curve"][-1][1])
-            kept = [run for run in runs if run["settings"]["rate"] == best["settings"]["rate"]]
+            tried = sorted({float(run["settings"]["rate"]) for run in runs})
+            kept = [run | {"tried": tried} for run in runs if run["settings"]["rate"] == best["settings"]["rate"]]
             found[folder.name] = sorted(kept, key=lambda run: int(run["settings"]["seed"]))
     return found
 
@@ -43,7 +44,7 @@ def table(found: Records) -> str:
     places = ("near", "far") if recalls else ()
     rows = [
         [
-            f"`{arm}`", f"{runs[0]['trained']:,}", f"{runs[0]['settings']['rate']:g}",
+            f"`{arm}`", f"{runs[0]['trained']:,}", _rate(runs[0]),
             f"{statistics.mean(r['curve'][0][1] for r in runs):.4f}", _spread([change(r) for r in runs]),
             str(len(runs)), *(_recall(runs, place) for place in places),
         ]
@@ -101,6 +102,11 @@ def _curve(runs: Sequence[Record]) -> list[float]:
     return [
         statistics.mean(run["curve"][i][1] - run["curve"][0][1] for run in runs) for i in range(len(runs[0]["curve"]))
     ]
+
+
+def _rate(record: Record) -> str:
+    rate = float(record["settings"]["rate"])
+    return f"{rate:g}{edge(rate, record['tried'])}"
 
 
 def _spread(figures: Sequence[float]) -> str:

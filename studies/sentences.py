@@ -45,7 +45,7 @@ OVERVIEW = """The deciding score of each table, mean ± standard deviation over 
 seeds that solved it and their median steps. Each cell shows the best arm of its kind: most seeds solved, then fewest
 steps if all did, else the best mean. Without a mask, *implicit* is the layer with `max_gain=0.9`. *Within equal
 seconds* the baseline is the best of those whose whole training takes at most 1.1 times as long as the implicit arm's;
-ordinary attention with up to twice the steps is among them. *Ahead* and *behind* mean by more than the sum of both
+ordinary attention with 1.2 to 1.7 times the steps is among them. *Ahead* and *behind* mean by more than the sum of both
 deviations; all else is *not told apart*. All arms see the same data with the same seed, so the seeds are compared, too:
 *better in 2 of 3 seeds*."""
 

@@ -161,9 +161,9 @@ def _bidirectional() -> list[Table]:
     digits, text = replace(training, held_out=360), replace(training, steps=1000, rates=_RECALL.rates)
     return [
         _free("digits-1", "Digits: which one, 1 block", DigitClasses(), 1, 1.6, digits, 5),
-        _free("digits-2", "Digits: which one, 2 blocks", DigitClasses(), 2, 2.0, digits, 5),
-        _free("pixels", "Digits: half of the pixels from the other half", Digits(), 1, 2.0, training, 5),
-        _free("masked-bytes", "Hidden bytes of Python's library, 2 blocks", MaskedBytes(), 2, 2.0, text, 3),
+        _free("digits-2", "Digits: which one, 2 blocks", DigitClasses(), 2, 1.7, digits, 5),
+        _free("pixels", "Digits: half of the pixels from the other half", Digits(), 1, 1.7, training, 5),
+        _free("masked-bytes", "Hidden bytes of Python's library, 2 blocks", MaskedBytes(), 2, 1.7, text, 3),
     ]
 
 

@@ -291,13 +291,13 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
 
 
 def _check_mask(name: str, mask: object, like: Tensor) -> None:
-    dense = isinstance(mask, Tensor) and not mask.is_nested and mask.layout == torch.strided
-    wide = dense and mask.is_floating_point() and mask.dtype.itemsize > 1
-    if not (dense and mask.dtype == torch.bool) and not wide:
-        came = mask if dense or not isinstance(mask, Tensor) else Came("a nested or sparse one")
-        raise bad_type(
-            name, "a dense tensor: bool (True = hidden), or float of 16 bits or more (added to the scores)", came
-        )
+    expected = "a dense tensor: bool (True = hidden), or float of 16 bits or more (added to the scores)"
+    if not isinstance(mask, Tensor):
+        raise bad_type(name, expected, mask)
+    if mask.is_nested or mask.layout != torch.strided:
+        raise bad_type(name, expected, Came("a nested or sparse one"))
+    if mask.dtype != torch.bool and not (mask.is_floating_point() and mask.dtype.itemsize > 1):
+        raise bad_type(name, expected, mask)
     if mask.device != like.device:
         raise bad_value(name, f"on the input's device, {like.device}", mask, f"Move it: {name}.to(x.device).")
 

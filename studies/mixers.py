@@ -128,7 +128,8 @@ class WithStates(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sums, `[B, N, D]`."""
-        return x + self.cells(x)[0]
+        states: Tensor = self.cells(x)[0]
+        return x + states
 
 
 class GRU(Mixer):

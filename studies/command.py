@@ -132,7 +132,7 @@ def _rows(table: "Table", wanted: list[str] | None) -> list[str]:
 
 def _seeds(text: str | None, table: "Table") -> list[int]:
     if text is None:
-        return list(range(table.shown))
+        return list(range(table.seeds))
     try:
         found = [seed for part in text.split(",") for seed in _range(part)]
     except ValueError:
@@ -193,7 +193,7 @@ def _list(tables: "dict[str, Table]") -> None:
 
     grid = Grid("group", "table", "title", Column("arms", overflow="fold"), "seeds")
     for table in tables.values():
-        grid.add_row(table.group, table.name, escape(table.title), " ".join(table.rows), str(table.shown))
+        grid.add_row(table.group, table.name, escape(table.title), " ".join(table.rows), str(table.seeds))
     Console().print(grid)
     _, *lines = report.names([(table, list(table.rows)) for table in tables.values()])
     legend = Grid("arm", Column("names", overflow="fold"))

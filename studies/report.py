@@ -67,7 +67,7 @@ def missing(found: Records, tables: Mapping[str, Table]) -> list[str]:
     lacking = []
     for name, table in tables.items():
         rows = found.get(name, {})
-        open_rows = [row for row in table.rows if len(rows.get(row, [])) < table.shown]
+        open_rows = [row for row in table.rows if len(rows.get(row, [])) < table.seeds]
         if open_rows:
             lacking.append(name if len(open_rows) == len(table.rows) else f"{name} ({', '.join(open_rows)})")
     return lacking

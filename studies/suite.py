@@ -121,7 +121,7 @@ def _states() -> list[Table]:
         rows[f"feedback-{positions or 'none'}"] = Row("feedback", title, replace(sizes, positions=positions))
     return [
         Table("parity", "parity", "Parity: learned at 40 bits, judged at up to 160", Parity(judged=(40, 80, 160)),
-              rows, training, 3, further=5),  # where an arm learns it with some seeds, three say little
+              rows, training, 8),  # where an arm learns it with some seeds, three say little
         Table("words-s3", "words", "Word problem of S3: learned at 32, judged at up to 128", GroupWords(group="S3"),
               rows_of(STATE, sizes), replace(training, steps=2400, evaluate_every=100), 3),
     ]  # fmt: skip
@@ -180,7 +180,7 @@ def _sized(table: Table, budget: str) -> Table:
     training = table.training
     tiny = replace(training, steps=2, batch_size=2, evaluate_every=1, held_out=2, rates=(3e-3,))
     rows = {name: replace(row, sizes=_small(row.sizes)) for name, row in table.rows.items()}
-    return replace(table, training=tiny, rows=rows, seeds=1, further=0)
+    return replace(table, training=tiny, rows=rows, seeds=1)
 
 
 def _small(sizes: Sizes) -> Sizes:

@@ -38,9 +38,8 @@ class Table:
         task: The task that is learned.
         rows: Its rows by name.
         training: How they are trained.
-        seeds: Number of seeds that choose the learning rate, from 0 on.
+        seeds: Number of seeds, from 0 on, that choose the learning rate and are shown.
         finalists: How many learning rates all seeds try: those that are best for the first seed, which tries all.
-        further: Seeds after those, at the chosen learning rate alone.
     """
 
     name: str
@@ -51,12 +50,6 @@ class Table:
     training: Training
     seeds: int
     finalists: int = 2
-    further: int = 0
-
-    @property
-    def shown(self) -> int:
-        """Number of seeds whose scores are shown."""
-        return self.seeds + self.further
 
     def run(self, row: str, seed: int, rate: float) -> Run:
         """Return a run of the table.

@@ -28,7 +28,8 @@ from implicit_attention.hf.outputs import (
     ImplicitModelOutput,
     stack_stats,
 )
-from implicit_attention.hf.tokens import cached_length, describe, documents
+from implicit_attention.hf.packing import documents
+from implicit_attention.hf.tokens import cached_length, describe
 from implicit_attention.hf.transactions import level, transactional
 
 
@@ -157,7 +158,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         """
         cache = take_cache(cache, kwargs)
         level(cache, self.config.num_hidden_layers)
-        boundaries, numbers = check_others(kwargs, self.config.is_causal)
+        check_others(kwargs, self.config.is_causal)
         if (input_ids is None) == (inputs_embeds is None):
             raise bad_value("input_ids", "given unless `inputs_embeds` is, and not both", input_ids)
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -165,7 +166,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             x = x * self.config.embedding_multiplier
         position_ids = check_positions(position_ids, cache_position, cached_length(cache), x)
         restarts = position_ids if attention_mask is None and cache is None else None
-        segments = documents((x.shape[0], x.shape[1]), restarts, boundaries, numbers)
+        segments = documents(x, restarts, kwargs)
         cache = self._cache(cache, use_cache, segments if not is_tracing(x) else None)
         self._check_room(cache, x.shape[1])
         blocks = self._blocks(cache)

@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_tracing
 from implicit_attention import ImplicitQueryAttention, RelativeBias
 from implicit_attention.attention.linear_map import ZeroLinear
 from implicit_attention.errors import Came, bad_value
+from implicit_attention.hf.agreement import check_read, check_saved, used_blocks
 from implicit_attention.hf.block import ImplicitAttentionBlock
 from implicit_attention.hf.calls import check_others, check_positions, take_cache
 from implicit_attention.hf.capturing import Shown, captured, register
@@ -83,6 +84,19 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
                             )  # fmt: skip
         loaded: Self = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, but refuse layers whose settings are not those of the configuration.
+
+        Args:
+            *args: As in `PreTrainedModel.save_pretrained`.
+            **kwargs: As there.
+
+        Raises:
+            ValueError: If a loaded model would not be this one.
+        """
+        check_saved(self.config, used_blocks(self.config, self.base_model.layers))
+        return super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -170,6 +184,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         cache = self._cache(cache, use_cache, segments if not is_tracing(x) else None)
         self._check_room(cache, x.shape[1])
         blocks = self._blocks(cache)
+        check_read(self.config, blocks, x)
         tokens, x = describe(self.config, x, cache, attention_mask, position_ids, segments)
         mask = self._ordinary_mask(x, cache, attention_mask, segments)
         gains, shown, stats = either(output_gains, self.config.output_gains), Shown(), []
@@ -193,13 +208,8 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         )
 
     def _blocks(self, cache: Cache | None) -> nn.ModuleList:
-        """The blocks that are used; refused where masks, saved files or the cache would take them for others."""
-        blocks = self.layers[: self.config.num_hidden_layers]
-        kinds = ["attention" if isinstance(block.attention, OrdinaryAttention) else "implicit" for block in blocks]
-        said = self.config.block_types[: len(blocks)]
-        if any((kind == "implicit") != (other == "implicit") for kind, other in zip(kinds, said, strict=True)):
-            raise bad_value("config.block_types", f"{kinds}, as the blocks are", self.config.block_types,
-                            "Set it, and `config.num_hidden_layers`, when you exchange blocks.")  # fmt: skip
+        """The blocks that are used; refused where the cache would take them for others."""
+        blocks = used_blocks(self.config, self.layers)
         places = [block.layer_idx for block in blocks]
         if cache is not None and places != list(range(len(blocks))):
             raise bad_value("layer_idx", "the place of each block, where a cache is used", Came(str(places)),

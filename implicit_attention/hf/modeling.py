@@ -92,6 +92,9 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
             *args: As in `PreTrainedModel.save_pretrained`.
             **kwargs: As there.
 
+        Returns:
+            What it returns.
+
         Raises:
             ValueError: If a loaded model would not be this one.
         """

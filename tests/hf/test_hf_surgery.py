@@ -173,7 +173,7 @@ def test_settings_that_only_a_file_would_lose_are_refused_there(tmp_path, option
 def test_what_no_file_loses_can_be_changed(tmp_path):
     model = make(**MIXED, dropout=0.1)
     on_layers(model, {"dropout": 0.0})
-    model.model.layers[1].attention.on_failure = "raise"
+    model.model.layers[1].attention.adjoint = "phantom"
     model.model.layers[1].attention.solver = ForwardSubstitution(rtol=1e-6)
     model(torch.arange(1, 10)[None])
     model.save_pretrained(tmp_path)

@@ -98,7 +98,8 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: If a loaded model would not be this one.
         """
-        check_saved(self.config, used_blocks(self.config, self.base_model.layers))
+        base: Any = self.base_model
+        check_saved(self.config, used_blocks(self.config, base.layers))
         return super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()

@@ -32,15 +32,59 @@ def check_documents(
         if value is not None:
             came = value if isinstance(value, Tensor) else Came(f"a {other}")
             raise bad_value(other, f"None next to {name}", came, _REMEDIES[other])
-    if not isinstance(given, Tensor) or given.dtype not in (torch.int32, torch.int64):
-        raise bad_type(name, "an int32 or int64 tensor", given)
-    if segments is not None and segments.shape != x.shape[:-1]:
-        raise bad_value(name, f"of shape {tuple(x.shape[:-1])}, like x", segments, "It numbers every token's document.")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 2):
-        raise bad_value(name, "of shape [documents + 1]", cu_seqlens, "It holds 0 and the end of every document.")
+    check_integers(name, given)
+    if segments is not None:
+        check_numbers(name, segments, x.shape[:-1])
+    if cu_seqlens is not None:
+        check_boundaries(name, cu_seqlens)
     if cu_seqlens is not None and x.dim() == 3 and len(x) != 1:
         raise bad_value(name, f"None for a batch of {len(x)}", cu_seqlens,
                         "Put all documents into one sample, or give segments [B, N].")  # fmt: skip
+
+
+def check_integers(name: str, given: object) -> None:
+    """Refuse what cannot hold numbers or boundaries of documents.
+
+    Args:
+        name: Of the argument.
+        given: The argument.
+
+    Raises:
+        TypeError: If it is no tensor of integers.
+    """
+    if not isinstance(given, Tensor) or given.dtype not in (torch.int32, torch.int64):
+        raise bad_type(name, "an int32 or int64 tensor", given)
+
+
+def check_numbers(name: str, numbers: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse numbers of documents that are not one for each token.
+
+    Args:
+        name: Of the argument.
+        numbers: The argument.
+        shape: Of the tokens.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    if numbers.shape != shape:
+        raise bad_value(
+            name, f"of shape {tuple(shape)}, like the tokens", numbers, "It numbers every token's document."
+        )
+
+
+def check_boundaries(name: str, boundaries: Tensor) -> None:
+    """Refuse boundaries of documents whose shape cannot be right. Their values are not looked at.
+
+    Args:
+        name: Of the argument.
+        boundaries: The argument.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    if boundaries.dim() != 1 or len(boundaries) < 2:
+        raise bad_value(name, "of shape [documents + 1]", boundaries, "It holds 0 and the end of every document.")
 
 
 _REMEDIES = {

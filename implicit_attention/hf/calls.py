@@ -56,15 +56,12 @@ def _begins_with(cache: Cache, other: Cache) -> bool:
     return keys.shape[:2] == first.shape[:2] and torch.equal(keys[:, :, :length], first[:, :, :length].to(keys.dtype))
 
 
-def check_others(kwargs: Any, is_causal: bool) -> tuple[Tensor | None, Tensor | None]:
+def check_others(kwargs: Any, is_causal: bool) -> None:
     """Refuse arguments that are not known, or that ask for what the models do not do.
 
     Args:
         kwargs: Those of a call that it does not name.
         is_causal: Of the configuration.
-
-    Returns:
-        `cu_seq_lens_q` and `seq_idx`, which say what documents a packed call holds.
 
     Raises:
         TypeError: If one is not known.
@@ -79,10 +76,6 @@ def check_others(kwargs: Any, is_causal: bool) -> tuple[Tensor | None, Tensor | 
     if kwargs.get("is_causal") not in (None, is_causal):
         raise bad_value("is_causal", f"{is_causal}, as in the configuration", kwargs["is_causal"],
                         "Make the model with another configuration.")  # fmt: skip
-    first, second = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if second is not None and (first is None or first.shape != second.shape):
-        raise bad_value("cu_seq_lens_k", "the same as cu_seq_lens_q", second, "Tokens attend to their own document.")
-    return first, kwargs.get("seq_idx")
 
 
 def check_positions(

@@ -19,6 +19,7 @@ from transformers.utils.import_utils import is_tracing
 from implicit_attention import ImplicitQueryAttention, RelativeBias
 from implicit_attention.attention.linear_map import ZeroLinear
 from implicit_attention.errors import Came, bad_value
+from implicit_attention.hf.agreement import check_read, check_saved, used_blocks
 from implicit_attention.hf.block import ImplicitAttentionBlock
 from implicit_attention.hf.calls import check_others, check_positions, take_cache
 from implicit_attention.hf.capturing import Shown, captured, register
@@ -28,7 +29,8 @@ from implicit_attention.hf.outputs import (
     ImplicitModelOutput,
     stack_stats,
 )
-from implicit_attention.hf.tokens import cached_length, describe, documents
+from implicit_attention.hf.packing import documents
+from implicit_attention.hf.tokens import cached_length, describe
 from implicit_attention.hf.transactions import level, transactional
 
 
@@ -82,6 +84,23 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
                             )  # fmt: skip
         loaded: Self = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, but refuse layers whose settings are not those of the configuration.
+
+        Args:
+            *args: As in `PreTrainedModel.save_pretrained`.
+            **kwargs: As there.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            ValueError: If a loaded model would not be this one.
+        """
+        base: Any = self.base_model
+        check_saved(self.config, used_blocks(self.config, base.layers))
+        return super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -157,7 +176,7 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         """
         cache = take_cache(cache, kwargs)
         level(cache, self.config.num_hidden_layers)
-        boundaries, numbers = check_others(kwargs, self.config.is_causal)
+        check_others(kwargs, self.config.is_causal)
         if (input_ids is None) == (inputs_embeds is None):
             raise bad_value("input_ids", "given unless `inputs_embeds` is, and not both", input_ids)
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -165,10 +184,11 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
             x = x * self.config.embedding_multiplier
         position_ids = check_positions(position_ids, cache_position, cached_length(cache), x)
         restarts = position_ids if attention_mask is None and cache is None else None
-        segments = documents((x.shape[0], x.shape[1]), restarts, boundaries, numbers)
+        segments = documents(x, restarts, kwargs)
         cache = self._cache(cache, use_cache, segments if not is_tracing(x) else None)
         self._check_room(cache, x.shape[1])
         blocks = self._blocks(cache)
+        check_read(self.config, blocks, x)
         tokens, x = describe(self.config, x, cache, attention_mask, position_ids, segments)
         mask = self._ordinary_mask(x, cache, attention_mask, segments)
         gains, shown, stats = either(output_gains, self.config.output_gains), Shown(), []
@@ -192,13 +212,8 @@ class ImplicitAttentionModel(ImplicitAttentionPreTrainedModel):
         )
 
     def _blocks(self, cache: Cache | None) -> nn.ModuleList:
-        """The blocks that are used; refused where masks, saved files or the cache would take them for others."""
-        blocks = self.layers[: self.config.num_hidden_layers]
-        kinds = ["attention" if isinstance(block.attention, OrdinaryAttention) else "implicit" for block in blocks]
-        said = self.config.block_types[: len(blocks)]
-        if any((kind == "implicit") != (other == "implicit") for kind, other in zip(kinds, said, strict=True)):
-            raise bad_value("config.block_types", f"{kinds}, as the blocks are", self.config.block_types,
-                            "Set it, and `config.num_hidden_layers`, when you exchange blocks.")  # fmt: skip
+        """The blocks that are used; refused where the cache would take them for others."""
+        blocks = used_blocks(self.config, self.layers)
         places = [block.layer_idx for block in blocks]
         if cache is not None and places != list(range(len(blocks))):
             raise bad_value("layer_idx", "the place of each block, where a cache is used", Came(str(places)),

@@ -5,6 +5,8 @@ from dataclasses import fields, is_dataclass
 from inspect import signature
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from implicit_attention import (
     ALiBi,
     Anderson,
@@ -99,6 +101,65 @@ def make_positions(setting: Setting | None, num_heads: int, head_dim: int, longe
     if isinstance(named, Mapping) and named.get("name") == "scaled_rope":
         named = {"max_position_embeddings": longest, **named}
     return _make("positions", named, _POSITIONS, given)
+
+
+def positions_setting(positions: Positions | None) -> dict[str, Any] | None:
+    """Return the setting that describes an encoding: what `make_positions` makes it from.
+
+    Args:
+        positions: The encoding.
+
+    Returns:
+        A mapping; None for no encoding, and for one of another class.
+    """
+    for name, known in _POSITIONS.items():
+        # A class made from a known one, as FSDP does, is that one unless it computes something else.
+        if isinstance(positions, known) and all(
+            getattr(type(positions), method) is getattr(known, method) for method in ("rotation", "bias", "forward")
+        ):
+            return {"name": name} | {field: getattr(positions, held) for field, held in _FIELDS[name].items()}
+    return None
+
+
+_FIELDS: dict[str, dict[str, str]] = {  # settings, and the attributes that hold them
+    "alibi": {},
+    "relative": {"max_distance": "max_distance"},
+    "rope": {"base": "base"},
+    "scaled_rope": {"max_position_embeddings": "max_position_embeddings", "parameters": "rope_parameters"},
+}
+
+
+def setting_kind(setting: Setting | None) -> str | None:
+    """Return what a model has to know of the positions that a setting describes.
+
+    Args:
+        setting: As in `make_positions`.
+
+    Returns:
+        "turning"; "dynamic", if the angles change with the length of the text; "distance"; None for no positions.
+    """
+    named: Mapping[str, Any] = setting if isinstance(setting, Mapping) else {"name": setting}
+    if named.get("name") not in ROTATING:
+        return None if setting is None else "distance"
+    parameters = named.get("parameters")
+    dynamic = isinstance(parameters, Mapping) and parameters.get("rope_type") == "dynamic"
+    return "dynamic" if dynamic else "turning"
+
+
+def positions_kind(positions: Positions | None, like: Tensor) -> str | None:
+    """Return what a model has to know of an encoding, as `setting_kind` does.
+
+    Args:
+        positions: The encoding.
+        like: Tensor for which an encoding of another class is asked what it does.
+    """
+    if positions is None:
+        return None
+    if isinstance(positions, (Rotary, ScaledRotary)):
+        return "dynamic" if isinstance(positions, ScaledRotary) and positions.kind == "dynamic" else "turning"
+    if isinstance(positions, (ALiBi, RelativeBias)) or positions.bias() is not None:
+        return "distance"
+    return None if positions.rotation(1, like) is None else "turning"
 
 
 def _make(

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
 from implicit_attention.errors import bad_type, bad_value, required
@@ -74,40 +73,6 @@ def cached_length(cache: Cache | None) -> int | Tensor:
     return length.clone() if is_tracing(length) else int(length)  # the cache counts on in the same tensor
 
 
-def documents(
-    shape: tuple[int, int],
-    position_ids: Tensor | None,
-    cu_seq_lens: Tensor | None,
-    seq_idx: Tensor | None,
-) -> Tensor | None:
-    """Return which document each token of a packed call belongs to, `[B, n]`; None if samples are documents.
-
-    Args:
-        shape: B and n.
-        position_ids: `[B, n]`, where positions that restart mean documents: as in transformers, where there is neither
-            an attention mask nor a cache. Else None.
-        cu_seq_lens: Boundaries of documents in a batch of one, `[documents + 1]`.
-        seq_idx: Number of each token's document, `[B, n]`.
-
-    Raises:
-        ValueError: If they do not fit.
-    """
-    batch, length = shape
-    if seq_idx is not None:
-        if tuple(seq_idx.shape) != shape:
-            raise bad_value("seq_idx", f"of shape {shape}", seq_idx, "It numbers every token's document.")
-        return F.pad(seq_idx.diff(dim=-1) != 0, (1, 0)).cumsum(-1)  # two runs of one number are two documents
-    if cu_seq_lens is not None:
-        if batch != 1:
-            raise bad_value("cu_seq_lens_q", f"None for a batch of {batch}", cu_seq_lens,
-                            "Put all documents into one sample, or give position_ids that restart.")  # fmt: skip
-        place = torch.arange(length, device=cu_seq_lens.device)
-        message = f"`cu_seq_lens_q` must end with the number of tokens, {length}."
-        cu_seq_lens = required(cu_seq_lens, cu_seq_lens[-1] == length, message)
-        return torch.bucketize(place, cu_seq_lens[1:].long(), right=True)[None]
-    return None if position_ids is None else find_packed_sequence_indices(position_ids)
-
-
 def describe(
     config: ImplicitAttentionConfig,
     x: Tensor,
@@ -127,7 +92,7 @@ def describe(
         attention_mask: `[B, P + n]`, 1 where a token is to be attended to, or `[B, 1 or H, n, P + n]`, bool (True = to
             be attended to) or float; P + n may be the size of a static cache.
         position_ids: `[B, n]`.
-        segments: From `documents`.
+        segments: From `packing.documents`.
 
     Raises:
         TypeError: If a mask is of the wrong type.

@@ -99,7 +99,7 @@ def test_positions_without_a_causal_mask():
         ({"output_router_logits": True}, "no router"),
         ({"cu_seq_lens_k": torch.tensor([0, 9])}, "`cu_seq_lens_k` must be the same"),
         ({"cu_seq_lens_q": torch.tensor([0, 9])}, "`cu_seq_lens_q` must be None for a batch of 2"),
-        ({"seq_idx": torch.zeros(9)}, "`seq_idx` must be of shape"),
+        ({"seq_idx": torch.zeros(9).long()}, "`seq_idx` must be of shape"),
         ({"cache": ((1, 2),)}, "`cache` must be a transformers Cache"),
         ({"cache": EncoderDecoderCache(DynamicCache(), DynamicCache())}, "`cache` must be a transformers Cache"),
     ],

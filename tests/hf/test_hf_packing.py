@@ -121,3 +121,61 @@ def test_what_packed_documents_exclude():
         model(**given, cu_seq_lens_q=bounds)
     with pytest.raises(ValueError, match="`use_cache` must be False with packed documents"):
         model(batch["input_ids"], cu_seq_lens_q=bounds, cache=DynamicCache(config=model.config))
+
+
+def bounds(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+BAD_VALUES = {
+    "no-zero": ({"cu_seq_lens_q": bounds(4, 9)}, "`cu_seq_lens_q` must be rising from 0 to the number of tokens, 9"),
+    "negative": ({"cu_seq_lens_q": bounds(-2, 4, 9)}, "`cu_seq_lens_q` must be rising from 0"),
+    "falls": ({"cu_seq_lens_q": bounds(0, 9, 4, 9)}, "`cu_seq_lens_q` must be rising from 0"),
+    "short": ({"cu_seq_lens_q": bounds(0, 4, 8)}, "`cu_seq_lens_q` must be rising from 0"),
+    "keys": (
+        {"cu_seq_lens_q": bounds(0, 4, 9), "cu_seq_lens_k": bounds(0, 3, 9)},
+        "`cu_seq_lens_k` must be the same as cu_seq_lens_q",
+    ),
+    "numbers": (
+        {"cu_seq_lens_q": bounds(0, 4, 9), "seq_idx": torch.tensor([[0] * 3 + [1] * 6])},
+        "`seq_idx` must change where a document of `cu_seq_lens_q` begins",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_VALUES.values(), ids=BAD_VALUES)
+@pytest.mark.parametrize("kind", ["implicit", "attention"])
+@torch.no_grad()
+def test_boundaries_that_cannot_be_are_refused(given, message, kind):
+    """In a graph, too."""
+    model = tiny.make(use_cache=False, layer_types=[kind] * 2, **TIGHT).eval()
+    torch._dynamo.reset()
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        with pytest.raises(ValueError, match=message):
+            call(tiny.tokens(1, 9), **given)
+
+
+@pytest.mark.parametrize("named", ["cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"])
+def test_documents_are_told_by_tensors_of_integers(named):
+    model, ids = tiny.make(), tiny.tokens(1, 9)
+    right = {"cu_seq_lens_q": bounds(0, 4, 9), "cu_seq_lens_k": bounds(0, 4, 9)}
+    right["seq_idx"] = torch.tensor([[0] * 4 + [1] * 5])
+    for wrong in (right[named].tolist(), right[named].double(), right[named] > 0):
+        with pytest.raises(TypeError, match=f"`{named}` must be an int32 or int64 tensor"):
+            model(ids, **right | {named: wrong})
+    if named != "seq_idx":
+        for wrong in (bounds(9), right[named][None], torch.tensor(9)):
+            with pytest.raises(ValueError, match=rf"`{named}` must be of shape \[documents \+ 1\]"):
+                model(ids, **right | {named: wrong})
+
+
+@torch.no_grad()
+def test_names_that_say_the_same_documents_are_taken():
+    """Empty documents, too; in a graph, too."""
+    model, ids = tiny.make(use_cache=False, **TIGHT).eval(), tiny.tokens(1, 9)
+    given = {"cu_seq_lens_q": bounds(0, 4, 4, 9), "cu_seq_lens_k": bounds(0, 4, 4, 9)}
+    given["seq_idx"] = torch.tensor([[7] * 4 + [3] * 5])
+    wanted = torch.cat([model(part).logits for part in ids.split([4, 5], 1)], 1)
+    torch._dynamo.reset()
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(call(ids, **given).logits, wanted, rtol=0, atol=1e-9)

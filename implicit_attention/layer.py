@@ -13,11 +13,12 @@ from implicit_attention.equation import Equation, prepare
 from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.reports import Reporting
 from implicit_attention.equilibrium.solvers import Method, Solution
+from implicit_attention.equilibrium.solvers.solution import writable
 from implicit_attention.errors import bad_type, bad_value
 from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, check_names, checked
 from implicit_attention.recommended import Recommended
 from implicit_attention.settings import CHANGEABLE, Configured, Settings
-from implicit_attention.solving import make_adjoint, make_solver, solve_call, writable
+from implicit_attention.solving import make_adjoint, make_solver, solve_call
 
 
 class ImplicitQueryAttention(Recommended, Configured, Reporting):

@@ -267,6 +267,20 @@ def test_hooks_run_once_a_call():
     assert set(count.values()) == {5}
 
 
+@pytest.mark.parametrize("kind", ["register_module_full_backward_hook", "register_module_full_backward_pre_hook"])
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # unit vectors require no gradient
+def test_global_backward_hooks_see_every_map(kind):
+    layer, x = make(), inputs()
+    seen = []
+    handle = getattr(nn.modules.module, kind)(lambda module, *_: seen.append(module))
+    try:
+        layer(x).sum().backward()
+    finally:
+        handle.remove()
+    assert layer.Omega_Q in seen
+    assert layer.W_K in seen
+
+
 def test_a_plain_map_gives_its_parameters():
     linear = nn.Linear(3, 4)
     found = linear_map(linear, "Omega_Q", torch.zeros(1), 3)

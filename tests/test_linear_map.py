@@ -6,10 +6,18 @@ import warnings
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from implicit_attention import ForwardSubstitution, ImplicitQueryAttention, ImplicitQueryAttentionLinearV
+from implicit_attention import (
+    ForwardSubstitution,
+    ImplicitQueryAttention,
+    ImplicitQueryAttentionLinearV,
+    diagnostics,
+)
 from implicit_attention.attention.linear_map import checked_against, linear_map
 from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
 from tests.bridge import make_layer
@@ -448,6 +456,39 @@ def test_weights_elsewhere():
         accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
         assert layer.Omega_Q.weight.is_meta
         close(layer(x), y, 1e-12)
+
+
+def test_weights_that_come_for_forward_alone_are_refused_elsewhere():
+    accelerate = pytest.importorskip("accelerate")
+    layer, x = make(), inputs()
+    y = layer(x)
+    accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
+    for call in (layer.solve, layer.equation, lambda x: diagnostics.spectral_radius(layer, x)):
+        with pytest.raises(ValueError, match=r"offloaded \(accelerate\).*layer\(x, need_solution=True\)"):
+            call(x)
+    close(layer(x, need_solution=True)[2].value, y, 1e-12)
+    cache = layer.make_cache(2, 6)
+    assert cache.column.device.type == "cpu"
+    close(layer(x, cache=cache), y, 1e-12)
+
+
+def test_sharded_weights_are_refused_outside_forward():
+    layer, x = make(), inputs()
+    y = layer(x)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        for call in (layer.equation, lambda x: diagnostics.spectral_radius(layer, x)):
+            with pytest.raises(ValueError, match=r"sharded \(FSDP2\).*layer.unshard\(\)"):
+                call(x)
+        with pytest.raises(
+            ValueError, match=r'need_solution=True\), or .*register_fsdp_forward_method\(layer, "solve"'
+        ):
+            layer.solve(x)
+        register_fsdp_forward_method(layer, "solve")
+        close(layer.solve(x).value, y, 1e-12)
+    finally:
+        dist.destroy_process_group()
 
 
 PLACES = ("Omega_Q", "Psi_V", "W_K", "W_Q", "Omega_V")

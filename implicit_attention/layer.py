@@ -6,18 +6,19 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from implicit_attention.attention.linear_map import ZeroLinear, checked_against, expected
+from implicit_attention.attention.linear_map import ZeroLinear, check_weights_are_here, checked_against, expected
 from implicit_attention.attention.positions import Positions, make_positions
 from implicit_attention.cache import Cache, DecodeCache
 from implicit_attention.equation import Equation, prepare
 from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.reports import Reporting
 from implicit_attention.equilibrium.solvers import Method, Solution
-from implicit_attention.errors import bad_type, bad_value
+from implicit_attention.equilibrium.solvers.solution import writable
+from implicit_attention.errors import Came, bad_type, bad_value
 from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, check_names, checked
 from implicit_attention.recommended import Recommended
 from implicit_attention.settings import CHANGEABLE, Configured, Settings
-from implicit_attention.solving import make_adjoint, make_solver, solve_call, writable
+from implicit_attention.solving import make_adjoint, make_solver, solve_call
 
 
 class ImplicitQueryAttention(Recommended, Configured, Reporting):
@@ -271,6 +272,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             ConvergenceError: As `forward`.
         """
         self._check_gains(gains)
+        check_weights_are_here(self, self.W_K, "solve")
         given = self._inputs(x, context, **inputs)
         solved = solve_call(self, self._report, given, history=history, may_decode=not (history or gains))
         solution = solved.with_gains(self._report) if gains else solved.solution
@@ -291,6 +293,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             TypeError: As `forward`.
             ValueError: As `forward`.
         """
+        check_weights_are_here(self, self.W_K, "equation")
         return prepare(self, self._inputs(x, context, **inputs))
 
     def make_cache(self, batch_size: int, capacity: int) -> DecodeCache:
@@ -301,11 +304,14 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             capacity: Tokens it can hold.
 
         Raises:
-            ValueError: If the layer is not causal.
+            ValueError: If the layer is not causal, or is on the meta device.
         """
         check_cacheable(self.settings)
         settings = self.settings
         device, dtype = expected(self, self.W_K)
+        if device.type == "meta":
+            raise bad_value("layer", "on a device that holds numbers", Came("one on the meta device"), "Move it "
+                            "(layer.to_empty(device=...)), then load its weights.")  # fmt: skip
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)  # what its values are computed in
         return DecodeCache(batch_size, settings.num_kv_heads, settings.head_dim, capacity, device=device, dtype=dtype)

@@ -22,6 +22,7 @@ from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, 
 from implicit_attention.equilibrium.problem import Problem
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Method, Solution
+from implicit_attention.equilibrium.solvers.solution import writable
 from implicit_attention.errors import NonFiniteError, all_finite, bad_type, bad_value, required
 from implicit_attention.inputs import Inputs, non_finite
 from implicit_attention.settings import Settings
@@ -279,8 +280,3 @@ def _output(layer: SolvedLayer, inputs: Inputs, y: Tensor) -> Tensor:
     if not maps.transforms_active() and not all_finite(out):
         raise non_finite({**inputs.named(), **dict(layer.named_parameters())}, overflow)
     return out
-
-
-def writable(y: Tensor) -> Tensor:
-    """Return an equilibrium that the caller may change in place: a copy if the backward pass keeps it."""
-    return y.clone() if y.requires_grad else y

@@ -368,3 +368,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         layer(x[:, :1], cache=DecodeCache(2, 2, 4, 9))
     with pytest.raises(ValueError, match="`capacity`"):
         DecodeCache(1, 1, 1, 0)
+
+
+def test_a_layer_without_numbers_makes_no_cache():
+    layer = ImplicitQueryAttention(8, is_causal=True, device="meta")
+    with pytest.raises(ValueError, match=r"holds numbers, but got one on the meta device. .*to_empty"):
+        layer.make_cache(1, 4)

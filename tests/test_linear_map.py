@@ -6,10 +6,18 @@ import warnings
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from implicit_attention import ForwardSubstitution, ImplicitQueryAttention, ImplicitQueryAttentionLinearV
+from implicit_attention import (
+    ForwardSubstitution,
+    ImplicitQueryAttention,
+    ImplicitQueryAttentionLinearV,
+    diagnostics,
+)
 from implicit_attention.attention.linear_map import checked_against, linear_map
 from implicit_attention.attention.map import merge_heads, rms_norm, split_heads
 from tests.bridge import make_layer
@@ -267,6 +275,20 @@ def test_hooks_run_once_a_call():
     assert set(count.values()) == {5}
 
 
+@pytest.mark.parametrize("kind", ["register_module_full_backward_hook", "register_module_full_backward_pre_hook"])
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # unit vectors require no gradient
+def test_global_backward_hooks_see_every_map(kind):
+    layer, x = make(), inputs()
+    seen = []
+    handle = getattr(nn.modules.module, kind)(lambda module, *_: seen.append(module))
+    try:
+        layer(x).sum().backward()
+    finally:
+        handle.remove()
+    assert layer.Omega_Q in seen
+    assert layer.W_K in seen
+
+
 def test_a_plain_map_gives_its_parameters():
     linear = nn.Linear(3, 4)
     found = linear_map(linear, "Omega_Q", torch.zeros(1), 3)
@@ -434,6 +456,39 @@ def test_weights_elsewhere():
         accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
         assert layer.Omega_Q.weight.is_meta
         close(layer(x), y, 1e-12)
+
+
+def test_weights_that_come_for_forward_alone_are_refused_elsewhere():
+    accelerate = pytest.importorskip("accelerate")
+    layer, x = make(), inputs()
+    y = layer(x)
+    accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
+    for call in (layer.solve, layer.equation, lambda x: diagnostics.spectral_radius(layer, x)):
+        with pytest.raises(ValueError, match=r"offloaded \(accelerate\).*layer\(x, need_solution=True\)"):
+            call(x)
+    close(layer(x, need_solution=True)[2].value, y, 1e-12)
+    cache = layer.make_cache(2, 6)
+    assert cache.column.device.type == "cpu"
+    close(layer(x, cache=cache), y, 1e-12)
+
+
+def test_sharded_weights_are_refused_outside_forward():
+    layer, x = make(), inputs()
+    y = layer(x)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        for call in (layer.equation, lambda x: diagnostics.spectral_radius(layer, x)):
+            with pytest.raises(ValueError, match=r"sharded \(FSDP2\).*layer.unshard\(\)"):
+                call(x)
+        with pytest.raises(
+            ValueError, match=r'need_solution=True\), or .*register_fsdp_forward_method\(layer, "solve"'
+        ):
+            layer.solve(x)
+        register_fsdp_forward_method(layer, "solve")
+        close(layer.solve(x).value, y, 1e-12)
+    finally:
+        dist.destroy_process_group()
 
 
 PLACES = ("Omega_Q", "Psi_V", "W_K", "W_Q", "Omega_V")

@@ -96,7 +96,7 @@ def checked_against(module: nn.Module | None) -> Tensor | None:
 
 
 def expected(layer: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype in which a layer computes, as far as its parameters tell.
+    """Return the device and dtype in which a layer computes, as far as its parameters and accelerate's hooks tell.
 
     Args:
         layer: The layer.
@@ -105,7 +105,46 @@ def expected(layer: nn.Module, module: nn.Module) -> tuple[torch.device, torch.d
     like = checked_against(module)
     if like is None:
         like = next((p for p in layer.parameters() if p.is_floating_point()), None)
-    return (torch.device("cpu"), torch.get_default_dtype()) if like is None else (like.device, like.dtype)
+    if like is None:
+        return torch.device("cpu"), torch.get_default_dtype()
+    return _execution_device(module) if like.is_meta else like.device, like.dtype
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """Where accelerate's hook brings the weights of a module that is called; the meta device without a hook."""
+    hook = vars(module).get("_hf_hook")
+    for part in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(part, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return torch.device("meta")
+
+
+def check_weights_are_here(layer: nn.Module, module: nn.Module, method: str) -> None:
+    """Refuse a call other than `forward` if hooks, which see `forward` alone, bring the weights.
+
+    Args:
+        layer: The layer.
+        module: One of its maps: what shards a layer shards all of them.
+        method: Name of the method that is called.
+
+    Raises:
+        ValueError: If a weight is sharded (FSDP2) or offloaded (accelerate).
+    """
+    own = [p for p in layer._parameters.values() if p is not None]  # a solve reads these without a call
+    if any(hasattr(p, "full_tensor") for p in (*own, *module._parameters.values())):  # a DTensor
+        once = 'call torch.distributed.fsdp.register_fsdp_forward_method(layer, "solve") once'
+        around = "call layer.unshard() before and layer.reshard() after"
+        raise bad_value(
+            "layer", f"one that holds its weights for `{method}`", Came("one whose weights are sharded (FSDP2)"),
+            f"They are gathered for `forward` alone: call layer(x, need_solution=True), or "
+            f"{once if method == 'solve' else around}.",
+        )  # fmt: skip
+    if "_hf_hook" in vars(layer) and any(p.is_meta for p in own):
+        raise bad_value(
+            "layer", f"one that holds its weights for `{method}`", Came("one whose weights are offloaded (accelerate)"),
+            "They are brought for `forward` alone: call layer(x, need_solution=True).",
+        )  # fmt: skip
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -119,6 +158,7 @@ def _is_plain(module: nn.Module) -> bool:
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
         and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+        and not (torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks)
     )
 
 

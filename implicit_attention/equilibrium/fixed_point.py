@@ -1,5 +1,8 @@
 """`fixed_point`: solve any map and differentiate the result."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from implicit_attention.equilibrium import maps
@@ -7,7 +10,8 @@ from implicit_attention.equilibrium.adjoints import Adjoint, Implicit
 from implicit_attention.equilibrium.problem import Problem
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, Solution, Solver
-from implicit_attention.errors import bad_type, bad_value, check_positive
+from implicit_attention.equilibrium.solvers.solution import writable
+from implicit_attention.errors import Came, bad_type, bad_value, check_positive, describe
 
 __all__ = ["FailureReport", "fixed_point"]
 
@@ -30,9 +34,11 @@ def fixed_point(
     be differentiated by `NewtonKrylov`. Put it in eval mode, or use `nn.LayerNorm` or `nn.GroupNorm`. `nn.Dropout` in
     training mode draws anew at every evaluation, and no equilibrium exists.
 
+    Under autocast, the backward pass evaluates the map under the autocast of this call, wherever it runs.
+
     Args:
         function: A pure function `(y, *args) -> tensor like y`, or an `nn.Module` with that signature. The module's
-            parameters receive gradients too. No system's result may depend on another system.
+            parameters receive gradients too. No system's result may depend on another system. It leaves y as it is.
         y0: Start, `[*systems, ...]`, float.
         args: Tensors that the map depends on, real or complex.
         solver: A solver; `Anderson()` if None.
@@ -42,11 +48,12 @@ def fixed_point(
         history: Whether to keep every iterate in `Solution.history`.
 
     Returns:
-        The solution; its `value` carries the gradient.
+        The solution; its `value` carries the gradient, and may be changed in place.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If y0 has too few dimensions, the map's result is not like y0, or the map returns NaN or Inf.
+        ValueError: If y0 has too few dimensions, the map changes y in place, its result is not like y0, or it returns
+            NaN or Inf.
         ConvergenceError: If a solve fails and `on_failure` is "raise".
 
     Example:
@@ -65,16 +72,48 @@ def fixed_point(
     check_positive("system_ndim", system_ndim, integer=True)
     if y0.dim() < system_ndim:
         raise bad_value("y0", f"a tensor with at least system_ndim={system_ndim} dimensions", y0)
-    call, lifted = maps.lift(function, args)
-    problem = Problem(_checked(call), solver, system_ndim, system_ndim, FailureReport(on_failure))
-    return adjoint(problem, y0, lifted, history=history)
+    if not isinstance(args, tuple | list):
+        raise bad_type("args", "a tuple of tensors", args, "Write (a,) for one tensor, () for none.")
+    call, lifted = maps.lift(function, tuple(args))
+    call = maps.with_autocast(_checked(call), y0.device.type)
+    problem = Problem(call, solver, system_ndim, system_ndim, FailureReport(on_failure))
+    solution = adjoint(problem, y0, lifted, history=history)
+    return replace(solution, value=writable(solution.value))
 
 
 def _checked(function: maps.MapFunction) -> maps.MapFunction:
     def call(y: Tensor, *args: Tensor) -> Tensor:
-        out = function(y, *args)
+        before = _version(y)
+        try:
+            out = function(y, *args)
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" in str(error):  # torch's word for an in-place change of y or args
+                raise _changes_in_place("y or args") from error
+            error.add_note(f"`function` was called with {_inputs_in_words(y, args)}.")
+            raise
+        if _version(y) != before:
+            raise _changes_in_place("y")
         if not isinstance(out, Tensor) or out.shape != y.shape:
             raise bad_value("function", f"a map that returns a tensor of shape {tuple(y.shape)}, like y", out)
         return out
 
     return call
+
+
+def _version(y: Tensor) -> int:
+    """How often a tensor was changed in place; 0 where torch does not count it."""
+    return 0 if maps.transforms_active() or torch.is_inference(y) else y._version
+
+
+def _changes_in_place(what: str) -> ValueError:
+    return bad_value("function", f"a map that leaves {what} as it is", Came("one that changes it in place"),
+                     "Write y * 0.5 instead of y.mul_(0.5).")  # fmt: skip
+
+
+_NAMED = 4  # arguments that a message describes: a module has many parameters
+
+
+def _inputs_in_words(y: Tensor, args: tuple[Tensor, ...]) -> str:
+    """The inputs of a map; a module's parameters follow its arguments."""
+    words = [f"y: {describe(y)}", *(f"args[{i}]: {describe(a)}" for i, a in enumerate(args[:_NAMED]))]
+    return "; ".join(words) + ("; ..." if len(args) > _NAMED else "")

@@ -252,7 +252,9 @@ class _ImplicitFunction(torch.autograd.Function):
         y, *saved = ctx.saved_tensors
         args, memo = tuple(saved[: ctx.count]), tuple(saved[ctx.count :])
         ctx.run.need(ctx.needs_input_grad[2:])
-        return (None, None, *ctx.run.backward(y, args, memo, grad))
+        # The map enters the autocast of the forward pass itself. The products of the adjoint stay as wide as they are.
+        with torch.autocast(grad.device.type, enabled=False):
+            return (None, None, *ctx.run.backward(y, args, memo, grad))
 
     @staticmethod
     def jvp(ctx: Any, *_: Tensor | None) -> NoReturn:

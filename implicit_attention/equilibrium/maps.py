@@ -107,6 +107,25 @@ def lift(function: MapFunction | nn.Module, args: tuple[Tensor, ...]) -> tuple[M
     return call, (*args, *distinct)
 
 
+def with_autocast(function: MapFunction, device: str) -> MapFunction:
+    """Return a map that runs under the autocast of now, wherever it is called: a backward pass has none of its own.
+
+    Args:
+        function: The map.
+        device: Type of the device of its tensors.
+    """
+    if not torch.amp.is_autocast_available(device):
+        return function
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def call(y: Tensor, *args: Tensor) -> Tensor:
+        # No cache: each evaluation has leaves of its own, whose copies would stay until autocast ends.
+        with torch.autocast(device, dtype, enabled, cache_enabled=False):
+            return function(y, *args)
+
+    return call
+
+
 def transforms_active() -> bool:
     """Return whether the caller runs inside a `torch.func` transform (grad, vmap, jvp ...)."""
     active: Any = torch._C._are_functorch_transforms_active()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from implicit_attention import Implicit, NewtonKrylov, fixed_point
+from implicit_attention import Implicit, NewtonKrylov, Phantom, Unrolled, fixed_point
 from tests.test_bad_input import layer, refused, x
 
 FIXED_POINT = {
@@ -11,6 +11,9 @@ FIXED_POINT = {
     "y0": ({"y0": [0.0]}, TypeError, "y0", "floating-point tensor", "list"),
     "y0-integers": ({"y0": torch.zeros(2, dtype=torch.long)}, TypeError, "y0", "floating-point", "int64"),
     "args": ({"args": (1.0,)}, TypeError, r"args\[0\]", "a tensor", "got 1.0", "Close over"),
+    "args-tensor": ({"args": torch.ones(2)}, TypeError, "args", "a tuple of tensors", r"shape \(2,\)", r"\(a,\)"),
+    "args-None": ({"args": None}, TypeError, "args", "a tuple of tensors", "got None", r"\(a,\)"),
+    "args-dict": ({"args": {"a": torch.ones(1)}}, TypeError, "args", "a tuple of tensors", "dict", r"\(a,\)"),
     "solver": ({"solver": "picard"}, TypeError, "solver", r"Anderson\(\)", "picard"),
     "adjoint": ({"adjoint": Implicit}, TypeError, "adjoint", r"Implicit\(\)", "class"),
     "system_ndim": ({"system_ndim": 3}, ValueError, "y0", "system_ndim=3", r"\(2, 1\)"),
@@ -25,6 +28,26 @@ def test_fixed_point(case):
     options, error, *parts = case
     with refused(error, *parts):
         fixed_point(**{"function": torch.cos, "y0": torch.zeros(2, 1)} | options)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Phantom(), Unrolled()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_map_that_works_in_place_is_refused(adjoint, grad):
+    with refused(ValueError, "function", "leaves y", "in place", r"y \* 0.5"), torch.set_grad_enabled(grad):
+        fixed_point(lambda y: y.mul_(0.5).add_(1), torch.zeros(2, 1), adjoint=adjoint)
+
+
+def test_inference_mode_solves():
+    with torch.inference_mode():
+        assert fixed_point(torch.cos, torch.zeros(2, 1)).converged.all()
+
+
+def test_an_error_of_the_map_names_its_inputs():
+    with pytest.raises(RuntimeError, match="dtype") as caught:
+        fixed_point(torch.nn.Linear(3, 3), torch.zeros(2, 3, dtype=torch.float64))
+    (note,) = caught.value.__notes__
+    assert "y: a tensor of shape (2, 3), torch.float64" in note
+    assert "args[0]: a tensor of shape (3, 3), torch.float32" in note
 
 
 def test_unrolling_newton_is_refused():

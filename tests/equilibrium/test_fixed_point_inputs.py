@@ -1,10 +1,22 @@
 """What `fixed_point` can be given beyond real tensors and pure functions: complex arguments, modules with state."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from implicit_attention import Anderson, Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, Unrolled, fixed_point
+from implicit_attention import (
+    Anderson,
+    Implicit,
+    ImplicitQueryAttention,
+    NewtonKrylov,
+    Phantom,
+    Picard,
+    Unrolled,
+    fixed_point,
+)
 
 F64 = torch.float64
 A = torch.tensor([0.3 + 0.2j], dtype=torch.complex128)
@@ -149,3 +161,63 @@ def test_an_empty_batch_of_a_map_without_arguments():
     found = fixed_point(torch.cos, torch.zeros(0, 3))
     assert found.value.shape == (0, 3)
     assert found.converged.all()
+
+
+class Wave(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        torch.manual_seed(1)
+        self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+        nn.init.orthogonal_(self.f.weight, gain)
+
+    def forward(self, y, x):
+        return torch.sin(self.f(y) + self.g(x))
+
+
+def autocast_loss(module, x, way="autograd"):
+    def value(x):
+        return fixed_point(module, torch.zeros(30, 4), (x,), on_failure="ignore").value
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = checkpoint(value, x, use_reentrant=False) if way == "checkpoint" else value(x)
+    return found.float().square().sum()
+
+
+@pytest.mark.parametrize("way", ["autograd", "create_graph", "checkpoint", "save_on_cpu"])
+@pytest.mark.parametrize("gain", [8.0, 0.5])
+def test_the_backward_pass_evaluates_under_the_autocast_of_the_forward_pass(gain, way):
+    module, x = Wave(gain), torch.randn(30, 4).bfloat16().requires_grad_()
+    with torch.autograd.graph.save_on_cpu() if way == "save_on_cpu" else contextlib.nullcontext():
+        loss = autocast_loss(module, x, way)
+    found = torch.autograd.grad(loss, [x, *module.parameters()], create_graph=way == "create_graph")
+    assert all(bool(torch.isfinite(t).all()) for t in found)
+    if gain < 1:  # one equilibrium: in float32 it has the same gradients, up to the rounding of bfloat16
+        wide = x.detach().float().requires_grad_()
+        value = fixed_point(module, torch.zeros(30, 4), (wide,)).value
+        expected = torch.autograd.grad(value.square().sum(), [wide, *module.parameters()])
+        for one, other in zip(found, expected, strict=True):
+            assert float((one.detach().float() - other).norm()) <= 2.0**-5 * float(other.norm())
+    if way == "create_graph":
+        second = torch.autograd.grad(found[1].square().sum(), list(module.parameters()))
+        assert all(bool(torch.isfinite(t).all()) for t in second)
+
+
+def test_a_backward_pass_under_autocast_does_not_change_a_map_without():
+    module, x = Wave(0.5), torch.randn(30, 4)
+    gradients = []
+    for enabled in (False, True):
+        value = fixed_point(module, torch.zeros(30, 4), (x,)).value
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            gradients.append(torch.autograd.grad(value.square().sum(), list(module.parameters()), create_graph=True))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Phantom(), Unrolled()], ids=lambda a: type(a).__name__)
+def test_a_value_may_be_changed_in_place(adjoint):
+    a = torch.tensor([0.5], dtype=F64, requires_grad=True)
+    gradients = []
+    for change in (torch.mul, torch.Tensor.mul_):
+        y = fixed_point(lambda y, a: torch.cos(a * y), torch.zeros(1, 1, dtype=F64), (a,), adjoint=adjoint).value
+        gradients.append(torch.autograd.grad(change(y, 2.0).sum(), a)[0])
+    assert torch.equal(*gradients)

@@ -133,3 +133,8 @@ def zero_of(args: tuple[Tensor, ...]) -> Tensor:
         if arg.requires_grad:
             zero = zero + 0 * arg.sum()
     return zero
+
+
+def writable(y: Tensor) -> Tensor:
+    """Return an equilibrium that the caller may change in place: a copy if the backward pass keeps it."""
+    return y.clone() if y.requires_grad else y

@@ -69,7 +69,7 @@ def check_read(config: ImplicitAttentionConfig, blocks: Iterable[Any], x: Tensor
 
 
 def check_saved(config: ImplicitAttentionConfig, blocks: Iterable[Any]) -> None:
-    """Refuse settings of layers that a loaded model would not have.
+    """Raise an error for a setting of a layer that a loaded model would not have.
 
     Args:
         config: Of the model.

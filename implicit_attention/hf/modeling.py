@@ -1,5 +1,6 @@
 """The model without a head: embedding, blocks and a last norm."""
 
+import warnings
 from os import PathLike
 from typing import Any, Self, Unpack
 
@@ -86,7 +87,7 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save as transformers does, but refuse layers whose settings are not those of the configuration.
+        """Save as transformers does; warn of layers whose settings are not those of the configuration.
 
         Args:
             *args: As in `PreTrainedModel.save_pretrained`.
@@ -94,12 +95,12 @@ class ImplicitAttentionPreTrainedModel(PreTrainedModel):
 
         Returns:
             What it returns.
-
-        Raises:
-            ValueError: If a loaded model would not be this one.
         """
         base: Any = self.base_model
-        check_saved(self.config, used_blocks(self.config, base.layers))
+        try:
+            check_saved(self.config, used_blocks(self.config, base.layers))
+        except ValueError as error:  # what was trained is saved in any case
+            warnings.warn(f"the saved configuration is not that of this model: {error}", UserWarning, stacklevel=2)
         return super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()

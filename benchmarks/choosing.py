@@ -40,10 +40,11 @@ def by_kind(found: Mapping[str, Rows], name: str, arms: Sequence[str]) -> str:
 def of_bytes(found: Mapping[str, Rows]) -> str:
     """Bits per byte, and how many times the seconds of ordinary attention the training takes."""
     shown = tables("cpu")
-    lines = [[shown["bytes-1"].rows[arm].title] for arm in TEXT]
+    arms = [arm for arm in TEXT if all(arm in found[name] for name in BLOCKS)]
+    lines = [[shown["bytes-1"].rows[arm].title] for arm in arms]
     for name in BLOCKS:
         rows = found[name]
-        for line, arm in zip(lines, TEXT, strict=True):
+        for line, arm in zip(lines, arms, strict=True):
             times = training_seconds(rows[arm]) / training_seconds(rows["ordinary"])
             line += [spread(-run["score"] for run in rows[arm]), f"{times:.2f}"]
     head = [column for words in BLOCKS.values() for column in (words, "times the seconds")]

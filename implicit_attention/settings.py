@@ -269,12 +269,10 @@ def _brief(value: Any) -> str:
     """A value as it would be written down: solvers and gradients without the fields that are the default."""
     if not is_dataclass(value):
         return repr(value)
-    held = {field.name: getattr(value, field.name) for field in fields(value) if field.repr}
-    shown = [f"{name}={_brief(given)}" for name, given in held.items() if given != _default(value, name)]
+    shown = []
+    for field in fields(value):
+        given = getattr(value, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.repr and given != default:
+            shown.append(f"{field.name}={_brief(given)}")
     return f"{type(value).__name__}({', '.join(shown)})"
-
-
-def _default(record: Any, name: str) -> Any:
-    """The default of a field of a dataclass."""
-    field = next(field for field in fields(record) if field.name == name)
-    return field.default if field.default_factory is MISSING else field.default_factory()

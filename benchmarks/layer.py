@@ -38,11 +38,12 @@ LAYERS: dict[str, dict[str, Any]] = {
     'kernel="torch"': {"solver": ForwardSubstitution(kernel="torch")},
 }
 TORCH_UP_TO = 1024  # tokens; it is measured at lengths where it matters
+LONG = 4096  # tokens; from here on a pass takes seconds, which neither a cold cache nor a neighbour changes much
 COMMON = {"is_causal": True, "qk_norm": True, "out_proj": True, "on_failure": "raise"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s; at most 3 from 4096 tokens on")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     parser.add_argument(
         "--shape", type=int, nargs=4, action="append", metavar=("B", "N", "D", "H"), dest="shapes",
@@ -100,6 +101,7 @@ def measured(
     """Residuals, seconds, and ratios to the ordinary layer, of one shape."""
     torch.manual_seed(0)
     batch, length, embed_dim, num_heads = shape
+    repeats = repeats if length < LONG else min(repeats, 3)
     x, cotangent = torch.randn(2, batch, length, embed_dim).unbind()
     layers = made(embed_dim, num_heads, [n for n in names if "torch" not in n or length <= TORCH_UP_TO])
     rows: dict[str, dict[str, Any]] = {name: {} for name in layers}
@@ -111,7 +113,7 @@ def measured(
         rows[name] |= check(layers[name], x, rtol, atol)
     for name, make in {"forward": forward, "forward_backward": forward_backward}.items():
         passes = {layer: make(module, x, cotangent) for layer, module in layers.items()}
-        times = measure.interleaved_seconds(passes, repeats, apart=True, clock=clock)
+        times = measure.interleaved_seconds(passes, repeats, apart=length < LONG, clock=clock)
         for layer, seconds in times.items():
             rows[layer][name] = measure.timing(seconds) | {"time_ratio": ratio(seconds, times[ORDINARY])}
     return {"batch": batch, "length": length, "embed_dim": embed_dim, "num_heads": num_heads, "repeats": repeats,

@@ -205,6 +205,16 @@ def test_an_exported_layer_refuses_what_is_not_finite():
         exported(torch.full_like(x, torch.nan))
 
 
+def test_an_exported_layer_refuses_second_derivatives():
+    layer, x = make("everything").double(), torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    exported = torch.export.export(layer, (x.detach(),)).module()
+    (first,) = torch.autograd.grad(exported(x).sin().sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(layer(x).sin().sum(), x)
+    torch.testing.assert_close(first.detach(), expected, rtol=1e-6, atol=1e-8)
+    with pytest.raises(NotImplementedError, match=r"the operator of an exported layer, .* before torch\.export"):
+        torch.autograd.grad(first.square().sum(), x)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # a prototype
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_are_refused(layout):

@@ -103,6 +103,14 @@ def registered(
     ) -> list[Tensor]:  # fmt: skip
         return [t.new_empty(t.shape) for t in tensors]
 
+    def refuse(*_: object) -> None:
+        raise NotImplementedError(
+            f"the gradient of implicit_attention::{name}, the operator of an exported layer, has no gradient of its "
+            f"own. Take second derivatives of the layer itself, before torch.export."
+        )
+
+    adjoint.register_autograd(refuse)
+
     def keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Results) -> None:
         tensors, _, report, *ctx.plain = inputs  # type: ignore[attr-defined]
         assert isinstance(tensors, list)

@@ -253,9 +253,15 @@ def refuse_recomputation() -> None:
 
 def _like_values(settings: Settings, x: Tensor) -> Tensor:
     """A tensor without memory, of the shape, dtype and device that the values of x are going to have."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = dtype_of_values(x.dtype, x.device)
     return x.new_empty((), dtype=dtype).expand(x.shape[0], settings.num_kv_heads, x.shape[1], settings.head_dim)
+
+
+def dtype_of_values(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the values of an input of this dtype are computed in: autocast leaves float64 as it is."""
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:

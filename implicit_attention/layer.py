@@ -15,7 +15,7 @@ from implicit_attention.equilibrium.reports import Reporting
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.equilibrium.solvers.solution import writable
 from implicit_attention.errors import Came, bad_type, bad_value
-from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, check_names, checked
+from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, check_names, checked, dtype_of_values
 from implicit_attention.recommended import Recommended
 from implicit_attention.settings import CHANGEABLE, Configured, Settings
 from implicit_attention.solving import make_adjoint, make_solver, solve_call
@@ -312,9 +312,8 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         if device.type == "meta":
             raise bad_value("layer", "on a device that holds numbers", Came("one on the meta device"), "Move it "
                             "(layer.to_empty(device=...)), then load its weights.")  # fmt: skip
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)  # what its values are computed in
-        return DecodeCache(batch_size, settings.num_kv_heads, settings.head_dim, capacity, device=device, dtype=dtype)
+        return DecodeCache(batch_size, settings.num_kv_heads, settings.head_dim, capacity, device=device,
+                           dtype=dtype_of_values(dtype, device))  # fmt: skip
 
     def _inputs(self, x: Tensor, context: Tensor | None, **options: Unpack[InputOptions]) -> Inputs:
         check_names(options)

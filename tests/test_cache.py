@@ -213,6 +213,16 @@ def test_autocast(name, made_inside):
             layer(x[:, :1], cache=cache)
 
 
+def test_autocast_leaves_a_cache_in_float64():
+    """Autocast casts no float64, so a cache in less would lose digits."""
+    layer, x = make("qk_norm-rope", 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = layer.make_cache(2, 8)
+        parts = [layer(x[:, i : i + 1], cache=cache) for i in range(x.shape[1])]
+        assert cache.column.dtype == torch.float64
+        close(torch.cat(parts, 1), layer(x))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_call_that_is_made_again_is_refused(reentrant):
     layer, x = make("heads", 8)

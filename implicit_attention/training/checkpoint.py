@@ -48,8 +48,8 @@ def checkpoints(directory: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def models(directory: Path) -> list[Path]:
-    """Return where models of a run may be, the newest first: its directory and its checkpoints.
+def newest_model(directory: Path) -> Path | None:
+    """Return where the newest model of a run is, its directory or one of its checkpoints; None if there is none.
 
     Args:
         directory: Directory of the run, or of a model alone.
@@ -60,7 +60,8 @@ def models(directory: Path) -> list[Path]:
     found = checkpoints(directory)
     done = load_json(directory / RUN).get("done") if (directory / RUN).is_file() else None
     newer = [path for path in found if isinstance(done, int) and _step(path) > done]
-    return [*reversed(newer), directory, *reversed(found[: len(found) - len(newer)])]
+    places = [*reversed(newer), directory, *reversed(found[: len(found) - len(newer)])]
+    return next((path for path in places if (path / "config.json").is_file() and (path / WEIGHTS).is_file()), None)
 
 
 def _step(checkpoint: Path) -> int:

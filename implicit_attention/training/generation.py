@@ -97,9 +97,8 @@ def _find(directory: Path) -> Path:
         raise RunError(
             f"--model {directory} is not a directory: name a directory that `implicit-attention train` has written"
         )
-    for path in storage.models(directory):
-        if (path / "config.json").is_file() and (path / storage.WEIGHTS).is_file():
-            return path
+    if (path := storage.newest_model(directory)) is not None:
+        return path
     raise RunError(f"--model {directory} has no model: config.json or {storage.WEIGHTS} is missing")
 
 

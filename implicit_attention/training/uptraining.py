@@ -15,6 +15,7 @@ from implicit_attention.hf.conversion.architecture import NEW, OWN
 from implicit_attention.hf.conversion.convert import read_config, target
 from implicit_attention.hf.conversion.loading import load_whole
 from implicit_attention.training import lora
+from implicit_attention.training.checkpoint import newest_model
 from implicit_attention.training.faults import RunError, SettingError, reason
 from implicit_attention.training.settings import Settings
 
@@ -51,7 +52,8 @@ def fitted(settings: Settings, said: Mapping[str, Any]) -> Settings:
             import peft  # noqa: F401
         except ModuleNotFoundError:
             raise SettingError("train", "lora needs the package peft: pip install 'implicit-attention[lora]'") from None
-    config = _config(settings, settings.source, said)
+    source = _newest(settings.source)
+    config = _config(settings, source, said)
     if settings.train == "query-map" and not _implicit(config):
         raise SettingError(
             "train",
@@ -60,7 +62,7 @@ def fitted(settings: Settings, said: Mapping[str, Any]) -> Settings:
     longest = int(config.max_position_embeddings)
     if settings.length > longest and said.get("length") is not None:
         raise RunError(f"--length {settings.length} is more than the model's {longest}: use --length {longest}")
-    _tokenizer(Path(settings.source))
+    _tokenizer(Path(source))
     return replace(settings, length=min(settings.length, longest))
 
 
@@ -79,7 +81,7 @@ def start(settings: Settings, checkpoint: Path | None) -> Start:
     solver = {"name": "forward_substitution", "kernel": settings.kernel}
     model = _from_source(settings, solver) if checkpoint is None else _from_checkpoint(checkpoint, solver)
     _choose(model, settings)
-    return Start(model, _tokenizer(Path(settings.source) if checkpoint is None else checkpoint))
+    return Start(model, _tokenizer(checkpoint or Path(_newest(settings.source))))
 
 
 def query_map(name: str) -> bool:
@@ -89,6 +91,12 @@ def query_map(name: str) -> bool:
         name: Its name.
     """
     return name.rpartition(".attention.")[2] in NEW
+
+
+def _newest(source: str) -> str:
+    """Where the newest model of a run is, if that is what `source` names."""
+    directory = Path(source)
+    return str((directory.is_dir() and newest_model(directory)) or source)
 
 
 def _config(settings: Settings, source: str, said: Mapping[str, Any] | None = None) -> ImplicitAttentionConfig:
@@ -126,7 +134,8 @@ def _implicit(config: PreTrainedConfig) -> list[int]:
 
 
 def _from_source(settings: Settings, solver: dict[str, str]) -> ImplicitAttentionForCausalLM:
-    source = str(settings.source)
+    assert settings.source is not None
+    source = _newest(settings.source)
     config = _config(settings, source)
     try:
         found = read_config(source)

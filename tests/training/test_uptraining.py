@@ -2,12 +2,15 @@
 
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from small_run import curve, make_trained, text
+from small_run import settings as new_run
+from small_run import train as train_new
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training_run import Cut, CutAfter
 
@@ -236,6 +239,21 @@ def test_a_model_that_train_has_made_is_converted_and_learns_on(tmp_path):
     result = train(tmp_path, tmp_path / "base", layers=1)
     assert result.history[0]["eval_bits_per_byte"] == pytest.approx(base.history[-1]["final_bits_per_byte"], rel=0.01)
     assert tf.AutoConfig.from_pretrained(tmp_path / "run").block_types == ["full_attention", "implicit"]
+
+
+def test_a_run_that_was_lengthened_and_cut_gives_its_newest_model(tmp_path):
+    base = new_run(tmp_path, steps=2, attention="ordinary", out=str(tmp_path / "base"))
+    train_new(base)
+    with pytest.raises(Cut):
+        train_new(replace(base, steps=6), resume=True, callbacks=[CutAfter(5)])
+
+    def first(name, source):
+        (tmp_path / name).mkdir()
+        return train(tmp_path / name, source, layers="all").history[0]["eval_bits_per_byte"]
+
+    newest = first("newest", base.directory / "checkpoint-4")
+    shutil.copytree(base.directory, tmp_path / "old", ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert first("run", base.directory) == newest != first("older", tmp_path / "old")
 
 
 def test_a_length_that_is_not_named_fits_the_model(trained, tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 from benchmarks.readme import between
 from studies.cells import kinds_of, markdown, spread, value
 from studies.suite import tables
+from studies.table import Row
 from studies.verdicts import training_seconds
 
 Rows = Mapping[str, Sequence[dict[str, Any]]]
@@ -19,7 +20,14 @@ TEXT = (
     "ordinary", "ordinary-longer", "ordinary-2", "convolved", "strict", "strict-convolved", "feedback",
     "feedback-alone", "delta", "gru", "gru-attention",
 )  # fmt: skip
+FREE = ("ordinary", "ordinary-longer", "ordinary-2", "looped", "implicit", "bounded")
 BLOCKS = {"bytes-1": "1 block", "bytes-2": "2 blocks"}
+UNMASKED = {
+    "digits-1": "which digit, 1 block",
+    "digits-2": "2 blocks",
+    "pixels": "half of the pixels: squared error",
+    "masked-bytes": "hidden bytes: bits per byte",
+}
 
 
 def by_kind(found: Mapping[str, Rows], name: str, arms: Sequence[str]) -> str:
@@ -37,18 +45,26 @@ def by_kind(found: Mapping[str, Rows], name: str, arms: Sequence[str]) -> str:
     return markdown([["layer", *(kind.replace("length=", "at ") for kind in kinds)], *lines])
 
 
-def of_bytes(found: Mapping[str, Rows]) -> str:
-    """Bits per byte, and how many times the seconds of ordinary attention the training takes."""
+def with_seconds(found: Mapping[str, Rows], names: Mapping[str, str], arms: Sequence[str]) -> str:
+    """The scores of rows in some tables, and how many times the seconds of ordinary attention the training takes."""
     shown = tables("cpu")
-    arms = [arm for arm in TEXT if all(arm in found[name] for name in BLOCKS)]
-    lines = [[shown["bytes-1"].rows[arm].title] for arm in arms]
-    for name in BLOCKS:
+    arms = [arm for arm in arms if all(arm in found[name] for name in names)]
+    lines = [[_title([shown[name].rows[arm] for name in names])] for arm in arms]
+    for name in names:
         rows = found[name]
         for line, arm in zip(lines, arms, strict=True):
             times = training_seconds(rows[arm]) / training_seconds(rows["ordinary"])
-            line += [spread(-run["score"] for run in rows[arm]), f"{times:.2f}"]
-    head = [column for words in BLOCKS.values() for column in (words, "times the seconds")]
+            line += [spread(abs(run["score"]) for run in rows[arm]), f"{times:.2f}"]
+    head = [column for words in names.values() for column in (words, "times the seconds")]
     return markdown([["layer", *head], *lines])
+
+
+def _title(rows: Sequence[Row]) -> str:
+    """What an arm is called in several tables, which may train it for longer than the others by different factors."""
+    factors = sorted({row.lengthened for row in rows})
+    if len(factors) == 1:
+        return rows[0].title
+    return f"ordinary attention, {factors[0]:g} to {factors[-1]:g} times the steps"
 
 
 def filled(text: str, found: Mapping[str, Rows]) -> str:
@@ -56,4 +72,5 @@ def filled(text: str, found: Mapping[str, Rows]) -> str:
     text = between(text, "parity", by_kind(found, "parity", STATE))
     text = between(text, "positions", by_kind(found, "parity", BEYOND))
     text = between(text, "products", by_kind(found, "words-s3", STATE))
-    return between(text, "bytes", of_bytes(found))
+    text = between(text, "bytes", with_seconds(found, BLOCKS, TEXT))
+    return between(text, "unmasked", with_seconds(found, UNMASKED, FREE))

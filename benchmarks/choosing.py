@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.readme import between
-from studies.cells import kinds_of, markdown, spread, value
+from studies.cells import kinds_of, markdown, spread, strict_score, value
 from studies.suite import tables
 from studies.table import Row
 from studies.verdicts import training_seconds
@@ -31,18 +31,21 @@ UNMASKED = {
 
 
 def by_kind(found: Mapping[str, Rows], name: str, arms: Sequence[str]) -> str:
-    """The score of each kind of held-out sequences, for some rows of a table."""
+    """The score of each kind of held-out sequences, and a stricter one of the last, for some rows of a table."""
     table, rows = tables("cpu")[name], found[name]
-    kinds, score = kinds_of(rows), table.task.score
+    kinds, strict = kinds_of(rows), strict_score(rows)
+    assert strict is not None
+    shown = [*((kind, table.task.score) for kind in kinds), (kinds[-1], strict)]
     lines = [
         [
             table.rows[arm].title,
-            *(spread((value(run, kind, score, 1) for run in rows[arm]), digits=2) for kind in kinds),
+            *(spread((value(run, kind, score, 1) for run in rows[arm]), digits=2) for kind, score in shown),
         ]
         for arm in arms
         if arm in rows
     ]
-    return markdown([["layer", *(kind.replace("length=", "at ") for kind in kinds)], *lines])
+    head = [*kinds, f"last quarter {kinds[-1]}"]
+    return markdown([["layer", *(words.replace("length=", "at ") for words in head)], *lines])
 
 
 def with_seconds(found: Mapping[str, Rows], names: Mapping[str, str], arms: Sequence[str]) -> str:

@@ -9,6 +9,8 @@ from studies import verdicts
 from studies.run import Record
 from studies.table import Table
 
+# Scores that leave out what is easy to guess: prefixes as short as in training, hops that lead nowhere.
+STRICT = ("last_quarter_accuracy", "found_accuracy")
 Cost = Callable[[Sequence[Record], Record], float]  # what a step of a run costs, given all runs of its row
 
 
@@ -21,12 +23,15 @@ def cells(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[list[str]]
 
     Returns:
         The head; then for each row mean and standard deviation over seeds of the score of each kind (of one kind, all
-        scores), seeds solved and what that took, learning rate, parameters, operations and milliseconds.
+        scores; a strict one of the last kind), seeds solved and what that took, learning rate, parameters, operations
+        and milliseconds.
     """
     kinds, score = kinds_of(rows), table.task.score
     shown, sign = (score[1:], -1) if score.startswith("-") else (score, 1)
     others = other_scores(rows, kinds[0], (score, shown)) if len(kinds) == 1 else []
+    strict = strict_score(rows)
     head = ["arm", *(shown if len(kinds) == 1 else f"{shown}, {kind}" for kind in kinds), *others]
+    head += [] if strict is None else [f"{strict}, {kinds[-1]}"]
     endless = table.training.solved is None
     bounds = {cost: least(rows, cost) for cost in (seconds, operations) if endless}
     lines = []
@@ -35,6 +40,7 @@ def cells(table: Table, rows: Mapping[str, Sequence[Record]]) -> list[list[str]]
         lengthened = name in table.rows and table.rows[name].lengthened > 1
         line += [spread(value(run, kind, score, sign) for run in runs) for kind in kinds]
         line += [spread(value(run, kinds[0], other, 1) for run in runs) for other in others]
+        line += [] if strict is None else [spread(value(run, kinds[-1], strict, 1) for run in runs)]
         line += [] if endless else solved(runs)
         line += [
             spread(at_equal(runs, most, cost, sign)) if math.isfinite(most) and not lengthened else ""
@@ -62,6 +68,12 @@ def other_scores(rows: Mapping[str, Sequence[Record]], kind: str, known: tuple[s
     """Return the names of the other scores of a kind."""
     names = (name for runs in rows.values() for run in runs for name in run["scores"].get(kind, {}))
     return [name for name in dict.fromkeys(names) if name not in known]
+
+
+def strict_score(rows: Mapping[str, Sequence[Record]]) -> str | None:
+    """Return the name of the score that leaves out what is easy to guess, None if the records have none."""
+    names = {name for runs in rows.values() for run in runs for scores in run["scores"].values() for name in scores}
+    return next((name for name in STRICT if name in names), None)
 
 
 def value(run: Record, kind: str, score: str, sign: int) -> float | None:

@@ -32,7 +32,7 @@ def page(found: Records, tables: Mapping[str, Table], budget: str = "cpu") -> st
         parts.append(sentences.SMOKE)
     elif len(summary := overview(shown)) > 1:
         parts += ["## In short", sentences.OVERVIEW, markdown(summary)]
-        parts += ["## Where it does not help", sentences.NO_HELP, *no_help(shown)]
+        parts += ["## Where it does not help", *no_help(shown)]
     if budget != "smoke" and (chosen := recommendation(found)):
         parts += ["## Defaults", sentences.DEFAULTS, *chosen]
     for table, rows in shown:
@@ -124,17 +124,22 @@ def verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> ve
         The comparison, None if one of the two has no records. Without a goal an arm helps only if it is ahead both at
         equal steps and within equal seconds.
     """
-    ours, baseline = (verdicts.strongest(table, rows, which) for which in (kind, "baseline"))
-    if ours is None or baseline is None:
+    ours, strongest = (verdicts.strongest(table, rows, which) for which in (kind, "baseline"))
+    if ours is None or strongest is None or (rival := verdicts.rival(table, rows, ours)) is None:
         return None
-    found = verdicts.compare(table, ours, baseline)
-    if table.training.solved is not None or (as_fast := verdicts.strongest_in_time(table, rows, ours)) is None:
-        return found
+    found = verdicts.compare(table, ours, rival)
+    words = f"{_other(rival, strongest)}{found.words}"
+    if table.training.solved is not None or (as_fast := verdicts.rival_in_time(table, rows, ours)) is None:
+        return verdicts.Verdict(words, found.helps)
     in_time = verdicts.compare(table, ours, as_fast)
-    other = "" if as_fast.name == baseline.name else f" ({as_fast.title})"
     return verdicts.Verdict(
-        f"{found.words}; within equal seconds{other} {in_time.words}", found.helps and in_time.helps
+        f"{words}; within equal seconds {_other(as_fast, strongest)}{in_time.words}", found.helps and in_time.helps
     )
+
+
+def _other(rival: verdicts.Contender, strongest: verdicts.Contender) -> str:
+    """Whom an arm is judged by, if it is not the strongest baseline."""
+    return "" if rival.name == strongest.name else f"({rival.title}) "
 
 
 def contender(table: Table, found: verdicts.Contender | None) -> str:
@@ -155,12 +160,12 @@ def worst_score(runs: Sequence[Record], sign: int) -> str:
 
 
 def no_help(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> list[str]:
-    """Return a paragraph for each table whose strongest baseline is as good as every implicit arm, or better.
+    """Return how many tables have no implicit arm that is ahead of all baselines, then a paragraph for each of them.
 
     Args:
         shown: Tables and their records.
     """
-    lines = []
+    lines, compared = [], 0
     for table, rows in shown:
         baseline = verdicts.strongest(table, rows, "baseline")
         found = {
@@ -170,10 +175,11 @@ def no_help(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> li
         }
         if table.group == "studies" or baseline is None or not found:
             continue
+        compared += 1
         if not any(judged.helps for judged in found.values()):
             words = "; ".join(f"{title}: {judged.words}" for title, judged in found.items())
             lines.append(f"- **{table.title}.** Strongest baseline: {baseline.title}. {words[0].upper()}{words[1:]}.")
-    return ["\n".join(lines)] if lines else []
+    return [sentences.no_help(len(lines), compared), "\n".join(lines)] if lines else []
 
 
 def recommendation(found: Records) -> list[str]:

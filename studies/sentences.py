@@ -13,8 +13,9 @@ records that are not there.
 How arms are compared:
 
 - All arms of a table have the same embedding, head and optimiser, and parameter counts within 2 %. An arm whose mixer
-  has more weights has narrower MLPs. Attention has a learned relative bias, unless a row names other positions. GRU and
-  Gated DeltaNet know the order of tokens without one.
+  has more weights has narrower MLPs. Attention has a learned relative bias, unless a row names other positions. So
+  ordinary attention gives SDPA a mask of N x N in each step, which is slower than its `is_causal`. GRU and Gated
+  DeltaNet know the order of tokens without a bias.
 - The optimiser is AdamW. Gradients are clipped to a norm of 1. The learning rate rises over the first twentieth of the
   steps, then falls along a cosine to a tenth. Relative biases have ten times that rate and no weight decay.
 - Implicit layers have `query_input=True` (their queries read the input, too), `out_proj=True` and, with a causal mask,
@@ -23,40 +24,43 @@ How arms are compared:
 - Each arm has its own learning rate in each table, the best of those that the table names, by seeds solved, then by
   steps if all seeds solved the task, else by the mean score of its whole runs. *Of all rates* counts the solved runs
   at every rate. A chosen rate that is the smallest or the largest of those tried is marked: a better one may lie
-  beyond.
+  beyond. Four tables of options (tolerance, gradients, precision, contraction) have one fixed rate.
 - The held-out sequences choose rates, stop training and give the scores: no others are kept back. So scores flatter,
   and most those arms whose runs differ most from seed to seed.
 - Training stops early when the hardest kind of held-out sequences is solved at two evaluations in a row. So scores of
   seeds that solved a task say no more than that; compare their steps, which are medians over those seeds.
 - Each table says first what should solve its task and what should not, by how the arms work. The figures below it may
   say otherwise.
-- Scores are mean ± standard deviation over seeds, at the last evaluation.
+- Scores are mean ± standard deviation over seeds, at the last evaluation. Accuracy on parity and S3 is over all
+  prefixes of a sequence, those as short as in training included: an arm that is right up to 40 bits and guesses beyond
+  has 0.625 at 160. Accuracy on hops counts those that lead to no earlier token. So these tables have a stricter score
+  as well, over the last quarter of the prefixes, or over hops that lead to a token; the README shows that one.
 - FLOPs are counted by formula (`studies/flops.py`), for a forward and backward pass with the solver's steps of the last
   training step.
 - *Ms a step* is processor time of one thread, a median. All arms of a table take their steps in turns in one process,
-  so that they meet the same conditions. All other seconds follow from it. Under a causal mask the first steps of
-  training are timed, else the whole training, since solvers take more steps as weights grow. Gated DeltaNet and the
-  row-by-row arm are loops in Python; the GRU and the implicit layers have kernels in C++.
+  so that they meet the same conditions. All other seconds follow from it, but those behind a table's command: they are
+  wall time, with other work beside it. Timed again, the seconds of an arm have moved by up to 8 % next to those of
+  ordinary attention. Under a causal mask the first steps of training are timed, else the whole training, since solvers
+  take more steps as weights grow. Gated DeltaNet and the row-by-row arm are loops in Python; the GRU and the implicit
+  layers have kernels in C++.
 - The same seed gives the same scores again on the same kind of processor with the same commit. Another processor rounds
   otherwise. Most scores then move within their spread; parity beyond the trained length moves more
   ([both](choosing.md#values-that-read-outputs))."""
 
 OVERVIEW = """The deciding score of each table, mean ± standard deviation over seeds; where a task can be solved, the
 seeds that solved it and their median steps. Each cell shows the best arm of its kind: most seeds solved, then fewest
-steps if all did, else the best mean. Without a mask, *implicit* is the layer with `max_gain=0.9`. *Within equal
-seconds* the baseline is the best of those whose whole training takes at most 1.1 times as long as the implicit arm's;
-ordinary attention with 1.2 to 1.7 times the steps is among them. *Ahead* and *behind* mean by more than the sum of both
-deviations; all else is *not told apart*. All arms see the same data with the same seed, so the seeds are compared, too:
-*better in 2 of 3 seeds*."""
-
-NO_HELP = """Tasks where no implicit arm is ahead of the strongest baseline, at equal steps and within equal seconds:"""
+steps if all did, else the best mean. Without a mask, *implicit* is the layer with `max_gain=0.9`. *Ahead* and *behind*
+mean by more than the sum of both deviations; all else is *not told apart*. An arm is *behind* if any baseline is ahead
+of it; a baseline in brackets is another than the strongest. *Within equal seconds* baselines are those whose whole
+training takes at most 1.1 times as long as the implicit arm's; ordinary attention with 1.2 to 1.7 times the steps is
+among them. All arms see the same data with the same seed, so the seeds are compared, too: *better in 2 of 3 seeds*."""
 
 DEFAULTS = """What the tables below recommend for the options of `ImplicitQueryAttention`. One of two rows is *ahead* if
 more of its seeds solved the task. If all seeds of both did, it is ahead if it took fewer steps; else if its mean score
 is better. Steps and scores must differ by more than the sum of the two deviations. The recommended value is the first
 that is never behind, in the order shown. `implicit_attention/recommended.py` says why a model has another default.
-Here, relative biases learn at the same rate as all other weights, as with an optimiser that gets a model's
-parameters. In all other rows they learn at ten times that rate, and do better."""
+Where positions are compared, relative biases learn at the same rate as all other weights, as with an optimiser that
+gets a model's parameters. In all other rows they learn at ten times that rate, and do better."""
 
 ARMS = "What `--arm` and the folders of records call them:"
 
@@ -87,6 +91,20 @@ def choice(option: Choice, value: str, tally: Mapping[str, tuple[int, int]], tab
     return f"- **`{option.option}`: `{value}`.** By {', '.join(tables)}: {listed}."
 
 
+def no_help(count: int, of: int) -> str:
+    """Return in how many tables no implicit arm is ahead of all baselines.
+
+    Args:
+        count: Of such tables.
+        of: All tables that compare arms.
+    """
+    tables = f"all {of}" if count == of else f"{count} of {of}"
+    return (
+        f"In {tables} tables that compare arms, no implicit arm is ahead of all baselines, both at equal steps and "
+        "within equal seconds:"
+    )
+
+
 def missing(lacking: Sequence[str]) -> str:
     """Return the sentence about runs that are missing.
 
@@ -107,7 +125,13 @@ def machines(found: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[str]:
             line += f", implicit-attention {versions.get('implicit-attention', 'unknown')}"
             seen[line] = seen.get(line, 0.0) + run["seconds"]
     lines = [f"Trained on {line}: {seconds / 3600:.1f} hours of one core." for line, seconds in seen.items()]
+    if mixed := [name for name, rows in found.items() if len(_processors(rows)) > 1]:
+        lines.append(f"Runs of more than one processor stand in one table in {', '.join(mixed)}.")
     return [*lines, f"With the runs that chose learning rates: {_all_seconds(found) / 3600:.1f} hours of one core."]
+
+
+def _processors(rows: Mapping[str, Sequence[Record]]) -> set[str]:
+    return {(run.get("environment") or {}).get("processor", "") for runs in rows.values() for run in runs}
 
 
 def _all_seconds(found: Mapping[str, Mapping[str, Sequence[Record]]]) -> float:

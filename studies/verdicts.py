@@ -58,8 +58,23 @@ def strongest(table: Table, rows: Mapping[str, Runs], kind: str) -> Contender | 
     return _best(table, found)
 
 
-def strongest_in_time(table: Table, rows: Mapping[str, Runs], ours: Contender) -> Contender | None:
-    """Return the best baseline whose whole training takes as long as that of an implicit arm, or less.
+def rival(table: Table, rows: Mapping[str, Runs], ours: Contender) -> Contender | None:
+    """Return the baseline that an implicit arm is judged by at equal steps: the best of those that are ahead of it.
+
+    Args:
+        table: The table.
+        rows: Its records.
+        ours: The implicit arm.
+
+    Returns:
+        That baseline; the best of all if none is ahead, None if there is none.
+    """
+    baselines = _of_kind(table, rows, "baseline")
+    return _judge(table, {name: runs for name, runs in baselines.items() if table.rows[name].lengthened == 1}, ours)
+
+
+def rival_in_time(table: Table, rows: Mapping[str, Runs], ours: Contender) -> Contender | None:
+    """Return the same among baselines whose whole training takes as long as that of an implicit arm, or less.
 
     Args:
         table: The table.
@@ -73,7 +88,12 @@ def strongest_in_time(table: Table, rows: Mapping[str, Runs], ours: Contender) -
     if not math.isfinite(most):
         return None
     baselines = _of_kind(table, rows, "baseline")
-    return _best(table, {name: runs for name, runs in baselines.items() if training_seconds(runs) <= most})
+    return _judge(table, {name: runs for name, runs in baselines.items() if training_seconds(runs) <= most}, ours)
+
+
+def _judge(table: Table, baselines: Mapping[str, Runs], ours: Contender) -> Contender | None:
+    ahead = {name: runs for name, runs in baselines.items() if choices.ahead(runs, ours.runs)}
+    return _best(table, ahead or baselines)
 
 
 def strongest_of_all(table: Table, rows: Mapping[str, Runs], ours: Sequence[Runs]) -> Contender | None:

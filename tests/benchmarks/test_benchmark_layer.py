@@ -64,8 +64,11 @@ def test_the_table_has_the_figures_that_were_measured():
     cells = [f"{1.25 + i:.2f} ({2.5 + i:.2f})" for i in range(len(layer.LAYERS))]
     assert [cell.strip() for cell in line.split("|")[3:-1]] == cells
     assert all(readme.title(name) in head for name in layer.LAYERS)
-    assert machine == "P, 1 thread, PyTorch T, float32, tolerance 1e-05."
-    assert made == "`python -m benchmarks layer`. Made by commit 0123456."
+    assert machine == "P, 1 thread, PyTorch T, float32, tolerance 1e-05. `python -m benchmarks layer`."
+    assert made == "Made by commit 0123456."
+    other = result | {"processor": "Q", "shapes": [shape, shape | {"length": 101}, shape | {"length": 512}]}
+    made = readme.cost_table(result, other).splitlines()[-1]
+    assert made == "Made by commit 0123456. Q: 1.25 (2.50) at 100, 1.25 (2.50) at 512 tokens."
     assert "names no commit" in readme.cost_table(result | {"commit": None})
 
 

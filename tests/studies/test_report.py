@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import readme
 from studies import campaign, cells, choices, mechanisms, pictures, records, report, sentences, tables, verdicts
 from studies.sentences import machines
 from tests.studies.simple import TRAINING, table
@@ -95,6 +96,36 @@ def test_equal_seconds_are_those_of_the_fastest_row():
     assert cell(cells.cells(endless, untimed), 2, "at equal seconds") == ""
 
 
+def test_an_arm_is_judged_by_a_baseline_that_is_ahead_of_it_where_the_best_is_not():
+    endless = replace(table("ordinary", "ordinary-2", "implicit"), training=replace(TRAINING, solved=None))
+    rows = {
+        "ordinary": [run(0, 0.9), run(1, 1.5)],  # the best mean, but it varies
+        "ordinary-2": [run(0, 1.19), run(1, 1.19)],
+        "implicit": [run(0, 1.1), run(1, 1.1)],
+    }
+    ours = verdicts.strongest(endless, rows, "implicit")
+    assert verdicts.strongest(endless, rows, "baseline").name == "ordinary"
+    assert verdicts.rival(endless, rows, ours).name == "ordinary-2"
+    judged = report.verdict(endless, rows, "implicit")
+    assert "(ordinary attention, twice the layers) behind, better in 0 of 2 seeds" in judged.words
+    assert not judged.helps
+    del rows["ordinary-2"]
+    assert "not told apart, better in 1 of 2 seeds" in report.verdict(endless, rows, "implicit").words
+
+
+def test_a_strict_score_is_shown_for_the_last_kind():
+    def scored(seed, late):
+        kinds = {"length=4": {"accuracy": 1.0, "last_quarter_accuracy": 1.0},
+                 "length=8": {"accuracy": 0.75, "last_quarter_accuracy": late}}  # fmt: skip
+        return run(seed, 0.75) | {"scores": kinds}
+
+    lines = cells.cells(table(), {"ordinary": [scored(0, 0.5), scored(1, 0.5)]})
+    assert cell(lines, 1, "accuracy, length=8") == "0.750 ± 0.000"
+    assert cell(lines, 1, "last quarter accuracy, length=8") == "0.500 ± 0.000"
+    assert cells.strict_score({"ordinary": [run(0, 1.0)]}) is None
+    assert readme.result(table(), [scored(0, 0.5), scored(1, 0.7)]).startswith("0.600 ± 0.141 (")
+
+
 def test_without_a_goal_an_arm_helps_if_it_is_ahead_at_equal_steps_and_at_equal_seconds():
     endless = replace(table("ordinary", "implicit"), training=replace(TRAINING, solved=None))
     longer = replace(endless.rows["ordinary"], title="ordinary, longer", lengthened=2.0)
@@ -177,7 +208,8 @@ def test_the_overview_sets_the_strongest_baseline_beside_the_implicit_arm():
     assert cell(lines, 1, "implicit") == "implicit: 1.000; 1 of 1 seeds, 4 steps"
     assert cell(lines, 1, "values read outputs") == ""
     assert cell(lines, 1, "verdict") == "implicit: both solve 1 of 1 seeds; 2 times the steps, 8 times the seconds"
-    (line,) = report.no_help([(shown, rows)])
+    count, line = report.no_help([(shown, rows)])
+    assert count.startswith("In all 1 tables that compare arms, no implicit arm is ahead of all baselines")
     assert "Strongest baseline: ordinary attention, twice the layers. Implicit: both solve 1 of 1 seeds" in line
     rows |= {"implicit": [run(0, 1.0, solved_at=2)], "ordinary-2": [run(0, 1.0, solved_at=4)]}
     assert report.no_help([(shown, rows)]) == []
@@ -320,7 +352,9 @@ def test_pictures_draw_what_there_is(made):
 
 def test_machines_are_told_apart():
     one, other = {**run(0, 1.0), "environment": {"processor": "A"}}, {**run(1, 1.0), "environment": {"processor": "B"}}
-    assert len(machines({"t": {"r": [one, other, one]}})) == 3
+    *_, mixed, _ = lines = machines({"t": {"r": [one, other, one]}, "other": {"r": [one]}})
+    assert len(lines) == 4
+    assert mixed == "Runs of more than one processor stand in one table in t."
     hour = run(0, 1.0, seconds=3600.0)
     tried = {"tried": {"0.01": [{"seed": 0}]}, "seconds": 2 * 3600.0}
     assert machines({"t": {"r": [hour | {"choice": tried}]}})[-1].endswith("2.0 hours of one core."), "one counts"

@@ -1,8 +1,9 @@
 """The layer against an ordinary attention layer of the same shapes: what a user pays, projections included.
 
-Every layer is made with the options of a quickstart and nothing else named. One more has `kernel="torch"`: what is left
-where the C++ kernels are missing. Outputs are put through one application of the equation in plain PyTorch. The first
-forward and backward pass of each layer is a figure of its own; that of the first shape is the first in the process.
+Every layer has a causal mask, `qk_norm` and `out_proj`, and nothing else named. One more has `kernel="torch"`: what is
+left where the C++ kernels are missing. Outputs are put through one application of the equation in plain PyTorch. The
+first forward and backward pass of each layer is a figure of its own; that of the first shape is the first in the
+process.
 """
 
 import argparse

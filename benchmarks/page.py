@@ -1,6 +1,6 @@
 """docs/causal.md, the figures of other pages and of README.md, and pictures: `python -m benchmarks.page`.
 
-All is made from docs/data, so that pages and figures cannot disagree. No figure is typed into a page.
+Tables and pictures are made from docs/data, so that they cannot disagree with what was measured.
 """
 
 import json

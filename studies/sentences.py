@@ -121,7 +121,8 @@ def machines(found: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[str]:
         for run in (run for runs in rows.values() for run in runs):
             environment = run.get("environment") or {}
             versions = environment.get("versions", {})
-            line = f"{environment.get('processor', 'an unknown processor')}, PyTorch {versions.get('torch', 'unknown')}"
+            line = f"{environment.get('processor', 'an unknown processor')}, Python {versions.get('python', 'unknown')}"
+            line += f", PyTorch {versions.get('torch', 'unknown')}"
             line += f", implicit-attention {versions.get('implicit-attention', 'unknown')}"
             seen[line] = seen.get(line, 0.0) + run["seconds"]
     lines = [f"Trained on {line}: {seconds / 3600:.1f} hours of one core." for line, seconds in seen.items()]

@@ -6,6 +6,7 @@ plain values alone, so `Described` holds a map and its solver in words and numbe
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -103,13 +104,7 @@ def registered(
     ) -> list[Tensor]:  # fmt: skip
         return [t.new_empty(t.shape) for t in tensors]
 
-    def refuse(*_: object) -> None:
-        raise NotImplementedError(
-            f"the gradient of implicit_attention::{name}, the operator of an exported layer, has no gradient of its "
-            f"own. Take second derivatives of the layer itself, before torch.export."
-        )
-
-    adjoint.register_autograd(refuse)
+    adjoint.register_autograd(partial(_refuse, name))
 
     def keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Results) -> None:
         tensors, _, report, *ctx.plain = inputs  # type: ignore[attr-defined]
@@ -131,3 +126,10 @@ def registered(
         return Solution(value, residual, steps, converged, residual[None], relative[None], memo=tuple(memo))
 
     return forward, solve
+
+
+def _refuse(name: str, *_: object) -> None:
+    raise NotImplementedError(
+        f"the gradient of implicit_attention::{name}, the operator of an exported layer, has no gradient of its own. "
+        "Take second derivatives of the layer itself, before torch.export."
+    )

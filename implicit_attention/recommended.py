@@ -7,7 +7,7 @@ the examples.
 
 Decoders: `self_query="input"`. Every weight matrix then has exactly one equilibrium, no row has an equation to be
 solved, and all gains are 0, so nothing can fail to converge in a long run.
-`self_query="output"` is the original equation. It was ahead in 0 of 7 comparisons of `docs/results.md` and behind in
+`self_query="output"` is the original equation. It was ahead in 0 of 8 comparisons of `docs/results.md` and behind in
 none: try it where a run is watched. `qk_norm=True` keeps scores bounded while weights grow. `positions="rope"` has no
 weights and no largest distance, and is what trained models have. Relative biases were ahead of it in 2 of 2 comparisons
 and behind in none: they learn recall in fewer steps, and bytes better.

@@ -1,6 +1,7 @@
 """What the page says first: the strongest baseline of each table, and how the implicit arms compare with it."""
 
 import math
+import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,26 +197,32 @@ def compare(table: Table, ours: Contender, baseline: Contender) -> Verdict:
     steps = median(ours.runs, steps_to_solve) / median(baseline.runs, steps_to_solve)
     seconds = steps * pace(ours.runs) / pace(baseline.runs)
     timed = f", {seconds:.2g} times the seconds" if math.isfinite(seconds) else ""
+    wins, pairs = _wins(ours.runs, baseline.runs, _soonness)
     return Verdict(
-        f"both solve {_solved(ours.runs)} seeds; {steps:.2g} times the steps{timed}",
+        f"both solve {_solved(ours.runs)} seeds; {steps:.2g} times the steps{timed}, sooner in {wins} of {pairs} seeds",
         helps=choices.ahead(ours.runs, baseline.runs),
     )
 
 
 def _by_score(ours: Runs, baseline: Runs) -> Verdict:
-    wins, pairs = _wins(ours, baseline)
+    wins, pairs = _wins(ours, baseline, operator.itemgetter("score"))
     seeds = f", better in {wins} of {pairs} seeds"
     if choices.ahead(ours, baseline):
         return Verdict(f"ahead{seeds}", helps=True)
     return Verdict(("behind" if choices.ahead(baseline, ours) else "not told apart") + seeds, helps=False)
 
 
-def _wins(ours: Runs, baseline: Runs) -> tuple[int, int]:
-    """In how many seeds an arm has the better score, and how many both have: a seed draws the same data for all."""
-    theirs = {run["settings"]["seed"]: run["score"] for run in baseline if run["score"] is not None}
-    pairs = [(run["score"], theirs.get(run["settings"]["seed"])) for run in ours if run["score"] is not None]
-    both = [(mine, other) for mine, other in pairs if other is not None]
-    return sum(mine > other for mine, other in both), len(both)
+def _wins(ours: Runs, baseline: Runs, figure: Callable[[Record], float | None]) -> tuple[int, int]:
+    """In how many seeds an arm has the larger figure, and how many both have: a seed draws the same data for all."""
+    mine, theirs = ({run["settings"]["seed"]: figure(run) for run in runs} for runs in (ours, baseline))
+    pairs = [(found, theirs[seed]) for seed, found in mine.items() if seed in theirs]
+    both = [(one, other) for one, other in pairs if one is not None and other is not None]
+    return sum(one > other for one, other in both), len(both)
+
+
+def _soonness(run: Record) -> float | None:
+    steps = steps_to_solve(run)
+    return None if steps is None else -steps
 
 
 def _solved(runs: Runs) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import page as measured
 from benchmarks import readme
-from studies import records, report, suite
+from studies import records, report, suite, verdicts
 from tests.test_scaffold import ORDER
 
 ROOT = Path(__file__).parent.parent
@@ -204,7 +204,20 @@ def test_what_the_readme_says_of_its_tables_holds():
     assert {len(rows[row]) for rows in shown.values() for row in rows} <= {3, 5, 8}
     every = [(table, found[name]) for name, table in suite.tables("cpu").items() if name in found]
     ahead = not report.no_help(every)[0].startswith("In all ")
-    assert ahead != ("are they ahead of all" in README.read_text(encoding="utf-8"))
+    assert ahead != ("are they ahead of all baselines" in README.read_text(encoding="utf-8"))
+
+
+def test_the_readme_says_how_many_steps_recall_takes():
+    found = records.load(ROOT / "docs" / "data" / "eval")
+    tables = [found[f"recall-{length}"] for length in (64, 128, 256)]
+    assert all(run["solved_at"] for rows in tables for arm in ("keys-2", "keys-4", "strict") for run in rows[arm])
+
+    def fewest(*arms):
+        return [min(verdicts.median(rows[arm], verdicts.steps_to_solve) for arm in arms) for rows in tables]
+
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    for steps in (fewest("keys-2", "keys-4"), fewest("strict")):
+        assert "{:.0f}, {:.0f} and {:.0f}".format(*steps) in text
 
 
 def test_a_page_without_its_marks_is_refused():

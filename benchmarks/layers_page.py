@@ -17,7 +17,7 @@ def whole(result: Result) -> list[str]:
         f"{', '.join(f'`{name}`' for name, on in result['options'].items() if on is True)}. "
         f"Tolerance {result['rtol']:g}. "
         '`kernel="torch"` is what is left without a compiler. '
-        f"Figures are medians of {_rounds(result)} rounds, {result['clock']} time; single rounds lie "
+        f"Figures are medians of {_rounds(result)}, {result['clock']} time; single rounds lie "
         "between {:.2f} and {:.2f} times the median.".format(*_extremes(result))
     )
     return [text, _by_shape(result)]
@@ -27,7 +27,7 @@ def _rounds(result: Result) -> str:
     """In how many rounds each shape was measured."""
     counts = {shape["repeats"]: shape["length"] for shape in reversed(result["shapes"])}
     most, *fewer = sorted(counts, reverse=True)
-    return f"{most}" + "".join(f" (from {counts[count]} tokens on {count})" for count in fewer)
+    return f"{most} rounds" + "".join(f", {count} from {counts[count]} tokens on" for count in fewer)
 
 
 def _extremes(result: Result) -> tuple[float, float]:

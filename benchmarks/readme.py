@@ -54,7 +54,8 @@ def _elsewhere(other: Result) -> str:
     found = {
         shape["length"]: _ratio(shape["rows"]["default"]) for shape in other["shapes"] if shape["length"] in LENGTHS
     }
-    return f"{other['processor']}: {', '.join(f'{ratio} at {length}' for length, ratio in found.items())} tokens."
+    ratios = ", ".join(f"{ratio} at {length}" for length, ratio in found.items())
+    return f'On {other["processor"]} "output" takes {ratios} tokens.'
 
 
 def _ratio(row: Result | None) -> str:

@@ -55,8 +55,7 @@ def strongest(table: Table, rows: Mapping[str, Runs], kind: str) -> Contender | 
         rows: Its records.
         kind: "baseline", "implicit" or "feedback". Without a causal mask, only arms with `max_gain` are "implicit".
     """
-    found = {name: runs for name, runs in _of_kind(table, rows, kind).items() if table.rows[name].lengthened == 1}
-    return _best(table, found)
+    return _best(table, _at_equal_steps(table, rows, kind))
 
 
 def rival(table: Table, rows: Mapping[str, Runs], ours: Contender) -> Contender | None:
@@ -70,8 +69,7 @@ def rival(table: Table, rows: Mapping[str, Runs], ours: Contender) -> Contender 
     Returns:
         That baseline; the best of all if none is ahead, None if there is none.
     """
-    baselines = _of_kind(table, rows, "baseline")
-    return _judge(table, {name: runs for name, runs in baselines.items() if table.rows[name].lengthened == 1}, ours)
+    return _judge(table, _at_equal_steps(table, rows, "baseline"), ours)
 
 
 def rival_in_time(table: Table, rows: Mapping[str, Runs], ours: Contender) -> Contender | None:
@@ -112,6 +110,10 @@ def strongest_of_all(table: Table, rows: Mapping[str, Runs], ours: Sequence[Runs
         if table.rows[name].lengthened == 1 or training_seconds(runs) <= most < math.inf
     }  # fmt: skip
     return _best(table, fair)
+
+
+def _at_equal_steps(table: Table, rows: Mapping[str, Runs], kind: str) -> dict[str, Runs]:
+    return {name: runs for name, runs in _of_kind(table, rows, kind).items() if table.rows[name].lengthened == 1}
 
 
 def _of_kind(table: Table, rows: Mapping[str, Runs], kind: str) -> dict[str, Runs]:

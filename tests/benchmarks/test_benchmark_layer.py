@@ -68,7 +68,7 @@ def test_the_table_has_the_figures_that_were_measured():
     assert made == "Made by commit 0123456."
     other = result | {"processor": "Q", "shapes": [shape, shape | {"length": 101}, shape | {"length": 512}]}
     made = readme.cost_table(result, other).splitlines()[-1]
-    assert made == "Made by commit 0123456. Q: 1.25 (2.50) at 100, 1.25 (2.50) at 512 tokens."
+    assert made == 'Made by commit 0123456. On Q "output" takes 1.25 (2.50) at 100, 1.25 (2.50) at 512 tokens.'
     assert "names no commit" in readme.cost_table(result | {"commit": None})
 
 

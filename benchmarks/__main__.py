@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks import (
     bidirectional,
     causal,
+    contraction,
     conversion,
     decode,
     encoder,
@@ -23,6 +24,7 @@ from benchmarks import (
 BENCHMARKS = {
     "bidirectional": bidirectional,
     "causal": causal,
+    "contraction": contraction,
     "conversion": conversion,
     "decode": decode,
     "encoder": encoder,

@@ -1,4 +1,4 @@
-"""The tables of docs/choosing.md: what layers learn whose values read outputs, made from docs/data/eval."""
+"""The tables of docs/choosing.md: what layers learn, from docs/data/eval, and how near `Contraction` comes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,10 +70,26 @@ def _title(rows: Sequence[Row]) -> str:
     return f"ordinary attention, {factors[0]:g} to {factors[-1]:g} times the steps"
 
 
-def filled(text: str, found: Mapping[str, Rows]) -> str:
+def nearness(result: dict[str, Any] | None) -> str:
+    """The errors of layers with `max_gain`, and the spectral radii, by setting."""
+    if result is None or not result["correct"]:
+        return "Not measured yet." if result is None else result["verdict"]
+    head = ["layers and inputs", "samples", "outputs: median", "largest", "gradients: largest", "radius: median"]
+    lines = []
+    for setting in result["settings"].values():
+        outputs, radius = setting["outputs"], setting["radius"]
+        gradients = f"{setting['gradients']['largest']:.1e}" if isinstance(setting["gradients"], dict) else ""
+        errors = [f"{outputs[of]:.1e}" for of in ("median", "largest")]
+        radii = [f"{radius[of]:.3f}" for of in ("median", "largest")]
+        lines.append([setting["title"], f"{outputs['count']:,}", *errors, gradients, *radii])
+    return markdown([[*head, "largest"], *lines])
+
+
+def filled(text: str, found: Mapping[str, Rows], contraction: dict[str, Any] | None) -> str:
     """The page with its tables made anew."""
     text = between(text, "parity", by_kind(found, "parity", STATE))
     text = between(text, "positions", by_kind(found, "parity", BEYOND))
     text = between(text, "products", by_kind(found, "words-s3", STATE))
     text = between(text, "bytes", with_seconds(found, BLOCKS, TEXT))
-    return between(text, "unmasked", with_seconds(found, UNMASKED, FREE))
+    text = between(text, "unmasked", with_seconds(found, UNMASKED, FREE))
+    return between(text, "contraction", nearness(contraction))

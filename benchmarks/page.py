@@ -27,6 +27,7 @@ TITLES = {
     "feedback": "Values that read outputs",
     "encoder": "Without a mask",
 }
+OF_PAGES = ("language_model", "conversion", "contraction")  # shown on other pages
 LAYERS_HEAD = ["whole layer, tolerance of its own", "forward", "forward + backward", "first call, both"]
 MODELS = {"small": "Four layers of width 128, on bytes", "smollm2": "SmolLM2-135M-Instruct, in its own tokens"}
 HELD = {True: "holds", False: "**missed**"}
@@ -35,7 +36,7 @@ Result = dict[str, Any]
 
 def load() -> dict[str, Result]:
     """What has been measured, by benchmark."""
-    paths = {name: DOCS / "data" / f"{name}.json" for name in (*TITLES, "language_model", "conversion")}
+    paths = {name: DOCS / "data" / f"{name}.json" for name in (*TITLES, *OF_PAGES)}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
@@ -317,7 +318,9 @@ def main() -> None:
         encoding="utf-8",
     )
     guide = DOCS / "choosing.md"
-    guide.write_text(choosing.filled(guide.read_text(encoding="utf-8"), learned), encoding="utf-8")
+    guide.write_text(
+        choosing.filled(guide.read_text(encoding="utf-8"), learned, results.get("contraction")), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

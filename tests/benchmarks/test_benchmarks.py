@@ -287,7 +287,7 @@ def test_the_page_is_what_the_json_makes_it():
     convert = (page.DOCS / "convert.md").read_text(encoding="utf-8")
     assert convert == page.conversion_page(convert, results.get("conversion"), page.load_uptrained())
     guide = (page.DOCS / "choosing.md").read_text(encoding="utf-8")
-    assert guide == choosing.filled(guide, records.load(page.DOCS / "data" / "eval"))
+    assert guide == choosing.filled(guide, records.load(page.DOCS / "data" / "eval"), results.get("contraction"))
 
 
 def test_the_page_shows_every_figure(causal_result, hard_result):

@@ -75,15 +75,20 @@ def fixed_point(
     if not isinstance(args, tuple | list):
         raise bad_type("args", "a tuple of tensors", args, "Write (a,) for one tensor, () for none.")
     call, lifted = maps.lift(function, tuple(args))
-    call = maps.with_autocast(_checked(call), y0.device.type)
+    call = maps.with_autocast(_checked(call, len(args)), y0.device.type)
     problem = Problem(call, solver, system_ndim, system_ndim, FailureReport(on_failure))
     solution = adjoint(problem, y0, lifted, history=history)
     return replace(solution, value=writable(solution.value))
 
 
-def _checked(function: maps.MapFunction) -> maps.MapFunction:
+def _checked(function: maps.MapFunction, given: int) -> maps.MapFunction:
+    """The same map, which refuses to change y or the `given` first arguments, and results that are not like y."""
+    first = True
+
     def call(y: Tensor, *args: Tensor) -> Tensor:
-        before = _version(y)
+        nonlocal first
+        watched = {"y": y} | {f"args[{i}]": arg for i, arg in enumerate(args[:given])}
+        before = {name: _state(tensor, first) for name, tensor in watched.items()}
         try:
             out = function(y, *args)
         except RuntimeError as error:
@@ -91,18 +96,31 @@ def _checked(function: maps.MapFunction) -> maps.MapFunction:
                 raise _changes_in_place("y or args") from error
             error.add_note(f"`function` was called with {_inputs_in_words(y, args)}.")
             raise
-        if _version(y) != before:
-            raise _changes_in_place("y")
+        for name, tensor in watched.items():
+            if _changed(tensor, before[name]):
+                raise _changes_in_place(name)
         if not isinstance(out, Tensor) or out.shape != y.shape:
             raise bad_value("function", f"a map that returns a tensor of shape {tuple(y.shape)}, like y", out)
+        first = False
         return out
 
     return call
 
 
-def _version(y: Tensor) -> int:
-    """How often a tensor was changed in place; 0 where torch does not count it."""
-    return 0 if maps.transforms_active() or torch.is_inference(y) else y._version
+def _state(tensor: Tensor, first: bool) -> int | Tensor | None:
+    # Torch counts changes, but not in inference mode. There a copy tells; only the first call makes one.
+    if maps.transforms_active():
+        return None
+    if not torch.is_inference(tensor):
+        return tensor._version
+    return tensor.clone() if first else None
+
+
+def _changed(tensor: Tensor, before: int | Tensor | None) -> bool:
+    if isinstance(before, Tensor):
+        both_nan = (tensor != tensor) & (before != before)
+        return bool(((tensor != before) & ~both_nan).any())
+    return before is not None and tensor._version != before
 
 
 def _changes_in_place(what: str) -> ValueError:

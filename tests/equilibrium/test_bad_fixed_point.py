@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from implicit_attention import Implicit, NewtonKrylov, Phantom, Unrolled, fixed_point
+from implicit_attention import Implicit, NewtonKrylov, Phantom, Picard, Unrolled, fixed_point
 from tests.test_bad_input import layer, refused, x
 
 FIXED_POINT = {
@@ -40,6 +40,29 @@ def test_a_map_that_works_in_place_is_refused(adjoint, grad):
 def test_inference_mode_solves():
     with torch.inference_mode():
         assert fixed_point(torch.cos, torch.zeros(2, 1)).converged.all()
+        nan, flags = torch.full((2, 1), torch.nan), torch.ones(2, 1, dtype=torch.bool)
+        assert fixed_point(lambda y, *_: y.cos(), torch.zeros(2, 1), (nan, flags)).converged.all()
+
+
+def test_inference_mode_refuses_a_map_that_works_in_place():
+    """Torch does not count changes there, so that only contents tell."""
+    with torch.inference_mode():
+        with refused(ValueError, "function", "leaves y", "in place", r"y \* 0.5"):
+            fixed_point(lambda y: y.mul_(0.5).add_(1), torch.zeros(2, 1))
+        with refused(ValueError, "function", r"leaves args\[0\]", "in place"):
+            fixed_point(lambda y, a: y * a.mul_(0.5), torch.zeros(2, 1), (torch.ones(2, 1),))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_map_that_changes_its_arguments_is_refused(grad):
+    with torch.set_grad_enabled(grad), refused(ValueError, "function", r"leaves args\[1\]", "in place"):
+        fixed_point(lambda y, a, b: y * a + b.mul_(0.5), torch.zeros(2, 1), (torch.ones(1), torch.ones(1)))
+
+
+def test_buffers_of_a_module_may_change():
+    norm = torch.nn.BatchNorm1d(3)
+    fixed_point(norm, torch.randn(4, 3), solver=Picard(max_steps=3), on_failure="ignore")
+    assert norm.num_batches_tracked > 1
 
 
 def test_an_error_of_the_map_names_its_inputs():

@@ -14,7 +14,7 @@ from implicit_attention.causal import operator as causal_operator
 from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.decoding import Decoded, decode, serves
 from implicit_attention.equation import Equation, prepare
-from implicit_attention.equation.collapse import watch
+from implicit_attention.equation.collapse import watch, watch_masks
 from implicit_attention.equation.packing import PackedMap, outside_graphs
 from implicit_attention.equation.projection import Layer, project
 from implicit_attention.equilibrium import maps
@@ -264,6 +264,7 @@ def _solve_call(
         solution = solve(equation, layer.solver, layer.adjoint, report, history=history)
     except NonFiniteError as error:
         raise non_finite({**inputs.named(), **dict(layer.named_parameters())}) from error
+    watch_masks(layer.settings, inputs, report)
     if not layer.settings.is_causal:
         watch(layer, inputs, equation, solution.value, report)
     return SolvedCall(replace(solution, unique=layer.settings.unique), equation, None)

@@ -297,6 +297,53 @@ def test_a_direct_solver_refuses_to_give_a_history(adjoint):
     assert len(solution.history) == len(solution.abs_trace) > 2
 
 
+# Masks that hide everything
+
+
+def hides(layer, x, **inputs):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer(x, **inputs)
+    return [str(w.message) for w in caught if w.category is UserWarning]
+
+
+KEEPS = {  # what is meant to be kept, by somebody who takes True for that
+    "padding": {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)},
+    "mask": {"attn_mask": torch.ones(5, 5, dtype=torch.bool)},
+    "by-sample": {"attn_mask": torch.ones(4, 5, 5, dtype=torch.bool)},
+    "float": {"attn_mask": torch.full((5, 5), -1e9)},
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"query_input": True, "max_gain": 0.9}], ids=["causal", "free"]
+)
+@pytest.mark.parametrize("given", KEEPS.values(), ids=KEEPS)
+def test_a_mask_that_hides_everything_is_reported_once(given, options):
+    layer, x = ImplicitQueryAttention(16, 2, **options), torch.randn(2, 5, 16)
+    (text,) = hides(layer, x, **given)
+    (name,) = given
+    assert f"`{name}` hides every token" in text
+    assert ("~attn_mask" in text or "~key_padding_mask" in text) == (next(iter(given.values())).dtype == torch.bool)
+    assert hides(layer, x, **given) == []
+
+
+def test_a_causal_mask_of_what_to_keep_is_reported():
+    """In a causal layer it hides all that a row could see; without a causal mask a row sees what comes later."""
+    keep, x = {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril()}, torch.randn(2, 5, 16)
+    assert len(hides(ImplicitQueryAttention(16, 2, is_causal=True), x, **keep)) == 1
+    assert hides(ImplicitQueryAttention(16, 2, query_input=True, max_gain=0.9), x, **keep) == []
+
+
+def test_masks_that_leave_something_are_not_reported():
+    padding = torch.ones(2, 5, dtype=torch.bool)
+    padding[1, 3] = False  # one sample may be all padding
+    layer, x = ImplicitQueryAttention(16, 2, is_causal=True), torch.randn(2, 5, 16)
+    assert hides(layer, x, key_padding_mask=padding) == []
+    hidden = torch.ones(2, 5, dtype=torch.bool)  # a piece of a prompt that is padded on the left
+    assert hides(layer, x, key_padding_mask=hidden, cache=layer.make_cache(2, 8)) == []
+
+
 # Collapse
 
 

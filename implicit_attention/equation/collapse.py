@@ -1,4 +1,4 @@
-"""Layers whose outputs are all the same vector, and what is said of them."""
+"""Outputs that are all the same vector, or all zero since a mask hides everything, and what is said of them."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,10 @@ from implicit_attention.equation.projection import Layer
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.errors import CollapseWarning
-from implicit_attention.inputs import Inputs
+from implicit_attention.inputs import HIDDEN, Inputs
 from implicit_attention.settings import Settings
 
+_FIRST = 3  # calls of a layer in which its masks are looked at: a mask that is meant otherwise shows at once
 ALIKE = 3e-2  # difference of outputs, in units of that of the values, below which they are the same vector
 
 
@@ -66,6 +67,37 @@ def watch_for_collapse(
     if torch.compiler.is_compiling():  # these solves are no part of a compiled graph either
         look = torch.compiler.disable(_look)  # type: ignore[no-untyped-call]
     look(start, value, padding, sentence, report)
+
+
+def watch_masks(settings: Settings, inputs: Inputs, report: FailureReport) -> None:
+    """Warn once, in a layer's first calls, of a mask that hides every token from every row, so that outputs are 0.
+
+    Most likely it is meant the other way round: True hides here and in `nn.MultiheadAttention`, but means "keep" in
+    Hugging Face's `attention_mask` and PyTorch's `scaled_dot_product_attention`. Calls with a cache are not watched,
+    since a piece of a padded prompt may be all padding; compiled graphs are not either.
+
+    Args:
+        settings: Of the layer.
+        inputs: Of the call.
+        report: Says it.
+    """
+    if torch.compiler.is_compiling() or maps.transforms_active() or inputs.cache is not None or report.calls > _FIRST:
+        return
+    for name in ("key_padding_mask", "attn_mask"):
+        mask: Tensor | None = getattr(inputs, name)
+        if mask is None or not mask.numel() or report.said(UserWarning):
+            continue
+        hidden = mask if mask.dtype == torch.bool else mask == -torch.inf
+        if name == "attn_mask" and settings.is_causal:
+            hidden = hidden | torch.ones_like(hidden).triu(1)
+        if hidden.all():
+            meaning = _TRUE_HIDES if mask.dtype == torch.bool else _LOW_HIDES
+            report.once(_ALL_HIDDEN.format(name) + meaning.format(name), UserWarning)
+
+
+_ALL_HIDDEN = "`{}` hides every token from every row, so all outputs are 0 before out_proj. "
+_TRUE_HIDES = "True hides, as in nn.MultiheadAttention. If yours says what to keep, give ~{}."
+_LOW_HIDES = f"A float mask is added to the scores, and hides where it is {HIDDEN:g} or less."
 
 
 def can_collapse(settings: Settings, start: Tensor, apart: bool) -> bool:

@@ -18,6 +18,7 @@ from torch.func import jacfwd, jacrev, vmap
 
 from implicit_attention import Anderson, Implicit, ImplicitQueryAttention, NewtonKrylov, Picard, Unrolled, fixed_point
 from implicit_attention.causal.rows import RowProblem, solve_rows
+from implicit_attention.causal.triton import sweeps, tiles
 from implicit_attention.causal.triton.call import padded
 from implicit_attention.causal.triton.kernels import merge
 from implicit_attention.causal.triton.kernels.row_equation import solve_row
@@ -216,6 +217,34 @@ def test_an_old_triton_is_an_error(version, monkeypatch):
 
 
 EVERYTHING = ("norm", "turn", "bias", "added", "strict")
+
+
+@pytest.mark.parametrize(
+    ("room", "dtype", "plain", "stages"),
+    [
+        (227, torch.bfloat16, True, {64: (3, 3), 128: (3, 2), 256: (3, 2)}),  # Hopper
+        (99, torch.float16, True, {64: (2, 3), 128: (2, 1), 256: None}),
+        (99, torch.float16, False, {64: (2, 2), 128: (2, 1), 256: None}),
+        (227, torch.float32, True, {64: (2, 1), 128: (2, 1), 256: (2, 1)}),
+        (64, torch.float32, True, {64: (2, 1), 128: None}),
+    ],
+    ids=["hopper", "small", "small-biases", "hopper-float32", "tiny"],
+)
+def test_tiles_fit_into_shared_memory(room, dtype, plain, stages, monkeypatch):
+    """Stages of products with Omega_Q, and of attention, by heads' dimension; None where not even one fits."""
+    device = SimpleNamespace(shared_memory_per_block_optin=room * 1024)
+    key = SimpleNamespace(device=torch.device("cuda"))
+    for module in (sweeps, tiles):
+        monkeypatch.setattr(module, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    for dim, wanted in stages.items():
+        system = SimpleNamespace(
+            narrow=dtype, wide=torch.float32, dim=dim, heads=4, groups=4, batch=8, key=key,
+            spec=SimpleNamespace(plain=plain),
+        )  # fmt: skip
+        found = tiles.tiles_for(system)
+        assert sweeps.serves(system) == (wanted is not None)
+        assert (found and (found.queries["num_stages"], found.attends["num_stages"])) == wanted, dim
 
 
 @pytest.mark.slow

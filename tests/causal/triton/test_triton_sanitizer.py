@@ -26,7 +26,7 @@ import implicit_attention
 from implicit_attention import Implicit, ImplicitQueryAttention, Picard
 from implicit_attention.causal import forward_substitution as substitution
 from implicit_attention.causal.triton import kernels as room
-from implicit_attention.causal.triton import sweeps
+from implicit_attention.causal.triton import launches, sweeps
 from implicit_attention.causal.triton.engine import AdjointKernel
 from implicit_attention.causal.triton.kernels import merge
 from implicit_attention.causal.triton.tiles import Tiles
@@ -86,7 +86,8 @@ def with_tiles_of_a_device():
     tiles = Tiles(rows=128, width=64, depth=64, queries=one, attended=64, against=64, attends=one, pulls=one)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "WIDEST", ((0, 80),))
-        patch.setattr(sweeps, "_tiles", lambda system: tiles)
+        for module in (sweeps, launches):
+            patch.setattr(module, "tiles_for", lambda system: tiles)
         return solve(1, 101, torch.float32, 1e-2, heads=3)
 
 
@@ -273,7 +274,7 @@ def settled_rows_far_on():
     layer = make("triton", 1e-4, F64)
     equation = layer.equation(inputs(1, 18))
     system = substitution.CausalSystem(equation.function, tuple(a.detach() for a in equation.args))
-    kernel = substitution._Forward(system, layer.solver, "triton", F64).compiled
+    kernel = substitution._Forward(system, layer.solver, "triton", F64).kernel
     kernel.told |= {"key_n": 2**20, "value_n": 2**20}
     kernel.settle(slice(3072, 3088))
 

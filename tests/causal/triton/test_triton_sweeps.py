@@ -338,39 +338,6 @@ def test_what_followed_on_a_block_that_had_not_settled_is_done_again(monkeypatch
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("room", "dtype", "plain", "stages"),
-    [
-        (227, torch.bfloat16, True, {64: (3, 3), 128: (3, 2), 256: (3, 2)}),  # Hopper
-        (99, torch.float16, True, {64: (2, 3), 128: (2, 1), 256: None}),
-        (99, torch.float16, False, {64: (2, 2), 128: (2, 1), 256: None}),
-        (227, torch.float32, True, {64: (2, 1), 128: (2, 1), 256: (2, 1)}),
-        (64, torch.float32, True, {64: (2, 1), 128: None}),
-    ],
-    ids=["hopper", "small", "small-biases", "hopper-float32", "tiny"],
-)
-def test_tiles_fit_into_shared_memory(room, dtype, plain, stages, monkeypatch):
-    """Stages of products with Omega_Q, and of attention, by heads' dimension; None where not even one fits."""
-    device = SimpleNamespace(shared_memory_per_block_optin=room * 1024)
-    key = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(sweeps, "interpreted", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    for dim, wanted in stages.items():
-        system = SimpleNamespace(
-            narrow=dtype,
-            wide=torch.float32,
-            dim=dim,
-            heads=4,
-            groups=4,
-            batch=8,
-            key=key,
-            spec=SimpleNamespace(plain=plain),
-        )
-        tiles = sweeps.tiles_for(system)
-        assert sweeps.serves(system) == (wanted is not None)
-        assert (tiles and (tiles.queries["num_stages"], tiles.attends["num_stages"])) == wanted, dim
-
-
 @pytest.fixture
 def hopeful(monkeypatch):
     """Go on from calm blocks as on a device, on which nothing has to be waited for here; record where that is done."""

@@ -17,4 +17,8 @@ Arguments have the same names in all kernels, and a kernel documents only the ot
 - `sweep` counts sweeps from 0. `slot` counts the elements of a program's scratch `work`.
 - Types: sums are in `wide`. Tensors enter products in `operand`. `precision` is that of products of float32 tensors.
 - An argument that is None stands for a tensor that the map does not have.
+
+The kernels with one program per sample hand arguments on in groups (`tiles.Constants`, `tiles.Columns`, ...). Their
+pointers are those of the program's sample, and rows count from the block's first. `s` is the first of the 16 rows that
+are in work, and `m` counts those of them that the block has.
 """

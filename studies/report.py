@@ -25,7 +25,7 @@ def page(found: Records, tables: Mapping[str, Table], budget: str = "cpu") -> st
         Markdown.
     """
     shown = [(table, found[name]) for name, table in tables.items() if name in found]
-    parts = ["# Results", sentences.INTRODUCTION, *sentences.machines(found)]
+    parts = ["# Results", sentences.INTRODUCTION]
     if lacking := missing(found, tables):
         parts.append(sentences.missing(lacking))
     if budget == "smoke":
@@ -35,6 +35,7 @@ def page(found: Records, tables: Mapping[str, Table], budget: str = "cpu") -> st
         parts += ["## Where it does not help", *no_help(shown)]
     if budget != "smoke" and (chosen := recommendation(found)):
         parts += ["## Defaults", sentences.DEFAULTS, *chosen]
+    parts += ["## How arms are compared", sentences.METHOD, *sentences.machines(found)]
     for table, rows in shown:
         ordered = in_order(table, rows)
         parts += [f"## {table.title}", *mechanism(table.name), *sentences.settings(table, ordered, budget)]

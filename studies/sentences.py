@@ -8,10 +8,10 @@ from studies.table import Table
 
 INTRODUCTION = """What one implicit layer learns, next to other layers of the same size, and what it does not learn.
 `implicit-attention eval --all --budget cpu` makes this page from the records in `docs/data/eval/`, and makes the
-records that are not there.
+records that are not there. [How arms are compared](#how-arms-are-compared) says what stands behind the figures, and
+the [glossary](faq.md#glossary) explains words such as *arm* and *tap*."""
 
-How arms are compared:
-
+METHOD = """\
 - All arms of a table have the same embedding, head and optimiser, and parameter counts within 2 %. An arm whose mixer
   has more weights has narrower MLPs. Attention has a learned relative bias, unless a row names other positions. So
   ordinary attention gives SDPA a mask of N x N in each step, which is slower than its `is_causal`. GRU and Gated

@@ -271,7 +271,7 @@ def test_every_table_that_compares_arms_says_what_should_solve_it():
     compared = [name for name, shown in tables("cpu").items() if shown.group != "studies"]
     assert list(mechanisms.MECHANISMS) == compared
     text = report.page({"one": {"ordinary": [run(0, 0.5)]}}, {"one": replace(table(), name="one", title="A title")})
-    assert "should" in sentences.INTRODUCTION
+    assert "should" in sentences.METHOD
     assert report.mechanism("one") == [], text
     shown = report.page({"gaps": {"ordinary": [run(0, 0.5)]}}, {"gaps": replace(table(), name="gaps", title="Gaps")})
     assert f"## Gaps\n\n{mechanisms.MECHANISMS['gaps']}\n\n" in shown

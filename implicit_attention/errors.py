@@ -3,11 +3,21 @@
 A message names the argument, what was expected, what came, and what to do.
 """
 
+import sys
+import warnings
 from math import isfinite
+from reprlib import Repr
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_INSIDE = ("implicit_attention", "torch")  # what a warning does not point into
+_LONGEST = 100  # characters of a value that a message holds
+_BRIEF = Repr()
+_BRIEF.maxlevel = 1
+_BRIEF.maxstring = _BRIEF.maxother = _LONGEST
 
 
 class ConvergenceWarning(UserWarning):
@@ -33,7 +43,11 @@ def describe(value: object) -> str:
     """Return a short description of a value for an error message: type, shape, dtype, device."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    kind, shape = type(value).__name__, getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:
+        return f"an array of shape {shape} ({kind})"
+    text = repr(value)
+    return f"{text if len(text) <= _LONGEST else _BRIEF.repr(value)} ({kind})"
 
 
 class Came(str):
@@ -53,6 +67,20 @@ def counted(number: int, noun: str) -> str:
 def bad_value(argument: str, expected: str, got: object, remedy: str = "") -> ValueError:
     """Return the `ValueError` for an argument with a value that cannot work."""
     return ValueError(_sentence(argument, expected, got, remedy))
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called into this package or into torch, whatever the depth of the call.
+
+    Args:
+        message: What is said.
+        category: Of the warning.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=2 if frame is None else level)
 
 
 def missing_extra(what: str, package: str, extra: str) -> ImportError:
@@ -85,7 +113,7 @@ def check_positive(argument: str, value: Any, *, integer: bool = False, zero: bo
     if isinstance(value, bool) or not isinstance(value, types):
         raise bad_type(argument, f"{kind} {bound}", value)
     if not (value >= 0 if zero else value > 0) or value == float("inf"):
-        raise bad_value(argument, f"{kind} {bound} and finite", value)
+        raise bad_value(argument, f"{kind} {bound}" + ("" if integer else " and finite"), value)
 
 
 def first_non_finite(named: dict[str, Tensor | None]) -> str | None:

@@ -1,7 +1,8 @@
 """What may enter a layer: every check of its input tensors, made once, before anything is computed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import TypedDict
 
 import torch
@@ -93,20 +94,39 @@ class InputOptions(TypedDict, total=False):
 
 
 _NAMES = tuple(InputOptions.__annotations__)
+_ONE_X = (
+    "x is query, key and value alike: layer(x). Keys and values can come from a second tensor, layer(x, context), in a "
+    'layer with normalize_over="keys". For modules that call nn.MultiheadAttention, see docs/using.md.'
+)
+_ELSEWHERE = {  # what calls of other libraries name, and what stands in its place here
+    **dict.fromkeys(("query", "key", "value"), _ONE_X),
+    "is_causal": "It is an option of the layer: ImplicitQueryAttention(..., is_causal=True).",
+    "attention_mask": "There 1 means keep, and here True means hidden: key_padding_mask=attention_mask == 0.",
+    "past_key_values": "Give cache=layer.make_cache(...).",
+    "position_ids": "Positions count tokens, those of a cache first; segments begin anew with each document.",
+}
 
 
-def check_names(given: Mapping[str, object]) -> None:
-    """Refuse inputs of other names.
+def check_names(given: Iterable[str], others: tuple[str, ...] = (), by_place: int = 0) -> None:
+    """Refuse inputs of other names, and inputs that need one.
 
     Args:
-        given: What a call was given beside `x` and `context`.
+        given: The names that a call was given beside `x` and `context`.
+        others: Names that the call takes beside those of `InputOptions`.
+        by_place: How many came without a name after `x` and `context`.
 
     Raises:
-        TypeError: If one has no name of `InputOptions`.
+        TypeError: If one has an unknown name or none.
     """
+    if by_place:
+        raise TypeError(f"The layer takes x and context by place, and all others by name. {_ONE_X}")
+    names = (*_NAMES, *others)
     for name in given:
-        if name not in _NAMES:
-            raise TypeError(f"`{name}` is no input of the layer. It takes x, context, {', '.join(_NAMES)}.")
+        if name not in names:
+            close = get_close_matches(name, names, 1)
+            remedy = _ELSEWHERE.get(name) or (f"Did you mean `{close[0]}`?" if close else "")
+            takes = f"It takes x, context, {', '.join(names)}."
+            raise TypeError(f"`{name}` is no input of the layer. {takes} {remedy}".rstrip())
 
 
 def checked(
@@ -166,10 +186,17 @@ def checked(
     return _with_masks(settings, inputs)
 
 
+_OF_DIMENSIONS = {
+    True: "Dimensions before the tokens are samples: flatten them into one, x.flatten(0, -3).",
+    False: "A sequence of one token is x[None].",
+}
+
+
 def check_input(name: str, x: object, weight: Tensor | None, embed_dim: int, *, any_lead: bool = False) -> None:
     """Refuse what cannot be an input `[B, N, D]` or `[N, D]` (any leading dimensions with `any_lead`)."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise bad_type(name, f"a float tensor [B, N, {embed_dim}]", x)
+        remedy = f"Convert it: torch.as_tensor({name}) with a float dtype." if hasattr(x, "__array__") else ""
+        raise bad_type(name, f"a float tensor [B, N, {embed_dim}]", x, "" if isinstance(x, Tensor) else remedy)
     if x.is_nested or x.layout != torch.strided:
         raise bad_type(name, f"a dense tensor [B, N, {embed_dim}]", Came("a nested or sparse one"),
                        f"Pad it ({name}.to_padded_tensor(0.0), or {name}.to_dense()) and name the padding in "
@@ -177,17 +204,19 @@ def check_input(name: str, x: object, weight: Tensor | None, embed_dim: int, *, 
     shape_fits = x.dim() >= 2 if any_lead else x.dim() in (2, 3)
     if not shape_fits or x.shape[-1] != embed_dim:
         lead = "..." if any_lead else "B"
-        raise bad_value(name, f"of shape [{lead}, N, {embed_dim}] or [N, {embed_dim}]", x,
-                        f"The last dimension must be embed_dim={embed_dim}.")  # fmt: skip
+        last = not x.dim() or x.shape[-1] != embed_dim
+        remedy = f"The last dimension must be embed_dim={embed_dim}." if last else _OF_DIMENSIONS[x.dim() > 1]
+        raise bad_value(name, f"of shape [{lead}, N, {embed_dim}] or [N, {embed_dim}]", x, remedy)
     if x.shape[-2] == 0:
         raise bad_value(name, "of at least one token (N >= 1)", x, "An empty sequence has no equilibrium.")
     if weight is None:  # only the module knows what it takes
         return
     if x.device != weight.device:
-        raise bad_value(name, f"on the parameters' device, {weight.device}", x, f"Move it: {name}.to(layer device).")
+        raise bad_value(name, f"on the parameters' device, {weight.device}", x,
+                        f'Make it there, or move it: {name}.to("{weight.device}").')  # fmt: skip
     if x.is_meta:
         raise bad_value(name, "on a device that holds numbers", x, "A solve reads residuals to stop: move the "
-                        "layer (layer.to_empty(device=...), then load its weights) and the input.")  # fmt: skip
+                        "layer (layer.to_empty(device=...), then load its weights). Make the input anew.")  # fmt: skip
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         layer = f" or the layer (layer.to({x.dtype}))" if x.dtype.itemsize > 1 else ""  # nothing computes in fewer bits
         raise bad_type(name, f"of the parameters' dtype, {weight.dtype}", x,
@@ -223,6 +252,8 @@ def _past(settings: Settings, inputs: Inputs, cache: Cache) -> Past | None:
     check_cacheable(settings)
     if inputs.context is not None:
         raise bad_value("cache", "None next to a context", Came("a cache"), "The context stands in its place.")
+    if not callable(getattr(cache, "past", None)):
+        raise bad_type("cache", "one that layer.make_cache(batch_size, capacity) makes", cache)
     refuse_recomputation()
     padding = inputs.key_padding_mask
     if isinstance(padding, Tensor) and padding.dtype != torch.bool:
@@ -287,7 +318,12 @@ def _with_masks(settings: Settings, inputs: Inputs) -> Inputs:
             "attn_mask",
             f"of shape ({rows}, {cols}), ({batch * heads}, {rows}, {cols}) or ({batch}, {heads}, {rows}, {cols})",
             mask,
-            "Its rows are output tokens, its columns the tokens they may see.",
+            "Its rows are output tokens, its columns the tokens they may see."
+            + (
+                f" One for all heads: mask.expand(-1, {heads}, -1, -1)."
+                if mask.dim() == 4 and mask.shape[1] == 1
+                else ""
+            ),
         )
     mask = _hiding(mask).reshape(*lead, rows, cols)
     if inputs.segments is None:
@@ -329,4 +365,6 @@ def non_finite(named: dict[str, Tensor | None], otherwise: str = OVERFLOW) -> No
     found = first_non_finite(named)
     if found is None:
         return NonFiniteError(otherwise)
-    return NonFiniteError(f"{found}: an equilibrium cannot be solved from it. Check what made it.")
+    padded = found.startswith("`x`") and named.get("key_padding_mask") is not None
+    remedy = " Hidden tokens count, too: x.masked_fill(key_padding_mask[..., None], 0.0)." if padded else ""
+    return NonFiniteError(f"{found}: an equilibrium cannot be solved from it. Check what made it.{remedy}")

@@ -1,7 +1,7 @@
 """The layer: implicit-query attention solved to its equilibrium, with all its options."""
 
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Never, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from implicit_attention.equilibrium.solvers.solution import writable
 from implicit_attention.errors import Came, bad_type, bad_value
 from implicit_attention.inputs import InputOptions, Inputs, check_cacheable, check_names, checked, dtype_of_values
 from implicit_attention.recommended import Recommended
-from implicit_attention.settings import CHANGEABLE, Configured, Settings
+from implicit_attention.settings import CHANGEABLE, Configured, Settings, unknown_option
 from implicit_attention.solving import make_adjoint, make_solver, solve_call
+
+_OF_FORWARD = ("need_weights", "average_attn_weights", "need_solution", "gains")
 
 
 class ImplicitQueryAttention(Recommended, Configured, Reporting):
@@ -68,6 +70,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         on_failure: str = "warn",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: Never,
     ) -> None:
         """Make the layer.
 
@@ -109,9 +112,10 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                 name and their number; "raise"; or "ignore". `last_solve` has the figures in any case.
             device: Device of the parameters.
             dtype: Their dtype.
+            **unknown: None.
 
         Raises:
-            TypeError: If an argument is of the wrong type.
+            TypeError: If an argument is of the wrong type, or has an unknown name.
             ValueError: If a value is unknown, out of range, or without effect next to the others.
 
         Reference:
@@ -119,6 +123,8 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             arXiv 1909.01377 (2019). Attention to own outputs: the Recurrent Transformer, arXiv 2604.21215.
         """
         super().__init__()
+        if unknown:
+            raise unknown_option(next(iter(unknown)))
         self.settings = Settings(
             embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,  # type: ignore[arg-type]
             is_causal=is_causal, window=window, self_query=self_query, normalize_over=normalize_over,
@@ -177,7 +183,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         self,
         x: Tensor,
         context: Tensor | None = None,
-        *,
+        *more: Never,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cache: Cache | None = None,
@@ -188,6 +194,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
         average_attn_weights: bool = True,
         need_solution: bool = False,
         gains: bool = False,
+        **unknown: Never,
     ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor | None, Solution]:
         """Return the equilibrium, projected if the layer has an `out_proj`.
 
@@ -213,16 +220,20 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             average_attn_weights: Average it over the heads.
             need_solution: Also return what `solve` returns, for a model that logs it: hooks see this call as any other.
             gains: As in `solve`; needs `need_solution`.
+            *more: None: all others go by name.
+            **unknown: None.
 
         Returns:
             `[B, N, D]` or `[N, D]`, zeros (before `out_proj`) in rows that see nothing; with `need_weights` also
             `[B, N, M]`, or `[B, H, N, M]` if not averaged; with `need_solution` output, weights or None, and solution.
 
         Raises:
-            TypeError: If a tensor is of the wrong type.
+            TypeError: If a tensor is of the wrong type, or an argument has an unknown name.
             ValueError: If a shape, dtype or device does not fit, or an input or weight holds NaN or Inf.
             ConvergenceError: If the tolerance is missed and `on_failure` is "raise".
         """
+        if more or unknown:
+            check_names(unknown, _OF_FORWARD, len(more))
         if gains and not need_solution:
             raise bad_value("gains", "False without need_solution=True", gains, "Or call `solve`.")
         self._check_gains(gains)

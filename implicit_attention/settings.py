@@ -222,6 +222,30 @@ NAMES = frozenset(field.name for field in fields(Settings))
 # What a made layer can still change: the others decide the shapes of its parameters.
 CHANGEABLE = frozenset({"is_causal", "window", "self_query", "feedback_norm", "dropout", "max_gain", "scale"})
 _WORDS = sorted(NAMES | {"solver", "adjoint", "on_failure"})  # what a misspelt attribute may have meant
+_ELSEWHERE = {  # what other libraries call an option
+    **dict.fromkeys(("d_model", "dim", "hidden_size", "width", "n_embd"), "embed_dim"),
+    **dict.fromkeys(("heads", "n_heads", "nhead", "n_head", "num_attention_heads"), "num_heads"),
+    **dict.fromkeys(("kv_heads", "num_key_value_heads"), "num_kv_heads"),
+    "dim_head": "head_dim", "causal": "is_causal", "sliding_window": "window", "attn_dropout": "dropout",
+    "dropout_p": "dropout", "pos": "positions", "rope": "positions",
+}  # fmt: skip
+_OF_SOLVERS = ("rtol", "atol", "tol", "max_steps", "max_iter", "kernel")
+
+
+def unknown_option(name: str) -> TypeError:
+    """Return the error for an option that a layer does not have, with what it may have meant."""
+    if name == "batch_first":
+        remedy = "Inputs are [batch, tokens, width] always: leave it out."
+    elif name in _OF_SOLVERS:
+        remedy = "It is one of solvers, as in solver=ForwardSubstitution(rtol=1e-5)."
+    else:
+        close = get_close_matches(name, _WORDS, 1)
+        meant = _ELSEWHERE.get(name) or (close[0] if close else None)
+        remedy = "help(ImplicitQueryAttention) lists them." if meant is None else f"Did you mean `{meant}`?"
+    return TypeError(f"a layer has no option `{name}`. {remedy}")
+
+
+_OF_MULTIHEAD = ("batch_first", "in_proj_weight", "in_proj_bias", "_qkv_same_embed_dim")
 _SEEN = {"query_input", "query_output", "out_proj", "bias"}  # the printed modules show them
 _MODULES = frozenset({"out_proj"})  # settings whose names belong to the modules that they make
 
@@ -236,6 +260,11 @@ class Configured(nn.Module):
         settings = self.__dict__.get("settings")
         if settings is not None and name in NAMES - _MODULES:
             return getattr(settings, name)
+        if name in _OF_MULTIHEAD:
+            raise AttributeError(
+                f"a layer has no `{name}`: it is called with one x, unlike nn.MultiheadAttention. For what calls "
+                'that one, see "In place of nn.MultiheadAttention" in docs/using.md.'
+            )
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:

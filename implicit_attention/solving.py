@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,15 +16,16 @@ from implicit_attention.causal.forward_substitution import ForwardSubstitution
 from implicit_attention.decoding import Decoded, decode, serves
 from implicit_attention.equation import Equation, prepare
 from implicit_attention.equation.collapse import watch, watch_masks
-from implicit_attention.equation.packing import PackedMap, outside_graphs
+from implicit_attention.equation.packing import IN_A_GRAPH, READS, PackedMap
 from implicit_attention.equation.projection import Layer, project
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.adjoints import Adjoint, Implicit, Phantom, Unrolled
+from implicit_attention.equilibrium.outside_graphs import outside_graphs
 from implicit_attention.equilibrium.problem import Problem
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.equilibrium.solvers import Anderson, DirectSolver, Method, Solution
 from implicit_attention.equilibrium.solvers.solution import writable
-from implicit_attention.errors import NonFiniteError, all_finite, bad_type, bad_value, required
+from implicit_attention.errors import Came, NonFiniteError, all_finite, bad_type, bad_value, required
 from implicit_attention.inputs import Inputs, non_finite
 from implicit_attention.settings import Settings
 
@@ -38,6 +40,7 @@ class SolvedLayer(Layer, Protocol):
         """Return the parameters by name, for a message that says which is to blame."""
 
 
+_SOLVERS = ("Picard", "Anderson", "Broyden", "NewtonKrylov", "ForwardSubstitution", "Contraction")
 _ADJOINTS = {"implicit": Implicit, "unrolled": Unrolled, "phantom": Phantom}
 
 
@@ -57,19 +60,25 @@ def make_solver(solver: str | Method, settings: Settings, adjoint: Adjoint) -> M
         ValueError: If it cannot solve the layer's equations.
     """
     if isinstance(solver, Contraction) and settings.max_gain is None:
-        raise bad_value("solver", "one for maps of any kind with max_gain=None", solver,
-                        "Only a layer with max_gain contracts by a known rate.")  # fmt: skip
+        raise bad_value("solver", "another one with max_gain=None", Came("Contraction(...)"),
+                        "Only maps with max_gain contract by a known rate: give the layer max_gain=0.9, or take "
+                        "Anderson().")  # fmt: skip
     if isinstance(solver, DirectSolver) and not (settings.triangular or isinstance(solver, Contraction)):
         raise bad_value(
             "solver", 'an iterative one unless is_causal=True and normalize_over="queries"', solver,
             'Rows depend on later rows here, or on no other: use "auto" or Anderson().',
         )  # fmt: skip
     if isinstance(solver, Method):
+        if isinstance(adjoint, Unrolled):
+            adjoint.check(solver)
         return solver
     if not isinstance(solver, str):
         raise bad_type("solver", '"auto" or a solver object such as Picard()', solver)
     if solver != "auto":
-        raise bad_value("solver", '"auto" or a solver object such as Picard()', solver)
+        named = get_close_matches(solver.replace("_", "").lower(), [name.lower() for name in _SOLVERS], 1)
+        called = next((name for name in _SOLVERS if named and name.lower() == named[0]), None)
+        remedy = "" if called is None else f"Write solver={called}()."
+        raise bad_value("solver", '"auto" or a solver object such as Picard()', solver, remedy)
     if isinstance(adjoint, Unrolled):
         return Anderson()
     return ForwardSubstitution() if settings.triangular else Anderson() if settings.max_gain is None else Contraction()
@@ -235,11 +244,12 @@ def solve_call(
         The solution, and what it was made from.
 
     Raises:
-        ValueError: If the map or the output holds NaN or Inf; the message names the input or parameter to blame.
+        ValueError: If the map or the output holds NaN or Inf; the message names the input or parameter to blame. Or
+            if packed documents are exported.
         ConvergenceError: If the tolerance is missed and the report raises.
     """
     if inputs.packed and torch.compiler.is_compiling():
-        solved = outside_graphs(_solve_call)(layer, report, inputs, history, False)
+        solved = outside_graphs(_solve_call, READS, IN_A_GRAPH)(layer, report, inputs, history, False)
     else:
         solved = _solve_call(layer, report, inputs, history, may_decode)
     return solved._replace(output=_output(layer, inputs, solved.solution.value)) if needs_output else solved

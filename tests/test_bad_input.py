@@ -1,7 +1,12 @@
 """Bad input: the exact exception, and a message that names the argument, what was expected, and what came."""
 
+import warnings
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from implicit_attention import (
     ALiBi,
@@ -91,12 +96,106 @@ def test_constructor(case):
         ImplicitQueryAttention(**{"embed_dim": D, "num_heads": H} | options)
 
 
-@pytest.mark.parametrize(
-    "make", [ImplicitQueryAttention, ImplicitQueryAttentionLinearV, Anderson], ids=lambda m: m.__name__
-)
+@pytest.mark.parametrize("make", [ImplicitQueryAttentionLinearV, Anderson], ids=lambda m: m.__name__)
 def test_unknown_keywords_are_errors(make):
     with pytest.raises(TypeError, match="unexpected keyword argument 'is_casual'"):
         make(4, is_casual=True)
+
+
+@pytest.mark.parametrize("make", [ImplicitQueryAttention, ImplicitQueryAttention.for_encoder], ids=["init", "encoder"])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("is_casual", "Did you mean `is_causal`?"),
+        ("heads", "Did you mean `num_heads`?"),
+        ("d_model", "Did you mean `embed_dim`?"),
+        ("batch_first", r"\[batch, tokens, width\] always"),
+        ("rtol", r"ForwardSubstitution\(rtol=1e-5\)"),
+        ("zzz", "lists them"),
+    ],
+)
+def test_unknown_options_say_what_they_may_have_meant(make, name, remedy):
+    with pytest.raises(TypeError, match=f"a layer has no option `{name}`. .*{remedy}"):
+        make(D, H, **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("key_pading_mask", "Did you mean `key_padding_mask`?"),
+        ("attention_mask", "key_padding_mask=attention_mask == 0"),
+        ("is_causal", r"ImplicitQueryAttention\(..., is_causal=True\)"),
+        ("key", "query, key and value alike"),
+        ("past_key_values", r"layer.make_cache\(...\)"),
+        ("zzz", "It takes x, context, attn_mask"),
+    ],
+)
+def test_unknown_inputs_say_what_they_may_have_meant(name, remedy):
+    for call in (layer(), layer().solve):
+        with pytest.raises(TypeError, match=f"`{name}` is no input of the layer. .*{remedy}"):
+            call(x(), **{name: None})
+
+
+def test_calls_like_those_of_multihead_attention_are_explained():
+    with pytest.raises(TypeError, match=r"x is query, key and value alike: layer\(x\).*docs/using.md"):
+        layer()(x(), x(), x())
+    encoder = nn.TransformerEncoderLayer(D, H, batch_first=True).eval()
+    encoder.self_attn = layer()
+    with pytest.raises(AttributeError, match=r"unlike nn.MultiheadAttention.*docs/using.md"):
+        encoder(x())
+    assert "## In place of nn.MultiheadAttention" in (Path(__file__).parents[1] / "docs" / "using.md").read_text()
+
+
+@pytest.mark.parametrize("cache", [{}, []], ids=["dict", "list"])
+def test_a_cache_of_another_kind_is_refused(cache):
+    with refused(TypeError, "cache", r"layer.make_cache\(batch_size, capacity\)"):
+        layer(is_causal=True)(x(), cache=cache)
+
+
+def test_long_values_are_described_in_short():
+    with refused(TypeError, "x", r"an array of shape \(2, 500, 4\) \(ndarray\)", "torch.as_tensor"):
+        layer()(np.zeros((2, 500, 4)))
+    with refused(TypeError, "key_padding_mask", r"got \[\[\.\.\.\], .{30,60} \(list\)"):
+        layer()(x(), key_padding_mask=[[False] * 500] * 20)
+
+
+@pytest.mark.parametrize(
+    ("shape", "remedy"),
+    [((D,), r"x\[None\]"), ((2, 2, 3, D), r"x.flatten\(0, -3\)"), ((2, 3, D + 1), "last dimension")],
+)
+def test_the_remedy_for_a_shape_is_that_of_its_fault(shape, remedy):
+    with refused(ValueError, "x", remedy):
+        layer()(torch.zeros(shape))
+
+
+def test_a_mask_for_all_heads_is_expanded():
+    with refused(ValueError, "attn_mask", rf"mask.expand\(-1, {H}, -1, -1\)"):
+        layer()(x(), attn_mask=torch.zeros(2, 1, 3, 3))
+
+
+def test_nan_in_padding_has_a_remedy():
+    holes = x().index_fill(1, torch.tensor(2), NAN)
+    hidden = torch.zeros(2, 3, dtype=torch.bool)
+    hidden[:, 2] = True
+    with refused(
+        ValueError, "x", "NaN", "Hidden tokens count, too", r"masked_fill\(key_padding_mask\[..., None\], 0.0\)"
+    ):
+        layer(is_causal=True)(holes, key_padding_mask=hidden)
+    fine = layer(is_causal=True)(holes.masked_fill(hidden[..., None], 0.0), key_padding_mask=hidden)
+    assert fine.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "written"), [("anderson", "Anderson"), ("newton_krylov", "NewtonKrylov")])
+def test_a_solver_by_name_is_told_how_it_is_written(name, written):
+    with refused(ValueError, "solver", rf"Write solver={written}\(\)"):
+        layer(solver=name)
+
+
+def test_warnings_point_to_the_line_that_called():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        nn.Sequential(layer(solver=Picard(max_steps=1), query_input=True))(50 * x())
+    assert [w.filename for w in caught] == [__file__]
 
 
 SETTINGS = {
@@ -143,7 +242,7 @@ BOTH = {
     "no-tokens": (x(B, 0, D), ValueError, "x", "N >= 1", r"\(2, 0, 4\)", "no equilibrium"),
     "dtype": (x(dtype=torch.float64), TypeError, "x", "float32", "float64", r"x\.to\(torch\.float32\)"),
     "float8": (x().to(torch.float8_e4m3fn), TypeError, "x", "float32", "float8", r"x\.to\(torch\.float32\)\)\.$"),
-    "device": (x(device="meta"), ValueError, "x", "device, cpu", "on meta", "Move it"),
+    "device": (x(device="meta"), ValueError, "x", "device, cpu", "on meta", r'or move it: x.to\("cpu"\)'),
     "nan": (x().index_fill(1, torch.tensor(1), NAN), ValueError, "x", "holds 8 NaN or Inf of 24", "Check what made it"),
     "inf": (x().index_fill(1, torch.tensor(1), INF), ValueError, "x", "holds 8 NaN or Inf of 24", "Check what made it"),
 }

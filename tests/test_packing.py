@@ -472,5 +472,5 @@ def test_compiled_layers_leave_the_graph():
     whole = torch.compile(layer, backend="aot_eager", fullgraph=True)
     close(whole(x, segments=numbered(lengths), attn_mask=torch.zeros(9, 9).bool()), array(expected), 1e-6)
     torch._dynamo.reset()
-    with refused(ValueError, "segments", "exported program", "next to an attn_mask"):
+    with pytest.raises(ValueError, match=r"segments.*exported program.*next to an attn_mask"):
         torch.export.export(layer, (x,), {"segments": numbered(lengths)}, strict=False)

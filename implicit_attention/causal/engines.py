@@ -5,7 +5,6 @@ in torch, serves every map on every device; rows that an engine gives up on are 
 """
 
 import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +20,7 @@ from implicit_attention.causal import cpu, self_test, triton
 from implicit_attention.causal.diagonal_adjoint import BlockAdjoint
 from implicit_attention.causal.system import CausalSystem
 from implicit_attention.equilibrium.triton_available import check_version
-from implicit_attention.errors import Came, bad_value, missing_extra
+from implicit_attention.errors import Came, bad_value, missing_extra, warn
 
 _LOG = logging.getLogger("implicit_attention")
 
@@ -191,7 +190,8 @@ def _check(kernel: str, hindrance: str | None) -> None:
     if missing is not None:
         raise missing
     if hindrance:
-        expected = f'"auto" or "torch" unless {known.serves}'
+        others = ", ".join(f'"{name}"' for name in ("auto", "torch", *_ENGINES) if name != kernel)
+        expected = f"one of {others} unless {known.serves}"
         raise bad_value("kernel", expected, Came(f'"{kernel}" where {hindrance}'))
 
 
@@ -220,11 +220,10 @@ def _say_once(missing: str) -> None:
 
 @cache
 def _warn_once(name: str, device: torch.device, wrong: str) -> None:
-    warnings.warn(
+    warn(
         f'kernel="auto": the {name} kernels fail their self-test on {device} ({wrong}), so torch computes causal '
         "layers there, several times slower. The next process tests them again.",
         RuntimeWarning,
-        stacklevel=2,
     )
 
 

@@ -10,6 +10,7 @@ from implicit_attention.equation import Equation
 from implicit_attention.equation.packing import PackedMap
 from implicit_attention.equation.projection import Layer
 from implicit_attention.equilibrium import maps
+from implicit_attention.equilibrium.outside_graphs import outside_graphs
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.errors import CollapseWarning
 from implicit_attention.inputs import HIDDEN, Inputs
@@ -65,7 +66,7 @@ def watch_for_collapse(
     padding, sentence = inputs.key_padding_mask if inputs.context is None else None, _COLLAPSED[settings.rows_are_keys]
     look: Callable[..., None] = _look
     if torch.compiler.is_compiling():  # these solves are no part of a compiled graph either
-        look = torch.compiler.disable(_look)  # type: ignore[no-untyped-call]
+        look = outside_graphs(_look, "Whether all outputs are one vector is read on the host.", _APART)
     look(start, value, padding, sentence, report)
 
 
@@ -116,6 +117,7 @@ def _look(start: Tensor, value: Tensor, padding: Tensor | None, sentence: str, r
         report.once(sentence, CollapseWarning)
 
 
+_APART = "Or make the layer with query_input=True and max_gain=0.9."
 _COLLAPSED = {
     True: "every output is the mean of the values, so all weights are uniform, and Omega_Q and W_K get no gradient. "
     'Make the layer with query_input=True, is_causal=True or positions="rope".',

@@ -4,10 +4,9 @@ The linear maps see the tokens as they are packed. Then documents of similar len
 any batch is: there is no mask between documents, and no work. Results go back to where their tokens stand.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +14,12 @@ from torch import Tensor
 from implicit_attention.attention.map import AttentionMap
 from implicit_attention.documents import document_lengths
 from implicit_attention.equilibrium.solvers import Solution
-from implicit_attention.errors import Came, bad_value
 from implicit_attention.inputs import Inputs
 
-P = ParamSpec("P")
-R = TypeVar("R")
-_IN_A_GRAPH = (
-    "Or give segments next to an attn_mask, which may hide nothing (zeros(N, N) of bool): no lengths are read then."
+READS = "The lengths of packed documents (segments, cu_seqlens) are read on the host."
+IN_A_GRAPH = (
+    "Or give documents as samples, [docs, L, D]; or segments next to an attn_mask, which may hide nothing (zeros(N, N) "
+    "of bool): no lengths are read then."
 )
 _OVERHEAD = 128  # tokens: what a batch costs beyond its own; between 64 and 256 the measured times hardly differ
 
@@ -203,29 +201,6 @@ class PackedMap:
             found.append(rest[: len(function.names)])
             rest = rest[len(function.names) :]
         return found
-
-
-def outside_graphs(solve: Callable[P, R]) -> Callable[P, R]:
-    """End the graph that is being compiled, since the lengths of documents decide what follows.
-
-    Args:
-        solve: What is to run outside it.
-
-    Returns:
-        The same, which torch.compile leaves alone.
-
-    Raises:
-        ValueError: If a program is being exported, which has no place outside its graph.
-    """
-    if torch.compiler.is_exporting():
-        raise bad_value("segments", "None, as cu_seqlens, in an exported program", Came("packed documents"),
-                        f"Export it for documents as samples, [docs, L, D]. {_IN_A_GRAPH}")  # fmt: skip
-    torch._dynamo.graph_break(
-        msg="The lengths of packed documents (segments, cu_seqlens) are read on the host. Compile without "
-        f"fullgraph=True, or give documents as samples, [docs, L, D]. {_IN_A_GRAPH}"
-    )
-    outside: Callable[P, R] = torch.compiler.disable(solve)  # type: ignore[no-untyped-call]
-    return outside
 
 
 def _per_token(solution: Solution, length: int) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Gradient methods for an equilibrium: implicit differentiation, unrolling, and phantom steps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,10 +9,16 @@ from torch.utils.checkpoint import checkpoint
 
 from implicit_attention.equilibrium import maps
 from implicit_attention.equilibrium.implicit_function import Run, impure, solve_opaquely
+from implicit_attention.equilibrium.outside_graphs import outside_graphs
 from implicit_attention.equilibrium.problem import Problem
 from implicit_attention.equilibrium.solvers import Method, Solution
 from implicit_attention.equilibrium.solvers.solution import nothing_to_solve, zero_of
 from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
+
+_READS = "This solver reads residuals on the host to decide when to stop."
+_WHOLE = (
+    "Or take a layer with is_causal=True, or with query_input=True and max_gain=0.9, whose solver a graph can hold."
+)
 
 
 class Adjoint(ABC):
@@ -35,8 +40,7 @@ class Adjoint(ABC):
         if not y0.numel():  # an empty batch: nothing to solve, and the gradients are zero
             return nothing_to_solve(y0 + zero_of((y0.detach(), *args)).to(y0.dtype), problem.row_ndim)
         if torch.compiler.is_compiling():
-            solve_eagerly: Callable[..., Solution] = torch.compiler.disable(self.apply)  # type: ignore[no-untyped-call]
-            return solve_eagerly(problem, y0, args, history=history)
+            return outside_graphs(self.apply, _READS, _WHOLE)(problem, y0, args, history=history)
         return self.apply(problem, y0, args, history=history)
 
 
@@ -57,15 +61,26 @@ class Unrolled(Adjoint):
         """Refuse settings that cannot work."""
         check_choice("checkpoint", self.checkpoint, (True, False))
 
-    def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
-        """Solve, with autograd recording the steps."""
-        if not problem.solver.unrollable:
+    def check(self, solver: Method) -> None:
+        """Refuse a solver whose steps autograd cannot differentiate.
+
+        Args:
+            solver: The solver.
+
+        Raises:
+            ValueError: If it is such.
+        """
+        if not solver.unrollable:
             raise bad_value(
                 "adjoint",
-                f"Implicit() or Phantom() with solver={type(problem.solver).__name__}",
+                f"Implicit() or Phantom() with solver={type(solver).__name__}",
                 Came("Unrolled()"),
                 "Its steps cannot be differentiated: change the adjoint, or choose Picard, Anderson or Broyden.",
             )
+
+    def apply(self, problem: Problem, y0: Tensor, args: tuple[Tensor, ...], *, history: bool) -> Solution:
+        """Solve, with autograd recording the steps."""
+        self.check(problem.solver)
         try:
             return problem.solve(lambda y: self._call(problem.function, y, args), y0, history=history)
         except RuntimeError as error:

@@ -3,7 +3,6 @@
 import itertools
 import sys
 import threading
-import warnings
 import weakref
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -22,6 +21,7 @@ from implicit_attention.errors import (
     NonFiniteError,
     check_choice,
     counted,
+    warn,
 )
 
 MODES = ("warn", "raise", "ignore")
@@ -219,7 +219,7 @@ class FailureReport:
             category: Of the warning.
         """
         if self._count(category.__name__) == 1:
-            warnings.warn(f"{self.where()}: {sentence} Said once for this layer.", category, stacklevel=4)
+            warn(f"{self.where()}: {sentence} Said once for this layer.", category)
 
     def said(self, category: type[Warning]) -> bool:
         """Return whether `once` has spoken.
@@ -264,7 +264,7 @@ class FailureReport:
         if self._owner is not None:
             so_far = "" if count == 1 else f" {count} failures of this kind so far."
             message += f"{so_far} Said again at the {10 * count}th."
-        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        warn(message, ConvergenceWarning)
 
 
 class Reporting(nn.Module):

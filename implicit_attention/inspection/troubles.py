@@ -68,14 +68,14 @@ def _behaviour(layer: LayerReport, where: Tensor) -> str:
 def _remedy(layer: LayerReport, settings: Settings) -> str:
     if layer.structure == "unmasked" and settings.qk_norm:
         return (
-            "Without a causal mask and with qk_norm no solver finds an equilibrium at ordinary sizes: use "
-            "is_causal=True, or query_input=True with max_gain=0.9 or with qk_norm=False."
+            "Without a causal mask and with qk_norm solvers mostly find no equilibrium: use is_causal=True, or "
+            "query_input=True with max_gain=0.9 or with qk_norm=False. NewtonKrylov() sometimes finds one, in minutes."
         )
     if layer.structure == "causal":
         return 'Use solver="auto" (forward substitution), or self_query="input", which always has one solution.'
     if settings.max_gain is not None:
         return "Raise the tolerance, or compute in a wider dtype."
-    return f"Use {settings.contracting}, which makes the map contract, or try NewtonKrylov() or more max_steps."
+    return f"Use {settings.contracting}, which makes the map contract; or try more max_steps, or NewtonKrylov(): slow."
 
 
 def _collapse(layer: LayerReport, settings: Settings) -> Trouble | None:

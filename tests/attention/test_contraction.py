@@ -449,7 +449,9 @@ def test_refusals():
         ImplicitQueryAttention(8, max_gain=0.9, is_causal=True)
     with pytest.raises(ValueError, match=r"`max_gain` must be None.*query_input=True"):
         ImplicitQueryAttention(8, max_gain=0.9, normalize_over="keys")
-    with pytest.raises(ValueError, match=r"`solver` must be one for maps of any kind with max_gain=None"):
+    with pytest.raises(
+        ValueError, match=r"`solver` must be another one.*give the layer max_gain=0.9, or take Anderson"
+    ):
         ImplicitQueryAttention(8, solver=Contraction())
     with pytest.raises(ValueError, match=r"`steps` must be at least 2"):
         Contraction(steps=1)
@@ -459,7 +461,7 @@ def test_refusals():
     layer.max_gain = None
     with pytest.raises(ValueError, match=r"does not contract by a known rate"):
         layer(torch.randn(1, 3, 8))
-    with pytest.raises(ValueError, match=r"`solver` must be one for maps of any kind"):
+    with pytest.raises(ValueError, match=r"`solver` must be another one with max_gain=None"):
         layer.solver = Contraction(rtol=1e-3)
 
 

@@ -130,3 +130,16 @@ def test_the_operators_fit_what_the_compiler_was_told(dtype):
     operator = torch.ops.implicit_attention.contraction.default
     given = (args, dtype, layer._report.handle, words, numbers, [4, 1, 0])
     torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_runs_outside_of_graphs_is_refused_with_a_remedy():
+    """Where the graph would have to be one: by torch with our words, and in an export by us."""
+    layer, x = ImplicitQueryAttention(16, 2, query_input=True), torch.randn(2, 5, 16)
+    said = r"reads residuals on the host.*max_gain=0.9"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=rf"(?s){said}"):
+        torch.compile(layer, fullgraph=True, backend="eager")(x)
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=said):
+        torch.export.export(layer, (x,), strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend="eager")(x), layer(x))

@@ -74,6 +74,12 @@ def test_an_error_of_the_map_names_its_inputs():
 
 
 def test_unrolling_newton_is_refused():
-    made = layer(solver=NewtonKrylov(), adjoint="unrolled")
-    with refused(ValueError, "adjoint", r"Implicit\(\) or Phantom\(\)", r"Unrolled\(\)", "choose Picard"):
+    said = ("adjoint", r"Implicit\(\) or Phantom\(\)", r"Unrolled\(\)", "choose Picard")
+    with refused(ValueError, *said):
+        layer(solver=NewtonKrylov(), adjoint="unrolled")
+    made = layer(solver=NewtonKrylov())
+    made.adjoint = "unrolled"
+    with refused(ValueError, *said):
         made(x())
+    with refused(ValueError, *said):
+        fixed_point(torch.cos, torch.zeros(2, 1), solver=NewtonKrylov(), adjoint=Unrolled())

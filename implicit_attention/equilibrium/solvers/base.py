@@ -133,7 +133,7 @@ class Solver(Method, ABC):
     @property
     def remedy(self) -> str:
         """What to try where the tolerance is missed, as a sentence."""
-        return f"Raise max_steps (it is {self.max_steps}) or the tolerances, or use NewtonKrylov()."
+        return f"Raise max_steps (it is {self.max_steps}) or the tolerances, or use NewtonKrylov(), which is slow."
 
     @abstractmethod
     def init(self, y: Tensor) -> Any:

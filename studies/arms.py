@@ -112,10 +112,10 @@ class Arm:
         return (self.mixer if own else _ordinary)(task, sizes, width)
 
 
-def _attention(task: Task, sizes: Sizes, taps: int = 0) -> Ordinary:
+def _attention(task: Task, sizes: Sizes, taps: int = 0, *, shifted: bool = False) -> Ordinary:
     return Ordinary(
         sizes.embed_dim, sizes.num_heads, is_causal=task.is_causal, qk_norm=sizes.qk_norm,
-        positions=_positions(sizes), taps=taps,
+        positions=_positions(sizes), taps=taps, shifted=shifted,
     )  # fmt: skip
 
 
@@ -153,6 +153,10 @@ def _feedback_alone(task: Task, sizes: Sizes, width: int) -> Block:
 
 def _keys(taps: int) -> Callable[[Task, Sizes, int], Block]:
     return lambda task, sizes, width: ParallelBlock(_attention(task, sizes, taps), sizes.embed_dim, width)
+
+
+def _shifted(task: Task, sizes: Sizes, width: int) -> Block:
+    return ParallelBlock(_attention(task, sizes, shifted=True), sizes.embed_dim, width)
 
 
 def _convolved(taps: int) -> Callable[[Task, Sizes, int], Block]:
@@ -220,6 +224,7 @@ ARMS = {
         Arm("ordinary", "ordinary attention", _ordinary),
         Arm("ordinary-2", "ordinary attention, twice the layers", _ordinary, depth=2),
         Arm("looped", "ordinary attention, looped", _ordinary, looped=True),
+        _baseline("shifted", "ordinary attention, keys of the token before", _shifted),
         _baseline("keys-2", "ordinary attention, 2-tap convolution on keys", _keys(2)),
         _baseline("keys-4", "ordinary attention, 4-tap convolution on keys", _keys(4)),
         _baseline("keys-8", "ordinary attention, 8-tap convolution on keys", _keys(8)),

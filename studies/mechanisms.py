@@ -5,7 +5,8 @@ looked up. Under a causal mask that makes two lookups in a row, but rows still a
 """
 
 _RECALL = """A value stands right behind its key; when the key comes again, its row has to find the value. So a
-value's column has to hold the token before it. *Should solve it:* a convolution on keys; a GRU before the layer,
+value's column has to hold the token before it. *Should solve it:* keys of the token before, the shortest way, or a
+convolution on keys that learns to be that; a GRU before the layer,
 whose state hands the token on; two lookups in a row, as two layers and an implicit layer make them. *Should not:*
 one ordinary layer, whose columns hold their own token alone; a state of fixed size, once it has more pairs to hold
 than room: Gated DeltaNet has room for all of them here, a GRU of this width mostly not."""

@@ -35,12 +35,21 @@ class Mixer(nn.Module, ABC):
         """
 
 
+class Shift(nn.Module):
+    """Hands the features of each token to the next: a convolution without anything to learn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[B, N, D]`; the first token gets zeros."""
+        return F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
 class Ordinary(Mixer):
     """Softmax self-attention with queries, keys and values of its input, and a learned relative bias."""
 
     def __init__(
-        self, embed_dim: int, num_heads: int, *, is_causal: bool, qk_norm: bool, positions: RelativeBias, taps: int = 0
-    ) -> None:
+        self, embed_dim: int, num_heads: int, *, is_causal: bool, qk_norm: bool, positions: RelativeBias, taps: int = 0,
+        shifted: bool = False,
+    ) -> None:  # fmt: skip
         """Make the layer.
 
         Args:
@@ -50,6 +59,7 @@ class Ordinary(Mixer):
             qk_norm: RMS norm of queries and keys, one learned temperature per head.
             positions: The bias on the scores.
             taps: Tokens of a causal convolution on the keys; 0 for none.
+            shifted: Whether each token has the key of the token before instead.
         """
         super().__init__()
         self.num_heads, self.head_dim, self.is_causal = num_heads, embed_dim // num_heads, is_causal
@@ -60,7 +70,7 @@ class Ordinary(Mixer):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=False)
         self.temperature = nn.Parameter(torch.ones(num_heads)) if qk_norm else None
         self.positions = positions
-        self.convolution = Convolution(embed_dim, taps) if taps else nn.Identity()
+        self.convolution = Convolution(embed_dim, taps) if taps else Shift() if shifted else nn.Identity()
 
     def heads(self, projected: Tensor) -> Tensor:
         """Return `[B, H, N, d]` of `[B, N, D]`, normed where the layer norms; values go through `split_heads`."""

@@ -114,7 +114,7 @@ def overview(shown: Sequence[tuple[Table, Mapping[str, Sequence[Record]]]]) -> l
 
 
 def verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> verdicts.Verdict | None:
-    """Return how the best implicit arm compares with the strongest baseline; without a goal, within equal seconds too.
+    """Return how the best implicit arm compares with the strongest baseline; where no seed solves it, in seconds too.
 
     Args:
         table: The table.
@@ -122,15 +122,16 @@ def verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> ve
         kind: "implicit" or "feedback".
 
     Returns:
-        The comparison, None if one of the two has no records. Without a goal an arm helps only if it is ahead both at
-        equal steps and within equal seconds.
+        The comparison, None if one of the two has no records. Where neither solves the task, or it has no goal, an arm
+        helps only if it is ahead both at equal steps and within equal seconds.
     """
     ours, strongest = (verdicts.strongest(table, rows, which) for which in (kind, "baseline"))
     if ours is None or strongest is None or (rival := verdicts.rival(table, rows, ours)) is None:
         return None
     found = verdicts.compare(table, ours, rival)
     words = f"{_other(rival, strongest)}{found.words}"
-    if table.training.solved is not None or (as_fast := verdicts.rival_in_time(table, rows, ours)) is None:
+    reached = any(run["solved_at"] is not None for run in (*ours.runs, *rival.runs))
+    if reached or (as_fast := verdicts.rival_in_time(table, rows, ours)) is None:
         return verdicts.Verdict(words, found.helps)
     in_time = verdicts.compare(table, ours, as_fast)
     return verdicts.Verdict(

@@ -87,7 +87,7 @@ def _recall() -> list[Table]:
     made = []
     for length, pairs, vocabulary in ((64, 4, 128), (128, 8, 256), (256, 16, 512)):
         name, title = f"recall-{length}", f"Recall: {pairs} pairs in {length} tokens"
-        arms = LOOKUP if length < 256 else _LOOKUP
+        arms = (*(LOOKUP if length < 256 else _LOOKUP), "shifted")
         arms = (*arms, "looped", "recurrent") if length == 64 else arms
         task = MQAR(length, pairs, vocabulary)
         training = _RECALL_TRAINING[length]

@@ -5,6 +5,8 @@ A message names the argument, what was expected, what came, and what to do.
 
 import sys
 import warnings
+from collections.abc import Iterable
+from difflib import get_close_matches
 from math import isfinite
 from reprlib import Repr
 from types import FrameType
@@ -67,6 +69,12 @@ def counted(number: int, noun: str) -> str:
 def bad_value(argument: str, expected: str, got: object, remedy: str = "") -> ValueError:
     """Return the `ValueError` for an argument with a value that cannot work."""
     return ValueError(_sentence(argument, expected, got, remedy))
+
+
+def did_you_mean(given: object, names: Iterable[str]) -> str:
+    """Return the question for a name that is not known, with a space after it; "" if it is like none that is known."""
+    near = get_close_matches(given, names, n=1) if isinstance(given, str) else ()
+    return "".join(f"Did you mean `{name}`? " for name in near)
 
 
 def warn(message: str, category: type[Warning]) -> None:

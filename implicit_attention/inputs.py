@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import TypedDict
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from implicit_attention.cache import Cache, DecodeCache, Past
 from implicit_attention.documents import check_documents, document_starts, kept_apart
-from implicit_attention.errors import Came, NonFiniteError, bad_type, bad_value, first_non_finite
+from implicit_attention.errors import Came, NonFiniteError, bad_type, bad_value, did_you_mean, first_non_finite
 from implicit_attention.settings import Settings
 
 # From here on a float mask hides, as -inf does: beside such numbers a log-sum-exp in float32 has no digits left.
@@ -123,8 +122,7 @@ def check_names(given: Iterable[str], others: tuple[str, ...] = (), by_place: in
     names = (*_NAMES, *others)
     for name in given:
         if name not in names:
-            close = get_close_matches(name, names, 1)
-            remedy = _ELSEWHERE.get(name) or (f"Did you mean `{close[0]}`?" if close else "")
+            remedy = _ELSEWHERE.get(name) or did_you_mean(name, names)
             takes = f"It takes x, context, {', '.join(names)}."
             raise TypeError(f"`{name}` is no input of the layer. {takes} {remedy}".rstrip())
 

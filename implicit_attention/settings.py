@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
+from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +239,7 @@ def unknown_option(name: str) -> TypeError:
     elif name in _OF_SOLVERS:
         remedy = "It is one of solvers, as in solver=ForwardSubstitution(rtol=1e-5)."
     else:
-        close = get_close_matches(name, _WORDS, 1)
-        meant = _ELSEWHERE.get(name) or (close[0] if close else None)
-        remedy = "help(ImplicitQueryAttention) lists them." if meant is None else f"Did you mean `{meant}`?"
+        remedy = did_you_mean(_ELSEWHERE.get(name, name), _WORDS) + "help(ImplicitQueryAttention) lists all options."
     return TypeError(f"a layer has no option `{name}`. {remedy}")
 
 

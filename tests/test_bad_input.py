@@ -111,7 +111,7 @@ def test_unknown_keywords_are_errors(make):
         ("d_model", "Did you mean `embed_dim`?"),
         ("batch_first", r"\[batch, tokens, width\] always"),
         ("rtol", r"ForwardSubstitution\(rtol=1e-5\)"),
-        ("zzz", "lists them"),
+        ("zzz", "lists all options"),
     ],
 )
 def test_unknown_options_say_what_they_may_have_meant(make, name, remedy):

@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -10,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import remap_legacy_layer_types
 
 from implicit_attention import recommended
-from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive
+from implicit_attention.errors import Came, bad_type, bad_value, check_choice, check_positive, did_you_mean
 from implicit_attention.hf.settings import make_adjoint, make_solver
 from implicit_attention.settings import Settings
 
@@ -20,6 +19,15 @@ BLOCK_TYPES = ("implicit", "full_attention")
 _ALSO = {"auto_map", "experts_implementation", "model_type", "num_labels", "output_attentions", "per_layer_config",
          "quantization_config", "tie_last_hidden_states", "torch_dtype", "transformers_weights",
          "attn_implementation", "name_or_path"}  # fmt: skip
+
+# What other libraries call a size.
+_ELSEWHERE = {
+    "hidden_size": ("hidden", "d_model", "dim", "n_embd", "width"),
+    "intermediate_size": ("d_ff", "ffn_dim", "n_inner"),
+    "num_hidden_layers": ("layers", "num_layers", "n_layer", "n_layers", "depth"),
+    "num_attention_heads": ("heads", "n_head", "n_heads", "nhead"),
+    "max_position_embeddings": ("max_len", "max_length", "max_seq_len", "block_size", "n_ctx", "n_positions"),
+}
 
 
 class ImplicitAttentionConfig(PreTrainedConfig):
@@ -151,7 +159,7 @@ class ImplicitAttentionConfig(PreTrainedConfig):
             raise bad_value("layer_types", "None next to block_types", Came(repr(kinds)), "Both name the same setting.")
         self.block_types = kinds if self.block_types is None else self.block_types
         if self.block_types is not None:
-            _check_names("block_types", self.block_types)
+            _check_names("block_types", self.block_types)  # before transformers puts its own names in their place
         super().__post_init__(**kwargs)
         check_positive("num_hidden_layers", self.num_hidden_layers, integer=True)
         for name in ("hidden_size", "num_attention_heads"):
@@ -188,10 +196,10 @@ class ImplicitAttentionConfig(PreTrainedConfig):
             return
         if not saved:
             names = [*self.attribute_map, *(field.name for field in fields(self))]
-            near = "".join(f"Did you mean `{name}`? " for name in get_close_matches(unknown[0], names, n=1))
+            meant = next((ours for ours, theirs in _ELSEWHERE.items() if unknown[0] in theirs), unknown[0])
             raise bad_value(
                 "config", "made of names that ImplicitAttentionConfig knows", Came(f"`{unknown[0]}`"),
-                f"{near}The options are {', '.join(names)}.",
+                f"{did_you_mean(meant, names)}The options are {', '.join(names)}.",
             )  # fmt: skip
         warnings.warn(
             f"The saved configuration has fields that this release of implicit-attention does not know: "
@@ -295,8 +303,6 @@ class ImplicitAttentionConfig(PreTrainedConfig):
     def _validate_layers(self) -> None:
         types = self.block_types
         _check_names("block_types", types)
-        for name in types:
-            check_choice("block_types", name, (*BLOCK_TYPES, "attention"))
         if len(types) < self.num_hidden_layers:  # more of them: num_hidden_layers was lowered to leave early
             raise _wrong_length(types, self.num_hidden_layers)
         self.block_types = remap_legacy_layer_types(types) or types
@@ -315,3 +321,5 @@ def _wrong_length(types: list[str], layers: int) -> ValueError:
 def _check_names(argument: str, names: object) -> None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise bad_type(argument, 'a list of "implicit" and "attention", one for each block', names)
+    for name in names:
+        check_choice(argument, name, (*BLOCK_TYPES, "attention"))

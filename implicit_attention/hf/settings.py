@@ -24,7 +24,7 @@ from implicit_attention import (
 from implicit_attention.attention.positions import Positions
 from implicit_attention.equilibrium.adjoints import Adjoint
 from implicit_attention.equilibrium.solvers import Method
-from implicit_attention.errors import Came, bad_type, bad_value
+from implicit_attention.errors import Came, bad_type, bad_value, did_you_mean
 from implicit_attention.hf.rotary import ScaledRotary
 
 T = TypeVar("T")
@@ -99,8 +99,8 @@ def make_positions(setting: Setting | None, num_heads: int, head_dim: int, longe
     given |= {name: {"head_dim": head_dim} for name in ROTATING}
     named = {"name": setting} if isinstance(setting, str) else setting
     if isinstance(named, Mapping) and named.get("name") == "scaled_rope":
-        named = {"max_position_embeddings": longest, **named}
-    return _make("positions", named, _POSITIONS, given)
+        setting = {"max_position_embeddings": longest, **named}
+    return _make("positions", setting, _POSITIONS, given)
 
 
 def positions_setting(positions: Positions | None) -> dict[str, Any] | None:
@@ -170,21 +170,23 @@ def _make(
     also: tuple[str, ...] = (),
 ) -> T:
     choices = f"one of {', '.join(map(repr, [*also, *known]))}, or a mapping with such a `name` and its settings"
-    if isinstance(setting, str):
-        setting = {"name": setting}
-    if not isinstance(setting, Mapping):
+    named = {"name": setting} if isinstance(setting, str) else setting
+    if not isinstance(named, Mapping):
         raise bad_type(argument, choices, setting)
-    name = setting.get("name")
-    options = {key: value for key, value in setting.items() if key != "name"}
+    name = named.get("name")
+    options = {key: value for key, value in named.items() if key != "name"}
     if not isinstance(name, str) or name not in known:
-        raise bad_value(argument, choices, Came(repr(dict(setting))))
+        remedy = f"{name!r} has no settings: write it alone." if name in also else did_you_mean(name, known)
+        raise bad_value(argument, choices, setting, remedy.strip())
     fixed = (given or {}).get(name, {})
     allowed = sorted(_settings_of(known[name]) - set(fixed))
     for key, value in options.items():
         if key not in allowed:
+            has = f"Its settings are {', '.join(f'`{one}`' for one in allowed)}." if allowed else "It has none."
             raise bad_value(
-                argument, f"a setting of {name!r} among {', '.join(map(repr, allowed)) or 'none'}", Came(repr(key))
-            )
+                argument, f"made of settings that {name!r} has", Came(f"`{key}`, which it has not"),
+                did_you_mean(key, allowed) + has,
+            )  # fmt: skip
         if key in ("solver", "fallback") and value is not None:
             options[key] = _make(f"{argument}.{key}", value, _SOLVERS)
     missing = sorted(_needed_by(known[name]) - set(fixed) - set(options))

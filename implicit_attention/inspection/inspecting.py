@@ -14,6 +14,7 @@ from implicit_attention.equation.packing import PackedMap
 from implicit_attention.equilibrium.reports import FailureReport
 from implicit_attention.errors import Came, bad_type, bad_value, check_positive, missing_extra
 from implicit_attention.inputs import InputOptions
+from implicit_attention.inspection.checking import token_labels
 from implicit_attention.inspection.evaluating import evaluating
 from implicit_attention.inspection.measuring import measure
 from implicit_attention.inspection.report import Report
@@ -206,9 +207,7 @@ def _tokenizer(model: nn.Module) -> Any:
 
 def _labels(count: int, given: Tensor, tokenizer: Any, tokens: list[str] | None) -> tuple[str, ...]:
     if tokens is not None:
-        if len(tokens) != count:
-            raise bad_value("tokens", f"{count} labels", Came(f"{len(tokens)}"))
-        return tuple(tokens)
+        return token_labels(tokens, count)
     if tokenizer is not None and not given.is_floating_point() and given.shape[-1] == count:
         return tuple(tokenizer.decode([number]) for number in given.flatten().tolist())
     return tuple(map(str, range(count)))

@@ -21,7 +21,7 @@ def test_block_runs(block):
 
 
 def test_every_option_of_the_layer_is_in_the_configuration():
-    options = set(signature(ImplicitQueryAttention).parameters) - {"device", "dtype"}
+    options = set(signature(ImplicitQueryAttention).parameters) - {"device", "dtype", "unknown"}
     known = {field.name for field in fields(ImplicitAttentionConfig)} | set(ImplicitAttentionConfig.attribute_map)
     assert options <= known
 

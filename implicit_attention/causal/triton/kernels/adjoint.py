@@ -12,17 +12,17 @@ import triton.language as tl
 from implicit_attention.causal.triton.kernels.row_equation import eliminate
 from implicit_attention.causal.triton.kernels.tiles import (
     ROWS,
-    Biases,
-    Columns,
     Constants,
-    QueryMap,
     R,
+    biases_from,
+    columns_from,
     load_bias,
     load_key,
     load_own_score,
     load_rows,
     load_scratch,
     load_value,
+    query_map_from,
     store_rows,
     store_scratch,
     turned,
@@ -445,18 +445,11 @@ def solve_block(
     normed: tl.constexpr = inverse is not None
     constants: tl.constexpr = Constants(heads, groups, dim, dp, hp, scale, 0.0, normed, narrow, operand, precision)
     start = b * length + first  # the block's first row among all rows of all samples
-    # The heads of a sample may be more than 2^31 numbers apart.
-    columns = Columns(
-        key + b * key_b + first.to(tl.int64) * key_n, tl.cast(key_h, tl.int64), key_n,
-        value + b * value_b + first.to(tl.int64) * value_n, tl.cast(value_g, tl.int64), value_n,
+    columns = columns_from(key, key_b, key_h, key_n, value, value_b, value_g, value_n, b, first)
+    biases = biases_from(given, strict, strict_b, strict_h, b, first, n, heads, length)
+    query_map = query_map_from(
+        weight, weight_o, None, None, turn, turn_b, turn_half, b, first, length, constants,
     )  # fmt: skip
-    biases = Biases(
-        None if given is None else given + b * heads * length + first, length,
-        None if strict is None else strict + b * strict_b, strict_h, n,
-    )  # fmt: skip
-    query_map = QueryMap(
-        weight, weight_o, None, None, None if turn is None else turn + b * turn_b + first * (dim // 2), turn_half
-    )
     at = Equilibrium(
         y + start * heads * dim, query + start * groups * dim, None if inverse is None else inverse + start * groups,
         lse + b * heads * length + first, grad + start * heads * dim, later + start * groups * dim, length,

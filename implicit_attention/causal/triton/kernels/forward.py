@@ -13,11 +13,10 @@ import triton.language as tl
 from implicit_attention.causal.triton.kernels.slow_rows import solve_rows
 from implicit_attention.causal.triton.kernels.tiles import (
     ROWS,
-    Biases,
-    Columns,
     Constants,
-    QueryMap,
     R,
+    biases_from,
+    columns_from,
     load_bias,
     load_key,
     load_own_bias,
@@ -25,6 +24,7 @@ from implicit_attention.causal.triton.kernels.tiles import (
     load_rows,
     load_scratch,
     load_value,
+    query_map_from,
     store_rows,
     store_scratch,
     turned,
@@ -447,18 +447,10 @@ def settle_block(
     narrow: tl.constexpr = query.dtype.element_ty
     constants: tl.constexpr = Constants(heads, groups, dim, dp, hp, scale, eps, normed, narrow, operand, precision)
     at = b * length + first  # the block's first row among all rows of all samples
-    # The heads of a sample may be more than 2^31 numbers apart.
-    columns = Columns(
-        key + b * key_b + first.to(tl.int64) * key_n, tl.cast(key_h, tl.int64), key_n,
-        value + b * value_b + first.to(tl.int64) * value_n, tl.cast(value_g, tl.int64), value_n,
-    )  # fmt: skip
-    biases = Biases(
-        None if given is None else given + b * heads * length + first, length,
-        None if strict is None else strict + b * strict_b, strict_h, n,
-    )  # fmt: skip
-    query_map = QueryMap(
-        weight, weight_o, constant, None if added is None else added + at * groups * dim,
-        None if turn is None else turn + b * turn_b + first * (dim // 2), turn_half,
+    columns = columns_from(key, key_b, key_h, key_n, value, value_b, value_g, value_n, b, first)
+    biases = biases_from(given, strict, strict_b, strict_h, b, first, n, heads, length)
+    query_map = query_map_from(
+        weight, weight_o, constant, added, turn, turn_b, turn_half, b, first, length, constants,
     )  # fmt: skip
     outputs = Outputs(
         y + at * heads * dim, lse + b * heads * length + first, query + at * groups * dim,

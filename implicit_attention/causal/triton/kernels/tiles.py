@@ -60,6 +60,36 @@ class QueryMap(NamedTuple):
 
 
 @triton.jit
+def columns_from(key, key_b, key_h, key_n, value, value_b, value_g, value_n, b, first):
+    """The columns of sample b."""
+    # The heads of a sample may be more than 2^31 numbers apart.
+    return Columns(
+        key + b * key_b + first.to(tl.int64) * key_n, tl.cast(key_h, tl.int64), key_n,
+        value + b * value_b + first.to(tl.int64) * value_n, tl.cast(value_g, tl.int64), value_n,
+    )  # fmt: skip
+
+
+@triton.jit
+def biases_from(given, strict, strict_b, strict_h, b, first, n, heads: tl.constexpr, length):
+    """The biases of sample b."""
+    if given is not None:
+        given += b * heads * length + first
+    if strict is not None:
+        strict += b * strict_b
+    return Biases(given, length, strict, strict_h, n)
+
+
+@triton.jit
+def query_map_from(weight, weight_o, constant, added, turn, turn_b, turn_half, b, first, length, constants):
+    """The query map of sample b."""
+    if added is not None:
+        added += (b * length + first) * constants.groups * constants.dim
+    if turn is not None:
+        turn += b * turn_b + first * (constants.dim // 2)
+    return QueryMap(weight, weight_o, constant, added, turn, turn_half)
+
+
+@triton.jit
 def load_rows(tensor, stride, first, valid, dim: tl.constexpr, dp: tl.constexpr):
     """Rows `first .. first + R` of a matrix with contiguous columns, `[R, dp]`, zero outside."""
     rows = tl.arange(0, R)

@@ -133,7 +133,7 @@ def verdict(table: Table, rows: Mapping[str, Sequence[Record]], kind: str) -> ve
     reached = any(run["solved_at"] is not None for run in (*ours.runs, *rival.runs))
     if reached or (as_fast := verdicts.rival_in_time(table, rows, ours)) is None:
         return verdicts.Verdict(words, found.helps)
-    in_time = verdicts.compare(table, ours, as_fast)
+    in_time = verdicts.by_score(ours.runs, as_fast.runs)
     return verdicts.Verdict(
         f"{words}; within equal seconds {_other(as_fast, strongest)}{in_time.words}", found.helps and in_time.helps
     )

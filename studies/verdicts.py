@@ -187,31 +187,42 @@ def compare(table: Table, ours: Contender, baseline: Contender) -> Verdict:
         baseline: The best of the others.
     """
     if table.training.solved is None:
-        return _by_score(ours.runs, baseline.runs)
+        return by_score(ours.runs, baseline.runs)
     (mine, _), (theirs, _) = choices.merit(ours.runs), choices.merit(baseline.runs)
+    if not mine and not theirs:
+        verdict = by_score(ours.runs, baseline.runs)
+        return Verdict(f"neither solves it within {table.training.steps} steps; {verdict.words}", verdict.helps)
+    word = _word(ours.runs, baseline.runs)
     if mine != theirs:
-        return Verdict(
-            f"solves {_solved(ours.runs)} seeds, the baseline {_solved(baseline.runs)}", helps=mine > theirs
-        )  # fmt: skip
-    if not mine:
-        verdict = _by_score(ours.runs, baseline.runs)
-        return Verdict(f"neither within {table.training.steps} steps; {verdict.words}", verdict.helps)
+        words = f"{word}; solves {_solved(ours.runs)} seeds, the baseline {_solved(baseline.runs)}"
+        return Verdict(words, helps=mine > theirs)
     steps = median(ours.runs, steps_to_solve) / median(baseline.runs, steps_to_solve)
     seconds = steps * pace(ours.runs) / pace(baseline.runs)
     timed = f", {seconds:.2g} times the seconds" if math.isfinite(seconds) else ""
     wins, pairs = _wins(ours.runs, baseline.runs, _soonness)
+    sooner = f"sooner in {wins} of {pairs} seeds"
     return Verdict(
-        f"both solve {_solved(ours.runs)} seeds; {steps:.2g} times the steps{timed}, sooner in {wins} of {pairs} seeds",
-        helps=choices.ahead(ours.runs, baseline.runs),
+        f"{word}; both solve {_solved(ours.runs)} seeds; {steps:.2g} times the steps{timed}, {sooner}",
+        helps=word == "ahead",
     )
 
 
-def _by_score(ours: Runs, baseline: Runs) -> Verdict:
+def by_score(ours: Runs, baseline: Runs) -> Verdict:
+    """Return how an arm compares with a baseline by scores alone.
+
+    Args:
+        ours: The arm's records.
+        baseline: Those of the baseline.
+    """
     wins, pairs = _wins(ours, baseline, operator.itemgetter("score"))
-    seeds = f", better in {wins} of {pairs} seeds"
+    word = _word(ours, baseline)
+    return Verdict(f"{word}, better in {wins} of {pairs} seeds", helps=word == "ahead")
+
+
+def _word(ours: Runs, baseline: Runs) -> str:
     if choices.ahead(ours, baseline):
-        return Verdict(f"ahead{seeds}", helps=True)
-    return Verdict(("behind" if choices.ahead(baseline, ours) else "not told apart") + seeds, helps=False)
+        return "ahead"
+    return "behind" if choices.ahead(baseline, ours) else "not told apart"
 
 
 def _wins(ours: Runs, baseline: Runs, figure: Callable[[Record], float | None]) -> tuple[int, int]:

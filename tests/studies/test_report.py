@@ -208,11 +208,11 @@ def test_the_overview_sets_the_strongest_baseline_beside_the_implicit_arm():
     assert cell(lines, 1, "implicit") == "implicit: 1.000; 1 of 1 seeds, 4 steps"
     assert cell(lines, 1, "values read outputs") == ""
     assert cell(lines, 1, "verdict") == (
-        "implicit: both solve 1 of 1 seeds; 2 times the steps, 8 times the seconds, sooner in 0 of 1 seeds"
+        "implicit: behind; both solve 1 of 1 seeds; 2 times the steps, 8 times the seconds, sooner in 0 of 1 seeds"
     )
     count, line = report.no_help([(shown, rows)])
     assert count.startswith("In all 1 tables that compare arms, no implicit arm is ahead of all baselines")
-    assert "Strongest baseline: ordinary attention, twice the layers. Implicit: both solve 1 of 1 seeds" in line
+    assert "Strongest baseline: ordinary attention, twice the layers. Implicit: behind; both solve 1 of 1 seeds" in line
     rows |= {"implicit": [run(0, 1.0, solved_at=2)], "ordinary-2": [run(0, 1.0, solved_at=4)]}
     assert report.no_help([(shown, rows)]) == []
     assert len(report.overview([(replace(shown, group="studies"), rows)])) == 1
@@ -222,13 +222,13 @@ def test_the_overview_sets_the_strongest_baseline_beside_the_implicit_arm():
     ("ours", "baseline", "words", "helps"),
     [
         ([run(0, 1.0, solved_at=2), run(1, 0.5)], [run(0, 0.5), run(1, 0.5)],
-         "solves 1 of 2 seeds, the baseline 0 of 2", True),
+         "ahead; solves 1 of 2 seeds, the baseline 0 of 2", True),
         ([run(0, 0.5), run(1, 0.5)], [run(0, 1.0, solved_at=2), run(1, 0.5)],
-         "solves 0 of 2 seeds, the baseline 1 of 2", False),
-        ([run(0, 0.5)], [run(0, 0.4)], f"neither within 4 steps; ahead{IN_EACH}", True),
-        ([run(0, 0.4)], [run(0, 0.5)], "neither within 4 steps; behind, better in 0 of 1 seeds", False),
+         "behind; solves 0 of 2 seeds, the baseline 1 of 2", False),
+        ([run(0, 0.5)], [run(0, 0.4)], f"neither solves it within 4 steps; ahead{IN_EACH}", True),
+        ([run(0, 0.4)], [run(0, 0.5)], "neither solves it within 4 steps; behind, better in 0 of 1 seeds", False),
         ([run(0, 0.4), run(1, 0.6)], [run(0, 0.4), run(1, 0.5)],
-         "neither within 4 steps; not told apart, better in 1 of 2 seeds", False),
+         "neither solves it within 4 steps; not told apart, better in 1 of 2 seeds", False),
     ],
 )  # fmt: skip
 def test_a_verdict_compares_with_the_strongest_baseline(ours, baseline, words, helps):
@@ -388,3 +388,20 @@ def test_page_of_the_repository_is_that_of_its_records():
     if not found:
         pytest.skip("no records are kept yet")
     assert (DOCS / "results.md").read_text(encoding="utf-8") == report.page(found, tables("cpu"))
+
+
+def test_arms_that_do_not_solve_a_task_are_compared_within_equal_seconds():
+    shown = replace(table("ordinary", "ordinary-2", "implicit"), group="recall")
+    rows = {
+        "ordinary": [run(0, 0.4, seconds=1.0)],
+        "ordinary-2": [run(0, 0.9, seconds=4.0)],
+        "implicit": [run(0, 0.5, seconds=1.0)],
+    }
+    found = report.verdict(shown, rows, "implicit")
+    assert found.words == (
+        "neither solves it within 4 steps; behind, better in 0 of 1 seeds; "
+        "within equal seconds (ordinary attention) ahead, better in 1 of 1 seeds"
+    )
+    assert not found.helps
+    rows["implicit"] = [run(0, 1.0, solved_at=4, seconds=1.0)]
+    assert "equal seconds" not in report.verdict(shown, rows, "implicit").words

@@ -29,7 +29,7 @@ check: $(KERNELS) lint types ## lint, types, and a quick part of the tests (1 to
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(QUICK) $(ARGS)
 
 # One thread per worker: the workers fill the cores, and threads of torch's own would compete with them.
-test: $(KERNELS) lint types ## lint, types, every test, and coverage (15 to 20 minutes; ARGS='-k picard --no-cov': a part of them)
+test: $(KERNELS) lint types ## lint, types, every test, and coverage (15 to 25 minutes; ARGS='-k picard --no-cov': a part of them)
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov $(ARGS)
 
 # The tests build it too (tests/test_site.py), so that CI needs no step of its own.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.encoder import sharpen
 from benchmarks.report import described, tell
 from implicit_attention import ImplicitQueryAttention
 from implicit_attention.inspection import diagnostics
@@ -88,9 +89,7 @@ def made(setting: Setting, sharpness: float) -> ImplicitQueryAttention:
     layer = ImplicitQueryAttention(
         setting.embed_dim, setting.num_heads, query_input=True, max_gain=MAX_GAIN, scale=setting.scale
     )
-    with torch.no_grad():
-        for module in (layer.Omega_Q, layer.W_K, layer.W_Q):
-            module.weight.mul_(sharpness)
+    sharpen(layer, sharpness)
     return layer
 
 

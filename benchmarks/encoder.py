@@ -54,9 +54,7 @@ def measured(batch: int, length: int, embed_dim: int, num_heads: int, sharpness:
     peer = nn.MultiheadAttention(embed_dim, num_heads, bias=False, batch_first=True)
     layer = ImplicitQueryAttention.for_encoder(embed_dim, num_heads, on_failure="raise")
     plain = ImplicitQueryAttention.for_encoder(embed_dim, num_heads, positions=None, on_failure="raise")
-    with torch.no_grad():
-        for weight in (layer.Omega_Q.weight, layer.W_K.weight, layer.W_Q.weight):
-            weight.mul_(sharpness)
+    sharpen(layer, sharpness)
     plain.load_state_dict(layer.state_dict())
     passes = {
         name: forward_backward(each, x, cotangent)
@@ -77,6 +75,13 @@ def measured(batch: int, length: int, embed_dim: int, num_heads: int, sharpness:
         "radius": float(known.radius.max()),
         "seconds": {name: measure.timing(seconds) for name, seconds in times.items()},
     }
+
+
+@torch.no_grad()
+def sharpen(layer: ImplicitQueryAttention, factor: float) -> None:
+    """Multiply the weights that make scores, which grow with the square."""
+    for module in (layer.Omega_Q, layer.W_K, layer.W_Q):
+        module.weight.mul_(factor)
 
 
 def forward_backward(layer: nn.Module, x: Tensor, cotangent: Tensor) -> Callable[[], object]:

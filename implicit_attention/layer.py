@@ -112,7 +112,7 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
                 name and their number; "raise"; or "ignore". `last_solve` has the figures in any case.
             device: Device of the parameters.
             dtype: Their dtype.
-            **unknown: None.
+            **unknown: Refused, with what it may have meant.
 
         Raises:
             TypeError: If an argument is of the wrong type, or has an unknown name.
@@ -220,8 +220,8 @@ class ImplicitQueryAttention(Recommended, Configured, Reporting):
             average_attn_weights: Average it over the heads.
             need_solution: Also return what `solve` returns, for a model that logs it: hooks see this call as any other.
             gains: As in `solve`; needs `need_solution`.
-            *more: None: all others go by name.
-            **unknown: None.
+            *more: Refused: all others go by name.
+            **unknown: Refused, with what it may have meant.
 
         Returns:
             `[B, N, D]` or `[N, D]`, zeros (before `out_proj`) in rows that see nothing; with `need_weights` also

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import NamedTuple, Protocol
 
 import torch
@@ -75,8 +74,7 @@ def make_solver(solver: str | Method, settings: Settings, adjoint: Adjoint) -> M
     if not isinstance(solver, str):
         raise bad_type("solver", '"auto" or a solver object such as Picard()', solver)
     if solver != "auto":
-        named = get_close_matches(solver.replace("_", "").lower(), [name.lower() for name in _SOLVERS], 1)
-        called = next((name for name in _SOLVERS if named and name.lower() == named[0]), None)
+        called = next((name for name in _SOLVERS if name.lower() == solver.replace("_", "").lower()), None)
         remedy = "" if called is None else f"Write solver={called}()."
         raise bad_value("solver", '"auto" or a solver object such as Picard()', solver, remedy)
     if isinstance(adjoint, Unrolled):

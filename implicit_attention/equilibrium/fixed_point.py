@@ -87,8 +87,8 @@ def _checked(function: maps.MapFunction, given: int) -> maps.MapFunction:
 
     def call(y: Tensor, *args: Tensor) -> Tensor:
         nonlocal first
-        watched = {"y": y} | {f"args[{i}]": arg for i, arg in enumerate(args[:given])}
-        before = {name: _state(tensor, first) for name, tensor in watched.items()}
+        watched = (y, *args[:given])
+        before = [_state(tensor, first) for tensor in watched]
         try:
             out = function(y, *args)
         except RuntimeError as error:
@@ -96,9 +96,9 @@ def _checked(function: maps.MapFunction, given: int) -> maps.MapFunction:
                 raise _changes_in_place("y or args") from error
             error.add_note(f"`function` was called with {_inputs_in_words(y, args)}.")
             raise
-        for name, tensor in watched.items():
-            if _changed(tensor, before[name]):
-                raise _changes_in_place(name)
+        for i, (tensor, state) in enumerate(zip(watched, before, strict=True)):
+            if _changed(tensor, state):
+                raise _changes_in_place(f"args[{i - 1}]" if i else "y")
         if not isinstance(out, Tensor) or out.shape != y.shape:
             raise bad_value("function", f"a map that returns a tensor of shape {tuple(y.shape)}, like y", out)
         first = False
